@@ -1,0 +1,336 @@
+r"""The distributions that learned families return.
+
+A :class:`LearnedDistribution` is :math:`q_\theta(x \mid c)`: it samples, scores, expands, broadcasts and says its
+support like any distribution of Pyro. An :class:`ImplicitDistribution` :math:`x = G(z),\ z \sim p(z)` samples only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor
+from torch.distributions import Distribution, constraints
+
+from pyro_dgm.core.shapes import as_shape, broadcast_batch, check_support, check_value_shape
+from pyro_dgm.core.upstream import zuko
+
+if TYPE_CHECKING:
+    from pyro_dgm.core.module import DistributionModule
+
+__all__ = ["ImplicitDistribution", "LearnedDistribution", "NoDensityError", "frozen"]
+
+
+@contextmanager
+def frozen(*tensors: Tensor) -> Iterator[None]:
+    """Within the context no gradient is recorded towards the given leaf tensors.
+
+    >>> w = torch.nn.Parameter(torch.tensor(2.0))
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> with frozen(w):
+    ...     y = w * x
+    >>> torch.autograd.grad(y, [x, w], allow_unused=True)
+    (tensor(2.), None)
+    """
+    live = [t for t in tensors if t.requires_grad]
+    for t in live:
+        t.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for t in live:
+            t.requires_grad_(True)
+
+
+class _Stamp(NamedTuple):
+    """What a remembered result depends on, besides its inputs: versions of all parameters and the grad mode."""
+
+    versions: int
+    grad: bool
+
+    @classmethod
+    def of(cls, family: DistributionModule) -> _Stamp:
+        return cls(family.version(), torch.is_grad_enabled())
+
+
+class _Memo(NamedTuple):
+    """One draw and what is known of it: its density, or the base draw that it was made from."""
+
+    draw: Tensor
+    version: int
+    stamp: _Stamp
+    log_prob: Tensor | None
+    base_draw: Tensor | None
+
+
+class LearnedDistribution(TorchDistribution):
+    r"""The distribution :math:`q_\theta(x \mid c)` that a family returns for a context.
+
+    The family builds a distribution of an unconstrained :math:`u`; the support's bijection :math:`T` maps it, so
+    :math:`\log q(x) = \log q_u(T^{-1}x) - \log|\det J_T(T^{-1}x)|`.
+
+    Shapes: draws have ``sample_shape + batch_shape + event_shape`` and ``batch_shape = context.shape[:-1]`` (``()``
+    without a context). ``log_prob`` broadcasts the value's batch against ``batch_shape``, in nats per event.
+
+    The density of a draw made by calling the distribution (what ``pyro.sample`` does) is computed in the same pass
+    and remembered once: a hit needs the same tensor object, unedited, the same grad mode and unchanged parameters.
+
+    Args:
+        family: the module whose ``build`` gives the distribution for a context.
+        context: shape ``(*batch, context_features)``, or None.
+        weights: sampled values of Bayesian weights, by full name (filled by the family).
+
+    Raises:
+        ValueError: ``log_prob`` of a value with a wrong event shape, a batch that does not broadcast, or (while
+            Pyro validates) NaN or a value outside the support.
+
+    Example:
+        >>> import pyro_dgm as dgm
+        >>> flow = dgm.MAF(2, context_features=3)
+        >>> q = flow(torch.zeros(5, 3))
+        >>> q.rsample((7,)).shape, q.log_prob(torch.zeros(4, 1, 2)).shape
+        (torch.Size([7, 5, 2]), torch.Size([4, 5]))
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = True
+
+    def __init__(
+        self, family: DistributionModule, context: Tensor | None = None, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        self._family, self._context, self._weights = family, context, weights or {}
+        self._memo: _Memo | None = None
+        self._frozen = False
+        self._stamp, self._built = None, None
+        built = self._base()
+        self.has_rsample = bool(built.has_rsample)
+        super().__init__(built.batch_shape, family.event_shape, validate_args=None)
+
+    @property
+    def _name(self) -> str:
+        return type(self._family).__name__.removeprefix("Pyro")
+
+    def __repr__(self) -> str:
+        shapes = f"batch_shape: {tuple(self.batch_shape)}, event_shape: {tuple(self.event_shape)}"
+        return f"{type(self).__name__}({self._name}, {shapes}, support: {self.support})"
+
+    def _base(self) -> Distribution:
+        """The unconstrained distribution; built anew after the parameters or the grad mode changed."""
+        stamp = _Stamp.of(self._family)
+        if self._built is None or stamp != self._stamp:
+            with self._family.holding(self._weights):
+                self._built, self._stamp = self._family.checked_build(self._context), stamp
+        return self._built
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        return self._family.support_of(self._base())
+
+    @property
+    def mean(self) -> Tensor:
+        raise NotImplementedError(f"{self._name}: a learned distribution has no closed-form mean; average draws.")
+
+    variance = mean
+
+    def detach(self) -> LearnedDistribution:
+        r"""The same distribution with parameters and context frozen: ``log_prob`` passes gradients to the value only.
+
+        This is the :math:`q` inside the path gradient of sticking-the-landing and of DReG estimators.
+        """
+        new = self._copy(self.batch_shape)
+        new._frozen, new._built = True, None
+        new._context = None if self._context is None else self._context.detach()
+        return new
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> LearnedDistribution:
+        """A new distribution with independent draws over ``batch_shape``; networks still run once per context."""
+        batch_shape = Size(batch_shape)
+        if torch.broadcast_shapes(batch_shape, self.batch_shape) != batch_shape:
+            raise ValueError(f"{self._name}: cannot expand {tuple(self.batch_shape)} to {tuple(batch_shape)}.")
+        return self._copy(batch_shape)
+
+    def _copy(self, batch_shape: Size) -> LearnedDistribution:
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new._memo, new._batch_shape = None, batch_shape
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_memo": None, "_built": None, "_stamp": None}
+        state["_context"] = None if self._context is None else self._context.detach()
+        state["_weights"] = {k: v.detach() for k, v in self._weights.items()}
+        return state
+
+    def sample(self, sample_shape: Any = Size()) -> Tensor:
+        with torch.no_grad():
+            return self._draw(sample_shape)[0].detach()
+
+    def rsample(self, sample_shape: Any = Size()) -> Tensor:
+        if not self.has_rsample:
+            raise NotImplementedError(f"{self._name} has no reparameterised draws; use .sample, or a flow.")
+        x, base_draw = self._draw(sample_shape)
+        self._remember(x, None, base_draw)
+        return x
+
+    def __call__(self, sample_shape: Any = Size()) -> Tensor:
+        if not self.has_rsample:
+            return self.sample(sample_shape)
+        x, log_prob = self.rsample_and_log_prob(sample_shape)
+        self._remember(x, log_prob, None)
+        return x
+
+    def rsample_and_log_prob(self, sample_shape: Any = Size()) -> tuple[Tensor, Tensor]:
+        """A draw and its density from one pass: shapes ``sample + batch + event`` and ``sample + batch``."""
+        base, shape = self._base().expand(self.batch_shape), Size(_as_sample_shape(sample_shape))
+        with self._family.holding(self._weights):
+            u, log_prob = _joint_draw(base, shape)
+        return self._constrain(u, log_prob)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        memo, self._memo = self._memo, None
+        if memo is not None and memo.draw is value and not self._frozen and self._fresh(memo):
+            if memo.log_prob is not None:
+                return memo.log_prob
+            if memo.base_draw is not None:
+                return self._score_base_draw(memo.base_draw)
+        if not self._frozen:
+            return self._score(value)
+        with frozen(*self._family.tensors()):
+            return self._score(value)
+
+    def _fresh(self, memo: _Memo) -> bool:
+        return memo.draw._version == memo.version and memo.stamp == _Stamp.of(self._family)
+
+    def _remember(self, x: Tensor, log_prob: Tensor | None, base_draw: Tensor | None) -> None:
+        self._memo = _Memo(x, x._version, _Stamp.of(self._family), log_prob, base_draw)
+
+    def _draw(self, sample_shape: Any) -> tuple[Tensor, Tensor | None]:
+        base, shape = self._base().expand(self.batch_shape), Size(_as_sample_shape(sample_shape))
+        with self._family.holding(self._weights):
+            if isinstance(base, zuko.distributions.NormalizingFlow):
+                z = base.base.rsample(shape) if base.base.has_rsample else base.base.sample(shape)
+                u = base.transform.inv(z)
+            else:
+                z, u = None, base.rsample(shape) if base.has_rsample else base.sample(shape)
+        return self._to_event(u), z
+
+    def _score_base_draw(self, z: Tensor) -> Tensor:
+        """The density of the draw made from ``z``, by the sampling direction (an inverse may cost D passes)."""
+        flow = self._base()
+        with self._family.holding(self._weights):
+            u, ladj = flow.transform.inv.call_and_ladj(z)
+            return self._constrain(u, flow.base.log_prob(z) - ladj)[1]
+
+    def _score(self, value: Tensor) -> Tensor:
+        n = len(self.event_shape)
+        check_value_shape(self._name, value, self.event_shape)
+        batch = broadcast_batch(self._name, value.shape[: value.dim() - n], self.batch_shape)
+        if self._validate_args:
+            check_support(self._name, value, self.support)
+        base = self._base()
+        value = value.expand(torch.broadcast_shapes(value.shape[: value.dim() - n], base.batch_shape) + self.event_shape)
+        with self._family.holding(self._weights):
+            return self._score_unconstrained(base, value).expand(batch)
+
+    def _score_unconstrained(self, base: Distribution, value: Tensor) -> Tensor:
+        bijection = self._family.bijection(base)
+        if bijection is None:
+            return base.log_prob(value)
+        u = bijection.inv(value)
+        return base.log_prob(u) - bijection.log_abs_det_jacobian(u, value)
+
+    def _to_event(self, u: Tensor) -> Tensor:
+        bijection = self._family.bijection(self._base())
+        return u if bijection is None else bijection(u)
+
+    def _constrain(self, u: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
+        bijection = self._family.bijection(self._base())
+        if bijection is None:
+            return u, log_prob
+        x = bijection(u)
+        return x, log_prob - bijection.log_abs_det_jacobian(u, x)
+
+
+def _as_sample_shape(shape: Any) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(shape)
+
+
+def _joint_draw(base: Distribution, shape: Size) -> tuple[Tensor, Tensor]:
+    if isinstance(base, zuko.distributions.NormalizingFlow):
+        return base.rsample_and_log_prob(shape)
+    u = base.rsample(shape)
+    return u, base.log_prob(u)
+
+
+class NoDensityError(ValueError, NotImplementedError):
+    """Raised where a density is asked of a distribution that has none (a ValueError, so Pyro adds the site's name)."""
+
+
+class ImplicitDistribution(TorchDistribution):
+    r"""The law of :math:`x = G(z),\ z \sim p(z)`: it can be sampled, and has no density.
+
+    Args:
+        push: the map :math:`G` from a base draw, shape ``(*sample, *batch, *base_event)``, to ``(..., *event_shape)``.
+        base: the distribution of :math:`z`; its batch shape is the batch shape of the result.
+        event_shape: an int or a shape.
+        support: where draws lie.
+        name: who is speaking in messages.
+
+    Raises:
+        NoDensityError: by ``log_prob``; it names what works without a density.
+
+    Example:
+        >>> from torch.distributions import Normal
+        >>> d = ImplicitDistribution(lambda z: z.square(), Normal(torch.zeros(3), 1.0).expand([3]), ())
+        >>> d.expand([4, 3]).rsample((2,)).shape
+        torch.Size([2, 4, 3])
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = True
+
+    def __init__(
+        self,
+        push: Callable[[Tensor], Tensor],
+        base: Distribution,
+        event_shape: int | tuple[int, ...],
+        *,
+        support: constraints.Constraint | None = None,
+        name: str = "ImplicitDistribution",
+    ) -> None:
+        self._push, self._base, self._name = push, base, name
+        event = as_shape(event_shape)
+        self._support = support or constraints.independent(constraints.real, len(event))
+        super().__init__(base.batch_shape, event, validate_args=False)
+
+    def __repr__(self) -> str:
+        return f"{self._name}(batch_shape: {tuple(self.batch_shape)}, event_shape: {tuple(self.event_shape)})"
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        return self._support
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> ImplicitDistribution:
+        base = self._base.expand(Size(batch_shape))
+        new = ImplicitDistribution(self._push, base, tuple(self.event_shape), support=self._support, name=self._name)
+        new.has_rsample = self.has_rsample
+        return new
+
+    def rsample(self, sample_shape: Any = Size()) -> Tensor:
+        x = self._push(self._base.rsample(Size(_as_sample_shape(sample_shape))))
+        check_value_shape(self._name, x, self.event_shape)
+        return x
+
+    def sample(self, sample_shape: Any = Size()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        raise NoDensityError(
+            f"{self._name} has no density, so log_prob is undefined. Make its noise the latent site and x "
+            "deterministic (Generator.sample_site), train with Adversarial or Adversarial_ELBO, or compare draws; "
+            "for a likelihood train a flow or a VAE."
+        )

@@ -1,0 +1,189 @@
+r"""The contract of a family: a module that turns a context into a distribution, ``module(context) -> distribution``."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro.nn import PyroModule
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution, Transform, biject_to, constraints
+from torch.distributions.transforms import ComposeTransform, IndependentTransform, ReshapeTransform
+
+from pyro_dgm.core.distribution import LearnedDistribution
+from pyro_dgm.core.shapes import as_shape, check_built, check_context
+from pyro_dgm.core.upstream import PyroABCMeta
+
+__all__ = ["DistributionModule"]
+
+
+class DistributionModule(nn.Module, metaclass=PyroABCMeta):
+    r"""Abstract family :math:`c \mapsto q_\theta(x \mid c)`.
+
+    A subclass writes ``build(context)`` and returns any torch or Pyro distribution over ``event_shape`` (or over the
+    flat vector of its entries), with ``batch_shape = context.shape[:-1]``. Where ``support`` is given, ``build``
+    returns a distribution over the *unconstrained* event and the base class maps it by ``biject_to(support)``.
+    The base class does the rest of the contract: broadcasting, expanding, scoring of draws, checks, support.
+
+    Args:
+        event_shape: an int (a vector) or a shape; ``()`` for scalars.
+        context_features: length of the context's last dimension; 0 for an unconditional family.
+        support: a constraint for the event, such as ``constraints.positive`` or ``constraints.simplex``;
+            None takes the support of what ``build`` returns.
+
+    Raises:
+        ValueError: for a support that does not fit the event shape, a context of the wrong length, or a ``build``
+            that returns another event shape.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> class Gaussian(DistributionModule):
+        ...     def __init__(self):
+        ...         super().__init__(2, context_features=3)
+        ...         self.net = torch.nn.Linear(3, 2)
+        ...     def build(self, context):
+        ...         return dist.Normal(self.net(context), 1.0).to_event(1)
+        >>> Gaussian()(torch.zeros(5, 3)).sample((4,)).shape
+        torch.Size([4, 5, 2])
+    """
+
+    event_shape: Size
+
+    def __init__(
+        self,
+        event_shape: int | Iterable[int],
+        context_features: int = 0,
+        *,
+        support: constraints.Constraint | None = None,
+    ) -> None:
+        super().__init__()
+        self.event_shape = as_shape(event_shape)
+        self.context_features = int(context_features)
+        self._support = _event_support(type(self).__name__, support, self.event_shape)
+
+    @abstractmethod
+    def build(self, context: Tensor | None) -> Distribution:
+        """The distribution of the (unconstrained) event for a context of shape ``(*batch, context_features)``."""
+
+    def forward(self, context: Tensor | None = None) -> LearnedDistribution:
+        return LearnedDistribution(self, check_context(self, context), _sampled_weights(self))
+
+    @property
+    def unconstrained_shape(self) -> Size:
+        """The event shape before the support's bijection: ``(K - 1,)`` for a simplex of ``K``."""
+        if self._support is None:
+            return self.event_shape
+        return Size(biject_to(self._support).inverse_shape(self.event_shape))
+
+    @property
+    def features(self) -> int:
+        """The number of unconstrained dimensions D."""
+        return self.unconstrained_shape.numel()
+
+    def tensors(self) -> list[Tensor]:
+        """All parameters and buffers; the walk over the module tree, which is slow in torch, is remembered."""
+        if "_flat" not in self.__dict__:
+            self.__dict__["_flat"] = list(self.modules())
+        return [t for m in self._flat for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+
+    def version(self) -> int:
+        """A number that grows with every in-place change of a parameter or buffer."""
+        return sum(t._version for t in self.tensors())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop("_flat", None)
+        super().__setattr__(name, value)
+
+    def checked_build(self, context: Tensor | None) -> Distribution:
+        built = self.build(context)
+        check_built(self, built.event_shape, self.unconstrained_shape)
+        return built
+
+    def bijection(self, built: Distribution) -> Transform | None:
+        """The map from what ``build`` returns to the event, or None where they are the same."""
+        parts: list[Transform] = []
+        if built.event_shape != self.unconstrained_shape:
+            parts.append(ReshapeTransform(built.event_shape, self.unconstrained_shape))
+        if self._support is not None:
+            parts.append(_whole_event(biject_to(self._support), len(self.unconstrained_shape)))
+        return compose(parts)
+
+    def support_of(self, built: Distribution) -> constraints.Constraint:
+        """The support of the event."""
+        if self._support is not None:
+            return self._support
+        try:
+            support = built.support
+        except NotImplementedError:  # zuko's flows do not tell
+            support = built.transform.domain if hasattr(built, "transform") else constraints.real_vector
+        return _flattened(support, len(built.event_shape), len(self.event_shape))
+
+    @contextmanager
+    def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Evaluate with these sampled values in the place of Bayesian weights (see ``_sampled_weights``)."""
+        if not weights:
+            yield
+            return
+        context = self._pyro_context  # type: ignore[attr-defined]
+        with context:
+            context.cache.update(weights)
+            yield
+
+    def __getstate__(self) -> dict[str, Any]:
+        for parameter in self.parameters():  # pyro.module leaves a weak reference that cannot be pickled (pyro#3201)
+            parameter.__dict__.pop("unconstrained", None)
+        return {k: v for k, v in self.__dict__.items() if k != "_flat"}
+
+
+def compose(parts: list[Transform]) -> Transform | None:
+    """One transform out of many; None out of none."""
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else ComposeTransform(parts)
+
+
+def _event_support(name: str, support: constraints.Constraint | None, event_shape: Size) -> Any:
+    """The support as a constraint on the whole event; elementwise constraints are made joint."""
+    if support is None:
+        return None
+    missing = len(event_shape) - support.event_dim
+    if missing < 0:
+        raise ValueError(
+            f"{name}: support {support} is on events of {support.event_dim} dimension(s), but event_shape is "
+            f"{tuple(event_shape)}. Give an event_shape such as {(3,) * support.event_dim}."
+        )
+    try:
+        biject_to(support)
+    except NotImplementedError as error:
+        raise ValueError(f"{name}: torch has no bijection onto {support} (biject_to is not registered).") from error
+    return constraints.independent(support, missing) if missing else support
+
+
+def _whole_event(transform: Transform, event_dim: int) -> Transform:
+    missing = event_dim - transform.domain.event_dim
+    return IndependentTransform(transform, missing) if missing > 0 else transform
+
+
+def _flattened(support: constraints.Constraint, built_dim: int, event_dim: int) -> constraints.Constraint:
+    """The same constraint on an event of another number of dimensions (a flat vector seen as an image, say)."""
+    if built_dim == event_dim:
+        return support
+    base = support
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    return constraints.independent(base, event_dim) if event_dim else base
+
+
+def _sampled_weights(family: DistributionModule) -> dict[str, Tensor]:
+    """Draw every PyroSample weight now, inside the trace; networks that run later reuse the values."""
+    if not isinstance(family, PyroModule):
+        return {}
+    return {
+        m._pyro_get_fullname(name): getattr(m, name)
+        for m in family.modules()
+        if isinstance(m, PyroModule)
+        for name in m._pyro_samples
+    }

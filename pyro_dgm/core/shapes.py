@@ -1,0 +1,92 @@
+"""Batch, event and context shapes: what is checked, and the text of every shape error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import constraints
+
+if TYPE_CHECKING:
+    from pyro_dgm.core.module import DistributionModule
+
+__all__ = ["as_shape", "broadcast_batch", "check_built", "check_context", "check_support", "check_value_shape"]
+
+
+def as_shape(shape: int | Iterable[int]) -> Size:
+    """The event shape of an int (a vector) or of a tuple; ``()`` is a scalar event.
+
+    >>> as_shape(3), as_shape(()), as_shape((28, 28))
+    (torch.Size([3]), torch.Size([]), torch.Size([28, 28]))
+    """
+    size = Size((shape,) if isinstance(shape, int) else tuple(shape))
+    if any(n < 1 for n in size):
+        raise ValueError(f"event_shape must hold positive sizes, got {tuple(size)}.")
+    return size
+
+
+def check_context(family: DistributionModule, context: Tensor | None) -> Tensor | None:
+    """Refuse a context that the family was not built for."""
+    name, expected = type(family).__name__, family.context_features
+    if context is None:
+        if expected:
+            raise ValueError(
+                f"{name}: no context given, expected shape (..., {expected}). Call it as family(context); for an "
+                "unconditional family leave context_features out."
+            )
+        return None
+    if not expected:
+        raise ValueError(
+            f"{name}: got a context of shape {tuple(context.shape)}, but the family is unconditional. Build it with "
+            f"{name}(..., context_features={context.shape[-1] if context.dim() else 1})."
+        )
+    if not context.dim() or context.shape[-1] != expected:
+        got = context.shape[-1] if context.dim() else "no"
+        raise ValueError(
+            f"{name}: context has {got} features, expected {expected} (context shape {tuple(context.shape)}). Build "
+            f"it with {name}(..., context_features={got}) or pass the columns you trained on."
+        )
+    return context
+
+
+def check_built(family: DistributionModule, event_shape: Size, expected: Size) -> None:
+    """Refuse a ``build`` whose event shape is not the declared one (flat or in shape)."""
+    if event_shape not in (expected, Size((expected.numel(),))):
+        raise ValueError(
+            f"{type(family).__name__}.build returned event shape {tuple(event_shape)}, expected {tuple(expected)} "
+            f"(event_shape {tuple(family.event_shape)}). Use .to_event(n) to move batch dimensions into the event."
+        )
+
+
+def check_value_shape(name: str, value: Tensor, event_shape: Size) -> None:
+    """Refuse a value whose rightmost dimensions are not the event."""
+    n = len(event_shape)
+    if value.dim() < n or value.shape[value.dim() - n :] != event_shape:
+        raise ValueError(
+            f"{name}: value has shape {tuple(value.shape)}, expected (..., {', '.join(map(str, event_shape))}): its "
+            f"last {n} dimension(s) must be the event shape {tuple(event_shape)}."
+        )
+
+
+def broadcast_batch(name: str, value_batch: Size, batch_shape: Size) -> Size:
+    """The batch shape of a score: the value's and the distribution's batch shapes, broadcast."""
+    try:
+        return torch.broadcast_shapes(value_batch, batch_shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: the value's batch shape {tuple(value_batch)} does not broadcast with the distribution's batch "
+            f"shape {tuple(batch_shape)}. Add singleton dimensions to the context or to the value."
+        ) from error
+
+
+def check_support(name: str, value: Tensor, support: constraints.Constraint) -> None:
+    """Refuse NaN and values outside the support (only asked while Pyro validates)."""
+    inside = support.check(value)
+    if not inside.all():
+        bad = int((~inside).sum())
+        raise ValueError(
+            f"{name}: {bad} of {inside.numel()} values lie outside the support {support} or are NaN "
+            f"(NaN entries: {int(value.isnan().sum())}). Clean the data, or build the family with support=..."
+        )

@@ -1,0 +1,120 @@
+"""Repairs of upstream libraries, each made once, here, with its cause named.
+
+* ``import zuko`` sets ``Distribution._validate_args = False`` and ``Distribution.arg_constraints = {}`` for every
+  torch distribution of the process. zuko is imported here, both attributes are put back, and zuko's own classes
+  keep for themselves what zuko wanted for all.
+* zuko's lazy modules are abstract base classes, so ``PyroModule[...]`` cannot mix into them (metaclass conflict):
+  their two roots are given a mixin with a combined metaclass, which makes Bayesian flow weights possible.
+* torch has no ``biject_to(lower_cholesky)``.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from abc import ABCMeta
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+from torch.distributions import Distribution, Transform, biject_to, constraints
+
+__all__ = ["PyroABCMeta", "zuko"]
+
+
+@contextmanager
+def _distribution_defaults_kept() -> Iterator[None]:
+    kept = {k: Distribution.__dict__[k] for k in ("_validate_args", "arg_constraints")}
+    try:
+        yield
+    finally:
+        for key, value in kept.items():
+            setattr(Distribution, key, value)
+
+
+def _warn_if_zuko_came_first() -> None:
+    """Say once that an earlier ``import zuko`` has left torch's validation off while Pyro's is on."""
+    if "zuko" in sys.modules and pyro.settings.get("validate_infer") and not Distribution._validate_args:
+        warnings.warn(
+            "zuko was imported before pyro_dgm and switched the validation of all torch distributions off "
+            "(dist.Normal(0., -1.) is accepted). pyro_dgm leaves it as it is; call pyro.enable_validation(True) "
+            "to have it back, or import pyro_dgm before zuko.",
+            stacklevel=2,
+        )
+
+
+_warn_if_zuko_came_first()
+with _distribution_defaults_kept():
+    import zuko
+
+
+def _keep_zuko_defaults_local() -> None:
+    for module in (zuko.distributions, zuko.mixtures):
+        for cls in vars(module).values():
+            if isinstance(cls, type) and issubclass(cls, Distribution) and cls.__module__.startswith("zuko"):
+                cls.arg_constraints, cls._validate_args = {}, False
+
+
+_keep_zuko_defaults_local()
+
+
+class PyroABCMeta(type(PyroModule), ABCMeta):  # type: ignore[misc]
+    """The metaclass of a class that is abstract and can be mixed with :class:`pyro.nn.PyroModule`."""
+
+
+def _register_pyro_mixin(cls: type[torch.nn.Module]) -> None:
+    mixins = type(PyroModule)._pyro_mixin_cache
+    if cls not in mixins:
+        mixins[cls] = PyroABCMeta("Pyro" + cls.__name__, (cls, PyroModule), {"__module__": __name__})
+
+
+for _root in (zuko.lazy.LazyDistribution, zuko.lazy.LazyTransform):
+    _register_pyro_mixin(_root)
+
+
+class VectorToLowerCholesky(Transform):
+    r"""Maps a real vector of length :math:`n(n+1)/2` to a lower-triangular matrix with positive diagonal.
+
+    The vector holds the rows of the lower triangle; the diagonal goes through ``exp``, so the log-determinant is
+    the sum of the diagonal's entries before the map.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.lower_cholesky
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VectorToLowerCholesky)
+
+    def _call(self, x: Tensor) -> Tensor:
+        n = self.forward_shape(x.shape[-1:])[-1]
+        rows, columns = torch.tril_indices(n, n, device=x.device)
+        entries = torch.where(rows == columns, x.exp(), x)
+        y = x.new_zeros((*x.shape[:-1], n, n))
+        y[..., rows, columns] = entries
+        return y
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        rows, columns = torch.tril_indices(*y.shape[-2:], device=y.device)
+        entries = y[..., rows, columns]
+        diagonal = rows == columns
+        return torch.where(diagonal, entries.where(diagonal, torch.ones_like(entries)).log(), entries)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return y.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def forward_shape(self, shape: tuple[int, ...]) -> torch.Size:
+        n = round((8 * shape[-1] + 1) ** 0.5 - 1) // 2
+        return torch.Size((*shape[:-1], n, n))
+
+    def inverse_shape(self, shape: tuple[int, ...]) -> torch.Size:
+        return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
+
+try:
+    biject_to(constraints.lower_cholesky)
+except NotImplementedError:
+    biject_to.register(constraints.lower_cholesky, lambda constraint: VectorToLowerCholesky())

@@ -1,0 +1,6 @@
+"""Is the posterior right? Export to ArviZ, and verdicts."""
+
+from pyro_dgm.diagnostics.khat import KHat, khat
+from pyro_dgm.diagnostics.svi import from_svi
+
+__all__ = ["KHat", "from_svi", "khat"]

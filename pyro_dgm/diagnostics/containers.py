@@ -1,0 +1,130 @@
+"""ArviZ 0.x and 1.x behind one door: the container, its groups, and Pareto smoothing.
+
+The product is a nested dictionary ``{group: {variable: array (chain, draw, ...)}}`` with dims and coords; ArviZ is
+imported only where a container of its own is asked for. The two lines are told apart by version: each accepts the
+other's calls in silence.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+__all__ = ["arviz_major", "build", "group", "group_attrs", "has_group", "psis"]
+
+Groups = dict[str, dict[str, np.ndarray]]
+
+_DATA_GROUPS = ("observed_data", "constant_data", "predictions_constant_data")
+_CLASSIC = ("posterior", "sample_stats", "log_likelihood", "posterior_predictive", "prior", "prior_predictive",
+            "predictions", *_DATA_GROUPS)  # fmt: skip
+
+
+def arviz_major() -> int | None:
+    """0 for ArviZ 0.x, 1 for later lines, None where there is none."""
+    for name in ("arviz", "arviz-base"):
+        try:
+            return min(1, int(version(name).split(".")[0])) if name == "arviz" else 1
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def build(groups: Groups, dims: dict[str, list[str]], coords: dict[str, Any], attrs: dict[str, dict[str, Any]],
+          container: str = "auto") -> Any:  # fmt: skip
+    """An ``InferenceData`` (0.x), a ``DataTree`` (1.x) or, with ``container="dict"``, plain dictionaries.
+
+    Raises:
+        ValueError: for an unknown container, or one that the installed ArviZ does not have.
+    """
+    major = arviz_major()
+    offered = {"dict": True, "auto": True, "inferencedata": major == 0, "datatree": major == 1}
+    if container not in offered or not offered[container]:
+        raise ValueError(f"container={container!r}: expected one of {[k for k, ok in offered.items() if ok]}.")
+    if container == "dict" or major is None:
+        return {"groups": groups, "dims": dims, "coords": coords, "attrs": attrs}
+    return _tree(groups, dims, coords, attrs) if major else _inference_data(groups, dims, coords, attrs)
+
+
+def _inference_data(groups: Groups, dims: Any, coords: Any, attrs: dict[str, dict[str, Any]]) -> Any:
+    import arviz as az
+
+    known = {g: v for g, v in groups.items() if g in _CLASSIC and v}
+    idata = az.from_dict(**known, dims=dims, coords=coords, save_warmup=True, attrs=attrs.get("/", {}))
+    others = {g: az.dict_to_dataset(v, dims=dims, coords=coords) for g, v in groups.items() if g not in _CLASSIC and v}
+    if others:
+        idata.add_groups(others)
+    for name, values in attrs.items():
+        if name != "/" and name in idata.groups():
+            idata[name].attrs.update(values)
+    return idata
+
+
+def _tree(groups: Groups, dims: Any, coords: Any, attrs: dict[str, dict[str, Any]]) -> Any:
+    import arviz_base
+
+    full = {g: v for g, v in groups.items() if v}
+    kept = {g: v for g, v in attrs.items() if g == "/" or g in full}
+    return arviz_base.from_dict(full, dims=dims, pred_dims=dims, coords=coords, sample_dims=["chain", "draw"], attrs=kept)
+
+
+def has_group(container: Any, name: str) -> bool:
+    """Whether the container holds the group."""
+    if isinstance(container, dict):
+        return name in container["groups"]
+    return name in (container.groups() if callable(container.groups) else [g.strip("/") for g in container.groups])
+
+
+def group(container: Any, name: str) -> dict[str, np.ndarray]:
+    """The group's variables as arrays, draws in front.
+
+    Raises:
+        ValueError: if the group is missing.
+    """
+    if not has_group(container, name):
+        raise ValueError(f"The container has no group '{name}'. Make it with pyro_dgm.from_svi(model, guide, ...).")
+    if isinstance(container, dict):
+        return container["groups"][name]
+    data = container[name]
+    return {str(k): np.asarray(data[k].values) for k in data.data_vars}
+
+
+def group_attrs(container: Any, name: str) -> dict[str, Any]:
+    """The attributes of a group."""
+    return container["attrs"].get(name, {}) if isinstance(container, dict) else dict(container[name].attrs)
+
+
+def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
+    r"""Pareto-smoothed log weights (they sum to one) and Pareto k; never NaN.
+
+    Constant weights give k = -inf (an exact guide), weights with NaN or infinity give +inf.
+
+    Raises:
+        ValueError: for fewer than 25 draws.
+    """
+    lw = np.asarray(log_weights, dtype=np.float64).ravel()
+    if len(lw) < 25:
+        raise ValueError(f"Pareto smoothing needs at least 25 draws, got {len(lw)}.")
+    if not np.isfinite(lw).all():
+        return lw - _logsumexp(lw[np.isfinite(lw)]), np.inf
+    if np.ptp(lw) < 1e-6:
+        return np.full_like(lw, -np.log(len(lw))), -np.inf
+    smoothed, k = _smooth(lw - lw.max())
+    return smoothed - _logsumexp(smoothed), float(k) if np.isfinite(k) else np.inf
+
+
+def _smooth(lw: np.ndarray) -> tuple[np.ndarray, float]:
+    if arviz_major() == 0:
+        import arviz as az
+
+        smoothed, k = az.psislw(lw)
+        return np.asarray(smoothed), float(k)
+    from arviz_stats.base import array_stats  # takes log-likelihoods: minus the log weights
+
+    smoothed, k = array_stats.psislw(-lw)
+    return np.asarray(smoothed), float(k)
+
+
+def _logsumexp(x: np.ndarray) -> float:
+    return float(np.logaddexp.reduce(x)) if len(x) else 0.0

@@ -1,0 +1,196 @@
+"""``from_svi``: a variational posterior as an ArviZ container, with what is needed to judge and correct it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta
+
+from pyro_dgm.core.sites import latent_sites, plate_frames
+from pyro_dgm.diagnostics.containers import build
+from pyro_dgm.diagnostics.draws import Model, Program
+from pyro_dgm.diagnostics.khat import judge
+
+__all__ = ["from_svi"]
+
+_RESERVED = ("chain", "draw")
+
+
+def from_svi(
+    model: Model,
+    guide: Model,
+    *args: Any,
+    num_samples: int = 1000,
+    model_kwargs: dict[str, Any] | None = None,
+    log_likelihood: bool = True,
+    posterior_predictive: bool = True,
+    prior: int = 500,
+    coords: dict[str, Any] | None = None,
+    dims: dict[str, list[str]] | None = None,
+    parallel: bool | str = "auto",
+    seed: int | None = None,
+    container: str = "auto",
+) -> Any:
+    r"""Draw from a guide and collect everything ArviZ reads, draw by draw in pairs.
+
+    Groups: ``posterior`` (latents and deterministic sites), ``sample_stats`` (``lp`` = :math:`\log p(x, \theta)`,
+    ``log_q``, ``log_weight`` = lp - log_q, in nats, summed in float64), ``log_likelihood`` (per datum),
+    ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``. Dimensions take the names of the
+    plates; ``infer={"event_dims": [...]}`` names a site's event dimensions. One chain of ``num_samples`` draws (R-hat
+    needs two: it is NaN). The attributes of ``sample_stats`` hold k-hat, ELBO, evidence and their errors.
+
+    Args:
+        model, guide: Pyro programs.
+        args, model_kwargs: their arguments, data included.
+        num_samples: posterior draws.
+        log_likelihood: whether to store it; it is ``num_samples`` times the number of data.
+        posterior_predictive: whether to draw new data for every posterior draw.
+        prior: number of prior and prior-predictive draws; 0 for none.
+        coords: labels of dimensions (``{"school": names}``).
+        dims: dimension names by variable, instead of the plates'.
+        parallel: run all draws at once (True), one by one (False), or as a check allows ("auto").
+        seed: makes the draws reproducible, and leaves the global random state as it was.
+        container: "auto" (what the installed ArviZ uses), "inferencedata", "datatree" or "dict" (needs no ArviZ).
+
+    Raises:
+        ValueError: for subsampled plates, point-estimate guides, and latents of the model that the guide lacks.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
+        >>> def model(x=None):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("item", 8):
+        ...         pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+        >>> guide = dgm.AutoFlow(model)
+        >>> idata = dgm.from_svi(model, guide, torch.zeros(8), num_samples=50, prior=20, seed=0)
+        >>> idata["log_likelihood"]["x"].dims
+        ('chain', 'draw', 'item')
+    """
+    _refuse_point_estimates(guide)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None), pyro.get_param_store().scope(_store_state()):
+        if seed is not None:
+            torch.manual_seed(seed)
+        guide(*args, **(model_kwargs or {}))  # lazy guides find their structure
+        program = Program(model, guide, args, model_kwargs or {}, parallel)
+        _refuse_missing_latents(program)
+        groups = _posterior_groups(program, num_samples, log_likelihood, posterior_predictive)
+        groups |= _prior_groups(program, prior)
+    groups["observed_data"] = _observed(program)
+    return _contained(program, groups, dims, coords, guide, container)
+
+
+def _store_state() -> Any:
+    """A copy of the param store, so that reading a guide leaves the user's store as it was."""
+    state = pyro.get_param_store().get_state()
+    return {k: dict(v) for k, v in state.items()}
+
+
+def _posterior_groups(program: Program, n: int, log_likelihood: bool, predictive: bool) -> dict[str, Any]:
+    guide_traces = program.guide_traces(n)
+    traces = program.replayed(guide_traces, n)
+    lp, log_q = program.log_prob(traces, n), program.log_prob(guide_traces, n)
+    names = program.sites("latent") + program.sites("deterministic")
+    groups = {
+        "posterior": {k: program.stack(traces, k, n) for k in names},
+        "sample_stats": {"lp": lp, "log_q": log_q, "log_weight": lp - log_q},
+    }
+    if log_likelihood:
+        groups["log_likelihood"] = {k: _pointwise(program, traces, k, n) for k in program.sites("observed")}
+    if predictive:
+        redrawn = program.replayed(guide_traces, n, redraw=True)
+        groups["posterior_predictive"] = {k: program.stack(redrawn, k, n) for k in program.sites("observed")}
+    return groups
+
+
+def _pointwise(program: Program, traces: list[poutine.Trace], name: str, n: int) -> np.ndarray:
+    """Log-likelihood per datum; masked data are dropped, since they were not seen."""
+    values = program.stack(traces, name, n, key="log_prob").astype(np.float64)
+    mask = program.prototype.nodes[name]["mask"]
+    if not isinstance(mask, torch.Tensor) or bool(mask.all()):
+        return values
+    kept = np.broadcast_to(mask.cpu().numpy(), values.shape[1:])
+    return values[:, kept]
+
+
+def _prior_groups(program: Program, n: int) -> dict[str, Any]:
+    if not n:
+        return {}
+    try:
+        traces = program.forward(n)
+    except NotImplementedError as error:
+        warnings.warn(f"from_svi: no prior draws, since a site cannot be sampled ({error}).", stacklevel=3)
+        return {}
+    names = program.sites("latent") + program.sites("deterministic")
+    return {
+        "prior": {k: program.stack(traces, k, n) for k in names},
+        "prior_predictive": {k: program.stack(traces, k, n) for k in program.sites("observed")},
+    }
+
+
+def _observed(program: Program) -> dict[str, np.ndarray]:
+    nodes = program.prototype.nodes
+    shapes = {k: program._site_shape(k, "value") for k in program.sites("observed")}
+    return {k: nodes[k]["value"].detach().reshape(shape).cpu().numpy() for k, shape in shapes.items()}
+
+
+def _contained(program: Program, groups: dict[str, Any], dims: Any, coords: Any, guide: Any, container: str) -> Any:
+    named = _dims(program, groups) | (dims or {})
+    attrs = {"/": {"inference_library": "pyro", "inference_library_version": pyro.__version__,
+                   "inference_method": "svi", "creation_library": "pyro_dgm"},
+             "sample_stats": {"guide": type(guide).__name__, **judge(groups["sample_stats"]["log_weight"]).attrs()}}  # fmt: skip
+    renamed = {g: {_safe(k): v for k, v in group.items()} for g, group in groups.items()}
+    with_chain = {g: v if g == "observed_data" else {k: a[None] for k, a in v.items()} for g, v in renamed.items()}
+    return build(with_chain, {_safe(k): v for k, v in named.items()}, coords or {}, attrs, container)
+
+
+def _dims(program: Program, groups: dict[str, Any]) -> dict[str, list[str]]:
+    """Dimension names of all sites: plates, then ``event_dims``, then ArviZ's own numbering."""
+    named = {}
+    for name in {k for g in groups.values() for k in g} & set(program.prototype.nodes):
+        site = program.prototype.nodes[name]
+        plates = [] if site["fn"] is None else [_safe(f.name) for f in plate_frames(site)]
+        batch = len(program._site_shape(name, "log_prob"))
+        event = list(site["infer"].get("event_dims", []))
+        if len(plates) == batch and not site["infer"].get("_deterministic"):
+            named[name] = plates + (event or [f"{name}_dim_{i}" for i in range(site["fn"].event_dim)])
+        elif site["infer"].get("_deterministic"):
+            named[name] = _deterministic_dims(name, site, plates, event)
+    return named
+
+
+def _deterministic_dims(name: str, site: Any, plates: list[str], event: list[str]) -> list[str]:
+    sizes = [f.size for f in plate_frames(site)]
+    if list(site["value"].shape[: len(sizes)]) != sizes:
+        plates = []
+    rest = site["value"].dim() - len(plates)
+    return plates + (event if len(event) == rest else [f"{name}_dim_{i}" for i in range(rest)])
+
+
+def _safe(name: str) -> str:
+    """ArviZ loses a variable or dimension named ``chain`` or ``draw``."""
+    if name not in _RESERVED:
+        return name
+    warnings.warn(f"from_svi: '{name}' is a dimension of ArviZ; it is stored as '{name}_'.", stacklevel=5)
+    return f"{name}_"
+
+
+def _refuse_point_estimates(guide: Any) -> None:
+    if isinstance(guide, AutoDelta):
+        raise ValueError("from_svi: AutoDelta is a point estimate, not a posterior: it has no density and no weights.")
+
+
+def _refuse_missing_latents(program: Program) -> None:
+    drawn = program._trace(program.guide)
+    missing = [n for n, _ in latent_sites(program.prototype) if n not in drawn.nodes]
+    if missing:
+        raise ValueError(
+            f"from_svi: latent sites {missing} of the model are not in the guide, so they would be drawn from the prior. "
+            "Add them to the guide; sites that were enumerated in training must be marginalised first."
+        )
+
+

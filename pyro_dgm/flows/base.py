@@ -1,0 +1,110 @@
+r"""Normalizing flows: :math:`x = T(u),\ u = f_\theta(z; c),\ z \sim p(z)` (Ruthotto & Haber 2021, section 3.1).
+
+zuko makes the flows; this folder gives them Pyro's manners: supports, events of any shape, standardisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution, Transform, constraints
+
+from pyro_dgm.core import DistributionModule, Standardize, compose, zuko
+
+__all__ = ["NormalizingFlow", "directed"]
+
+Direction = Literal["density", "sampling"]
+
+
+class NormalizingFlow(DistributionModule):
+    """A family around a lazy zuko flow over the flat, unconstrained event.
+
+    Args:
+        event_shape: an int or a shape.
+        context_features: length of the context.
+        support: constraint of the event; None for the flow's own domain.
+    """
+
+    flow: zuko.lazy.LazyDistribution
+
+    def __init__(
+        self,
+        event_shape: int | Iterable[int],
+        context_features: int = 0,
+        *,
+        support: constraints.Constraint | None = None,
+    ) -> None:
+        super().__init__(event_shape, context_features, support=support)
+        self.standard = Standardize(self.features)
+
+    def build(self, context: Tensor | None) -> Distribution:
+        return self.flow(context)
+
+    def bijection(self, built: Distribution) -> Transform:
+        rest = super().bijection(built)
+        return compose([self.standard.transform()] + ([] if rest is None else [rest]))
+
+    @torch.no_grad()
+    def standardize(self, x: Tensor) -> NormalizingFlow:
+        """Fix the flow's units to the data ``x``, shape ``(N, *event_shape)``: mean 0 and sd 1 before the flow.
+
+        Returns the flow itself. Do it once, before training; it is part of the ``state_dict``.
+        """
+        self.standard.loc.zero_(), self.standard.scale.fill_(1.0)
+        to_event = self.bijection(self.flow(None if not self.context_features else x.new_zeros(self.context_features)))
+        self.standard.fit(to_event.inv(x).reshape(-1, self.features))
+        return self
+
+    @torch.no_grad()
+    def start_at_identity(self) -> NormalizingFlow:
+        """Zero the last layer of every hyper-network: affine and spline flows become the identity, q = p(z)."""
+        for module in self.flow.modules():
+            for hyper in [m for n, m in module.named_children() if n in ("hyper", "ode")]:
+                for last in _last_layers(hyper):
+                    for parameter in last.parameters():
+                        parameter.zero_()
+            if isinstance(module, zuko.flows.gaussianization.ElementWiseTransform) and hasattr(module, "phi"):
+                for phi in module.phi:
+                    phi.zero_()
+        return self
+
+
+def _last_layers(hyper: nn.Module) -> list[nn.Module]:
+    """The layers whose outputs are summed into the hyper-network's output."""
+    branches = [hyper] if isinstance(hyper, nn.Sequential) else list(hyper.children())
+    return [[m for m in b.modules() if isinstance(m, nn.Linear | zuko.nn.Linear)][-1] for b in branches]
+
+
+def directed(flow: zuko.lazy.Flow, fast: Direction) -> zuko.lazy.Flow:
+    """The same flow, or its transform inverted so that sampling, not scoring, takes the single pass."""
+    if fast not in ("density", "sampling"):
+        raise ValueError(f"fast={fast!r}: expected 'density' (scoring in one pass) or 'sampling' (drawing in one pass).")
+    return flow if fast == "density" else zuko.lazy.Flow(flow.transform.inv, flow.base)
+
+
+def features_of(flow: zuko.lazy.LazyDistribution) -> tuple[Size, int]:
+    """Event shape and number of context features of any zuko flow, found by asking it."""
+    for context_features in [0, *range(1, 1 + _widest_input(flow))]:
+        shape = _event_shape(flow, context_features)
+        if shape is not None:
+            return shape, context_features
+    raise ValueError(f"ZukoFlow: could not find the features of {type(flow).__name__}; is it a lazy zuko flow?")
+
+
+def _widest_input(flow: nn.Module) -> int:
+    linear = (nn.Linear, zuko.nn.Linear)
+    return max((m.in_features for m in flow.modules() if isinstance(m, linear)), default=0)
+
+
+@torch.no_grad()
+def _event_shape(flow: zuko.lazy.LazyDistribution, context_features: int) -> Size | None:
+    tensor = next(iter([*flow.parameters(), *flow.buffers()]))
+    try:
+        built = flow(tensor.new_zeros(context_features) if context_features else None)
+        built.log_prob(tensor.new_zeros(built.event_shape))
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+    return built.event_shape

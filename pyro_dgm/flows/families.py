@@ -1,0 +1,147 @@
+"""The named flows: affine couplings (RealNVP), affine autoregression (MAF), autoregressive splines (NSF)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torch.distributions import constraints
+
+from pyro_dgm.core import zuko
+from pyro_dgm.flows.base import Direction, NormalizingFlow, directed
+
+__all__ = ["MAF", "NSF", "RealNVP"]
+
+
+class RealNVP(NormalizingFlow):
+    r"""Affine coupling flow: :math:`x_b = e^{a(x_a, c)} z_b + b(x_a, c)`, alternating which half is kept.
+
+    Sampling and scoring each cost one pass per layer, at any D. A layer leaves half of the coordinates alone, so use
+    at least four. In one dimension there is nothing to couple: it is then a Gaussian (with a context, a conditional
+    one); use :class:`NSF`.
+
+    Args:
+        event_shape: an int (a vector) or a shape.
+        context_features: length of the context's last dimension.
+        support: constraint of the event, through ``biject_to``.
+        fast: accepted for symmetry; couplings are equally fast in both directions.
+        transforms: number of coupling layers.
+        hidden_features: widths of the hidden layers of each conditioner.
+        activation: of the conditioners; smooth by default.
+
+    References:
+        | Dinh, Sohl-Dickstein & Bengio (2017), "Density estimation using Real NVP", arXiv 1605.08803, eqs. 7-8.
+
+    Example:
+        >>> import torch, pyro_dgm as dgm
+        >>> flow = dgm.RealNVP(4)
+        >>> flow().log_prob(torch.zeros(3, 4)).shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Iterable[int],
+        context_features: int = 0,
+        *,
+        support: constraints.Constraint | None = None,
+        fast: Direction = "density",
+        transforms: int = 6,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: type[nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__(event_shape, context_features, support=support)
+        flow = zuko.flows.RealNVP(
+            self.features, context_features, transforms, hidden_features=hidden_features, activation=activation
+        )
+        self.flow = directed(flow, fast)
+
+
+class MAF(NormalizingFlow):
+    r"""Affine autoregressive flow: :math:`z_i = e^{a(x_{<i}, c)} x_i + b(x_{<i}, c)`.
+
+    ``fast="density"`` scores in one pass and draws in D; ``fast="sampling"`` (inverse autoregressive) draws, with the
+    density of the draw, in one pass and scores other points in D. Use the first for likelihoods, the second for guides.
+
+    Args:
+        event_shape: an int (a vector) or a shape.
+        context_features: length of the context's last dimension.
+        support: constraint of the event, through ``biject_to``.
+        fast: which direction takes one pass.
+        transforms: number of layers; the order of the features is reversed between them.
+        hidden_features: widths of the hidden layers of each conditioner.
+        activation: of the conditioners; smooth by default.
+
+    References:
+        | Papamakarios, Pavlakou & Murray (2017), "Masked autoregressive flow", arXiv 1705.07057.
+        | Kingma et al. (2016), "Inverse autoregressive flow", arXiv 1606.04934.
+
+    Example:
+        >>> import torch, pyro_dgm as dgm
+        >>> q = dgm.MAF(3, context_features=2, fast="sampling")(torch.zeros(5, 2))
+        >>> q.rsample().shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Iterable[int],
+        context_features: int = 0,
+        *,
+        support: constraints.Constraint | None = None,
+        fast: Direction = "density",
+        transforms: int = 3,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: type[nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__(event_shape, context_features, support=support)
+        flow = zuko.flows.MAF(
+            self.features, context_features, transforms, hidden_features=hidden_features, activation=activation
+        )
+        self.flow = directed(flow, fast)
+
+
+class NSF(NormalizingFlow):
+    r"""Autoregressive flow of monotonic rational-quadratic splines with ``bins`` pieces per dimension.
+
+    The most expressive per layer, and the dearest. Outside ``[-5, 5]`` in the flow's units a spline is the identity:
+    standardise the data first (:meth:`standardize`), and do not use it for heavy tails.
+
+    Args:
+        event_shape: an int (a vector) or a shape.
+        context_features: length of the context's last dimension.
+        support: constraint of the event, through ``biject_to``.
+        fast: which direction takes one pass; see :class:`MAF`.
+        transforms: number of layers.
+        bins: number of spline pieces.
+        hidden_features: widths of the hidden layers of each conditioner.
+        activation: of the conditioners; smooth by default.
+
+    References:
+        | Durkan et al. (2019), "Neural spline flows", arXiv 1906.04032.
+
+    Example:
+        >>> import torch, pyro_dgm as dgm
+        >>> flow = dgm.NSF(2, support=torch.distributions.constraints.positive)
+        >>> bool((flow().sample((100,)) > 0).all())
+        True
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Iterable[int],
+        context_features: int = 0,
+        *,
+        support: constraints.Constraint | None = None,
+        fast: Direction = "density",
+        transforms: int = 3,
+        bins: int = 8,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: type[nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__(event_shape, context_features, support=support)
+        flow = zuko.flows.NSF(
+            self.features, context_features, bins, transforms=transforms, hidden_features=hidden_features,
+            activation=activation,
+        )  # fmt: skip
+        self.flow = directed(flow, fast)

@@ -1,0 +1,5 @@
+"""Posteriors for any Pyro model."""
+
+from pyro_dgm.guides.autoflow import AutoFlow
+
+__all__ = ["AutoFlow"]

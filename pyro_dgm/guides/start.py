@@ -1,0 +1,200 @@
+r"""Where a posterior starts: Gaussians by natural-gradient variational inference, many at once, best by ELBO.
+
+A Gaussian :math:`N(m, LL^\top)` follows the natural gradient of its ELBO, in whitened coordinates: with
+:math:`z = m + Le,\ e \sim N(0, I)` and :math:`g = \nabla\log p(z)`, the residual :math:`r = L^\top g + e` vanishes where
+:math:`q = p`. Its mean moves the centre and :math:`S = -E[r e^\top]` is what the precision :math:`I` lacks. The path is
+the same in any affine coordinates, so scales from 1e-3 to 1e4 need no tuning. A mode (Laplace, Pathfinder) is no start
+for a hierarchy: its density may be infinite where the mass is not.
+
+References:
+    | Khan & Rue (2023), "The Bayesian learning rule", arXiv 2107.04562, section 4.
+    | Opper & Archambeau (2009), "The variational Gaussian approximation revisited", eqs. 5-6.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_dgm.core.sites import latent_sites
+from pyro_dgm.guides.log_joint import LogJoint
+
+__all__ = ["Gaussians", "find_start"]
+
+
+@dataclass
+class Gaussians:
+    """C Gaussians: ``loc (C, D)``, ``scale_tril (C, D, D)``, their ELBOs ``(C,)`` in nats and the names of their origins."""
+
+    loc: Tensor
+    scale_tril: Tensor
+    elbo: Tensor
+    names: list[str]
+
+    def pick(self, index: Tensor) -> Gaussians:
+        names = [self.names[i] for i in index.tolist()]
+        return Gaussians(self.loc[index], self.scale_tril[index], self.elbo[index], names)
+
+    def best(self, count: int) -> Gaussians:
+        """The best by ELBO, those that are distinct first."""
+        order, distinct = self.elbo.argsort(descending=True), []
+        for i in order.tolist():
+            if all(_distance(self, i, j) > 1.0 for j in distinct):
+                distinct.append(i)
+        rest = [i for i in order.tolist() if i not in distinct]
+        return self.pick(torch.tensor((distinct + rest)[:count]))
+
+
+def _distance(q: Gaussians, i: int, j: int) -> float:
+    """Mahalanobis distance of two centres, the smaller of both metrics, per root of the dimension beyond four."""
+    step = q.loc[i] - q.loc[j]
+    both = [torch.linalg.solve_triangular(q.scale_tril[k], step[:, None], upper=False).norm() for k in (i, j)]
+    return float(min(both)) / max(1.0, math.sqrt(q.loc.shape[-1] / 4))
+
+
+def find_start(log_joint: LogJoint) -> Gaussians:
+    """The best Gaussians found from eight starts, best first.
+
+    Raises:
+        ValueError: if the log joint is not finite anywhere that was looked.
+    """
+    budget = (100, 16) if log_joint.vectorized else (30, 4)
+    q = _starts(log_joint)
+    q = _natural_gradient(log_joint, q, steps=budget[0], draws=budget[1], rate=(0.3, 0.1), temper="tempered")
+    q = _natural_gradient(log_joint, q.best(3), steps=budget[0], draws=2 * budget[1], rate=(0.1, 0.03))
+    q = _natural_gradient(log_joint, q.best(1), steps=budget[0] // 2, draws=8 * budget[1], rate=(0.03, 0.02))
+    if not q.elbo.isfinite().any():
+        raise ValueError(
+            "AutoFlow: the model's log density is not finite at any of the starting points (prior draws, prior median, "
+            "0, optimised points). Usual causes: NaN or infinity in the data, data outside the likelihood's support, "
+            "or a prior far from anything plausible."
+        )
+    return q.best(len(q.names))
+
+
+def _starts(log_joint: LogJoint) -> Gaussians:
+    u = prior_draws(log_joint, 256 if log_joint.vectorized else 32)
+    density = log_joint(u).detach()
+    top = u[density.argsort(descending=True)[:2]]
+    median, spread = u.median(0).values, (u.quantile(0.84, 0) - u.quantile(0.16, 0)).div(2).clamp(1e-3, 1e3)
+    ones, zero = torch.ones_like(median), torch.zeros_like(median)
+    starts = {
+        "prior": (median, spread),
+        "tempered": (median, spread),
+        "zero": (zero, 0.3 * ones),
+        "prior draw 1": (top[0], 0.1 * spread),
+        "prior draw 2": (top[-1], 0.1 * spread),
+        "optimised from prior": (_climb(log_joint, top[0]), 0.1 * ones),
+        "optimised from zero": (_climb(log_joint, zero), 0.1 * ones),
+        "prior median": (median, 0.1 * spread),
+    }
+    loc, scale = (torch.stack(column) for column in zip(*starts.values(), strict=True))
+    return Gaussians(loc, torch.diag_embed(scale), loc.new_full((len(loc),), -torch.inf), list(starts))
+
+
+@torch.no_grad()
+def prior_draws(log_joint: LogJoint, n: int) -> Tensor:
+    """Unconstrained prior draws, shape ``(n, D)``; sites without a sampler draw standard normals."""
+    guide, rows = log_joint.guide, []
+    with pyro.validation_enabled(False), poutine.block(), _AnySite():
+        if log_joint.vectorized:
+            model = pyro.plate("_draws", n, dim=-log_joint.nesting - 1)(log_joint.model)
+            return _packed(poutine.trace(model).get_trace(*log_joint.args, **log_joint.kwargs), guide, n)
+        for _ in range(n):
+            trace = poutine.trace(log_joint.model).get_trace(*log_joint.args, **log_joint.kwargs)
+            rows.append(_packed(trace, guide, 1))
+    return torch.cat(rows)
+
+
+def _packed(trace: poutine.Trace, guide: Any, n: int) -> Tensor:
+    sites = [(s["value"], biject_to(s["fn"].support)) for k, s in latent_sites(trace) if k in guide.prototype_trace]
+    u = torch.cat([to_support.inv(value).reshape(n, -1) for value, to_support in sites], -1)
+    return u.nan_to_num(0.0, 1e3, -1e3)
+
+
+class _AnySite(poutine.messenger.Messenger):
+    """Lets latent sites without a sampler (ImproperUniform) draw standard normals in unconstrained space."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["value"] is None and type(msg["fn"]).__name__ == "ImproperUniform":
+            to_support = biject_to(msg["fn"].support)
+            msg["value"] = to_support(torch.randn(to_support.inverse_shape(msg["fn"].shape())))
+
+
+def _climb(log_joint: LogJoint, start: Tensor, iterations: int = 200) -> Tensor:
+    """The end of an L-BFGS path; the start where that path is lost."""
+    u = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([u], max_iter=iterations, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        value, grad = log_joint.value_and_grad(u[None])
+        u.grad = -grad[0]
+        return -value[0]
+
+    if torch.isfinite(log_joint(start[None]).detach()).all():
+        optimizer.step(closure)
+    end = u.detach()
+    return end if end.isfinite().all() and end.abs().max() < 1e8 else start
+
+
+@torch.no_grad()
+def _natural_gradient(
+    log_joint: LogJoint, q: Gaussians, *, steps: int, draws: int, rate: tuple[float, float], temper: str = ""
+) -> Gaussians:
+    """Step all Gaussians together; the rate stays for 30 % of the steps, then decays geometrically."""
+    m, L = q.loc.clone(), q.scale_tril.clone()
+    tempered = torch.tensor([name == temper for name in q.names])
+    for i in range(steps):
+        progress = i / steps
+        rho = rate[0] * (rate[1] / rate[0]) ** max(0.0, (progress - 0.3) / 0.7)
+        beta = torch.where(tempered, min(1.0, 0.01 + 2.0 * progress), 1.0).to(m)
+        m, L = _step(m, L, *_residuals(log_joint, m, L, draws, beta), rho)
+    return Gaussians(m, L, _elbo(log_joint, m, L), q.names)
+
+
+def _antithetic(m: Tensor, draws: int) -> Tensor:
+    e = torch.randn(len(m), draws // 2, m.shape[-1]).to(m)
+    return torch.cat([e, -e], 1)
+
+
+def _residuals(log_joint: LogJoint, m: Tensor, L: Tensor, draws: int, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Base draws and whitened residuals, both ``(C, S, D)``; draws outside the support pull inwards."""
+    e = _antithetic(m, draws)
+    z = m[:, None] + e @ L.mT
+    value, grad = log_joint.value_and_grad(z.reshape(-1, m.shape[-1]))
+    r = beta[:, None, None] * (grad.reshape(z.shape) @ L) + e
+    bound = 10.0 * math.sqrt(m.shape[-1])
+    r = r * (bound / r.norm(dim=-1, keepdim=True).clamp_min(bound))
+    inside = value.isfinite().reshape(*z.shape[:2], 1) & r.isfinite().all(-1, keepdim=True)
+    return e, torch.where(inside, r, -e)
+
+
+def _step(m: Tensor, L: Tensor, e: Tensor, r: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+    """One natural-gradient step with a trust region on the precision and on the centre."""
+    outer = r.mT @ e / e.shape[1]
+    values, vectors = torch.linalg.eigh(-0.5 * (outer + outer.mT))
+    precision = 1.0 + (rho * values).clamp(-0.6, 2.0)
+    move = vectors @ ((vectors.mT @ r.mean(1, keepdim=True).mT * rho) / precision[..., None])
+    move = move * (2.0 / move.norm(dim=1, keepdim=True).clamp_min(2.0))
+    root = L @ (vectors * precision.rsqrt()[:, None]) @ vectors.mT
+    return m + (L @ move)[..., 0], _lower(root)
+
+
+def _lower(root: Tensor) -> Tensor:
+    """The lower-triangular factor with positive diagonal of ``root root^T``."""
+    R = torch.linalg.qr(root.mT).R.mT
+    return R * R.diagonal(dim1=-2, dim2=-1).sign()[:, None]
+
+
+def _elbo(log_joint: LogJoint, m: Tensor, L: Tensor, draws: int = 128) -> Tensor:
+    e = _antithetic(m, draws if log_joint.vectorized else 16)
+    value = log_joint((m[:, None] + e @ L.mT).reshape(-1, m.shape[-1])).reshape(e.shape[:2])
+    entropy = L.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1) + 0.5 * m.shape[-1] * math.log(2 * math.pi * math.e)
+    return (value.mean(1) + entropy).nan_to_num(-torch.inf)

@@ -1,0 +1,97 @@
+"""Data in, batches out: whole, in shuffled minibatches, or from a DataLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+__all__ = ["Batches", "held_out_split"]
+
+
+class Batches:
+    """Endless batches of ``data``; ``epoch`` is the number of batches in one pass, None for whole data.
+
+    Args:
+        data: a tensor, a tuple of an objective's arguments, or a DataLoader.
+        batch_size: rows per batch; None passes everything each time.
+    """
+
+    def __init__(self, data: Any, batch_size: int | None) -> None:
+        self.loader = data if isinstance(data, DataLoader) else None
+        self.args = () if self.loader else _as_args(data)
+        self.rows = None if self.loader or batch_size is None else _rows(self.args)
+        self.batch_size = batch_size
+        if self.rows is not None:
+            _refuse_non_finite(self.args)
+        self.epoch = self._epoch()
+
+    def _epoch(self) -> int | None:
+        if self.loader is not None:
+            return len(self.loader)
+        return None if self.rows is None else -(-self.rows // self.batch_size)
+
+    def example(self) -> tuple[Any, ...]:
+        """Arguments for a first run: everything, or one batch."""
+        if self.loader is not None:
+            return _as_args(next(iter(self.loader)))
+        return self.args if self.rows is None else self._take(torch.arange(min(self.batch_size, self.rows)))
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        while True:
+            yield from self._one_pass()
+
+    def _one_pass(self) -> Iterable[tuple[Any, ...]]:
+        if self.loader is not None:
+            return (_as_args(batch) for batch in self.loader)
+        if self.rows is None:
+            return [self.args]
+        return (self._take(index) for index in torch.randperm(self.rows).split(self.batch_size))
+
+    def _take(self, index: Tensor) -> tuple[Any, ...]:
+        return tuple(a[index.to(a.device)] if isinstance(a, Tensor) else a for a in self.args)
+
+
+def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Split the rows of all tensors into training and held-out data, at random."""
+    args = _as_args(data)
+    rows = _rows(args)
+    held = max(1, round(fraction * rows))
+    if not 0.0 < fraction < 1.0 or held >= rows:
+        raise ValueError(f"fit: validation={fraction} of {rows} rows; expected a fraction that leaves rows on both sides.")
+    order = torch.randperm(rows)
+    part = lambda index: tuple(a[index.to(a.device)] if isinstance(a, Tensor) else a for a in args)  # noqa: E731
+    return part(order[held:]), part(order[:held])
+
+
+def _as_args(data: Any) -> tuple[Any, ...]:
+    return tuple(data) if isinstance(data, tuple | list) else (data,)
+
+
+def _rows(args: tuple[Any, ...]) -> int:
+    sizes = {a.shape[0] for a in args if isinstance(a, Tensor) and a.dim()}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"fit: minibatches need tensors with one common first dimension, got {sorted(sizes) or 'no tensors'}. "
+            "Pass tensors of equal length, a DataLoader, or leave batch_size out."
+        )
+    return sizes.pop()
+
+
+def _refuse_non_finite(args: tuple[Any, ...]) -> None:
+    report = non_finite(args)
+    if report:
+        raise ValueError(f"fit: {report}. Clean the data, or model what is missing with a mask.")
+
+
+def non_finite(args: tuple[Any, ...]) -> str:
+    """Which tensors among the arguments hold NaN or infinity; empty where none does."""
+    bad = [
+        f"argument {i} (shape {tuple(a.shape)}) holds {int((~a.isfinite()).sum())} NaN or infinite entries"
+        for i, a in enumerate(args)
+        if isinstance(a, Tensor) and a.is_floating_point() and not a.isfinite().all()
+    ]
+    return "; ".join(bad)

@@ -1,0 +1,69 @@
+"""The record of a fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["History"]
+
+
+@dataclass
+class History:
+    """Losses and learning rates of every step, held-out losses, and why the fit ended.
+
+    Attributes:
+        loss: training loss of each step (nats, for an ELBO: minus the bound of that step's particles).
+        learning_rate: rate of each step.
+        validation: ``(step, loss)`` pairs on held-out data.
+        skipped: steps that were left out because the loss or a gradient was not finite.
+        best_step: the step whose parameters were kept.
+        best_loss: the smoothed (or held-out) loss there.
+        stopped: why the fit ended.
+        seconds: time in the loop.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    best_step: int = 0
+    best_loss: float = float("inf")
+    stopped: str = ""
+    seconds: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Number of steps taken."""
+        return len(self.loss)
+
+    def __repr__(self) -> str:
+        return (
+            f"History(steps={self.steps}, best_loss={self.best_loss:.4g} at step {self.best_step}, "
+            f"skipped={len(self.skipped)}, seconds={self.seconds:.1f}, stopped={self.stopped!r})"
+        )
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the loss over the steps (needs matplotlib); returns the axes."""
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots(figsize=(6, 3.5), layout="constrained")[1] if ax is None else ax
+        ax.plot(range(1, self.steps + 1), self.loss, lw=0.5, alpha=0.5, label="loss of a step")
+        ax.plot(range(1, self.steps + 1), _smooth(self.loss), label="mean of 50 steps")
+        if self.validation:
+            ax.plot(*zip(*self.validation, strict=True), "o-", ms=3, label="held out")
+        ax.axvline(self.best_step, color="0.7", ls=":", label="kept")
+        tail = sorted(_smooth(self.loss)[self.steps // 10 :])
+        if tail and tail[-1] > tail[0]:
+            ax.set_ylim(tail[0] - 0.1 * (tail[-1] - tail[0]), tail[-1] + 0.5 * (tail[-1] - tail[0]))
+        ax.set(xlabel="step", ylabel="loss (nats)")
+        ax.legend(frameon=False)
+        return ax
+
+
+def _smooth(loss: list[float], width: int = 50) -> list[float]:
+    means, total = [], 0.0
+    for i, value in enumerate(loss):
+        total += value - (loss[i - width] if i >= width else 0.0)
+        means.append(total / min(i + 1, width))
+    return means
