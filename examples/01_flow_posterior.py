@@ -50,7 +50,7 @@ def stack_loss(x, loss=None):
 
 
 def by_nuts(model, data, draws):
-    mcmc = MCMC(NUTS(model), num_samples=draws, warmup_steps=draws // 2, num_chains=2, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples=draws, warmup_steps=draws // 4, num_chains=2, disable_progbar=True)
     mcmc.run(*data)
     return mcmc.get_samples()
 
@@ -89,7 +89,7 @@ def main(smoke, out):
         dgm.fit(dgm.STL_ELBO()(model, guide), data, max_steps=20 if smoke else None)
         idata = dgm.from_svi(model, guide, *data, num_samples=200 if smoke else 4000)
         print(f"\n{title}\n", az.summary(idata, kind="stats"), "\n", dgm.khat(idata), sep="")
-        nuts = by_nuts(model, data, 20 if smoke else 1000)
+        nuts = by_nuts(model, data, 20 if smoke else 2000)
         print(f"posterior means: at most {compare(idata, nuts):.3f} sd from NUTS")
         picture(idata, nuts, shown, out / f"{title}.png")
         print("picture:", out / f"{title}.png")

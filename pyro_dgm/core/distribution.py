@@ -148,7 +148,7 @@ class LearnedDistribution(TorchDistribution):
     def expand(self, batch_shape: Size, _instance: Any = None) -> LearnedDistribution:
         """A new distribution with independent draws over ``batch_shape``; networks still run once per context."""
         batch_shape = Size(batch_shape)
-        if torch.broadcast_shapes(batch_shape, self.batch_shape) != batch_shape:
+        if not _expands_to(self.batch_shape, batch_shape):
             raise ValueError(f"{self._name}: cannot expand {tuple(self.batch_shape)} to {tuple(batch_shape)}.")
         return self._copy(batch_shape)
 
@@ -252,6 +252,10 @@ class LearnedDistribution(TorchDistribution):
             return u, log_prob
         x = bijection(u)
         return x, log_prob - bijection.log_abs_det_jacobian(u, x)
+
+
+def _expands_to(old: Size, new: Size) -> bool:
+    return len(new) >= len(old) and all(o in (1, n) for o, n in zip(reversed(old), reversed(new), strict=False))
 
 
 def _as_sample_shape(shape: Any) -> tuple[int, ...]:

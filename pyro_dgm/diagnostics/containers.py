@@ -1,4 +1,4 @@
-"""ArviZ 0.x and 1.x behind one door: the container, its groups, and Pareto smoothing.
+"""ArviZ 0.x and 1.x behind one door: the container and its groups.
 
 The product is a nested dictionary ``{group: {variable: array (chain, draw, ...)}}`` with dims and coords; ArviZ is
 imported only where a container of its own is asked for. The two lines are told apart by version: each accepts the
@@ -7,28 +7,19 @@ other's calls in silence.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
-__all__ = ["arviz_major", "build", "group", "group_attrs", "has_group", "psis"]
+from pyro_dgm.core.psis import arviz_major
+
+__all__ = ["build", "group", "has_group"]
 
 Groups = dict[str, dict[str, np.ndarray]]
 
 _DATA_GROUPS = ("observed_data", "constant_data", "predictions_constant_data")
 _CLASSIC = ("posterior", "sample_stats", "log_likelihood", "posterior_predictive", "prior", "prior_predictive",
             "predictions", *_DATA_GROUPS)  # fmt: skip
-
-
-def arviz_major() -> int | None:
-    """0 for ArviZ 0.x, 1 for later lines, None where there is none."""
-    for name in ("arviz", "arviz-base"):
-        try:
-            return min(1, int(version(name).split(".")[0])) if name == "arviz" else 1
-        except PackageNotFoundError:
-            continue
-    return None
 
 
 def build(groups: Groups, dims: dict[str, list[str]], coords: dict[str, Any], attrs: dict[str, dict[str, Any]],
@@ -88,43 +79,3 @@ def group(container: Any, name: str) -> dict[str, np.ndarray]:
         return container["groups"][name]
     data = container[name]
     return {str(k): np.asarray(data[k].values) for k in data.data_vars}
-
-
-def group_attrs(container: Any, name: str) -> dict[str, Any]:
-    """The attributes of a group."""
-    return container["attrs"].get(name, {}) if isinstance(container, dict) else dict(container[name].attrs)
-
-
-def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    r"""Pareto-smoothed log weights (they sum to one) and Pareto k; never NaN.
-
-    Constant weights give k = -inf (an exact guide), weights with NaN or infinity give +inf.
-
-    Raises:
-        ValueError: for fewer than 25 draws.
-    """
-    lw = np.asarray(log_weights, dtype=np.float64).ravel()
-    if len(lw) < 25:
-        raise ValueError(f"Pareto smoothing needs at least 25 draws, got {len(lw)}.")
-    if not np.isfinite(lw).all():
-        return lw - _logsumexp(lw[np.isfinite(lw)]), np.inf
-    if np.ptp(lw) < 1e-6:
-        return np.full_like(lw, -np.log(len(lw))), -np.inf
-    smoothed, k = _smooth(lw - lw.max())
-    return smoothed - _logsumexp(smoothed), float(k) if np.isfinite(k) else np.inf
-
-
-def _smooth(lw: np.ndarray) -> tuple[np.ndarray, float]:
-    if arviz_major() == 0:
-        import arviz as az
-
-        smoothed, k = az.psislw(lw)
-        return np.asarray(smoothed), float(k)
-    from arviz_stats.base import array_stats  # takes log-likelihoods: minus the log weights
-
-    smoothed, k = array_stats.psislw(-lw)
-    return np.asarray(smoothed), float(k)
-
-
-def _logsumexp(x: np.ndarray) -> float:
-    return float(np.logaddexp.reduce(x)) if len(x) else 0.0

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pyro_dgm.diagnostics.containers import group, psis
+from pyro_dgm.core.psis import psis
+from pyro_dgm.diagnostics.containers import group
 
 __all__ = ["KHat", "judge", "khat"]
 

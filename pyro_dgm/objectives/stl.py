@@ -26,6 +26,7 @@ from pyro.util import check_model_guide_match
 from torch import Tensor, nn
 
 from pyro_dgm.core import frozen
+from pyro_dgm.core.psis import psis
 from pyro_dgm.core.sites import latent_sites
 from pyro_dgm.core.vectorize import NOT_VECTORIZED, log_probs, per_draw, vectorization_fault
 
@@ -120,16 +121,22 @@ class _STLModule(ELBOModule):
 
     def __init__(self, model: Any, guide: Any, elbo: STL_ELBO) -> None:
         super().__init__(model, guide, elbo)
-        self._variances: deque[float] = deque(maxlen=50)
+        self._recent: deque[Tensor] = deque(maxlen=50)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         log_weights = self.elbo.log_weights(self.model, self.guide, *args, **kwargs)
-        self._variances.append(float(log_weights.detach().var()))
+        self._recent.append(log_weights.detach())
         return -log_weights.mean()
 
     def converged(self) -> bool:
-        r"""Whether :math:`\mathrm{KL}(q\|p) \approx \frac12 \mathrm{Var}\log w` is below 0.01 nat over the last 50 steps."""
-        return len(self._variances) == 50 and 0.5 * sum(self._variances) / 50 < 0.01
+        r"""Whether :math:`\mathrm{KL}(q\|p) \approx \frac12 \mathrm{Var}\log w` is below 0.01 nat and Pareto k below 0.6.
+
+        Both are taken over the last 50 steps, in which a schedule's end hardly moves the parameters.
+        """
+        if len(self._recent) < 50:
+            return False
+        log_weights = torch.cat(list(self._recent)).double().cpu().numpy()
+        return 0.5 * log_weights.var() < 0.01 and psis(log_weights)[1] < 0.6
 
 
 def _scored_with_frozen_parameters(guide: Any, drawn: poutine.Trace, args: Any, kwargs: Any) -> poutine.Trace:

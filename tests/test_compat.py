@@ -1,0 +1,85 @@
+"""The compatibility matrix: every cell of tests/compat_cells.py is a test; docs/compatibility.md shows the results."""
+
+import pathlib
+
+import pyro
+import pyro.distributions as dist
+import pyro.infer as infer
+import pytest
+import torch
+
+from tests.compat_cells import CELLS, COLUMNS, DATA, conjugate
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "compatibility.md"
+ROWS = list(dict.fromkeys(row for row, _ in CELLS))
+
+HEAD = """# What works with what
+
+Every entry is a test of `tests/compat_cells.py`; this page is written from their results by
+`pytest tests/test_compat.py --write-compatibility`. **N**: compared with a known number (a conjugate evidence, an
+importance sum, an enumerated logsumexp). **x**: runs, with shapes or gradients checked. **E**: refused by an error that
+names what is wrong. A dash: not meaningful. FAILS: does not work.
+
+"""
+
+FOOT = """
+## Limits that lie upstream
+
+Each is a test that shows the same for Pyro's own parts.
+
+| what | shown with | cause |
+|---|---|---|
+| `Predictive(parallel=True)` with a guide, a vector latent and a plate | `AutoNormal` | event dimensions are counted as batch dimensions (pyro#2122); `from_svi` draws in parallel and right |
+| `pyro.module` after loading the param store | any `nn.Module` | parameters stay random and SVI trains orphans (pyro#1204); pass `update_module_params=True`, or save the `state_dict` |
+"""
+
+
+@pytest.mark.parametrize("row, column", sorted(CELLS), ids=lambda s: s)
+def test_cell(row, column):
+    CELLS[row, column][1]()
+
+
+def page(failed):
+    """The matrix as a page, given the cells that failed."""
+    lines = [HEAD + "| | " + " | ".join(f"flow as {c}" if c != "guide" else "flow guide" for c in COLUMNS) + " |", "|---|---|---|---|"]
+    for row in ROWS:
+        marks = ["FAILS" if (row, c) in failed else CELLS[row, c][0] if (row, c) in CELLS else "-" for c in COLUMNS]
+        lines.append(f"| {row} | " + " | ".join(marks) + " |")
+    return "\n".join(lines) + "\n" + FOOT
+
+
+def test_the_page_shows_the_cells_as_they_are():
+    """The page is written from results; this fails where cells were added or a page with failures was committed."""
+    assert PAGE.read_text() == page(set())
+
+
+def test_upstream_predictive_in_parallel_is_wrong_for_autonormal_too():
+    from pyro.infer.autoguide import AutoNormal
+
+    def broken(guide):
+        try:
+            draws = infer.Predictive(conjugate, guide=guide, num_samples=7, parallel=True)(DATA)
+            return draws["z"].shape != (7, 1, 2)
+        except (RuntimeError, ValueError):
+            return True
+
+    guide = AutoNormal(conjugate)
+    guide(DATA)
+    assert broken(guide)
+
+
+def test_upstream_store_load_leaves_any_module_random():
+    """Shown with a Normal of an nn.Module's parameters: after a load, the module keeps its own values."""
+    def program(net):
+        def model(x):
+            pyro.module("net", net)
+            pyro.sample("x", dist.Normal(net.weight[0, 0], 1.0), obs=x)
+
+        return model
+
+    old, fresh = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    program(old)(torch.tensor(0.0))
+    program(fresh)(torch.tensor(0.0))
+    assert fresh.weight is not old.weight and pyro.param("net$$$weight") is old.weight
+
+
