@@ -29,3 +29,17 @@ def shared():
     if not SHARED.exists():
         pytest.skip("../shared, with the reference posteriors, is not here")
     return SHARED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Write the compatibility page from the cells that ran."""
+    if not config.getoption("--write-compatibility"):
+        return
+    from tests.test_compat import CELLS, PAGE, page
+
+    ids = {f"test_cell[{row}-{column}]": (row, column) for row, column in CELLS}
+    ran = {k: {r.nodeid.split("::")[-1] for r in terminalreporter.getreports(k)} for k in ("passed", "failed")}
+    if not set(ids) <= ran["passed"] | ran["failed"]:
+        raise pytest.UsageError("--write-compatibility needs every cell to run: pytest tests/test_compat.py")
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page({ids[i] for i in ran["failed"] if i in ids}))

@@ -4,7 +4,7 @@
   torch distribution of the process. zuko is imported here, both attributes are put back, and zuko's own classes
   keep for themselves what zuko wanted for all.
 * zuko's lazy modules are abstract base classes, so ``PyroModule[...]`` cannot mix into them (metaclass conflict):
-  their two roots are given a mixin with a combined metaclass, which makes Bayesian flow weights possible.
+  their roots are given a mixin with a combined metaclass, which makes Bayesian flow weights possible.
 * torch has no ``biject_to(lower_cholesky)``.
 """
 
@@ -71,8 +71,8 @@ def _register_pyro_mixin(cls: type[torch.nn.Module]) -> None:
         mixins[cls] = PyroABCMeta("Pyro" + cls.__name__, (cls, PyroModule), {"__module__": __name__})
 
 
-for _root in (zuko.lazy.LazyDistribution, zuko.lazy.LazyTransform):
-    _register_pyro_mixin(_root)
+for _root in ("LazyDistribution", "LazyTransform", "UnconditionalDistribution", "UnconditionalTransform"):
+    _register_pyro_mixin(getattr(zuko.lazy, _root))
 
 
 class VectorToLowerCholesky(Transform):

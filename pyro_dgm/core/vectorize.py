@@ -8,9 +8,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor
-
-from pyro_dgm.core.sites import latent_sites
+from torch import Size, Tensor
 
 __all__ = ["NOT_VECTORIZED", "log_probs", "per_draw", "plate_nesting", "together", "vectorization_fault"]
 
@@ -45,15 +43,18 @@ def per_draw(terms: Iterable[Tensor], n: int, *, dtype: torch.dtype | None = Non
     return sum(t.reshape(n, -1).sum(-1) if t.shape[:1] == (n,) else t.sum().expand(n) for t in rows)  # type: ignore
 
 
-def vectorization_fault(model: Model, values: dict[str, Tensor], nesting: int, args: Any, kwargs: Any) -> str | None:
+def vectorization_fault(
+    model: Model, values: dict[str, Tensor], shapes: dict[str, Size], nesting: int, args: Any, kwargs: Any
+) -> str | None:
     """Why a plate of draws differs from single runs; None where it does not.
 
-    ``values`` holds a few draws of every latent, shape ``(n, 1, .., *plates, *event)``. Compared are the data's
-    log-likelihood and the latents' prior of every draw.
+    ``values`` holds a few draws of every latent, shape ``(n, 1, .., *plates, *event)``; ``shapes`` what a single run
+    gives. Compared is the log joint of every draw.
     """
     n = len(next(iter(values.values())))
     with torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), poutine.block():
-        single = torch.stack([_single(model, {k: v[i] for k, v in values.items()}, args, kwargs) for i in range(n)])
+        rows = [{k: v[i].reshape(shapes[k]) for k, v in values.items()} for i in range(n)]
+        single = torch.stack([_single(model, row, args, kwargs) for row in rows])
         try:
             run = together(poutine.condition(model, data=values), n, nesting)
             joint = per_draw(log_probs(poutine.trace(run).get_trace(*args, **kwargs)), n)
@@ -65,8 +66,6 @@ def vectorization_fault(model: Model, values: dict[str, Tensor], nesting: int, a
 
 
 def _single(model: Model, values: dict[str, Tensor], args: Any, kwargs: Any) -> Tensor:
-    shapes = {k: s["value"].shape for k, s in latent_sites(poutine.trace(model).get_trace(*args, **kwargs))}
-    values = {k: v.reshape(shapes[k]) for k, v in values.items() if k in shapes}
     trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
     return sum((t.sum() for t in log_probs(trace)), torch.zeros(()))
 

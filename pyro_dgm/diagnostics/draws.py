@@ -48,7 +48,8 @@ class Program:
 
     def __init__(self, model: Model, guide: Model | None, args: Any, kwargs: Any, parallel: bool | str = "auto") -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        self.prototype = self._trace(model)
+        self._guided = None if guide is None else self._trace(guide)
+        self.prototype = self._trace(model if guide is None else poutine.replay(model, trace=self._guided))
         self.nesting = plate_nesting(self.prototype)
         self._refuse_subsamples()
         self.parallel = self._vectorizes() if parallel == "auto" else bool(parallel)
@@ -72,8 +73,9 @@ class Program:
         if self.guide is None:
             return self._forward_vectorizes()
         drawn = self._trace(together(self.guide, 3, self.nesting))
-        values = {k: s["value"] for k, s in latent_sites(drawn) if not s["infer"].get("is_auxiliary")}
-        fault = vectorization_fault(self.model, values, self.nesting, self.args, self.kwargs)
+        shapes = {k: s["value"].shape for k, s in latent_sites(self._guided) if not s["infer"].get("is_auxiliary")}
+        values = {k: drawn.nodes[k]["value"] for k in shapes}
+        fault = vectorization_fault(self.model, values, shapes, self.nesting, self.args, self.kwargs)
         if fault is not None:
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=4)
         return fault is None

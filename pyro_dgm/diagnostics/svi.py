@@ -185,8 +185,7 @@ def _refuse_point_estimates(guide: Any) -> None:
 
 
 def _refuse_missing_latents(program: Program) -> None:
-    drawn = program._trace(program.guide)
-    missing = [n for n, _ in latent_sites(program.prototype) if n not in drawn.nodes]
+    missing = [n for n, _ in latent_sites(program.prototype) if n not in program._guided.nodes]
     if missing:
         raise ValueError(
             f"from_svi: latent sites {missing} of the model are not in the guide, so they would be drawn from the prior. "

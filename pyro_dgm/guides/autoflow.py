@@ -71,6 +71,7 @@ class AutoFlow(AutoContinuous):
         self._make_family = (family or TailedCoupling,)
         self.init_scale = init_scale
         self._untouched: int | None = None
+        self._registered: int | None = None
 
     def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
         """Read the model's structure and create all parameters, without a training step; returns the guide."""
@@ -82,6 +83,8 @@ class AutoFlow(AutoContinuous):
         with torch.random.fork_rng(devices=[]):
             _refuse_unfit_sites(self.model, args, kwargs)
             super()._setup_prototype(*args, **kwargs)
+            with poutine.block():  # a plate's index is a sample site of its own
+                self._create_plates(*args, **kwargs)
         family = self._make_family[0](self.latent_dim)
         if hasattr(family, "start_at_identity"):
             family.start_at_identity()
@@ -110,7 +113,8 @@ class AutoFlow(AutoContinuous):
         self.setup(*args, **kwargs)
         if not self._posterior.shift.requires_grad:  # frozen by a bound's second pass: nothing to register
             return self._posterior()
-        self._agree_with_param_store()
+        if not pyro.settings.get("module_local_params"):
+            self._agree_with_param_store()
         return self.posterior()
 
     def get_base_dist(self) -> Distribution:
@@ -128,21 +132,26 @@ class AutoFlow(AutoContinuous):
         return compose([built.transform.inv, self._posterior.bijection(built)])
 
     def _agree_with_param_store(self) -> None:
-        """Let a loaded param store fill an untouched guide; otherwise the guide's own parameters hold.
+        """Let a loaded param store fill an untouched guide; otherwise the guide's own values hold.
 
         Without this a guide keeps random weights after ``get_param_store().load`` and SVI trains orphans (pyro#1204).
+        The whitening is no parameter, but is kept in the store as one, so that the store alone restores the guide.
         """
-        store = pyro.get_param_store()
-        prefix = f"{self._pyro_name}.posterior"
-        if store._params.get(param_with_module_name(prefix, "shift"), self._posterior.shift) is self._posterior.shift:
+        store, posterior, prefix = pyro.get_param_store(), self._posterior, f"{self._pyro_name}.posterior"
+        known = store._params.get(param_with_module_name(prefix, "shift"))
+        if known is posterior.shift and self._registered == posterior.buffer_version():
             return
-        fresh = self._posterior.version() == self._untouched
-        for name, parameter in self._posterior.named_parameters():
+        fill = known is not None and posterior.version() == self._untouched
+        buffers = [(n, b) for n, b in posterior.named_buffers() if b.is_floating_point()]
+        for name, tensor in [*posterior.named_parameters(), *buffers]:
             full = param_with_module_name(prefix, name)
-            if fresh and full in store:
-                _load_from_store(full, parameter, store._params[full])
-            store._params.pop(full, None)
-            store._constraints.pop(full, None)
+            if fill and full in store:
+                _load_from_store(full, tensor, store._params[full])
+            if full in store and store._params[full] is not tensor:
+                del store[full]
+        for name, buffer in buffers:
+            store.setdefault(param_with_module_name(prefix, name), buffer.clone())
+        self._registered = posterior.buffer_version()
 
     @torch.no_grad()
     def draws(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

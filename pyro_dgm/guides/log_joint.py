@@ -36,16 +36,19 @@ class LogJoint:
     def __init__(self, guide: AutoContinuous, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.guide, self.model, self.args, self.kwargs = guide, model, args, kwargs
         self.dim = guide.latent_dim
+        known = {k: s["value"] for k, s in latent_sites(guide.prototype_trace)}
+        self._shapes = {k: v.shape for k, v in known.items()}
         with pyro.validation_enabled(False), torch.random.fork_rng(devices=[]):
-            trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+            conditioned = poutine.trace(poutine.condition(model, data=known))
+            trace = poutine.block(conditioned.get_trace)(*args, **kwargs)
         self.nesting = plate_nesting(trace)
-        self.missing = [n for n, _ in latent_sites(trace) if n not in guide.prototype_trace.nodes]
+        self.missing = [n for n, _ in latent_sites(trace)]
         self.vectorized = self._vectorizes()
 
     def __call__(self, u: Tensor) -> Tensor:
         with pyro.validation_enabled(False), poutine.block():
             value = self._parallel(u) if self.vectorized else torch.stack([self._single(v) for v in u])
-        return value.nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+        return value.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log joint and its gradient; where either is not finite the value is -inf and the gradient zero."""
@@ -83,7 +86,7 @@ class LogJoint:
             loc = self.guide._init_loc()
             u = loc + 0.1 * torch.randn(3, self.dim).to(loc)
             values, _ = self._constrain(u.reshape(3, *(1,) * self.nesting, self.dim))
-        fault = vectorization_fault(self.model, values, self.nesting, self.args, self.kwargs)
+        fault = vectorization_fault(self.model, values, self._shapes, self.nesting, self.args, self.kwargs)
         if fault is not None:
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=3)
         return fault is None

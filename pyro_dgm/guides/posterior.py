@@ -62,6 +62,10 @@ class WhitenedPosterior(DistributionModule):
         """Set the whitening: q becomes :math:`N(loc, LL^T)` as long as the flow is the identity."""
         self.loc.copy_(loc), self.scale_tril.copy_(scale_tril)
 
+    def buffer_version(self) -> int:
+        """A number that grows when the whitening is set."""
+        return self.loc._version + self.scale_tril._version
+
     def build(self, context: Tensor | None) -> Distribution:
         return self.family.build(context)
 

@@ -197,4 +197,4 @@ def _elbo(log_joint: LogJoint, m: Tensor, L: Tensor, draws: int = 128) -> Tensor
     e = _antithetic(m, draws if log_joint.vectorized else 16)
     value = log_joint((m[:, None] + e @ L.mT).reshape(-1, m.shape[-1])).reshape(e.shape[:2])
     entropy = L.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1) + 0.5 * m.shape[-1] * math.log(2 * math.pi * math.e)
-    return (value.mean(1) + entropy).nan_to_num(-torch.inf)
+    return (value.mean(1) + entropy).nan_to_num(nan=-torch.inf, neginf=-torch.inf)

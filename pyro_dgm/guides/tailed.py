@@ -112,9 +112,9 @@ def _coupling(features: int, mask: BoolTensor, hidden_features: Sequence[int]) -
 
 
 def _masks(features: int, transforms: int) -> Iterator[Tensor]:
-    """Halves, then odd and even, then a random half; each followed by its complement."""
-    index, half = torch.arange(features), features // 2
+    """Halves, then odd and even, then a random half (the same for every guide of this size); each with its complement."""
+    index, half, generator = torch.arange(features), features // 2, torch.Generator().manual_seed(features)
     for i in range((transforms + 1) // 2):
-        order = torch.randperm(features) if i >= 2 else index
+        order = torch.randperm(features, generator=generator) if i >= 2 else index
         mask = order % 2 == 1 if i == 1 else order >= half
         yield from (mask, ~mask)[: transforms - 2 * i]

@@ -108,9 +108,10 @@ class STL_ELBO(Trace_ELBO):
         if self.max_plate_nesting == float("inf"):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
         with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices=[]):
-            drawn = poutine.trace(self._vectorized_num_particles(guide)).get_trace(*args, **kwargs)
-        values = {k: s["value"][:3] for k, s in latent_sites(drawn) if not s["infer"].get("is_auxiliary")}
-        fault = vectorization_fault(model, values, self.max_plate_nesting - 1, args, kwargs)
+            single = _latents(poutine.trace(guide).get_trace(*args, **kwargs))
+            drawn = _latents(poutine.trace(self._vectorized_num_particles(guide)).get_trace(*args, **kwargs))
+        values, shapes = {k: v[:3] for k, v in drawn.items()}, {k: v.shape for k, v in single.items()}
+        fault = vectorization_fault(model, values, shapes, self.max_plate_nesting - 1, args, kwargs)
         if fault is not None:
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=4)
             self.vectorize_particles, self.num_particles = False, min(self.num_particles, _LOOPED_PARTICLES)
@@ -158,6 +159,10 @@ def _quiet(guide: Any) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*was not registered in the param store")
         yield
+
+
+def _latents(guide_trace: poutine.Trace) -> dict[str, Tensor]:
+    return {k: s["value"] for k, s in latent_sites(guide_trace) if not s["infer"].get("is_auxiliary")}
 
 
 def _leaves(trace: poutine.Trace) -> list[Tensor]:

@@ -126,6 +126,7 @@ class _Run:
         self.round, self.round_began, self.round_best, self.stale, self.lost = 0, 0, math.inf, 0, 0
 
     def run(self, saved: dict[str, Any] | None) -> History:
+        self.limits.begin()
         if saved is None:
             self._start()
         else:

@@ -24,6 +24,10 @@ class Limits:
     max_seconds: float | None
     began: float = field(default_factory=time.perf_counter)
 
+    def begin(self) -> None:
+        """Start the clock: preparations (imports, a first run) do not count."""
+        self.began = time.perf_counter()
+
     @property
     def open(self) -> bool:
         """Whether neither limit was given."""

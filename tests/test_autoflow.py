@@ -1,0 +1,176 @@
+"""AutoFlow: right before training, and accurate after it."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDiagonalNormal, init_to_value
+
+import pyro_dgm as dgm
+from pyro_dgm.guides.log_joint import LogJoint
+from pyro_dgm.guides.start import find_start
+from tests.compat_cells import DATA, EVIDENCE, MEAN, PRECISION, conjugate
+
+SCALES = torch.tensor([1e-3, 1.0, 1e4])
+
+
+def far_and_scaled(x=None):
+    """A Gaussian posterior with centres 1e3 sd from the prior's and scales from 1e-3 to 1e4, correlation 0.99."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(3).double(), 1e6).to_event(1))
+    u = z / SCALES.double()
+    first, total = u[..., 0], u.sum(-1)
+    pyro.sample("a", dist.Normal(first, 0.1), obs=torch.tensor(1000.0).double())
+    pyro.sample("b", dist.Normal(total, 0.1), obs=torch.tensor(-500.0).double())
+    pyro.sample("c", dist.Normal(u[..., 1] - u[..., 2], 5.0), obs=torch.tensor(0.0).double())
+
+
+def flat(x=None):
+    """An improper prior, which no initialisation of Pyro can sample."""
+    mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+    with pyro.plate("data", 50):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=torch.linspace(29.0, 31.0, 50))
+
+
+@pytest.mark.parametrize("family", [None, dgm.RealNVP, dgm.MAF, dgm.NSF], ids=str)
+def test_before_training_it_is_autodiagonalnormal_at_init_loc(family):
+    """Densities agree point by point. Planted fault: an init_loc_fn that is ignored, as in AutoIAFNormal."""
+    at = init_to_value(values={"z": torch.tensor([30.0, -2.0])})
+    guide = dgm.AutoFlow(conjugate, family, init_loc_fn=at, init_scale=0.2).setup(DATA)
+    normal = AutoDiagonalNormal(conjugate, init_loc_fn=at, init_scale=0.2)
+    normal(DATA)
+    x = torch.tensor([30.0, -2.0]) + 0.2 * torch.randn(50, 2)
+    torch.testing.assert_close(guide._posterior().log_prob(x), normal.get_posterior().log_prob(x), atol=2e-3, rtol=1e-4)
+
+
+def test_the_start_is_affine_invariant():
+    """Scales from 1e-3 to 1e4 and correlations near one: the ELBO of the start is the evidence, to 0.15 nat."""
+    guide = dgm.AutoFlow(far_and_scaled).setup()
+    start = find_start(LogJoint(guide, far_and_scaled, (), {}))
+    A = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, -1.0]]).double() / SCALES.double()
+    noise = torch.tensor([0.1, 0.1, 5.0]).double().square()
+    covariance = A @ A.T * 1e12 + torch.diag(noise)
+    y = torch.tensor([1000.0, -500.0, 0.0]).double()
+    evidence = dist.MultivariateNormal(torch.zeros(3).double(), covariance).log_prob(y).item()
+    assert abs(start.elbo[0].item() - evidence) < 0.15
+    precision = A.T @ torch.diag(1.0 / noise) @ A + 1e-12 * torch.eye(3).double()
+    truth = torch.linalg.solve(precision, A.T @ (y / noise))
+    assert ((start.loc[0] - truth) / precision.inverse().diagonal().sqrt()).abs().max() < 0.3
+
+
+def test_a_fit_reaches_the_exact_posterior_and_evidence():
+    guide = dgm.AutoFlow(conjugate)
+    history = dgm.fit(dgm.STL_ELBO()(conjugate, guide), DATA, progress=False, seed=0)
+    verdict = dgm.khat(dgm.from_svi(conjugate, guide, DATA, num_samples=2_000, prior=0, seed=0))
+    assert history.stopped == "converged" and verdict.status in ("exact", "good")
+    assert abs(verdict.elbo - EVIDENCE) < 0.02
+    z = guide.draws(10_000, DATA)["z"]
+    torch.testing.assert_close(z.mean(0), MEAN, atol=5 * (PRECISION * 10_000) ** -0.5, rtol=0.0)
+    torch.testing.assert_close(z.std(0), torch.full((2,), PRECISION**-0.5), atol=0.0, rtol=0.05)
+
+
+def test_flat_priors_start_where_the_data_are():
+    guide = dgm.AutoFlow(flat)
+    dgm.fit(dgm.STL_ELBO()(flat, guide), (), progress=False, max_steps=100, seed=0)
+    assert abs(guide.median()["mu"] - 30.0) < 5 * 0.0125 * 50**-0.5 + 0.02
+
+
+@pytest.mark.parametrize("name", ["eight_schools-eight_schools_noncentered", "kilpisjarvi_mod-kilpisjarvi", "mesquite-mesquite"])
+def test_reference_posteriors_are_reached_by_default(shared, monkeypatch, name):
+    """Means and sds within 0.1 of 10,000 reference draws, evidence within 0.1 nat of bridge sampling."""
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.syspath_prepend(str(shared / "posteriordb"))
+    import kit
+
+    p = kit.load(name)
+    guide = dgm.AutoFlow(p.model)
+    dgm.fit(dgm.STL_ELBO()(p.model, guide), (p.data,), progress=False, seed=1)
+    draws = p.matrix(guide.draws(4_000, p.data))
+    assert (abs(draws.mean(0) - p.ref_mean) / p.ref_sd).max() < 0.1
+    assert abs(torch.as_tensor(draws.std(0) / p.ref_sd).log()).max() < 0.1
+    verdict = dgm.khat(dgm.from_svi(p.model, guide, p.data, num_samples=4_000, prior=0, log_likelihood=False))
+    assert verdict.status == "good" and abs(verdict.elbo - p.logZ) < 0.1
+
+
+def test_a_discrete_or_unsupported_site_is_refused_by_name():
+    def model():
+        pyro.sample("k", dist.Categorical(torch.ones(3)))
+
+    with pytest.raises(ValueError, match=r"site 'k' is discrete .Categorical.*poutine.block\(model, hide=\['k'\]\)"):
+        dgm.AutoFlow(model).setup()
+
+
+def test_a_latent_that_the_data_do_not_touch_keeps_its_prior():
+    def model(x):
+        pyro.sample("idle", dist.Normal(3.0, 2.0))
+        conjugate(x)
+
+    guide = dgm.AutoFlow(model)
+    dgm.fit(dgm.STL_ELBO()(model, guide), DATA, progress=False, seed=0)
+    idle = guide.draws(10_000, DATA)["idle"]
+    assert abs(idle.mean() - 3.0) < 0.1 and abs(idle.std() - 2.0) < 0.1
+
+
+def test_a_log_density_that_is_never_finite_is_refused():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", z * torch.nan + x.sum())
+
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match="not finite at any of the starting points"):
+        guide = dgm.AutoFlow(model)
+        dgm.fit(dgm.STL_ELBO()(model, guide), torch.zeros(2), progress=False)
+
+
+def matmul(x, y):
+    """The natural way to write a regression, which does not broadcast over draws."""
+    b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ b, 1.0), obs=y)
+
+
+def summed(x, y):
+    """Runs vectorised without an error, and wrong."""
+    b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(b.sum(), 1.0), obs=y[0])
+
+
+@pytest.mark.parametrize("model", [matmul, summed])
+def test_models_that_do_not_vectorise_are_noticed_and_still_right(model):
+    """Planted fault: trusting the plate; `summed` then has a wrong evidence and no error."""
+    x, y = torch.randn(20, 3), torch.randn(20)
+    guide = dgm.AutoFlow(model)
+    with pytest.warns(UserWarning, match="cannot run many draws at once"):
+        dgm.fit(dgm.STL_ELBO()(model, guide), (x, y), progress=False, max_steps=20, seed=0)
+    with pytest.warns(UserWarning, match="cannot run many draws at once"):
+        verdict = dgm.khat(dgm.from_svi(model, guide, x, y, num_samples=200, prior=0, posterior_predictive=False))
+    if model is summed:
+        evidence = dist.Normal(0.0, 2.0).log_prob(y[0])
+    else:
+        evidence = dist.MultivariateNormal(torch.zeros(20), torch.eye(20) + x @ x.T).log_prob(y)
+    assert abs(verdict.log_evidence - evidence) < 0.1
+
+
+def test_stale_store_entries_of_another_guide_do_not_replace_trained_parameters():
+    """Two guides of one name in one session; Pyro would read the first one's parameters into the second."""
+    first, second = dgm.AutoFlow(conjugate), dgm.AutoFlow(conjugate)
+    for guide, x in ((first, DATA), (second, DATA + 5.0)):
+        dgm.fit(dgm.STL_ELBO()(conjugate, guide), x, progress=False, max_steps=50, seed=0)
+    for guide, x in ((first, DATA), (second, DATA + 5.0), (first, DATA)):
+        mean = torch.stack([poutine.trace(guide).get_trace(x).nodes["z"]["value"] for _ in range(200)]).mean(0)
+        torch.testing.assert_close(mean, x.sum(0) / PRECISION, atol=0.15, rtol=0.0)
+
+
+def test_a_store_of_another_shape_is_refused():
+    pyro.param("AutoFlow.posterior$$$shift", torch.zeros(7))
+    with pytest.raises(ValueError, match=r"holds AutoFlow.posterior\$\$\$shift with shape \(7,\).*clear_param_store"):
+        dgm.AutoFlow(conjugate)(DATA)
+
+
+def test_families_that_are_no_transform_refuse_neutra():
+    from pyro_dgm.core import zuko
+
+    guide = dgm.AutoFlow(conjugate, lambda D: dgm.ZukoFlow(zuko.mixtures.GMM(D, components=2))).setup(DATA)
+    with pytest.raises(NotImplementedError, match="no transform of a base"):
+        guide.get_transform()
+    with pytest.raises(ValueError, match="not reparameterised"):
+        dgm.STL_ELBO()(conjugate, guide)(DATA)

@@ -1,0 +1,203 @@
+"""fit: what it minimises, when it stops, what it survives."""
+
+import math
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pyro
+import pyro.distributions as dist
+import pyro.infer as infer
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_dgm as dgm
+
+X = torch.linspace(-1.0, 3.0, 40)
+
+
+class Distance(nn.Module):
+    """Mean squared distance to w: the minimum is at the mean of the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, *_):
+        return (x - self.w).square().mean()
+
+
+@pytest.mark.parametrize("data, options", [
+    (X, {"max_steps": 300}),
+    ((X, "an argument that is no tensor"), {"max_steps": 300}),
+    (X, {"batch_size": 7, "max_epochs": 100}),
+    (DataLoader(TensorDataset(X), batch_size=7, shuffle=True), {"max_epochs": 100}),
+    (X, {"max_seconds": 1.0}),
+    (X, {"validation": 0.25, "batch_size": 10, "max_epochs": 200, "patience": 200}),
+], ids=["tensor", "tuple", "minibatches", "loader", "seconds", "validation"])  # fmt: skip
+def test_it_finds_the_minimum_from_any_kind_of_data(data, options):
+    objective = Distance()
+    history = dgm.fit(objective, data, lr=0.05, progress=False, seed=0, **options)
+    assert abs(objective.w - X.mean()) < (0.5 if "validation" in options else 0.1)
+    assert history.stopped == "limit reached" and history.seconds > 0
+
+
+def test_an_open_fit_ends_when_a_round_brings_nothing():
+    history = dgm.fit(Distance(), X, progress=False)
+    assert history.stopped == "a round brought no improvement" and history.steps in (900, 2100)
+
+
+def test_patience_stops_on_held_out_loss_and_keeps_the_best():
+    """The held-out optimum is w = 1; training drives past it to 5."""
+    objective = Distance()
+    history = dgm.fit(objective, torch.full((10,), 5.0), lr=0.02, validation=(torch.full((10,), 1.0),), patience=3,
+                      max_steps=3_000, progress=False)  # fmt: skip
+    assert history.stopped == "no improvement in 3 checks"
+    assert abs(objective.w - 1.0) < 1.0 and history.best_loss == min(loss for _, loss in history.validation)
+
+
+def test_a_seed_makes_it_reproducible_and_leaves_the_global_state_alone():
+    def run():
+        objective = Distance()
+        dgm.fit(objective, X, batch_size=7, max_epochs=3, seed=5, progress=False)
+        return objective.w.item()
+
+    state = torch.get_rng_state()
+    assert run() == run() and torch.equal(state, torch.get_rng_state())
+
+
+class Breaks(Distance):
+    """The loss becomes NaN at chosen calls."""
+
+    def __init__(self, when):
+        super().__init__()
+        self.calls, self.when = 0, when
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (math.nan if self.when(self.calls) else 1.0)
+
+
+def test_single_non_finite_steps_are_left_out_and_counted():
+    objective = Breaks(lambda n: n % 50 == 0)
+    history = dgm.fit(objective, X, lr=0.05, max_steps=300, progress=False)
+    assert 5 <= len(history.skipped) <= 7 and abs(objective.w - 1.0) < 0.1
+
+
+def test_a_fit_that_diverges_says_so_and_restores_the_best_state():
+    objective = Breaks(lambda n: n > 200)
+    with pytest.raises(dgm.FitDiverged, match=r"not finite for 20 steps.*best state \(step 200\) was restored.*sd of the data: 1.2") as caught:
+        dgm.fit(objective, X, lr=0.05, max_steps=1_000, progress=False)
+    assert caught.value.history.best_step == 200 and 0.5 < objective.w < 1.5
+
+
+def test_bad_data_is_refused_before_training():
+    with pytest.raises(ValueError, match=r"loss is nan before the first step. Of the data, argument 0 \(shape \(2,\)\) holds 1 NaN"):
+        dgm.fit(Distance(), torch.tensor([1.0, math.nan]), progress=False)
+    with pytest.raises(ValueError, match="argument 0 .* holds 1 NaN or infinite"):
+        dgm.fit(Distance(), torch.tensor([1.0, math.inf, 0.0]), batch_size=2, max_epochs=1, progress=False)
+    with pytest.raises(ValueError, match="one common first dimension"):
+        dgm.fit(Distance(), (X, X[:3]), batch_size=2, progress=False)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        dgm.fit(nn.Identity(), X, progress=False)
+    with pytest.raises(ValueError, match="leaves rows on both sides"):
+        dgm.fit(Distance(), X, validation=1.0, progress=False)
+
+
+def test_parameters_of_param_statements_are_trained_and_kept_in_the_store():
+    flow = dgm.RealNVP(1)
+
+    def model(x):
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("mu", torch.tensor(0.0)), 1.0), obs=x)
+            pyro.sample("y", flow(), obs=x[:, None])
+
+    objective = infer.Trace_ELBO()(model, lambda x: None)
+    dgm.fit(objective, X, max_steps=300, lr=0.05, progress=False)
+    assert abs(pyro.param("mu") - 1.0) < 0.1
+    draws = flow().sample((4_000,))
+    assert abs(draws.mean() - X.mean()) < 0.15 and abs(draws.std() - X.std()) < 0.15
+    dgm.fit(objective, X + 1.0, max_steps=300, lr=0.05, progress=False)
+    assert abs(pyro.param("mu") - 2.0) < 0.1
+
+
+PROGRAM = textwrap.dedent("""
+    import sys, time, torch, pyro_dgm as dgm
+    class Slow(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = torch.nn.Linear(3, 1)
+        def forward(self, x):
+            time.sleep(float(sys.argv[2]))
+            return (self.net(x) - x.sum(-1, keepdim=True)).square().mean() + 0.1 * torch.randn(())* self.net.bias.sum()
+    torch.manual_seed(1)
+    x = torch.randn(64, 3)
+    objective = Slow()
+    torch.manual_seed(2)
+    history = dgm.fit(objective, x, batch_size=8, max_epochs=60, checkpoint=sys.argv[1], progress=False)
+    print(history.steps, [float(v).hex() for v in torch.nn.utils.parameters_to_vector(objective.parameters())])
+""")
+
+
+@pytest.mark.slow
+def test_a_killed_fit_resumes_to_the_same_bits(tmp_path):
+    """kill -9 in the middle, then the same command: parameters are bit-identical to an undisturbed run."""
+    def start(name, sleep):
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / name), str(sleep)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    whole = start("whole", 0.0).communicate()[0]
+    broken, file, deadline = start("broken", 0.03), pathlib.Path(tmp_path / "broken"), time.time() + 60
+    while not file.exists() and time.time() < deadline:
+        time.sleep(0.2)
+    broken.send_signal(signal.SIGKILL)
+    broken.wait()
+    assert 0 < len(torch.load(file, weights_only=True)["history"]["loss"]) < 480
+    resumed = start("broken", 0.0).communicate()[0]
+    assert resumed == whole and whole.startswith("480 ")
+
+
+def test_a_checkpoint_of_another_objective_is_refused(tmp_path):
+    dgm.fit(Distance(), X, max_steps=5, checkpoint=tmp_path / "c", progress=False)
+    with pytest.raises(ValueError, match="tensors of other shapes"):
+        dgm.fit(TwoParameters(), X, max_steps=5, checkpoint=tmp_path / "c", progress=False)
+
+
+class TwoParameters(Distance):
+    def __init__(self):
+        super().__init__()
+        self.v = nn.Parameter(torch.zeros(2))
+
+
+def test_history_plots(tmp_path):
+    ax = dgm.fit(Distance(), X, max_steps=200, validation=(X,), patience=100, progress=False).plot()
+    ax.figure.savefig(tmp_path / "history.png")
+    assert (tmp_path / "history.png").stat().st_size > 5_000
+
+
+def test_an_optimizer_may_be_given():
+    objective = Distance()
+    dgm.fit(objective, X, optimizer=lambda p: torch.optim.SGD(p, 0.1), max_steps=200, progress=False)
+    assert abs(objective.w - 1.0) < 0.05
+
+
+def test_an_interrupt_keeps_what_was_learned():
+    class Interrupts(Distance):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 250:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    objective = Interrupts()
+    assert dgm.fit(objective, X, lr=0.05, max_steps=1_000, progress=False).stopped == "interrupted"
+    assert abs(objective.w - 1.0) < 0.5
