@@ -128,7 +128,9 @@ def manual_elbo(model, guide, n=20_000):
     q = poutine.trace(pyro.plate("n", n, dim=-2)(guide)).get_trace(DATA)
     p = poutine.trace(pyro.plate("n", n, dim=-2)(poutine.replay(model, trace=q))).get_trace(DATA)
     q.compute_log_prob(), p.compute_log_prob()
-    lw = sum(p.nodes[k]["log_prob"].detach().reshape(n, -1).sum(-1) for k in ("z", "x")) - q.nodes["z"]["log_prob"].detach().reshape(n)
+    lw = sum(p.nodes[k]["log_prob"].detach().reshape(n, -1).sum(-1) for k in ("z", "x")) - q.nodes["z"][
+        "log_prob"
+    ].detach().reshape(n)
     return lw.mean().item(), lw.std().item() / n**0.5
 
 
@@ -274,7 +276,9 @@ def scale__likelihood():
     trace = poutine.trace(model).get_trace(keep)
     trace.compute_log_prob()
     close(trace.nodes["x_observed"]["log_prob_sum"], full[keep].sum(), 1e-4)
-    assert (trace.nodes["x"]["value"][keep] == DATA[keep]).all() and (trace.nodes["x"]["value"][~keep] != DATA[~keep]).all()
+    assert (trace.nodes["x"]["value"][keep] == DATA[keep]).all() and (
+        trace.nodes["x"]["value"][~keep] != DATA[~keep]
+    ).all()
 
 
 @cell("poutine.scale, poutine.mask, obs_mask", "N")
@@ -434,7 +438,7 @@ def enumeration__prior():
         parts = torch.stack([dist.Normal(z * k, 0.5).to_event(1).log_prob(x) for k in (0.0, 1.0)])
         pyro.factor("x", (parts + weights.log()[:, None]).logsumexp(0).sum(-1))
 
-    guide = lambda x: pyro.sample("z", dist.Delta(torch.tensor([0.3, 0.2]), event_dim=1))  # noqa: E731
+    guide = lambda x: pyro.sample("z", dist.Delta(torch.tensor([0.3, 0.2]), event_dim=1))
     loss = infer.TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide, DATA)
     close(loss, infer.Trace_ELBO().loss(marginal, guide, DATA), 1e-3)
 
@@ -542,8 +546,13 @@ def energy__likelihood():
 
 
 def _jit(model, guide):
-    loss = infer.JitTrace_ELBO(num_particles=32, vectorize_particles=True, ignore_jit_warnings=True, max_plate_nesting=1)
-    jitted, plain = loss.differentiable_loss(model, guide, DATA), infer.Trace_ELBO(32, vectorize_particles=True).loss(model, guide, DATA)
+    loss = infer.JitTrace_ELBO(
+        num_particles=32, vectorize_particles=True, ignore_jit_warnings=True, max_plate_nesting=1
+    )
+    jitted, plain = (
+        loss.differentiable_loss(model, guide, DATA),
+        infer.Trace_ELBO(32, vectorize_particles=True).loss(model, guide, DATA),
+    )
     jitted.backward()
     close(jitted, plain, 5.0)
 
@@ -690,6 +699,7 @@ def _load_store(saved):
 @cell("param store saved and loaded: the same numbers, and training goes on", "N")
 def store__likelihood():
     """With pyro.module(..., update_module_params=True); without it Pyro trains orphans, for any module (pyro#1204)."""
+
     def program(flow):
         def model(x):
             pyro.module("flow", flow, update_module_params=True)
@@ -782,7 +792,9 @@ def copies__guide():
 def predictive__likelihood():
     model = FlowLikelihood()
     for parallel in (False, True):
-        x = infer.Predictive(model, {"z": torch.zeros(500, 1)} if parallel else {"z": torch.zeros(500)}, parallel=parallel)()["x"]
+        x = infer.Predictive(
+            model, {"z": torch.zeros(500, 1)} if parallel else {"z": torch.zeros(500)}, parallel=parallel
+        )()["x"]
         truth = model.flow(torch.zeros(1)).sample((20_000,))
         close(x.mean(), truth.mean(), 5 * truth.std().item() / (500 * 6) ** 0.5)
 
@@ -1031,7 +1043,9 @@ def quantiles__guide():
     median, both = guide.median(DATA)["z"], guide.quantiles([0.16, 0.84], DATA)["z"]
     close((median - MEAN).abs().max(), 0.0, 0.02)
     close((both[1] - both[0]).mean() / 2, 0.9945 * PRECISION**-0.5, 0.02)
-    close(guide.get_posterior(DATA).log_prob(MEAN), dist.Normal(0.0, PRECISION**-0.5).log_prob(torch.zeros(2)).sum(), 1e-3)
+    close(
+        guide.get_posterior(DATA).log_prob(MEAN), dist.Normal(0.0, PRECISION**-0.5).log_prob(torch.zeros(2)).sum(), 1e-3
+    )
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------
@@ -1096,7 +1110,9 @@ def bayesian__prior():
 
 
 def _float64(model, guide):
-    trace = poutine.trace(poutine.replay(model, trace=poutine.trace(guide).get_trace(DATA.double()))).get_trace(DATA.double())
+    trace = poutine.trace(poutine.replay(model, trace=poutine.trace(guide).get_trace(DATA.double()))).get_trace(
+        DATA.double()
+    )
     trace.compute_log_prob()
     assert trace.nodes["z"]["value"].dtype == torch.float64 == trace.nodes["x"]["log_prob"].dtype
 
@@ -1121,6 +1137,7 @@ def dtypes__prior():
 @cell("float64, bfloat16 autocast, device", "N")
 def dtypes__guide():
     """The guide follows a float64 model under a float32 default."""
+
     def model(x):
         z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
         with pyro.plate("data", len(x)):
@@ -1143,7 +1160,7 @@ def _refuses(function, message):
 @cell("bad shapes and NaN are refused", "E")
 def refusals__likelihood():
     model = FlowLikelihood()
-    score = lambda x: poutine.trace(model).get_trace(x).compute_log_prob()  # noqa: E731
+    score = lambda x: poutine.trace(model).get_trace(x).compute_log_prob()
     _refuses(lambda: score(torch.full((6, 2), torch.nan)), "site 'x'")
     _refuses(lambda: score(torch.zeros(6, 3)), "expected (..., 2)")
     _refuses(lambda: dist.Normal(0.0, -1.0), "scale")
@@ -1229,5 +1246,9 @@ def arviz__guide():
     guide = exact_guide()
     groups = _exported(conjugate, guide)
     z = groups["posterior"]["z"][0]
-    torch.testing.assert_close(groups["sample_stats"]["log_q"][0].float(), guide._posterior().log_prob(z), atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(groups["sample_stats"]["log_weight"][0], torch.full((50,), EVIDENCE).double(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        groups["sample_stats"]["log_q"][0].float(), guide._posterior().log_prob(z), atol=1e-3, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        groups["sample_stats"]["log_weight"][0], torch.full((50,), EVIDENCE).double(), atol=1e-3, rtol=0
+    )

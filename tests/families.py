@@ -53,7 +53,14 @@ FAMILIES = {
 # Families whose draws carry no gradient.
 NOT_REPARAMETERISED = {"zuko-GMM"}
 # Families that invert by bisection or by an ODE solver: a round trip is exact to the solver only.
-APPROXIMATE = {"zuko-SOSPF": 1e-3, "zuko-BPF": 1e-3, "zuko-NAF": 1e-3, "zuko-UNAF": 1e-3, "zuko-GF": 1e-2, "zuko-CNF": 1e-3}
+APPROXIMATE = {
+    "zuko-SOSPF": 1e-3,
+    "zuko-BPF": 1e-3,
+    "zuko-NAF": 1e-3,
+    "zuko-UNAF": 1e-3,
+    "zuko-GF": 1e-2,
+    "zuko-CNF": 1e-3,
+}
 
 # support, event shape: one family (MAF) is put on each
 SUPPORTS = {

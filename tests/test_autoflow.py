@@ -75,7 +75,9 @@ def test_flat_priors_start_where_the_data_are():
     assert abs(guide.median()["mu"] - 30.0) < 5 * 0.0125 * 50**-0.5 + 0.02
 
 
-@pytest.mark.parametrize("name", ["eight_schools-eight_schools_noncentered", "kilpisjarvi_mod-kilpisjarvi", "mesquite-mesquite"])
+@pytest.mark.parametrize(
+    "name", ["eight_schools-eight_schools_noncentered", "kilpisjarvi_mod-kilpisjarvi", "mesquite-mesquite"]
+)
 def test_reference_posteriors_are_reached_by_default(shared, monkeypatch, name):
     """Means and sds within 0.1 of 10,000 reference draws, evidence within 0.1 nat of bridge sampling."""
     torch.set_default_dtype(torch.float64)

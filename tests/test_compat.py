@@ -41,7 +41,10 @@ def test_cell(row, column):
 
 def page(failed):
     """The matrix as a page, given the cells that failed."""
-    lines = [HEAD + "| | " + " | ".join(f"flow as {c}" if c != "guide" else "flow guide" for c in COLUMNS) + " |", "|---|---|---|---|"]
+    lines = [
+        HEAD + "| | " + " | ".join(f"flow as {c}" if c != "guide" else "flow guide" for c in COLUMNS) + " |",
+        "|---|---|---|---|",
+    ]
     for row in ROWS:
         marks = ["FAILS" if (row, c) in failed else CELLS[row, c][0] if (row, c) in CELLS else "-" for c in COLUMNS]
         lines.append(f"| {row} | " + " | ".join(marks) + " |")
@@ -75,6 +78,7 @@ def test_upstream_predictive_in_parallel_is_wrong_for_autonormal_too():
 
 def test_upstream_store_load_leaves_any_module_random():
     """Shown with a Normal of an nn.Module's parameters: after a load, the module keeps its own values."""
+
     def program(net):
         def model(x):
             pyro.module("net", net)
@@ -86,5 +90,3 @@ def test_upstream_store_load_leaves_any_module_random():
     program(old)(torch.tensor(0.0))
     program(fresh)(torch.tensor(0.0))
     assert fresh.weight is not old.weight and pyro.param("net$$$weight") is old.weight
-
-

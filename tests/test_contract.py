@@ -40,7 +40,11 @@ def proposal(name, features):
 def test_every_public_family_is_in_the_table():
     """A family that nobody put into the table would escape the contract."""
     made = {type(make(n)).__name__ for n in NAMES}
-    public = {n for n in dgm.__all__ if isinstance(getattr(dgm, n), type) and issubclass(getattr(dgm, n), dgm.DistributionModule)}
+    public = {
+        n
+        for n in dgm.__all__
+        if isinstance(getattr(dgm, n), type) and issubclass(getattr(dgm, n), dgm.DistributionModule)
+    }
     assert public - made == {"DistributionModule"}
 
 
@@ -132,9 +136,11 @@ def test_gradients_reach_every_parameter_and_the_context(name):
 def test_reparameterised_draws_have_the_gradient_of_finite_differences(name):
     """d E[x] / d c by the path equals a difference quotient with common random numbers."""
     family, c = make(name, 2, 3).double(), context_for(1).double()
+
     def mean(c):
         torch.manual_seed(3)
         return family(c).rsample((20,)).mean()
+
     c.requires_grad_()
     (slope,) = torch.autograd.grad(mean(c), c)
     step = torch.tensor([[1e-3, 0.0, 0.0]]).double()
@@ -239,7 +245,9 @@ def test_constrained_flows_are_densities_on_their_support(kind):
     assert q.event_shape == event and q.support.check(x).all() and x.shape == (200, 1, *event)
     built = family.build(torch.zeros(3).double())
     bijection, u = family.bijection(built), torch.randn(family.features).double()
-    columns = torch.autograd.functional.jacobian(lambda v: _coordinates(bijection(v), kind), u).reshape(-1, family.features)
+    columns = torch.autograd.functional.jacobian(lambda v: _coordinates(bijection(v), kind), u).reshape(
+        -1, family.features
+    )
     expected = torch.linalg.slogdet(columns).logabsdet
     torch.testing.assert_close(bijection.log_abs_det_jacobian(u, bijection(u)), expected)
 
@@ -387,14 +395,18 @@ def test_standardize_puts_the_flow_into_the_units_of_the_data():
     torch.testing.assert_close(draws.mean(0), x.mean(0), atol=1.5, rtol=1e-2)
     torch.testing.assert_close(draws.std(0), x.std(0), rtol=0.05, atol=0.0)
     positive = dgm.RealNVP(2, support=constraints.positive).standardize(x.abs() + 1.0).start_at_identity()
-    torch.testing.assert_close(positive().sample((5_000,)).log().mean(0), (x.abs() + 1.0).log().mean(0), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(
+        positive().sample((5_000,)).log().mean(0), (x.abs() + 1.0).log().mean(0), atol=0.05, rtol=0.05
+    )
     with pytest.raises(ValueError, match="hold NaN or infinity"):
         flow.standardize(torch.full((3, 2), torch.inf))
 
 
 class TestImplicit:
     def made(self):
-        return dgm.ImplicitDistribution(lambda z: z.exp(), dist.Normal(torch.zeros(4, 2), 1.0).to_event(1), 2, name="Toy")
+        return dgm.ImplicitDistribution(
+            lambda z: z.exp(), dist.Normal(torch.zeros(4, 2), 1.0).to_event(1), 2, name="Toy"
+        )
 
     def test_it_samples_and_expands(self):
         d = self.made()

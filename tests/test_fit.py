@@ -91,13 +91,17 @@ def test_single_non_finite_steps_are_left_out_and_counted():
 
 def test_a_fit_that_diverges_says_so_and_restores_the_best_state():
     objective = Breaks(lambda n: n > 200)
-    with pytest.raises(dgm.FitDiverged, match=r"not finite for 20 steps.*best state \(step 200\) was restored.*sd of the data: 1.2") as caught:
+    with pytest.raises(
+        dgm.FitDiverged, match=r"not finite for 20 steps.*best state \(step 200\) was restored.*sd of the data: 1.2"
+    ) as caught:
         dgm.fit(objective, X, lr=0.05, max_steps=1_000, progress=False)
     assert caught.value.history.best_step == 200 and 0.5 < objective.w < 1.5
 
 
 def test_bad_data_is_refused_before_training():
-    with pytest.raises(ValueError, match=r"loss is nan before the first step. Of the data, argument 0 \(shape \(2,\)\) holds 1 NaN"):
+    with pytest.raises(
+        ValueError, match=r"loss is nan before the first step. Of the data, argument 0 \(shape \(2,\)\) holds 1 NaN"
+    ):
         dgm.fit(Distance(), torch.tensor([1.0, math.nan]), progress=False)
     with pytest.raises(ValueError, match="argument 0 .* holds 1 NaN or infinite"):
         dgm.fit(Distance(), torch.tensor([1.0, math.inf, 0.0]), batch_size=2, max_epochs=1, progress=False)
@@ -149,6 +153,7 @@ PROGRAM = textwrap.dedent("""
 @pytest.mark.slow
 def test_a_killed_fit_resumes_to_the_same_bits(tmp_path):
     """kill -9 in the middle, then the same command: parameters are bit-identical to an undisturbed run."""
+
     def start(name, sleep):
         command = [sys.executable, "-c", PROGRAM, str(tmp_path / name), str(sleep)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

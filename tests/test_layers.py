@@ -52,7 +52,14 @@ def test_files_and_functions_stay_short(path):
 
 @pytest.mark.parametrize(
     "order",
-    ["pyro, pyro_dgm", "pyro_dgm, pyro", "zuko, pyro, pyro_dgm", "pyro_dgm, zuko, pyro", "pyro, pyro_dgm, zuko", "torch, pyro_dgm, zuko"],
+    [
+        "pyro, pyro_dgm",
+        "pyro_dgm, pyro",
+        "zuko, pyro, pyro_dgm",
+        "pyro_dgm, zuko, pyro",
+        "pyro, pyro_dgm, zuko",
+        "torch, pyro_dgm, zuko",
+    ],
 )
 def test_validation_stays_on_in_any_import_order(order):
     code = (

@@ -104,7 +104,8 @@ class LearnedDistribution(TorchDistribution):
         self._family, self._context, self._weights = family, context, weights or {}
         self._memo: _Memo | None = None
         self._frozen = False
-        self._stamp, self._built = None, None
+        self._stamp: _Stamp | None = None
+        self._built: Any = None
         built = self._base()
         self.has_rsample = bool(built.has_rsample)
         super().__init__(built.batch_shape, family.event_shape, validate_args=None)
@@ -117,7 +118,7 @@ class LearnedDistribution(TorchDistribution):
         shapes = f"batch_shape: {tuple(self.batch_shape)}, event_shape: {tuple(self.event_shape)}"
         return f"{type(self).__name__}({self._name}, {shapes}, support: {self.support})"
 
-    def _base(self) -> Distribution:
+    def _base(self) -> Any:
         """The unconstrained distribution; built anew after the parameters or the grad mode changed."""
         stamp = _Stamp.of(self._family)
         if self._built is None or stamp != self._stamp:
@@ -164,25 +165,25 @@ class LearnedDistribution(TorchDistribution):
         state["_weights"] = {k: v.detach() for k, v in self._weights.items()}
         return state
 
-    def sample(self, sample_shape: Any = Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
             return self._draw(sample_shape)[0].detach()
 
-    def rsample(self, sample_shape: Any = Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         if not self.has_rsample:
             raise NotImplementedError(f"{self._name} has no reparameterised draws; use .sample, or a flow.")
         x, base_draw = self._draw(sample_shape)
         self._remember(x, None, base_draw)
         return x
 
-    def __call__(self, sample_shape: Any = Size()) -> Tensor:
+    def __call__(self, sample_shape: Any = ()) -> Tensor:
         if not self.has_rsample:
             return self.sample(sample_shape)
         x, log_prob = self.rsample_and_log_prob(sample_shape)
         self._remember(x, log_prob, None)
         return x
 
-    def rsample_and_log_prob(self, sample_shape: Any = Size()) -> tuple[Tensor, Tensor]:
+    def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
         """A draw and its density from one pass: shapes ``sample + batch + event`` and ``sample + batch``."""
         base, shape = self._base().expand(self.batch_shape), Size(_as_sample_shape(sample_shape))
         with self._family.holding(self._weights):
@@ -231,7 +232,9 @@ class LearnedDistribution(TorchDistribution):
         if self._validate_args:
             check_support(self._name, value, self.support)
         base = self._base()
-        value = value.expand(torch.broadcast_shapes(value.shape[: value.dim() - n], base.batch_shape) + self.event_shape)
+        value = value.expand(
+            torch.broadcast_shapes(value.shape[: value.dim() - n], base.batch_shape) + self.event_shape
+        )
         with self._family.holding(self._weights):
             return self._score_unconstrained(base, value).expand(batch)
 
@@ -323,12 +326,12 @@ class ImplicitDistribution(TorchDistribution):
         new.has_rsample = self.has_rsample
         return new
 
-    def rsample(self, sample_shape: Any = Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         x = self._push(self._base.rsample(Size(_as_sample_shape(sample_shape))))
         check_value_shape(self._name, x, self.event_shape)
         return x
 
-    def sample(self, sample_shape: Any = Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from pyro.nn import PyroModule
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to, constraints
@@ -71,6 +70,10 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
     def forward(self, context: Tensor | None = None) -> LearnedDistribution:
         return LearnedDistribution(self, check_context(self, context), _sampled_weights(self))
 
+    def start_at_identity(self) -> DistributionModule:
+        """Become the base distribution, where the family can (flows do); returns the family itself."""
+        return self
+
     @property
     def unconstrained_shape(self) -> Size:
         """The event shape before the support's bijection: ``(K - 1,)`` for a simplex of ``K``."""
@@ -85,9 +88,9 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
 
     def tensors(self) -> list[Tensor]:
         """All parameters and buffers; the walk over the module tree, which is slow in torch, is remembered."""
-        if "_flat" not in self.__dict__:
-            self.__dict__["_flat"] = list(self.modules())
-        return [t for m in self._flat for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        modules: list[nn.Module] = self.__dict__.setdefault("_flat", []) or list(self.modules())
+        self.__dict__["_flat"] = modules
+        return [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
 
     def version(self) -> int:
         """A number that grows with every in-place change of a parameter or buffer."""
@@ -119,6 +122,8 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
             support = built.support
         except NotImplementedError:  # zuko's flows do not tell
             support = built.transform.domain if hasattr(built, "transform") else constraints.real_vector
+        if support is None:
+            support = constraints.real_vector
         return _flattened(support, len(built.event_shape), len(self.event_shape))
 
     @contextmanager
@@ -127,7 +132,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         if not weights:
             yield
             return
-        context = self._pyro_context  # type: ignore[attr-defined]
+        context: Any = self._pyro_context
         with context:
             context.cache.update(weights)
             yield
@@ -138,7 +143,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         return {k: v for k, v in self.__dict__.items() if k != "_flat"}
 
 
-def compose(parts: list[Transform]) -> Transform | None:
+def compose(parts: list[Transform]) -> Any:
     """One transform out of many; None out of none."""
     if not parts:
         return None

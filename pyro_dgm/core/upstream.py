@@ -55,7 +55,7 @@ def _keep_zuko_defaults_local() -> None:
     for module in (zuko.distributions, zuko.mixtures):
         for cls in vars(module).values():
             if isinstance(cls, type) and issubclass(cls, Distribution) and cls.__module__.startswith("zuko"):
-                cls.arg_constraints, cls._validate_args = {}, False
+                cls.arg_constraints, cls._validate_args = {}, False  # type: ignore
 
 
 _keep_zuko_defaults_local()

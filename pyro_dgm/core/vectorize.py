@@ -72,5 +72,3 @@ def _single(model: Model, values: dict[str, Tensor], args: Any, kwargs: Any) -> 
 
 def _short(values: Tensor) -> str:
     return ", ".join(f"{float(v):.6g}" for v in values)
-
-

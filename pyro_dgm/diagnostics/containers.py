@@ -57,7 +57,9 @@ def _tree(groups: Groups, dims: Any, coords: Any, attrs: dict[str, dict[str, Any
 
     full = {g: v for g, v in groups.items() if v}
     kept = {g: v for g, v in attrs.items() if g == "/" or g in full}
-    return arviz_base.from_dict(full, dims=dims, pred_dims=dims, coords=coords, sample_dims=["chain", "draw"], attrs=kept)
+    return arviz_base.from_dict(
+        full, dims=dims, pred_dims=dims, coords=coords, sample_dims=["chain", "draw"], attrs=kept
+    )
 
 
 def has_group(container: Any, name: str) -> bool:

@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_dgm.core.sites import is_data, is_subsample, latent_sites, observed_sites, plate_frames
+from pyro_dgm.core.sites import is_data, latent_sites, observed_sites, plate_frames
 from pyro_dgm.core.vectorize import NOT_VECTORIZED, log_probs, per_draw, plate_nesting, together, vectorization_fault
 
 __all__ = ["Program"]
@@ -46,28 +46,47 @@ class Program:
         ValueError: for subsampled plates and for latents that the guide lacks.
     """
 
-    def __init__(self, model: Model, guide: Model | None, args: Any, kwargs: Any, parallel: bool | str = "auto") -> None:
+    def __init__(
+        self, model: Model, guide: Model | None, args: Any, kwargs: Any, parallel: bool | str = "auto"
+    ) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self._guided = None if guide is None else self._trace(guide)
-        self.prototype = self._trace(model if guide is None else poutine.replay(model, trace=self._guided))
+        self.prototype = self._prototype()
         self.nesting = plate_nesting(self.prototype)
         self._refuse_subsamples()
+        self._refuse_missing_latents()
         self.parallel = self._vectorizes() if parallel == "auto" else bool(parallel)
 
     def _trace(self, fn: Model) -> poutine.Trace:
         with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices=[]):
             return poutine.trace(fn).get_trace(*self.args, **self.kwargs)
 
+    def _prototype(self) -> poutine.Trace:
+        """One run of the model, for shapes and plates; sites that cannot be sampled take the guide's draw."""
+        try:
+            return self._trace(self.model)
+        except NotImplementedError:
+            return self._trace(poutine.replay(self.model, trace=self._guided))
+
     def _refuse_subsamples(self) -> None:
         for site in self.prototype.nodes.values():
             if site["type"] != "sample":
                 continue
             for f in site["cond_indep_stack"]:
-                if is_subsample(site) or (f.full_size is not None and f.full_size != f.size):
+                if f.full_size is not None and f.full_size != f.size:
                     raise ValueError(
                         f"Plate '{f.name}' is subsampled ({f.size} of {f.full_size}). Weights of a subsample belong to "
                         "another posterior: pass the full data, with subsample_size=None."
                     )
+
+    def _refuse_missing_latents(self) -> None:
+        found = {} if self._guided is None else self._guided.nodes
+        missing = [n for n, _ in latent_sites(self.prototype) if n not in found]
+        if missing and self.guide is not None:
+            raise ValueError(
+                f"from_svi: latent sites {missing} of the model are not in the guide, so they would be drawn from the "
+                "prior. Add them to the guide; sites that were enumerated in training must be marginalised first."
+            )
 
     def _vectorizes(self) -> bool:
         if self.guide is None:
@@ -105,7 +124,7 @@ class Program:
         """The model's traces from the prior, data included."""
         return self._runs(Redraw()(self.model), n)
 
-    def _runs(self, fn: Model, n: int) -> list[poutine.Trace]:
+    def _runs(self, fn: Any, n: int) -> list[poutine.Trace]:
         with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
             if self.parallel:
                 return [poutine.trace(together(fn, n, self.nesting)).get_trace(*self.args, **self.kwargs)]
@@ -120,17 +139,44 @@ class Program:
 
     def stack(self, traces: list[poutine.Trace], name: str, n: int, key: str = "value") -> np.ndarray:
         """Values (or log probabilities) of a site, ``(n, *plates, *event)``, without singleton dimensions of no plate."""
-        shape = self._site_shape(name, key)
+        shape = self.site_shape(name, key)
         rows = [_with_shape(t.nodes[name][key], n if self.parallel else 1, shape, name) for t in traces]
         return torch.cat(rows).detach().cpu().numpy()
 
-    def _site_shape(self, name: str, key: str) -> torch.Size:
+    def site_shape(self, name: str, key: str) -> torch.Size:
         site = self.prototype.nodes[name]
         event_dim = 0 if site["infer"].get("_deterministic") else site["fn"].event_dim
         batch, event = _split(site["value"].shape, event_dim)
         owned = {f.dim for f in plate_frames(site)}
-        keep = [n for i, n in enumerate(batch) if n != 1 or i - len(batch) in owned or site["infer"].get("_deterministic")]
+        keep = [
+            n for i, n in enumerate(batch) if n != 1 or i - len(batch) in owned or site["infer"].get("_deterministic")
+        ]
         return torch.Size([*keep, *(() if key == "log_prob" else event)])
+
+    def pointwise(self, traces: list[poutine.Trace], name: str, n: int) -> np.ndarray:
+        """Log-likelihood per datum, in nats; masked data are dropped, since they were not seen."""
+        values = self.stack(traces, name, n, key="log_prob").astype(np.float64)
+        mask = self.prototype.nodes[name]["mask"]
+        if not isinstance(mask, torch.Tensor) or bool(mask.all()):
+            return values
+        return values[:, np.broadcast_to(mask.cpu().numpy(), values.shape[1:])]
+
+    def observed(self) -> dict[str, np.ndarray]:
+        """The data, by site."""
+        nodes = self.prototype.nodes
+        shapes = {k: self.site_shape(k, "value") for k in self.sites("observed")}
+        return {k: nodes[k]["value"].detach().reshape(shape).cpu().numpy() for k, shape in shapes.items()}
+
+    def as_traces(self, draws: dict[str, Tensor]) -> list[poutine.Trace]:
+        """Given draws ``{site: (S, *site)}`` as the traces a guide would have left."""
+        n = len(next(iter(draws.values())))
+        if not self.parallel:
+            return [_as_trace({k: v[i] for k, v in draws.items()}) for i in range(n)]
+        return [_as_trace({k: self._in_plate(k, v) for k, v in draws.items()})]
+
+    def _in_plate(self, name: str, value: Tensor) -> Tensor:
+        batch = value.dim() - 1 - self.prototype.nodes[name]["fn"].event_dim
+        return value.reshape(len(value), *(1,) * (self.nesting - batch), *value.shape[1:])
 
     def sites(self, kind: str) -> list[str]:
         """Names of latent, deterministic or observed sites of the model."""
@@ -138,7 +184,18 @@ class Program:
             return [n for n, _ in latent_sites(self.prototype)]
         if kind == "observed":
             return [n for n, _ in observed_sites(self.prototype)]
-        return [n for n, s in self.prototype.nodes.items() if s["type"] == "sample" and s["infer"].get("_deterministic")]
+        return [
+            n for n, s in self.prototype.nodes.items() if s["type"] == "sample" and s["infer"].get("_deterministic")
+        ]
+
+
+def _as_trace(values: dict[str, Tensor]) -> poutine.Trace:
+    trace = poutine.Trace()
+    for name, value in values.items():
+        trace.add_node(
+            name, name=name, type="sample", is_observed=False, value=value, infer={}, fn=None, cond_indep_stack=()
+        )
+    return trace
 
 
 def _split(shape: torch.Size, event_dim: int) -> tuple[torch.Size, torch.Size]:

@@ -113,7 +113,7 @@ def _status(k: float, threshold: float, ess: float, gap: float) -> Literal["exac
         return "bad"
     if gap < 0.05 and (k < threshold or (ess > 0.95 and k < 1.0)):
         return "good"
-    return "usable" if k < threshold and ess > 0.1 else "bad"
+    return "usable" if (k < threshold and ess > 0.1) or (gap < 0.05 and k < 1.0) else "bad"
 
 
 def _log_mean(lw: np.ndarray) -> float:

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
 
-from pyro_dgm.core.sites import latent_sites, plate_frames
+from pyro_dgm.core.sites import plate_frames
 from pyro_dgm.diagnostics.containers import build
 from pyro_dgm.diagnostics.draws import Model, Program
 from pyro_dgm.diagnostics.khat import judge
 
-__all__ = ["from_svi"]
+__all__ = ["contained", "from_svi"]
 
 _RESERVED = ("chain", "draw")
 
@@ -77,11 +76,11 @@ def from_svi(
             torch.manual_seed(seed)
         guide(*args, **(model_kwargs or {}))  # lazy guides find their structure
         program = Program(model, guide, args, model_kwargs or {}, parallel)
-        _refuse_missing_latents(program)
         groups = _posterior_groups(program, num_samples, log_likelihood, posterior_predictive)
         groups |= _prior_groups(program, prior)
-    groups["observed_data"] = _observed(program)
-    return _contained(program, groups, dims, coords, guide, container)
+    groups["observed_data"] = program.observed()
+    attrs = {"guide": type(guide).__name__, **judge(groups["sample_stats"]["log_weight"]).attrs()}
+    return contained(program, groups, dims, coords, attrs, container)
 
 
 def _store_state() -> Any:
@@ -100,21 +99,11 @@ def _posterior_groups(program: Program, n: int, log_likelihood: bool, predictive
         "sample_stats": {"lp": lp, "log_q": log_q, "log_weight": lp - log_q},
     }
     if log_likelihood:
-        groups["log_likelihood"] = {k: _pointwise(program, traces, k, n) for k in program.sites("observed")}
+        groups["log_likelihood"] = {k: program.pointwise(traces, k, n) for k in program.sites("observed")}
     if predictive:
         redrawn = program.replayed(guide_traces, n, redraw=True)
         groups["posterior_predictive"] = {k: program.stack(redrawn, k, n) for k in program.sites("observed")}
     return groups
-
-
-def _pointwise(program: Program, traces: list[poutine.Trace], name: str, n: int) -> np.ndarray:
-    """Log-likelihood per datum; masked data are dropped, since they were not seen."""
-    values = program.stack(traces, name, n, key="log_prob").astype(np.float64)
-    mask = program.prototype.nodes[name]["mask"]
-    if not isinstance(mask, torch.Tensor) or bool(mask.all()):
-        return values
-    kept = np.broadcast_to(mask.cpu().numpy(), values.shape[1:])
-    return values[:, kept]
 
 
 def _prior_groups(program: Program, n: int) -> dict[str, Any]:
@@ -132,20 +121,24 @@ def _prior_groups(program: Program, n: int) -> dict[str, Any]:
     }
 
 
-def _observed(program: Program) -> dict[str, np.ndarray]:
-    nodes = program.prototype.nodes
-    shapes = {k: program._site_shape(k, "value") for k in program.sites("observed")}
-    return {k: nodes[k]["value"].detach().reshape(shape).cpu().numpy() for k, shape in shapes.items()}
-
-
-def _contained(program: Program, groups: dict[str, Any], dims: Any, coords: Any, guide: Any, container: str) -> Any:
+def contained(
+    program: Program, groups: dict[str, Any], dims: Any, coords: Any, attrs: dict[str, Any], container: str,
+    chains: int = 1, method: str = "svi",
+) -> Any:  # fmt: skip
+    """The groups as a container: names made safe, draws split into chains, plates as dimensions."""
     named = _dims(program, groups) | (dims or {})
-    attrs = {"/": {"inference_library": "pyro", "inference_library_version": pyro.__version__,
-                   "inference_method": "svi", "creation_library": "pyro_dgm"},
-             "sample_stats": {"guide": type(guide).__name__, **judge(groups["sample_stats"]["log_weight"]).attrs()}}  # fmt: skip
+    root = {"inference_library": "pyro", "inference_library_version": pyro.__version__, "inference_method": method}
     renamed = {g: {_safe(k): v for k, v in group.items()} for g, group in groups.items()}
-    with_chain = {g: v if g == "observed_data" else {k: a[None] for k, a in v.items()} for g, v in renamed.items()}
-    return build(with_chain, {_safe(k): v for k, v in named.items()}, coords or {}, attrs, container)
+    split = {
+        g: v if g == "observed_data" else {k: _by_chain(a, g, chains) for k, a in v.items()} for g, v in renamed.items()
+    }
+    all_attrs = {"/": root | {"creation_library": "pyro_dgm"}, "sample_stats": attrs}
+    return build(split, {_safe(k): v for k, v in named.items()}, coords or {}, all_attrs, container)
+
+
+def _by_chain(values: np.ndarray, group: str, chains: int) -> np.ndarray:
+    rows = 1 if group.startswith("prior") else chains
+    return values.reshape(rows, -1, *values.shape[1:])
 
 
 def _dims(program: Program, groups: dict[str, Any]) -> dict[str, list[str]]:
@@ -154,7 +147,7 @@ def _dims(program: Program, groups: dict[str, Any]) -> dict[str, list[str]]:
     for name in {k for g in groups.values() for k in g} & set(program.prototype.nodes):
         site = program.prototype.nodes[name]
         plates = [] if site["fn"] is None else [_safe(f.name) for f in plate_frames(site)]
-        batch = len(program._site_shape(name, "log_prob"))
+        batch = len(program.site_shape(name, "log_prob"))
         event = list(site["infer"].get("event_dims", []))
         if len(plates) == batch and not site["infer"].get("_deterministic"):
             named[name] = plates + (event or [f"{name}_dim_{i}" for i in range(site["fn"].event_dim)])
@@ -182,14 +175,3 @@ def _safe(name: str) -> str:
 def _refuse_point_estimates(guide: Any) -> None:
     if isinstance(guide, AutoDelta):
         raise ValueError("from_svi: AutoDelta is a point estimate, not a posterior: it has no density and no weights.")
-
-
-def _refuse_missing_latents(program: Program) -> None:
-    missing = [n for n, _ in latent_sites(program.prototype) if n not in program._guided.nodes]
-    if missing:
-        raise ValueError(
-            f"from_svi: latent sites {missing} of the model are not in the guide, so they would be drawn from the prior. "
-            "Add them to the guide; sites that were enumerated in training must be marginalised first."
-        )
-
-

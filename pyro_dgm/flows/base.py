@@ -81,7 +81,9 @@ def _last_layers(hyper: nn.Module) -> list[nn.Module]:
 def directed(flow: zuko.lazy.Flow, fast: Direction) -> zuko.lazy.Flow:
     """The same flow, or its transform inverted so that sampling, not scoring, takes the single pass."""
     if fast not in ("density", "sampling"):
-        raise ValueError(f"fast={fast!r}: expected 'density' (scoring in one pass) or 'sampling' (drawing in one pass).")
+        raise ValueError(
+            f"fast={fast!r}: expected 'density' (scoring in one pass) or 'sampling' (drawing in one pass)."
+        )
     return flow if fast == "density" else zuko.lazy.Flow(flow.transform.inv, flow.base)
 
 

@@ -85,11 +85,9 @@ class AutoFlow(AutoContinuous):
             super()._setup_prototype(*args, **kwargs)
             with poutine.block():  # a plate's index is a sample site of its own
                 self._create_plates(*args, **kwargs)
-        family = self._make_family[0](self.latent_dim)
-        if hasattr(family, "start_at_identity"):
-            family.start_at_identity()
+        family = self._make_family[0](self.latent_dim).start_at_identity()
         self.posterior = WhitenedPosterior(family, self._init_loc().detach(), self.init_scale)
-        self._untouched = self._posterior.version()
+        self._untouched = int(self._posterior.version())
 
     def warm_start(self, *args: Any, **kwargs: Any) -> None:
         """Whiten by the best Gaussian of :func:`~pyro_dgm.guides.start.find_start`; a trained guide stays as it is."""
@@ -105,7 +103,7 @@ class AutoFlow(AutoContinuous):
             self._posterior.family.start_with_tails()
 
     @property
-    def _posterior(self) -> WhitenedPosterior:
+    def _posterior(self) -> Any:
         """The posterior without the ``pyro.module`` statement that reading the attribute makes."""
         return self._modules["posterior"]
 
@@ -128,7 +126,7 @@ class AutoFlow(AutoContinuous):
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         self.get_base_dist()
-        built = self._posterior.build(None)
+        built: Any = self._posterior.build(None)
         return compose([built.transform.inv, self._posterior.bijection(built)])
 
     def _agree_with_param_store(self) -> None:
@@ -157,7 +155,11 @@ class AutoFlow(AutoContinuous):
     def draws(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Independent posterior draws of every latent, shape ``(num_samples, *site)``, in one pass."""
         self.setup(*args, **kwargs)
-        latent = self._posterior().sample((num_samples,))
+        return self.constrained(self._posterior().sample((num_samples,)))
+
+    def constrained(self, latent: Tensor) -> dict[str, Tensor]:
+        """Site values ``(S, *site)`` of unconstrained latent vectors ``(S, D)``."""
+        num_samples = len(latent)
         nesting = max((-f.dim for f in self._prototype_frames.values()), default=0)
         latent = latent.reshape(num_samples, *(1,) * nesting, -1)
         values = {s["name"]: biject_to(s["fn"].support)(u) for s, u in self._unpack_latent(latent)}
@@ -214,7 +216,7 @@ def _or_zero(init_loc_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return init
 
 
-def _as_pyro(base: Distribution) -> Distribution:
+def _as_pyro(base: Any) -> Any:
     """A base distribution of torch or zuko as Pyro's own, which NeuTra needs for ``mask``."""
     if isinstance(base, Independent):
         return _as_pyro(base.base_dist).to_event(base.reinterpreted_batch_ndims)
@@ -223,7 +225,6 @@ def _as_pyro(base: Distribution) -> Distribution:
     if isinstance(base, torch.distributions.Normal):
         return dist.Normal(base.loc, base.scale)
     raise NotImplementedError(f"AutoFlow: NeuTra needs a Normal or StudentT base, got {type(base).__name__}.")
-
 
 
 @torch.no_grad()

@@ -49,6 +49,9 @@ class WhitenedPosterior(DistributionModule):
         scale: the standard deviation at the start, in each dimension.
     """
 
+    loc: Tensor
+    scale_tril: Tensor
+
     def __init__(self, family: DistributionModule, loc: Tensor, scale: float) -> None:
         super().__init__(len(loc))
         self.family = family.to(loc)

@@ -44,7 +44,8 @@ class Gaussians:
 
     def best(self, count: int) -> Gaussians:
         """The best by ELBO, those that are distinct first."""
-        order, distinct = self.elbo.argsort(descending=True), []
+        order = self.elbo.argsort(descending=True)
+        distinct: list[int] = []
         for i in order.tolist():
             if all(_distance(self, i, j) > 1.0 for j in distinct):
                 distinct.append(i)

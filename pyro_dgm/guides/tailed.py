@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import BoolTensor, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import StudentT, Transform, constraints
 
 from pyro_dgm.core import zuko
@@ -101,7 +101,7 @@ class _WithSkip(nn.Module):
         return self.network(x) + self.skip(x)
 
 
-def _coupling(features: int, mask: BoolTensor, hidden_features: Sequence[int]) -> zuko.lazy.LazyTransform:
+def _coupling(features: int, mask: Tensor, hidden_features: Sequence[int]) -> zuko.lazy.LazyTransform:
     coupling = zuko.flows.coupling.GeneralCouplingTransform(
         features, mask=mask, hidden_features=hidden_features, activation=nn.SiLU,
         univariate=partial(zuko.transforms.MonotonicAffineTransform, slope=_SOFT_BOUND),

@@ -55,7 +55,7 @@ class STL_ELBO(Trace_ELBO):
         >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
         >>> def model():
         ...     pyro.sample("z", dist.Normal(0.0, 1.0))
-        >>> guide = dgm.AutoFlow(model, init_scale=1.0)
+        >>> guide = dgm.AutoFlow(model, init_loc_fn=pyro.infer.autoguide.init_to_mean, init_scale=1.0)
         >>> bool(dgm.STL_ELBO()(model, guide)().abs() < 1e-5)   # q = p: the bound is 0, without noise
         True
     """
@@ -63,6 +63,7 @@ class STL_ELBO(Trace_ELBO):
     def __init__(
         self, num_particles: int = 128, *, vectorize_particles: bool = True, max_plate_nesting: float = float("inf")
     ) -> None:
+        self.num_particles: int
         super().__init__(
             num_particles=num_particles, vectorize_particles=vectorize_particles, max_plate_nesting=max_plate_nesting
         )

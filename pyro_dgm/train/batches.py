@@ -24,7 +24,7 @@ class Batches:
         self.loader = data if isinstance(data, DataLoader) else None
         self.args = () if self.loader else _as_args(data)
         self.rows = None if self.loader or batch_size is None else _rows(self.args)
-        self.batch_size = batch_size
+        self.batch_size: int = batch_size or 0
         if self.rows is not None:
             _refuse_non_finite(self.args)
         self.epoch = self._epoch()
@@ -61,7 +61,9 @@ def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[A
     rows = _rows(args)
     held = max(1, round(fraction * rows))
     if not 0.0 < fraction < 1.0 or held >= rows:
-        raise ValueError(f"fit: validation={fraction} of {rows} rows; expected a fraction that leaves rows on both sides.")
+        raise ValueError(
+            f"fit: validation={fraction} of {rows} rows; expected a fraction that leaves rows on both sides."
+        )
     order = torch.randperm(rows)
     part = lambda index: tuple(a[index.to(a.device)] if isinstance(a, Tensor) else a for a in args)  # noqa: E731
     return part(order[held:]), part(order[:held])

@@ -103,7 +103,9 @@ def fit(
         limits = Limits(_smaller(max_steps, max_epochs and max_epochs * (batches.epoch or 1)), max_seconds)
         saved = load_checkpoint(checkpoint) if resume and checkpoint else None
         with owned_parameters(objective, batches.example()) as parameters:
-            run = _Run(objective, parameters, optimizer, lr, batches, limits, validation, patience, progress, checkpoint)
+            run = _Run(
+                objective, parameters, optimizer, lr, batches, limits, validation, patience, progress, checkpoint
+            )
             return run.run(saved)
 
 
@@ -115,11 +117,14 @@ class _Run:
         limits: Limits, validation: Any, patience: int | None, progress: bool, checkpoint: str | Path | None,
     ) -> None:  # fmt: skip
         self.objective, self.parameters, self.batches, self.limits = objective, parameters, batches, limits
-        self.optimizer = torch.optim.Adam(parameters, lr, betas=(0.9, 0.99)) if optimizer is None else optimizer(parameters)
+        self.optimizer = (
+            torch.optim.Adam(parameters, lr, betas=(0.9, 0.99)) if optimizer is None else optimizer(parameters)
+        )
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.validation = validation
         self.patience = patience or (10 if validation is not None else None)
-        self.checkpoint, self.saved_at = checkpoint, limits.seconds()
+        self.checkpoint: Any = checkpoint
+        self.saved_at = limits.seconds()
         self.bar = tqdm(desc="fit", unit="step", disable=not progress, mininterval=0.5)
         self.tensors = list(dict.fromkeys([*parameters, *objective.buffers()]))
         self.history, self.best = History(), self._snapshot()
@@ -210,7 +215,9 @@ class _Run:
 
     def _smoothed(self) -> tuple[float, float]:
         """Mean of the window's finite losses, and its standard error."""
-        window = torch.tensor([v for v in self.history.loss[-_WINDOW:] if math.isfinite(v)] or [math.nan], dtype=torch.float64)
+        window = torch.tensor(
+            [v for v in self.history.loss[-_WINDOW:] if math.isfinite(v)] or [math.nan], dtype=torch.float64
+        )
         return float(window.mean()), float(window.std(correction=0)) / math.sqrt(len(window))
 
     def _check(self) -> None:
@@ -301,7 +308,7 @@ class _Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
         self.history = History(**saved["history"])
-        self.history.validation = [tuple(pair) for pair in self.history.validation]
+        self.history.validation = [(int(step), float(loss)) for step, loss in self.history.validation]
         if self.history.stopped in ("limit reached", "interrupted", "diverged"):
             self.history.stopped = ""
         for name in ("round", "round_began", "round_best", "stale", "lost", "best"):

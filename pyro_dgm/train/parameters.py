@@ -26,7 +26,7 @@ def owned_parameters(objective: nn.Module, example: tuple[Any, ...]) -> Iterator
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             objective(*example)
         _continue_from(outer, objective)
-        parameters = [p for p in objective.parameters() if p.requires_grad]
+        parameters: list[Tensor] = [p for p in objective.parameters() if p.requires_grad]
         parameters += [p for p in store.get_state()["params"].values() if all(p is not q for q in parameters)]
         if not parameters:
             raise ValueError("fit: the objective has no trainable parameters. Pass model and guide as nn.Modules.")

@@ -1,0 +1,103 @@
+r"""``neutra``: NUTS in the coordinates of a guide, for posteriors that the guide alone does not reach.
+
+With :math:`\theta = T(z)` the guide's map from its base, NUTS samples :math:`p(T(z) \mid x)\,|\det J_T(z)|`. Where the
+guide is near the posterior this is nearly the base distribution, whatever the posterior's shape; where it is not, the
+draws are still exact in the limit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.infer import MCMC, NUTS
+from pyro.infer.reparam import NeuTraReparam
+from torch import Tensor
+
+from pyro_dgm.core import frozen
+from pyro_dgm.diagnostics.draws import Model, Program
+from pyro_dgm.diagnostics.svi import contained
+
+__all__ = ["neutra"]
+
+
+def neutra(
+    model: Model,
+    guide: Any,
+    *args: Any,
+    num_samples: int = 1000,
+    warmup_steps: int = 500,
+    num_chains: int = 2,
+    model_kwargs: dict[str, Any] | None = None,
+    coords: dict[str, Any] | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+    container: str = "auto",
+) -> Any:
+    """Draw from the posterior by NUTS in the guide's coordinates, and return an ArviZ container.
+
+    Groups: ``posterior``, ``log_likelihood``, ``posterior_predictive``, ``observed_data``, and ``sample_stats`` with
+    ``lp`` (nats) and ``diverging``. Every chain starts at a draw of the guide's base.
+
+    Args:
+        model: a Pyro model.
+        guide: a trained :class:`~pyro_dgm.AutoFlow` (any ``AutoContinuous`` with a transform).
+        args, model_kwargs: the model's arguments.
+        num_samples, warmup_steps, num_chains: of NUTS, per chain; two chains at least for R-hat.
+        coords: labels of dimensions.
+        seed: makes the draws reproducible.
+        progress: show NUTS' progress bar.
+        container: as in :func:`~pyro_dgm.from_svi`.
+
+    Raises:
+        NotImplementedError: if the guide is no transform of a base distribution (a mixture).
+
+    References:
+        | Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte Carlo", arXiv 1903.03704.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
+        >>> def model(x):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+        >>> guide = dgm.AutoFlow(model, init_scale=0.7).setup(torch.tensor(1.0))
+        >>> options = {"num_samples": 50, "warmup_steps": 50, "seed": 0, "progress": False}
+        >>> idata = dgm.neutra(model, guide, torch.tensor(1.0), **options)
+        >>> idata["posterior"]["mu"].shape
+        (2, 50)
+    """
+    kwargs = model_kwargs or {}
+    with torch.random.fork_rng(devices=[], enabled=seed is not None), frozen(*guide.parameters()):
+        if seed is not None:
+            torch.manual_seed(seed)
+        guide.get_transform(*args, **kwargs)
+        draws, diverging = _chains(model, guide, args, kwargs, num_samples, warmup_steps, num_chains, progress)
+        program = Program(model, guide, args, kwargs)
+        groups = _groups(program, draws, num_samples * num_chains)
+    groups["sample_stats"]["diverging"] = diverging
+    return contained(program, groups, None, coords, {"guide": type(guide).__name__}, container, num_chains, "neutra")
+
+
+def _chains(model: Model, guide: Any, args: Any, kwargs: Any, n: int, warmup: int, chains: int, bar: bool) -> Any:
+    rows, diverging = [], torch.zeros(chains, n, dtype=torch.bool)
+    for chain in range(chains):
+        reparam = NeuTraReparam(guide)
+        mcmc = MCMC(NUTS(reparam.reparam(model)), num_samples=n, warmup_steps=warmup, disable_progbar=not bar)
+        mcmc.run(*args, **kwargs)
+        diverging[chain, mcmc.diagnostics()["divergences"]["chain 0"]] = True
+        (latent,) = mcmc.get_samples().values()
+        rows.append(latent.reshape(n, -1))
+    return guide.constrained(guide.get_transform(*args, **kwargs)(torch.cat(rows))), diverging.reshape(-1).numpy()
+
+
+def _groups(program: Program, draws: dict[str, Tensor], n: int) -> dict[str, Any]:
+    traces = program.replayed(program.as_traces(draws), n)
+    redrawn = program.replayed(program.as_traces(draws), n, redraw=True)
+    names, observed = program.sites("latent") + program.sites("deterministic"), program.sites("observed")
+    return {
+        "posterior": {k: program.stack(traces, k, n) for k in names},
+        "sample_stats": {"lp": program.log_prob(traces, n)},
+        "log_likelihood": {k: program.pointwise(traces, k, n) for k in observed},
+        "posterior_predictive": {k: program.stack(redrawn, k, n) for k in observed},
+        "observed_data": program.observed(),
+    }

@@ -1,0 +1,16 @@
+"""``python -m tests.benchmarks overhead|posteriordb [--out results.json]``."""
+
+import argparse
+import importlib
+import json
+import pathlib
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("name", choices=["overhead", "posteriordb"])
+parser.add_argument("--out", type=pathlib.Path)
+parser.add_argument("--only", nargs="*", help="a subset of the benchmark's rows")
+parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+arguments = parser.parse_args()
+rows = importlib.import_module(f"tests.benchmarks.{arguments.name}").main(arguments)
+if arguments.out:
+    arguments.out.write_text(json.dumps(rows, indent=1))

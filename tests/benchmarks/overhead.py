@@ -1,0 +1,97 @@
+"""What our manners cost: LearnedDistribution against raw zuko, an SVI step against ZukoToPyro, import against import.
+
+Both sides run in turns in one process, one thread; the figure is the ratio of medians, with its spread over rounds.
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+
+import pyro
+import torch
+from pyro.contrib.zuko import ZukoToPyro
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import Adam
+
+import pyro_dgm as dgm
+from tests.compat_cells import DATA, conjugate
+
+BATCH = 4096
+
+
+def ratio(ours, theirs, rounds=21, calls=1):
+    """Median ratio over rounds in which both run, and the middle half of the rounds' ratios."""
+
+    def seconds(f):
+        began = time.perf_counter()
+        for _ in range(calls):
+            f()
+        return time.perf_counter() - began
+
+    for f in (ours, theirs, ours, theirs):
+        f()
+    ratios = []
+    for i in range(rounds):
+        pair = (seconds(ours), seconds(theirs)) if i % 2 else (seconds(theirs), seconds(ours))[::-1]
+        ratios.append(pair[0] / pair[1])
+    quarters = statistics.quantiles(ratios, n=4)
+    return {"ratio": statistics.median(ratios), "low": quarters[0], "high": quarters[2]}
+
+
+def densities():
+    for name, family in {"RealNVP": dgm.RealNVP, "MAF": dgm.MAF, "NSF": dgm.NSF}.items():
+        for features in (2, 8, 32):
+            ours, x = family(features), torch.randn(BATCH, features)
+            raw = ours.flow
+            yield f"log_prob {name} D={features}", ratio(lambda: ours().log_prob(x), lambda: raw().log_prob(x))
+            if name != "NSF" or features < 32:  # 32 passes of splines at this batch: gigabytes of graph
+                yield (
+                    f"rsample {name} D={features}",
+                    ratio(lambda: ours().rsample((BATCH,)), lambda: raw().rsample((BATCH,))),
+                )
+
+
+def svi_step():
+    """The same guide, by AutoFlow and by hand around ZukoToPyro; 64 particles, Trace_ELBO."""
+    guide = dgm.AutoFlow(conjugate, lambda D: dgm.MAF(D, fast="sampling")).setup(DATA)
+    flow = dgm.MAF(2, fast="sampling").flow
+
+    def by_hand(x):
+        pyro.module("flow", flow)
+        pyro.sample("z", ZukoToPyro(flow()))
+
+    steps = [
+        SVI(conjugate, g, Adam({"lr": 1e-4}), Trace_ELBO(64, vectorize_particles=True)).step for g in (guide, by_hand)
+    ]
+    yield "SVI step, AutoFlow against a guide of ZukoToPyro", ratio(*[lambda s=s: s(DATA) for s in steps], calls=5)
+
+    family = dgm.MAF(2, fast="sampling")
+
+    def ours(x):
+        pyro.module("family", family)
+        pyro.sample("z", family())
+
+    steps = [
+        SVI(conjugate, g, Adam({"lr": 1e-4}), Trace_ELBO(64, vectorize_particles=True)).step for g in (ours, by_hand)
+    ]
+    yield "SVI step, family against ZukoToPyro in the same guide", ratio(*[lambda s=s: s(DATA) for s in steps], calls=5)
+
+
+def imports():
+    def run(code):
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+
+    yield "import pyro_dgm against import pyro, zuko", ratio(run("import pyro_dgm"), run("import pyro, zuko"), rounds=7)
+
+
+def main(arguments):
+    torch.set_num_threads(1)
+    rows = {}
+    for part in (densities, svi_step, imports):
+        if arguments.only and part.__name__ not in arguments.only:
+            continue
+        for name, result in part():
+            rows[name] = result
+            print(f"{name:58s} {result['ratio']:.3f}  [{result['low']:.3f}, {result['high']:.3f}]", flush=True)
+    return rows

@@ -1,0 +1,128 @@
+"""Real posteriors with reference draws: AutoFlow by default, and stock guides and NUTS on the same models.
+
+Needs the folder ``../shared/posteriordb`` beside the checkout (or ``--folder``). float64, one thread, CPU seconds.
+Columns: k-hat; largest |mean - reference| / sd; largest |log(sd / reference sd)|; bridge-sampled evidence - ELBO;
+seconds; the verdict. A fit is within the bars with k < 0.7, both errors < 0.1 and |evidence - ELBO| < 0.1 together.
+"""
+
+import pathlib
+import sys
+import time
+import warnings
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+from pyro.optim import ClippedAdam
+
+import pyro_dgm as dgm
+
+FOLDER = pathlib.Path(__file__).parents[3] / "shared" / "posteriordb"
+STOCK = {"AutoNormal": AutoNormal, "AutoMultivariateNormal": AutoMultivariateNormal, "AutoIAFNormal": AutoIAFNormal}
+HEAD = f"{'posterior':42s}{'method':>24s}{'D':>4s}{'k-hat':>7s}{'mean':>9s}{'sd':>7s}{'KL':>9s}{'CPU s':>7s}  verdict"
+
+
+def by_flow(model, data, seed):
+    guide = dgm.AutoFlow(model)
+    dgm.fit(dgm.STL_ELBO()(model, guide), (data,), progress=False, seed=seed)
+    return guide
+
+
+def by_stock(make_guide):
+    def fit(model, data, seed):
+        guide = make_guide(model)
+        svi = SVI(
+            model, guide, ClippedAdam({"lr": 1e-2, "lrd": 0.01 ** (1 / 2000)}), Trace_ELBO(16, vectorize_particles=True)
+        )
+        for _ in range(2_000):
+            svi.step(data)
+        return guide
+
+    return fit
+
+
+def judged(p, guide):
+    """Scores of a guide against the reference."""
+    idata = dgm.from_svi(p.model, guide, p.data, num_samples=4_000, prior=0, log_likelihood=False,
+                         posterior_predictive=False, container="dict")  # fmt: skip
+    latents = [k for k, *_ in p.sites]
+    draws = {k: torch.as_tensor(idata["groups"]["posterior"][k][0]) for k in latents}
+    verdict = dgm.khat(idata)
+    return {**errors(p, draws), "khat": verdict.k, "kl": p.logZ - verdict.elbo, "verdict": verdict.status}
+
+
+def errors(p, draws):
+    matrix = p.matrix(draws)
+    mean = np.abs(matrix.mean(0) - p.ref_mean) / p.ref_sd
+    return {"mean": float(mean.max()), "sd": float(np.abs(np.log(matrix.std(0) / p.ref_sd)).max())}
+
+
+def by_nuts(p, seed):
+    chains = []
+    for chain in range(4):
+        pyro.set_rng_seed(100 * seed + chain)
+        mcmc = MCMC(NUTS(p.model), num_samples=1_000, warmup_steps=1_000, disable_progbar=True)
+        mcmc.run(p.data)
+        chains.append(mcmc.get_samples())
+    return {**errors(p, {k: torch.cat([c[k] for c in chains]) for k in chains[0]}), "verdict": "-"}
+
+
+def row(p, name, method, seed):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    began = time.process_time()
+    result = {"posterior": name, "method": method, "dim": p.dim, "seed": seed}
+    try:
+        if method == "NUTS":
+            result |= by_nuts(p, seed)
+            result["seconds"] = time.process_time() - began
+        else:
+            guide = (by_flow if method == "AutoFlow" else by_stock(STOCK[method]))(p.model, p.data, seed)
+            result["seconds"] = time.process_time() - began
+            result |= judged(p, guide)
+    except Exception as error:  # a row that fails is a result
+        result |= {"error": f"{type(error).__name__}: {error}"[:200], "verdict": "failed"}
+    return result | {"within": within(result)}
+
+
+def within(r):
+    return bool(
+        r.get("khat", 0.0) < 0.7 and r.get("mean", 9) < 0.1 and r.get("sd", 9) < 0.1 and abs(r.get("kl", 0.0)) < 0.1
+    )
+
+
+def line(r):
+    number = lambda key, width, digits: f"{r[key]:{width}.{digits}f}" if key in r else " " * (width - 1) + "-"
+    return (
+        f"{r['posterior']:42s}{r['method']:>24s}{r['dim']:4d}{number('khat', 7, 2)}{number('mean', 9, 3)}{number('sd', 7, 3)}"
+        f"{number('kl', 9, 4)}{number('seconds', 7, 1)}  {r['verdict']}{'' if r['within'] else ' *'}"
+    )
+
+
+def main(arguments):
+    if not FOLDER.exists():
+        sys.exit(f"{FOLDER} is not here: the reference posteriors are not part of the project")
+    sys.path.insert(0, str(FOLDER))
+    import kit
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    rows, only = [], arguments.only or []
+    methods = [m for m in only if m in (*STOCK, "NUTS", "AutoFlow")] or ["AutoFlow"]
+    names = [n for n in kit.names() if not set(only) - set(methods) or any(o in n for o in set(only) - set(methods))]
+    print(HEAD)
+    for name in names:
+        p = kit.load(name)
+        for method in methods:
+            for seed in arguments.seeds:
+                rows.append(row(p, name, method, seed))
+                print(line(rows[-1]), flush=True)
+    for method in methods:
+        mine = [r for r in rows if r["method"] == method]
+        seconds = [r["seconds"] for r in mine if "seconds" in r]
+        print(f"{method}: {sum(r['within'] for r in mine)} of {len(mine)} within the bars, median {np.median(seconds):.1f} CPU s, "
+              f"largest {max(seconds):.1f}")  # fmt: skip
+    return rows

@@ -1,0 +1,303 @@
+"""from_svi and khat: paired draws, right numbers, names from plates, verdicts that are never NaN."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.optim import Adam
+
+import pyro_dgm as dgm
+from pyro_dgm.core.psis import psis
+from pyro_dgm.diagnostics.containers import build, group, has_group
+from pyro_dgm.diagnostics.khat import judge
+from tests.compat_cells import DATA, EVIDENCE, conjugate, exact_guide
+
+EFFECT = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+ERROR = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def eight_schools(error, effect=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("school", len(error)):
+        eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+        theta = pyro.deterministic("theta", mu + tau * eta)
+        pyro.sample("effect", dist.Normal(theta, error), obs=effect)
+
+
+def export(model, guide, *args, **options):
+    return dgm.from_svi(model, guide, *args, **{"num_samples": 300, "prior": 40, "seed": 0} | options)
+
+
+@pytest.fixture
+def schools():
+    return export(eight_schools, AutoNormal(eight_schools), ERROR, EFFECT, coords={"school": list("ABCDEFGH")})
+
+
+def test_groups_dims_and_coordinates(schools):
+    """B1: plates name the dimensions, coords label them; no singleton dimension is left over."""
+    assert {"posterior", "sample_stats", "log_likelihood", "posterior_predictive", "prior", "prior_predictive",
+            "observed_data"} <= set(schools.groups())  # fmt: skip
+    for name in ("theta", "eta"):
+        assert schools.posterior[name].dims == ("chain", "draw", "school")
+    assert schools.posterior.mu.shape == (1, 300) and schools.prior_predictive.effect.shape == (1, 40, 8)
+    assert schools.observed_data.effect.dims == ("school",) and list(schools.posterior.school.values) == list(
+        "ABCDEFGH"
+    )
+    assert schools.posterior_predictive.effect.std("draw").min() > 5.0  # P2: not the data repeated
+
+
+def test_draws_are_paired(schools):
+    """B3: theta = mu + tau * eta in every draw; the predictive centre is that draw's theta."""
+    p = schools.posterior
+    np.testing.assert_allclose(p.theta, p.mu + p.tau * p.eta, rtol=1e-4, atol=1e-4)
+    rest = (schools.posterior_predictive.effect - p.theta).values[0] / ERROR.numpy()
+    assert abs(rest.std() - 1.0) < 0.07 and abs(rest.mean()) < 0.1
+
+
+def test_log_likelihood_and_densities_against_closed_forms(schools):
+    """B4, B5: pointwise terms by the Normal's formula; lp is their sum plus the priors."""
+    p = {k: torch.as_tensor(schools.posterior[k].values[0]) for k in ("mu", "tau", "eta", "theta")}
+    ll = dist.Normal(p["theta"], ERROR).log_prob(EFFECT)
+    np.testing.assert_allclose(schools.log_likelihood.effect.values[0], ll, atol=1e-4)
+    lp = ll.sum(-1) + dist.Normal(0, 5).log_prob(p["mu"]) + dist.HalfCauchy(5.0).log_prob(p["tau"])
+    lp = lp + dist.Normal(0, 1).log_prob(p["eta"]).sum(-1)
+    np.testing.assert_allclose(schools.sample_stats.lp.values[0], lp, atol=1e-3)
+    assert schools.sample_stats.lp.dtype == np.float64
+
+
+def test_nested_plates_events_and_deterministic_sites():
+    """B2, P7: a lone plate at dim=-2 leaves no singleton; event_dims name the event."""
+
+    def model():
+        with pyro.plate("group", 4, dim=-2):
+            a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0).to_event(1), infer={"event_dims": ["feature"]})
+            pyro.deterministic("twice", 2.0 * a, event_dim=1)
+            with pyro.plate("item", 5, dim=-1):
+                pyro.sample("y", dist.Normal(a.sum(-1), 1.0), obs=torch.zeros(4, 5))
+
+    idata = export(model, AutoNormal(model))
+    assert idata.posterior.a.dims == ("chain", "draw", "group", "feature") and idata.posterior.a.shape == (1, 300, 4, 3)
+    assert idata.log_likelihood.y.dims == ("chain", "draw", "group", "item")
+    np.testing.assert_allclose(idata.posterior.twice.values.reshape(300, 4, 3), 2.0 * idata.posterior.a.values[0])
+
+
+def test_parallel_and_sequential_runs_agree():
+    guide = exact_guide()
+    for parallel in (True, False):
+        idata = export(conjugate, guide, DATA, parallel=parallel)
+        np.testing.assert_allclose(idata.sample_stats.log_weight, EVIDENCE, atol=1e-3)
+        ll = dist.Normal(torch.as_tensor(idata.posterior.z.values[0])[:, None], 1.0).log_prob(DATA).sum(-1)
+        np.testing.assert_allclose(idata.log_likelihood.x.values[0], ll, atol=1e-4)
+
+
+def test_factor_sites_count_in_lp_but_are_no_data():
+    """D4, P13."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("penalty", -z.square())
+
+    idata = export(model, AutoNormal(model))
+    z = idata.posterior.z.values[0]
+    np.testing.assert_allclose(
+        idata.sample_stats.lp.values[0], dist.Normal(0, 1).log_prob(torch.as_tensor(z)) - z**2, atol=1e-4
+    )
+    assert not has_group(idata, "observed_data") or "penalty" not in idata.observed_data
+
+
+def test_masked_data_are_no_pointwise_likelihood():
+    """D3, P14: two of six data are masked; four terms remain."""
+    keep = torch.tensor([True, True, False, True, False, True])
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 6), pyro.poutine.mask(mask=keep):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=DATA[:, 0])
+
+    idata = export(model, AutoNormal(model))
+    assert idata.log_likelihood.x.shape == (1, 300, 4)
+
+
+def test_reserved_names_are_renamed_and_said():
+    """D6, P22."""
+
+    def model():
+        pyro.sample("draw", dist.Normal(0.0, 1.0))
+
+    with pytest.warns(UserWarning, match="'draw' is a dimension of ArviZ; it is stored as 'draw_'"):
+        idata = export(model, AutoNormal(model))
+    assert "draw_" in idata.posterior
+
+
+def test_a_seed_reproduces_draws_and_the_store_is_left_alone():
+    guide = AutoNormal(conjugate)
+    guide(DATA)
+    before, state = set(pyro.get_param_store().keys()), torch.get_rng_state()
+    first, second = (export(conjugate, guide, DATA).posterior.z.values for _ in range(2))
+    assert (first == second).all() and torch.equal(state, torch.get_rng_state())
+    assert set(pyro.get_param_store().keys()) == before
+
+
+def test_what_cannot_be_judged_is_refused():
+    """P9, P12, P17: subsamples, missing latents, point estimates."""
+
+    def subsampled():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 6, subsample_size=3) as i:
+            pyro.sample("x", dist.Normal(z, 1.0), obs=DATA[i, 0])
+
+    with pytest.raises(ValueError, match=r"Plate 'data' is subsampled \(3 of 6\)"):
+        export(subsampled, AutoNormal(subsampled))
+    with pytest.raises(ValueError, match=r"latent sites \['z'\] of the model are not in the guide"):
+        export(conjugate, lambda x: None, DATA)
+    with pytest.raises(ValueError, match="point estimate"):
+        export(conjugate, AutoDelta(conjugate), DATA)
+    with pytest.raises(ValueError, match="container='tree': expected one of"):
+        export(conjugate, AutoNormal(conjugate), DATA, container="tree")
+
+
+def test_a_container_without_weights_is_refused():
+    import arviz as az
+
+    with pytest.raises(ValueError, match="has no group 'sample_stats'"):
+        dgm.khat(az.from_dict(posterior={"z": np.zeros((1, 10))}))
+    with pytest.raises(ValueError, match="has no log_weight"):
+        dgm.khat({"groups": {"sample_stats": {"lp": np.zeros(10)}}})
+
+
+def test_arviz_is_not_needed_for_dictionaries():
+    """F3: with ArviZ hidden, conversion to dictionaries works."""
+    code = """
+import sys
+sys.modules["arviz"] = None
+import torch, pyro_dgm as dgm
+from tests.compat_cells import DATA, conjugate, exact_guide
+groups = dgm.from_svi(conjugate, exact_guide(), DATA, num_samples=20, prior=5, container="dict")["groups"]
+print(sorted(groups))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "'posterior_predictive'" in done.stdout, done.stderr
+
+
+def test_float64_sums():
+    """D8, P20: 200,000 terms in float32 lose digits; sums are in float64."""
+    y = torch.randn(200_000)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1e-3))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    idata = export(model, AutoNormal(model), num_samples=30, prior=0, log_likelihood=False, posterior_predictive=False)
+    z = torch.as_tensor(idata.posterior.z.values[0]).double()[:, None]
+    truth = dist.Normal(z, 1.0).log_prob(y.double()).sum(-1) + dist.Normal(0.0, 1e-3).log_prob(z[:, 0].float()).double()
+    error = torch.as_tensor(idata.sample_stats.lp.values[0]) - truth
+    assert error.std() < 1e-2  # each float32 term is off by 1e-7, none by the sum
+
+
+# --- Pareto smoothing and verdicts -----------------------------------------------------------------------------------
+
+
+def weights(s, n, seed):
+    """log w of q = N(0, 1) for p = N(0, s^2): k = 1 - 1/s^2 in theory."""
+    x = np.random.default_rng(seed).normal(size=n)
+    return -0.5 * (x / s) ** 2 - np.log(s) + 0.5 * x**2
+
+
+@pytest.mark.parametrize("s, within", [(1.2, 0.1), (1.5, 0.1), (2.0, 0.1), (4.0, 0.15)])
+def test_khat_against_theory(s, within):
+    """C2, C3: the mean over 20 repetitions; a wrong sign would give about -1.6."""
+    assert abs(np.mean([psis(weights(s, 20_000, i))[1] for i in range(20)]) - (1 - 1 / s**2)) < within
+
+
+def test_khat_is_never_nan():
+    """C1, C4, P27: constant, hopeless, non-finite and too few weights."""
+    rng = np.random.default_rng(0)
+    assert judge(np.full(100, -3.0)).status == "exact" and judge(np.full(100, -3.0)).k == -np.inf
+    for lw in (
+        500.0 * rng.normal(size=1_000),
+        np.r_[np.nan, np.zeros(99)],
+        np.r_[np.inf, np.zeros(99)],
+        np.full(50, -np.inf),
+    ):
+        verdict = judge(lw)
+        assert verdict.status == "bad" and not np.isnan(verdict.k) and not np.isnan(verdict.elbo)
+    assert judge(np.zeros(10) + rng.normal(size=10)).status == "bad"
+    with pytest.raises(ValueError, match="at least 25 draws"):
+        psis(np.zeros(10))
+
+
+BAD = {
+    "too wide": (0.0, 1.5), "much too wide": (0.0, 2.0), "too narrow": (0.0, 0.7), "far too narrow": (0.0, 0.4),
+    "shifted by half an sd": (0.5, 1.0), "shifted by one sd": (1.0, 1.0), "shifted and narrow": (0.5, 0.7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("features", [1, 4, 10])
+@pytest.mark.parametrize("fault", sorted(BAD))
+def test_bad_fits_are_not_called_good(fault, features):
+    """21 bad Gaussians: k-hat alone calls most of the wide and shifted ones fine (k < 0.7)."""
+    shift, scale = BAD[fault]
+    z = np.random.default_rng(1).normal(size=(4_000, features))
+    x = shift + scale * z
+    verdict = judge((-0.5 * x**2 + 0.5 * z**2 + np.log(scale)).sum(-1))
+    assert verdict.status in ("usable", "bad")
+    assert judge((-0.5 * (1e-3 + z) ** 2 + 0.5 * z**2).sum(-1)).status == "good"
+
+
+def test_errors_of_elbo_and_evidence_cover_the_truth():
+    """Over 200 repetitions, |estimate - truth| < 2 errors in about 95 %."""
+    hits = []
+    for i in range(200):
+        verdict = judge(weights(1.3, 2_000, i))
+        hits.append(abs(verdict.log_evidence) < 2 * verdict.log_evidence_error)
+    assert 0.85 < np.mean(hits) <= 1.0
+
+
+def test_a_mean_field_fit_of_a_correlated_posterior_is_not_good():
+    covariance = torch.tensor([[1.0, 0.95], [0.95, 1.0]])
+
+    def model():
+        pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), covariance))
+
+    guides = {}
+    for make_guide in (AutoNormal, AutoMultivariateNormal):
+        pyro.clear_param_store()
+        guide = make_guide(model, init_scale=0.3)
+        svi = SVI(model, guide, Adam({"lr": 0.02}), Trace_ELBO(32, vectorize_particles=True))
+        for _ in range(400):
+            svi.step()
+        guides[make_guide] = dgm.khat(export(model, guide, num_samples=2_000, prior=0)).status
+    assert guides[AutoNormal] in ("usable", "bad") and guides[AutoMultivariateNormal] == "good"
+
+
+def test_build_gives_plain_dictionaries_where_asked():
+    made = build({"posterior": {"z": np.zeros((1, 5))}}, {}, {}, {}, "dict")
+    assert group(made, "posterior")["z"].shape == (1, 5)
+
+
+def test_netcdf_round_trip(schools, tmp_path):
+    import arviz as az
+
+    schools.to_netcdf(str(tmp_path / "s.nc"))
+    again = az.from_netcdf(str(tmp_path / "s.nc"))
+    assert dgm.khat(again) == dgm.khat(schools)
+
+
+def test_arviz_plots_and_loo_take_it(schools, tmp_path):
+    import arviz as az
+    import matplotlib
+
+    matplotlib.use("Agg")
+    assert np.isfinite(az.loo(schools).elpd_loo) and "mu" in az.summary(schools).index
+    for draw in (az.plot_ppc, az.plot_trace, az.plot_forest):
+        axes = np.ravel(draw(schools))
+        axes[0].figure.savefig(tmp_path / "p.png")
+        assert (tmp_path / "p.png").stat().st_size > 5_000
