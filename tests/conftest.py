@@ -15,12 +15,15 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    """Every test starts from the same seed, an empty param store and float32."""
+    """Every test starts from the same seed, an empty param store and float32, and leaves validation on."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     torch.set_default_dtype(torch.float32)
     yield
     torch.set_default_dtype(torch.float32)
+    on = torch.distributions.Distribution._validate_args
+    pyro.enable_validation(True)
+    assert on, "the test left validation switched off"
 
 
 @pytest.fixture

@@ -45,7 +45,8 @@ def worker(rank, column, rendezvous):
     elbo = infer.Trace_ELBO()(*program(column))
     parallel = DistributedDataParallel(elbo)
     torch.manual_seed(rank)
-    parallel(DATA[3 * rank : 3 * rank + 3]).backward()
+    mine = DATA[3 * rank : 3 * rank + 3] if column == "likelihood" else DATA  # latents: both see all, with other noise
+    parallel(mine).backward()
     if column == "likelihood":
         whole = make("RealNVP", 2)
         (-whole().log_prob(DATA).sum() / 2).backward()
@@ -54,14 +55,15 @@ def worker(rank, column, rendezvous):
     optimizer = torch.optim.Adam(elbo.parameters(), 1e-2)
     for _ in range(3):
         optimizer.zero_grad()
-        parallel(DATA[3 * rank : 3 * rank + 3]).backward()
+        parallel(mine).backward()
         optimizer.step()
-    mine = torch.cat([p.detach().ravel() for p in elbo.parameters()])
-    both = [torch.empty_like(mine) for _ in range(2)]
-    ddp.all_gather(both, mine)
+    flat = torch.cat([p.detach().ravel() for p in elbo.parameters()])
+    both = [torch.empty_like(flat) for _ in range(2)]
+    ddp.all_gather(both, flat)
     assert torch.equal(*both)
     if rank == 0:
         print("ranks agree", flush=True)
+    ddp.barrier()
     ddp.destroy_process_group()
 
 

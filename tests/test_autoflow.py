@@ -176,3 +176,32 @@ def test_families_that_are_no_transform_refuse_neutra():
         guide.get_transform()
     with pytest.raises(ValueError, match="not reparameterised"):
         dgm.STL_ELBO()(conjugate, guide)(DATA)
+
+
+def bimodal():
+    """Two modes of equal mass, 6 sd from the middle; the prior sees both."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 4.0).to_event(1))
+    parts = torch.stack([dist.Normal(z[..., 0], 0.5).log_prob(torch.tensor(c)) for c in (-3.0, 3.0)])
+    pyro.factor("modes", parts.logsumexp(0))
+
+
+def test_a_posterior_of_which_a_mode_was_left_out_is_not_called_good():
+    """Every weight looks perfect on one mode; only the search for a start has seen the other."""
+    guide = dgm.AutoFlow(bimodal)
+    with pytest.warns(UserWarning, match="found 1 more mode"):
+        dgm.fit(dgm.STL_ELBO()(bimodal, guide), (), progress=False, max_steps=100, seed=0)
+    verdict = dgm.khat(dgm.from_svi(bimodal, guide, prior=0, seed=0))
+    assert verdict.gap < 0.05 and verdict.status == "usable" and "one of at least 2 modes" in str(verdict)
+
+
+def test_neutra_is_right_where_the_guide_is_not():
+    """NUTS through an untrained guide reaches the exact posterior, with R-hat and divergences in the container."""
+    import arviz as az
+
+    guide = dgm.AutoFlow(conjugate, init_scale=1.0).setup(DATA)
+    idata = dgm.neutra(conjugate, guide, DATA, num_samples=400, warmup_steps=200, seed=0, progress=False)
+    z = torch.as_tensor(idata.posterior.z.values).reshape(-1, 2)
+    assert ((z.mean(0) - MEAN) * PRECISION**0.5).abs().max() < 0.2
+    assert (z.std(0) * PRECISION**0.5 - 1.0).abs().max() < 0.15
+    assert az.summary(idata)["r_hat"].max() < 1.05 and idata.posterior_predictive.x.shape == (2, 400, 6, 2)
+    assert not idata.sample_stats.diverging.any() and idata.log_likelihood.x.dims == ("chain", "draw", "data")

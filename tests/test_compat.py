@@ -31,6 +31,7 @@ Each is a test that shows the same for Pyro's own parts.
 |---|---|---|
 | `Predictive(parallel=True)` with a guide, a vector latent and a plate | `AutoNormal` | event dimensions are counted as batch dimensions (pyro#2122); `from_svi` draws in parallel and right |
 | `pyro.module` after loading the param store | any `nn.Module` | parameters stay random and SVI trains orphans (pyro#1204); pass `update_module_params=True`, or save the `state_dict` |
+| validation after `torch.compile` | `dist.Normal(0., -1.)` | torch switches the validation of all distributions off when it compiles; call `pyro.enable_validation(True)` |
 """
 
 
@@ -74,6 +75,14 @@ def test_upstream_predictive_in_parallel_is_wrong_for_autonormal_too():
     guide = AutoNormal(conjugate)
     guide(DATA)
     assert broken(guide)
+
+
+def test_upstream_compile_switches_validation_off():
+    torch._dynamo.reset()
+    torch.compile(lambda x: torch.distributions.Normal(x, 1.0).log_prob(x), backend="eager")(torch.zeros(2))
+    off = not torch.distributions.Distribution._validate_args
+    pyro.enable_validation(True)
+    assert off
 
 
 def test_upstream_store_load_leaves_any_module_random():

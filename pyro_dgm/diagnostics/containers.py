@@ -13,7 +13,7 @@ import numpy as np
 
 from pyro_dgm.core.psis import arviz_major
 
-__all__ = ["build", "group", "has_group"]
+__all__ = ["build", "group", "group_attrs", "has_group"]
 
 Groups = dict[str, dict[str, np.ndarray]]
 
@@ -81,3 +81,10 @@ def group(container: Any, name: str) -> dict[str, np.ndarray]:
         return container["groups"][name]
     data = container[name]
     return {str(k): np.asarray(data[k].values) for k in data.data_vars}
+
+
+def group_attrs(container: Any, name: str) -> dict[str, Any]:
+    """The attributes of a group."""
+    if isinstance(container, dict):
+        return container.get("attrs", {}).get(name, {})
+    return dict(container[name].attrs)

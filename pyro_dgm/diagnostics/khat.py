@@ -14,14 +14,14 @@ from typing import Any, Literal
 import numpy as np
 
 from pyro_dgm.core.psis import psis
-from pyro_dgm.diagnostics.containers import group
+from pyro_dgm.diagnostics.containers import group, group_attrs
 
 __all__ = ["KHat", "judge", "khat"]
 
 _ADVICE = {
     "exact": "q is the posterior, up to the draws' error.",
     "good": "Use the draws as they are.",
-    "usable": "Use importance weights (log_weight), or train longer: the plain draws are visibly off.",
+    "usable": "Use importance weights (log_weight), or train longer: the plain draws may be visibly off.",
     "bad": "Do not use it. Train longer, try another family or reparameterise the model; check with NUTS.",
 }
 
@@ -38,6 +38,7 @@ class KHat:
         elbo, elbo_error: mean of log w in nats, and its standard error; a lower bound on the log evidence.
         log_evidence, log_evidence_error: :math:`\log \frac1S \sum w`, and its standard error (nats).
         draws: S.
+        rivals: other modes that the search for a start found and the guide does not cover; with any, at best "usable".
         status: "exact", "good", "usable" or "bad".
     """
 
@@ -50,11 +51,17 @@ class KHat:
     log_evidence_error: float
     draws: int
     status: Literal["exact", "good", "usable", "bad"]
+    rivals: int = 0
 
     @property
     def gap(self) -> float:
         r"""Evidence minus ELBO: an estimate of :math:`\mathrm{KL}(q\|p)` in nats."""
         return self.log_evidence - self.elbo
+
+    def _modes(self) -> str:
+        if self.rivals:
+            return f"It covers one of at least {self.rivals + 1} modes: compare with NUTS from several starts."
+        return "A mode that no draw has seen stays unseen."
 
     def attrs(self) -> dict[str, Any]:
         """The numbers, for a container's attributes."""
@@ -64,7 +71,7 @@ class KHat:
         return (
             f"posterior: {self.status}. k-hat {self.k:.2f} (threshold {self.threshold:.2f}), ESS {self.ess:.0f} of "
             f"{self.draws}, ELBO {self.elbo:.3f} +- {self.elbo_error:.3f}, log evidence {self.log_evidence:.3f} +- "
-            f"{self.log_evidence_error:.3f} nats. {_ADVICE[self.status]} A mode that no draw has seen stays unseen."
+            f"{self.log_evidence_error:.3f} nats. {_ADVICE[self.status]} {self._modes()}"
         )
 
 
@@ -88,11 +95,11 @@ def khat(idata: Any) -> KHat:
     stats = group(idata, "sample_stats")
     if "log_weight" not in stats:
         raise ValueError("khat: sample_stats has no log_weight (log p - log q). Make the container with from_svi.")
-    return judge(stats["log_weight"])
+    return judge(stats["log_weight"], int(group_attrs(idata, "sample_stats").get("rivals", 0)))
 
 
-def judge(log_weight: np.ndarray) -> KHat:
-    """The verdict on log weights of any shape."""
+def judge(log_weight: np.ndarray, rivals: int = 0) -> KHat:
+    """The verdict on log weights of any shape, and on the number of modes known to be missing."""
     lw = np.asarray(log_weight, dtype=np.float64).ravel()
     smoothed, k = psis(lw) if len(lw) >= 25 else (lw - _log_mean(lw) - math.log(len(lw)), math.inf)
     finite = lw[np.isfinite(lw)]
@@ -103,7 +110,8 @@ def judge(log_weight: np.ndarray) -> KHat:
     error = math.sqrt(max(0.0, 1.0 / max(ess, 1.0) - 1.0 / n))
     spread = float(finite.std() / math.sqrt(n)) if len(finite) else math.inf
     status = _status(k, threshold, ess / n, evidence - elbo)
-    return KHat(k, threshold, ess, elbo, spread, evidence, error, n, status)
+    status = "usable" if rivals and status in ("exact", "good") else status
+    return KHat(k, threshold, ess, elbo, spread, evidence, error, n, status, rivals)
 
 
 def _status(k: float, threshold: float, ess: float, gap: float) -> Literal["exact", "good", "usable", "bad"]:

@@ -79,7 +79,8 @@ def from_svi(
         groups = _posterior_groups(program, num_samples, log_likelihood, posterior_predictive)
         groups |= _prior_groups(program, prior)
     groups["observed_data"] = program.observed()
-    attrs = {"guide": type(guide).__name__, **judge(groups["sample_stats"]["log_weight"]).attrs()}
+    rivals = int(getattr(guide, "rivals", 0))
+    attrs = {"guide": type(guide).__name__, **judge(groups["sample_stats"]["log_weight"], rivals).attrs()}
     return contained(program, groups, dims, coords, attrs, container)
 
 

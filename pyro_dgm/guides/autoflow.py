@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,7 @@ class AutoFlow(AutoContinuous):
         self._plain_model = (model,)
         self._make_family = (family or TailedCoupling,)
         self.init_scale = init_scale
+        self.rivals = 0
         self._untouched: int | None = None
         self._registered: int | None = None
 
@@ -99,6 +101,13 @@ class AutoFlow(AutoContinuous):
             return
         start = find_start(log_joint)
         self._posterior.whiten(start.loc[0], start.scale_tril[0])
+        self.rivals = start.rivals
+        if start.rivals:
+            warnings.warn(
+                f"AutoFlow: the search for a start found {start.rivals} more mode(s), separated and within 6 nats of the "
+                "best. One flow will cover one mode; khat will not call such a posterior good.",
+                stacklevel=2,
+            )
         if isinstance(self._posterior.family, TailedCoupling):
             self._posterior.family.start_with_tails()
 

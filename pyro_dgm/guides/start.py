@@ -37,6 +37,7 @@ class Gaussians:
     scale_tril: Tensor
     elbo: Tensor
     names: list[str]
+    rivals: int = 0  # other modes that were found, within 6 nats of the best
 
     def pick(self, index: Tensor) -> Gaussians:
         names = [self.names[i] for i in index.tolist()]
@@ -70,14 +71,35 @@ def find_start(log_joint: LogJoint) -> Gaussians:
     q = _starts(log_joint)
     q = _natural_gradient(log_joint, q, steps=budget[0], draws=budget[1], rate=(0.3, 0.1), temper="tempered")
     q = _natural_gradient(log_joint, q.best(3), steps=budget[0], draws=2 * budget[1], rate=(0.1, 0.03))
+    rivals = _rivals(log_joint, q)
     q = _natural_gradient(log_joint, q.best(1), steps=budget[0] // 2, draws=8 * budget[1], rate=(0.03, 0.02))
+    q.rivals = rivals
     if not q.elbo.isfinite().any():
         raise ValueError(
             "AutoFlow: the model's log density is not finite at any of the starting points (prior draws, prior median, "
             "0, optimised points). Usual causes: NaN or infinity in the data, data outside the likelihood's support, "
             "or a prior far from anything plausible."
         )
-    return q.best(len(q.names))
+    return q
+
+
+@torch.no_grad()
+def _rivals(log_joint: LogJoint, q: Gaussians) -> int:
+    """Other modes: far from the best in both metrics, within 6 nats of its ELBO, behind a barrier of a nat."""
+    order = q.elbo.argsort(descending=True).tolist()
+    best, found = order[0], [order[0]]
+    for i in order[1:]:
+        near = q.elbo[best] - q.elbo[i] > 6.0 or any(_distance(q, i, j) < 2.5 for j in found)
+        if not near and all(_barrier(log_joint, q.loc[i], q.loc[j]) > 1.0 for j in found):
+            found.append(i)
+    return len(found) - 1
+
+
+def _barrier(log_joint: LogJoint, a: Tensor, b: Tensor) -> float:
+    """How far the log density on the straight segment falls below its lower end, in nats."""
+    t = torch.linspace(0.0, 1.0, 21).to(a)[:, None]
+    value = log_joint(a + t * (b - a))
+    return float(torch.minimum(value[0], value[-1]) - value.min())
 
 
 def _starts(log_joint: LogJoint) -> Gaussians:
