@@ -31,6 +31,7 @@ class Standardize(nn.Module):
         super().__init__()
         self.register_buffer("loc", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
+        self._known = ((self.loc._version, self.scale._version), True)
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> Standardize:
@@ -44,6 +45,13 @@ class Standardize(nn.Module):
         sd = rows.std(0)
         self.scale.copy_(torch.where(sd > 0, sd, torch.ones_like(sd)))
         return self
+
+    def is_identity(self) -> bool:
+        """Whether nothing was fitted; asked of the buffers once per change of theirs."""
+        version = (self.loc._version, self.scale._version)
+        if self._known[0] != version:
+            self._known = (version, bool((self.loc == 0).all() and (self.scale == 1).all()))
+        return self._known[1]
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.loc) / self.scale

@@ -61,7 +61,7 @@ class _Memo(NamedTuple):
 
     draw: Tensor
     version: int
-    stamp: _Stamp
+    stamp: _Stamp | None
     log_prob: Tensor | None
     base_draw: Tensor | None
 
@@ -185,10 +185,14 @@ class LearnedDistribution(TorchDistribution):
 
     def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
         """A draw and its density from one pass: shapes ``sample + batch + event`` and ``sample + batch``."""
-        base, shape = self._base().expand(self.batch_shape), Size(_as_sample_shape(sample_shape))
+        base, shape = self._expanded_base(), Size(_as_sample_shape(sample_shape))
         with self._family.holding(self._weights):
             u, log_prob = _joint_draw(base, shape)
-        return self._constrain(u, log_prob)
+        return self._constrain(base, u, log_prob)
+
+    def _expanded_base(self) -> Any:
+        base = self._base()
+        return base if base.batch_shape == self.batch_shape else base.expand(self.batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         memo, self._memo = self._memo, None
@@ -206,35 +210,35 @@ class LearnedDistribution(TorchDistribution):
         return memo.draw._version == memo.version and memo.stamp == _Stamp.of(self._family)
 
     def _remember(self, x: Tensor, log_prob: Tensor | None, base_draw: Tensor | None) -> None:
-        self._memo = _Memo(x, x._version, _Stamp.of(self._family), log_prob, base_draw)
+        self._memo = _Memo(x, x._version, self._stamp, log_prob, base_draw)  # the stamp of the draw just made
 
     def _draw(self, sample_shape: Any) -> tuple[Tensor, Tensor | None]:
-        base, shape = self._base().expand(self.batch_shape), Size(_as_sample_shape(sample_shape))
+        base, shape = self._expanded_base(), Size(_as_sample_shape(sample_shape))
         with self._family.holding(self._weights):
             if isinstance(base, zuko.distributions.NormalizingFlow):
                 z = base.base.rsample(shape) if base.base.has_rsample else base.base.sample(shape)
                 u = base.transform.inv(z)
             else:
                 z, u = None, base.rsample(shape) if base.has_rsample else base.sample(shape)
-        return self._to_event(u), z
+        bijection = self._family.bijection(base)
+        return u if bijection is None else bijection(u), z
 
     def _score_base_draw(self, z: Tensor) -> Tensor:
         """The density of the draw made from ``z``, by the sampling direction (an inverse may cost D passes)."""
         flow = self._base()
         with self._family.holding(self._weights):
             u, ladj = flow.transform.inv.call_and_ladj(z)
-            return self._constrain(u, flow.base.log_prob(z) - ladj)[1]
+            return self._constrain(flow, u, flow.base.log_prob(z) - ladj)[1]
 
     def _score(self, value: Tensor) -> Tensor:
         n = len(self.event_shape)
         check_value_shape(self._name, value, self.event_shape)
-        batch = broadcast_batch(self._name, value.shape[: value.dim() - n], self.batch_shape)
+        base, rows = self._base(), value.shape[: value.dim() - n]
+        batch = broadcast_batch(self._name, rows, self.batch_shape)
         if self._validate_args:
-            check_support(self._name, value, self.support)
-        base = self._base()
-        value = value.expand(
-            torch.broadcast_shapes(value.shape[: value.dim() - n], base.batch_shape) + self.event_shape
-        )
+            check_support(self._name, value, self._family.support_of(base))
+        if base.batch_shape:
+            value = value.expand(broadcast_batch(self._name, rows, base.batch_shape) + self.event_shape)
         with self._family.holding(self._weights):
             return self._score_unconstrained(base, value).expand(batch)
 
@@ -245,12 +249,8 @@ class LearnedDistribution(TorchDistribution):
         u = bijection.inv(value)
         return base.log_prob(u) - bijection.log_abs_det_jacobian(u, value)
 
-    def _to_event(self, u: Tensor) -> Tensor:
-        bijection = self._family.bijection(self._base())
-        return u if bijection is None else bijection(u)
-
-    def _constrain(self, u: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
-        bijection = self._family.bijection(self._base())
+    def _constrain(self, base: Distribution, u: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
+        bijection = self._family.bijection(base)
         if bijection is None:
             return u, log_prob
         x = bijection(u)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 from pyro.nn import PyroModule
@@ -94,7 +95,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
 
     def version(self) -> int:
         """A number that grows with every in-place change of a parameter or buffer."""
-        return sum(t._version for t in self.tensors())
+        return sum(map(_version_of, self.tensors()))
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__.pop("_flat", None)
@@ -141,6 +142,9 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         for parameter in self.parameters():  # pyro.module leaves a weak reference that cannot be pickled (pyro#3201)
             parameter.__dict__.pop("unconstrained", None)
         return {k: v for k, v in self.__dict__.items() if k != "_flat"}
+
+
+_version_of = attrgetter("_version")
 
 
 def compose(parts: list[Transform]) -> Any:

@@ -39,12 +39,20 @@ class NormalizingFlow(DistributionModule):
     ) -> None:
         super().__init__(event_shape, context_features, support=support)
         self.standard = Standardize(self.features)
+        self._known_support: constraints.Constraint | None = None
 
     def build(self, context: Tensor | None) -> Distribution:
         return self.flow(context)
 
-    def bijection(self, built: Distribution) -> Transform:
+    def support_of(self, built: Distribution) -> constraints.Constraint:
+        if self._known_support is None:  # a flow's domain is the same for every context
+            self._known_support = super().support_of(built)
+        return self._known_support
+
+    def bijection(self, built: Distribution) -> Transform | None:
         rest = super().bijection(built)
+        if self.standard.is_identity():
+            return rest
         return compose([self.standard.transform()] + ([] if rest is None else [rest]))
 
     @torch.no_grad()
@@ -55,7 +63,7 @@ class NormalizingFlow(DistributionModule):
         """
         self.standard.loc.zero_(), self.standard.scale.fill_(1.0)
         to_event = self.bijection(self.flow(None if not self.context_features else x.new_zeros(self.context_features)))
-        self.standard.fit(to_event.inv(x).reshape(-1, self.features))
+        self.standard.fit((x if to_event is None else to_event.inv(x)).reshape(-1, self.features))
         return self
 
     @torch.no_grad()
