@@ -31,14 +31,13 @@ class Redraw(poutine.messenger.Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if is_data(msg):
             msg["is_observed"], msg["value"] = False, None
-            msg["infer"] = {**msg["infer"], "was_observed": True}
 
 
 class Program:
-    """A model (and guide) with its arguments, run for many draws.
+    """A model and a guide with their arguments, run for many draws.
 
     Args:
-        model, guide: Pyro programs; ``guide`` may be None.
+        model, guide: Pyro programs.
         args, kwargs: their arguments.
         parallel: True, False, or "auto" (in one plate, if a check of three draws allows it).
 
@@ -46,11 +45,9 @@ class Program:
         ValueError: for subsampled plates and for latents that the guide lacks.
     """
 
-    def __init__(
-        self, model: Model, guide: Model | None, args: Any, kwargs: Any, parallel: bool | str = "auto"
-    ) -> None:
+    def __init__(self, model: Model, guide: Model, args: Any, kwargs: Any, parallel: bool | str = "auto") -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        self._guided = None if guide is None else self._trace(guide)
+        self._guided = self._trace(guide)
         self.prototype = self._prototype()
         self.nesting = plate_nesting(self.prototype)
         self._refuse_subsamples()
@@ -80,17 +77,14 @@ class Program:
                     )
 
     def _refuse_missing_latents(self) -> None:
-        found = {} if self._guided is None else self._guided.nodes
-        missing = [n for n, _ in latent_sites(self.prototype) if n not in found]
-        if missing and self.guide is not None:
+        missing = [n for n, _ in latent_sites(self.prototype) if n not in self._guided.nodes]
+        if missing:
             raise ValueError(
                 f"from_svi: latent sites {missing} of the model are not in the guide, so they would be drawn from the "
                 "prior. Add them to the guide; sites that were enumerated in training must be marginalised first."
             )
 
     def _vectorizes(self) -> bool:
-        if self.guide is None:
-            return self._forward_vectorizes()
         drawn = self._trace(together(self.guide, 3, self.nesting))
         shapes = {k: s["value"].shape for k, s in latent_sites(self._guided) if not s["infer"].get("is_auxiliary")}
         values = {k: drawn.nodes[k]["value"] for k in shapes}
@@ -98,13 +92,6 @@ class Program:
         if fault is not None:
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=4)
         return fault is None
-
-    def _forward_vectorizes(self) -> bool:
-        try:
-            self._trace(together(Redraw()(self.model), 3, self.nesting))
-        except (RuntimeError, ValueError, IndexError):
-            return False
-        return True
 
     def guide_traces(self, n: int) -> list[poutine.Trace]:
         """Traces of the guide for ``n`` draws, with log probabilities: one trace in parallel, or ``n``."""
