@@ -361,7 +361,7 @@ def stl__guide():
     for elbo in (dgm.STL_ELBO(8), infer.Trace_ELBO(8, vectorize_particles=True)):
         guide.zero_grad()
         elbo(conjugate, guide)(DATA).backward()
-        gradients.append(guide._posterior.shift.grad.abs().max().item())
+        gradients.append(guide._posterior.affine.grad.abs().max().item())
     assert gradients[0] < 1e-4 < 1e-2 < gradients[1]
 
 
@@ -531,7 +531,7 @@ def rws__guide():
     trace = poutine.trace(poutine.condition(guide, {"_AutoFlow_latent": z})).get_trace(DATA)
     trace.nodes["_AutoFlow_latent"]["fn"].log_prob(z).backward()
     expected = (z - guide._init_loc()) / 0.1
-    torch.testing.assert_close(guide._posterior.shift.grad, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(guide._posterior.affine.grad[0], expected, rtol=1e-3, atol=1e-3)
     _rws(conjugate, guide)
 
 
@@ -751,9 +751,9 @@ def store__guide():
     fresh = dgm.AutoFlow(conjugate)
     fresh(DATA)
     torch.testing.assert_close(fresh._posterior().log_prob(DATA), expected)
-    before = fresh._posterior.shift.detach().clone()
+    before = fresh._posterior.affine.detach().clone()
     steps(conjugate, fresh, infer.Trace_ELBO(), lr=1e-2)
-    assert (fresh._posterior.shift != before).all()
+    assert (fresh._posterior.affine != before).all()
 
 
 def _copies(program, score):

@@ -163,8 +163,8 @@ def test_stale_store_entries_of_another_guide_do_not_replace_trained_parameters(
 
 
 def test_a_store_of_another_shape_is_refused():
-    pyro.param("AutoFlow.posterior$$$shift", torch.zeros(7))
-    with pytest.raises(ValueError, match=r"holds AutoFlow.posterior\$\$\$shift with shape \(7,\).*clear_param_store"):
+    pyro.param("AutoFlow.posterior$$$affine", torch.zeros(7))
+    with pytest.raises(ValueError, match=r"holds AutoFlow.posterior\$\$\$affine with shape \(7,\).*clear_param_store"):
         dgm.AutoFlow(conjugate)(DATA)
 
 

@@ -7,7 +7,7 @@ support like any distribution of Pyro. An :class:`ImplicitDistribution` :math:`x
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from pyro_dgm.core.module import DistributionModule
 
 __all__ = ["ImplicitDistribution", "LearnedDistribution", "NoDensityError", "frozen"]
+
+
+_NOTHING = nullcontext()
 
 
 @contextmanager
@@ -122,9 +125,12 @@ class LearnedDistribution(TorchDistribution):
         """The unconstrained distribution; built anew after the parameters or the grad mode changed."""
         stamp = _Stamp.of(self._family)
         if self._built is None or stamp != self._stamp:
-            with self._family.holding(self._weights):
+            with self._held():
                 self._built, self._stamp = self._family.checked_build(self._context), stamp
         return self._built
+
+    def _held(self) -> AbstractContextManager[None]:
+        return self._family.holding(self._weights) if self._weights else _NOTHING
 
     @property
     def support(self) -> constraints.Constraint:  # type: ignore[override]
@@ -186,7 +192,7 @@ class LearnedDistribution(TorchDistribution):
     def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
         """A draw and its density from one pass: shapes ``sample + batch + event`` and ``sample + batch``."""
         base, shape = self._expanded_base(), Size(_as_sample_shape(sample_shape))
-        with self._family.holding(self._weights):
+        with self._held():
             u, log_prob = _joint_draw(base, shape)
         return self._constrain(base, u, log_prob)
 
@@ -214,7 +220,7 @@ class LearnedDistribution(TorchDistribution):
 
     def _draw(self, sample_shape: Any) -> tuple[Tensor, Tensor | None]:
         base, shape = self._expanded_base(), Size(_as_sample_shape(sample_shape))
-        with self._family.holding(self._weights):
+        with self._held():
             if isinstance(base, zuko.distributions.NormalizingFlow):
                 z = base.base.rsample(shape) if base.base.has_rsample else base.base.sample(shape)
                 u = base.transform.inv(z)
@@ -226,7 +232,7 @@ class LearnedDistribution(TorchDistribution):
     def _score_base_draw(self, z: Tensor) -> Tensor:
         """The density of the draw made from ``z``, by the sampling direction (an inverse may cost D passes)."""
         flow = self._base()
-        with self._family.holding(self._weights):
+        with self._held():
             u, ladj = flow.transform.inv.call_and_ladj(z)
             return self._constrain(flow, u, flow.base.log_prob(z) - ladj)[1]
 
@@ -239,7 +245,7 @@ class LearnedDistribution(TorchDistribution):
             check_support(self._name, value, self._family.support_of(base))
         if base.batch_shape:
             value = value.expand(broadcast_batch(self._name, rows, base.batch_shape) + self.event_shape)
-        with self._family.holding(self._weights):
+        with self._held():
             return self._score_unconstrained(base, value).expand(batch)
 
     def _score_unconstrained(self, base: Distribution, value: Tensor) -> Tensor:

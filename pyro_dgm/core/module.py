@@ -3,7 +3,7 @@ r"""The contract of a family: a module that turns a context into a distribution,
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, ValuesView
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -89,25 +89,28 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
 
     def tensors(self) -> list[Tensor]:
         """All parameters and buffers; the walk over the module tree, which is slow in torch, is remembered."""
-        modules: list[nn.Module] = self.__dict__.setdefault("_flat", []) or list(self.modules())
-        self.__dict__["_flat"] = modules
-        return [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        if "_holders" not in self.__dict__:
+            self.__dict__["_holders"] = _holders(self)
+        return [t for held in self.__dict__["_holders"] for t in held if t is not None]
 
     def version(self) -> int:
         """A number that grows with every in-place change of a parameter or buffer."""
         return sum(map(_version_of, self.tensors()))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.pop("_flat", None)
+        self.__dict__.pop("_holders", None)
         super().__setattr__(name, value)
 
     def checked_build(self, context: Tensor | None) -> Distribution:
         built = self.build(context)
-        check_built(self, built.event_shape, self.unconstrained_shape)
+        if self._support is not None or built.event_shape != self.event_shape:
+            check_built(self, built.event_shape, self.unconstrained_shape)
         return built
 
     def bijection(self, built: Distribution) -> Transform | None:
         """The map from what ``build`` returns to the event, or None where they are the same."""
+        if self._support is None and built.event_shape == self.event_shape:
+            return None
         parts: list[Transform] = []
         if built.event_shape != self.unconstrained_shape:
             parts.append(ReshapeTransform(built.event_shape, self.unconstrained_shape))
@@ -141,10 +144,16 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
     def __getstate__(self) -> dict[str, Any]:
         for parameter in self.parameters():  # pyro.module leaves a weak reference that cannot be pickled (pyro#3201)
             parameter.__dict__.pop("unconstrained", None)
-        return {k: v for k, v in self.__dict__.items() if k != "_flat"}
+        return {k: v for k, v in self.__dict__.items() if k != "_holders"}
 
 
 _version_of = attrgetter("_version")
+
+
+def _holders(module: nn.Module) -> list[ValuesView[Tensor | None]]:
+    """Live views of the dictionaries in which a tree of modules keeps its tensors."""
+    held = [d for m in module.modules() for d in (m._parameters, m._buffers)]
+    return [d.values() for d in held if d]
 
 
 def compose(parts: list[Transform]) -> Any:

@@ -118,7 +118,7 @@ class AutoFlow(AutoContinuous):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> LearnedDistribution:
         self.setup(*args, **kwargs)
-        if not self._posterior.shift.requires_grad:  # frozen by a bound's second pass: nothing to register
+        if not self._posterior.affine.requires_grad:  # frozen by a bound's second pass: nothing to register
             return self._posterior()
         if not pyro.settings.get("module_local_params"):
             self._agree_with_param_store()
@@ -145,8 +145,8 @@ class AutoFlow(AutoContinuous):
         The whitening is no parameter, but is kept in the store as one, so that the store alone restores the guide.
         """
         store, posterior, prefix = pyro.get_param_store(), self._posterior, f"{self._pyro_name}.posterior"
-        known = store._params.get(param_with_module_name(prefix, "shift"))
-        if known is posterior.shift and self._registered == posterior.buffer_version():
+        known = store._params.get(param_with_module_name(prefix, "affine"))
+        if known is posterior.affine and self._registered == posterior.buffer_version():
             return
         fill = known is not None and posterior.version() == self._untouched
         buffers = [(n, b) for n, b in posterior.named_buffers() if b.is_floating_point()]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
-from torch.distributions.transforms import AffineTransform
 
 from pyro_dgm.core import DistributionModule, compose
 
@@ -19,25 +18,26 @@ __all__ = ["WhitenedPosterior"]
 
 
 class Whitening(Transform):
-    r"""The map :math:`u \mapsto \mu + L u` with lower-triangular L."""
+    r"""The map :math:`u \mapsto \mu + L (a + e^{s} \odot u)` with lower-triangular L."""
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
+    def __init__(self, loc: Tensor, scale_tril: Tensor, shift: Tensor, log_scale: Tensor) -> None:
         super().__init__()
-        self.loc, self.scale_tril = loc, scale_tril
+        self.loc, self.scale_tril, self.shift, self.log_scale = loc, scale_tril, shift, log_scale
 
     def _call(self, x: Tensor) -> Tensor:
-        return self.loc + x @ self.scale_tril.mT
+        return nn.functional.linear(torch.addcmul(self.shift, self.log_scale.exp(), x), self.scale_tril, self.loc)
 
     def _inverse(self, y: Tensor) -> Tensor:
         rows = (y - self.loc).reshape(-1, y.shape[-1])
-        return torch.linalg.solve_triangular(self.scale_tril.mT, rows, upper=True, left=False).reshape(y.shape)
+        white = torch.linalg.solve_triangular(self.scale_tril.mT, rows, upper=True, left=False).reshape(y.shape)
+        return (white - self.shift) * torch.exp(-self.log_scale)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.scale_tril.diagonal().log().sum().expand(x.shape[:-1])
+        return (self.scale_tril.diagonal().log() + self.log_scale).sum().expand(x.shape[:-1])
 
 
 class WhitenedPosterior(DistributionModule):
@@ -55,8 +55,7 @@ class WhitenedPosterior(DistributionModule):
     def __init__(self, family: DistributionModule, loc: Tensor, scale: float) -> None:
         super().__init__(len(loc))
         self.family = family.to(loc)
-        self.shift = nn.Parameter(torch.zeros_like(loc))
-        self.log_scale = nn.Parameter(torch.zeros_like(loc))
+        self.affine = nn.Parameter(loc.new_zeros(2, len(loc)))  # rows: shift, log scale
         self.register_buffer("loc", loc.clone())
         self.register_buffer("scale_tril", scale * torch.eye(len(loc)).to(loc))
 
@@ -77,8 +76,8 @@ class WhitenedPosterior(DistributionModule):
 
     def bijection(self, built: Distribution) -> Transform:
         inner = self.family.bijection(built)
-        affine = AffineTransform(self.shift, self.log_scale.exp(), event_dim=1)
-        return compose(([] if inner is None else [inner]) + [affine, Whitening(self.loc, self.scale_tril)])
+        whitening = Whitening(self.loc, self.scale_tril, *self.affine.unbind())
+        return whitening if inner is None else compose([inner, whitening])
 
     def support_of(self, built: Distribution) -> constraints.Constraint:
         return constraints.real_vector
