@@ -94,7 +94,7 @@ def gaussian_elbo(loc, scale):
 def exact_guide(model=conjugate):
     """AutoFlow placed on the exact posterior of the conjugate model."""
     guide = dgm.AutoFlow(model).setup(DATA)
-    guide._posterior.whiten(MEAN, torch.eye(2) * PRECISION**-0.5)
+    guide._posterior.components[0].whiten(MEAN, torch.eye(2) * PRECISION**-0.5)
     return guide
 
 
@@ -504,7 +504,7 @@ def infer_discrete__guide():
 @cell("RenyiELBO on a full plate", "N")
 def renyi__guide():
     guide = dgm.AutoFlow(conjugate, init_scale=0.5).setup(DATA)
-    guide._posterior.whiten(MEAN, 0.5 * torch.eye(2))
+    guide._posterior.components[0].whiten(MEAN, 0.5 * torch.eye(2))
     bound = infer.RenyiELBO(alpha=0.0, num_particles=2_000, vectorize_particles=True).loss(conjugate, guide, DATA)
     close(-bound, EVIDENCE, 0.1)
 
@@ -839,7 +839,7 @@ def weighed__prior():
 @cell("WeighedPredictive, Importance, psis_diagnostic", "N")
 def weighed__guide():
     guide = dgm.AutoFlow(conjugate).setup(DATA)
-    guide._posterior.whiten(MEAN, 0.5 * torch.eye(2))
+    guide._posterior.components[0].whiten(MEAN, 0.5 * torch.eye(2))
     sampler = infer.Importance(conjugate, guide=guide, num_samples=500)
     sampler.run(DATA)
     close(sampler.get_log_normalizer(), EVIDENCE, 0.3)
@@ -880,7 +880,7 @@ def _neutra(model, guide):
 def nuts__guide():
     guide = dgm.AutoFlow(conjugate, init_scale=0.6).setup(DATA)
     with torch.no_grad():
-        for p in guide._posterior.family.parameters():
+        for p in guide._posterior.components[0].family.parameters():
             p.add_(0.02 * torch.randn_like(p))
     z = _neutra(conjugate, guide)
     close(((z.mean(0) - MEAN) * PRECISION**0.5).abs().max(), 0.0, 0.35)
@@ -908,7 +908,7 @@ def neutra__prior():
 def neutra__guide():
     """get_base_dist and get_transform describe get_posterior: the change of variables agrees, with tails and couplings."""
     guide = exact_guide()
-    guide._posterior.family.start_with_tails()
+    guide._posterior.components[0].family.start_with_tails()
     _perturb(guide._posterior)
     base, transform = guide.get_base_dist(), guide.get_transform()
     z = base.sample((50,))
@@ -1183,7 +1183,7 @@ def refusals__guide():
     def sphere():
         pyro.sample("s", dist.VonMises3D(torch.tensor([1.0, 0.0, 0.0])))
 
-    _refuses(lambda: dgm.AutoFlow(discrete).setup(), "hide=['k']")
+    _refuses(lambda: dgm.AutoFlow(discrete).setup(), "'enumerate': 'parallel'")
     _refuses(lambda: dgm.AutoFlow(sphere).setup(), "'s'")
 
 

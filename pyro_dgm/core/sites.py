@@ -7,7 +7,7 @@ from typing import Any
 
 from pyro.poutine import Trace
 
-__all__ = ["is_data", "is_subsample", "latent_sites", "observed_sites", "plate_frames"]
+__all__ = ["is_data", "is_enumerable", "is_subsample", "latent_sites", "observed_sites", "plate_frames"]
 
 Site = dict[str, Any]
 
@@ -22,6 +22,11 @@ def latent_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
     for name, site in trace.iter_stochastic_nodes():
         if not is_subsample(site):
             yield name, site
+
+
+def is_enumerable(site: Site) -> bool:
+    """Whether a discrete site is marked for summing out (``infer={"enumerate": "parallel"}`` or ``config_enumerate``)."""
+    return site["type"] == "sample" and not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
 
 
 def is_data(site: Site) -> bool:

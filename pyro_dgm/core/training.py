@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Convergent", "Startable"]
+__all__ = ["Convergent", "Settling", "Startable"]
 
 
 @runtime_checkable
@@ -21,3 +21,11 @@ class Convergent(Protocol):
 
     def converged(self) -> bool:
         """Whether the loss is so near its limit that a longer round would change nothing a user sees."""
+
+
+@runtime_checkable
+class Settling(Protocol):
+    """A module with something to set that no gradient reaches, once training has ended."""
+
+    def settle(self, *args: Any, **kwargs: Any) -> None:
+        """Set it; the parameters stay as they are."""

@@ -5,7 +5,7 @@
   keep for themselves what zuko wanted for all.
 * zuko's lazy modules are abstract base classes, so ``PyroModule[...]`` cannot mix into them (metaclass conflict):
   their roots are given a mixin with a combined metaclass, which makes Bayesian flow weights possible.
-* torch has no ``biject_to(lower_cholesky)``.
+* torch has no ``biject_to(lower_cholesky)``, and none for the support of its own ``MixtureSameFamily``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import warnings
 from abc import ABCMeta
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
@@ -118,3 +119,12 @@ try:
     biject_to(constraints.lower_cholesky)
 except NotImplementedError:
     biject_to.register(constraints.lower_cholesky, lambda constraint: VectorToLowerCholesky())
+
+
+def _mixture_bijection(constraint: Any) -> Transform:
+    return biject_to(constraint.base_constraint)
+
+
+_of_mixtures = getattr(constraints, "MixtureSameFamilyConstraint", None)  # torch >= 2.6
+if _of_mixtures is not None:
+    biject_to.register(_of_mixtures, _mixture_bijection)

@@ -1,18 +1,34 @@
-"""Running a model on many draws at once, in an outer plate, and checking that this gives what single runs give."""
+"""Running a model on many draws at once, in an outer plate or by vmap, and checking that this gives what single runs give."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
+from opt_einsum import shared_intermediates
 from pyro import poutine
+from pyro.infer.traceenum_elbo import _compute_model_factors
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
 from torch import Size, Tensor
 
-__all__ = ["NOT_VECTORIZED", "log_probs", "per_draw", "plate_nesting", "together", "vectorization_fault"]
+__all__ = [
+    "NOT_VECTORIZED",
+    "How",
+    "enumerated",
+    "how_to_vectorize",
+    "joint_of_rows",
+    "log_probs",
+    "per_draw",
+    "plate_nesting",
+    "together",
+]
 
 Model = Callable[..., Any]
+How = Literal["plate", "vmap", "loop"]  # in which many draws are run
+_DRAWS = ("_draws", "num_particles_vectorized")  # the plates of draws, ours and Pyro's
 
 NOT_VECTORIZED = (
     "The model cannot run many draws at once ({}), so they run one by one, which is slow. Latent vectors must broadcast: "
@@ -31,10 +47,35 @@ def together(fn: Model, n: int, nesting: int) -> Model:
     return pyro.plate("_draws", n, dim=-nesting - 1)(fn)
 
 
+def enumerated(fn: Model, nesting: int) -> Model:
+    """The same program with its enumerable sites in dimensions left of all plates."""
+    return poutine.enum(fn, first_available_dim=-nesting - 1)
+
+
 def log_probs(trace: poutine.Trace) -> list[Tensor]:
-    """Log probabilities (with scales and masks) of all sample sites."""
+    """Log probabilities (with scales and masks) of all sample sites; enumerated sites are summed out."""
     trace.compute_log_prob()
-    return [s["log_prob"] for s in trace.nodes.values() if s["type"] == "sample"]
+    sites = [s for s in trace.nodes.values() if s["type"] == "sample"]
+    if any(s["infer"].get("_enumerate_dim") is not None for s in sites):
+        return _marginal_log_probs(trace)
+    return [s["log_prob"] for s in sites]
+
+
+def _marginal_log_probs(trace: poutine.Trace) -> list[Tensor]:
+    """Terms of the log joint after Pyro's sum-product over enumerated sites; draws first, or a scalar."""
+    trace.pack_tensors()
+    plain, factors, _, sum_dims, scale = _compute_model_factors(trace, poutine.Trace())
+    with shared_intermediates() as cache:
+        summed = contract_tensor_tree(factors, sum_dims, cache=cache)
+    terms = [t for group in plain.values() for t in group]
+    terms += [packed.scale_and_mask(t, scale=scale) for group in summed.values() for t in group]
+    draws = next((trace.plate_to_symbol[n] for n in _DRAWS if n in trace.plate_to_symbol), "")
+    return [_draws_first(t, draws) for t in terms]
+
+
+def _draws_first(term: Tensor, draws: str) -> Tensor:
+    dims = term._pyro_dims  # type: ignore[attr-defined]
+    return term.movedim(dims.index(draws), 0) if draws and draws in dims else term.sum()
 
 
 def per_draw(terms: Iterable[Tensor], n: int, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -43,30 +84,67 @@ def per_draw(terms: Iterable[Tensor], n: int, *, dtype: torch.dtype | None = Non
     return sum(t.reshape(n, -1).sum(-1) if t.shape[:1] == (n,) else t.sum().expand(n) for t in rows)  # type: ignore
 
 
-def vectorization_fault(
+def joint_of_rows(model: Model, rows: dict[str, Tensor], args: Any, kwargs: Any) -> Tensor:
+    """Log joint of every row of ``rows`` (``{site: (n, *site)}``), shape ``(n,)``, by ``torch.vmap`` of single runs.
+
+    It needs no broadcasting from the model, but neither control flow on values nor enumerated sites.
+    """
+
+    def joint(values: dict[str, Tensor]) -> Tensor:
+        return _sum(poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs))
+
+    with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
+        return torch.vmap(joint, randomness="same")(rows)
+
+
+def how_to_vectorize(
     model: Model, values: dict[str, Tensor], shapes: dict[str, Size], nesting: int, args: Any, kwargs: Any
-) -> str | None:
-    """Why a plate of draws differs from single runs; None where it does not.
+) -> tuple[How, str]:
+    """How many draws of the latents can be run at once, and what is wrong with the plate where it is not that.
 
     ``values`` holds a few draws of every latent, shape ``(n, 1, .., *plates, *event)``; ``shapes`` what a single run
-    gives. Compared is the log joint of every draw.
+    gives. The log joint of draws in one plate, then of draws under ``vmap``, is compared with that of single runs.
     """
     n = len(next(iter(values.values())))
+    rows = {k: v.reshape(n, *shapes[k]) for k, v in values.items()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), poutine.block():
-        rows = [{k: v[i].reshape(shapes[k]) for k, v in values.items()} for i in range(n)]
-        single = torch.stack([_single(model, row, args, kwargs) for row in rows])
-        try:
-            run = together(poutine.condition(model, data=values), n, nesting)
-            joint = per_draw(log_probs(poutine.trace(run).get_trace(*args, **kwargs)), n)
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if torch.allclose(joint, single, rtol=1e-4, atol=1e-3, equal_nan=True):
-        return None
-    return f"log joint of draws run together {_short(joint)}, run singly {_short(single)}"
+        each = [{k: v[i] for k, v in rows.items()} for i in range(n)]
+        single = torch.stack([_seeded(lambda row=row: _single(model, row, nesting, args, kwargs)) for row in each])
+        fault = _fault(lambda: _in_plate(model, values, n, nesting, args, kwargs), single)
+        if not fault:
+            return "plate", ""
+        mapped = _fault(lambda: joint_of_rows(model, rows, args, kwargs), single)
+    return ("loop" if mapped else "vmap"), fault
 
 
-def _single(model: Model, values: dict[str, Tensor], args: Any, kwargs: Any) -> Tensor:
-    trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
+def _in_plate(model: Model, values: dict[str, Tensor], n: int, nesting: int, args: Any, kwargs: Any) -> Tensor:
+    run = enumerated(together(poutine.condition(model, data=values), n, nesting), nesting + 1)
+    return per_draw(log_probs(poutine.trace(run).get_trace(*args, **kwargs)), n)
+
+
+def _fault(run: Callable[[], Tensor], expected: Tensor) -> str:
+    """Why a way of running many draws is wrong; empty where it is right."""
+    try:
+        joint = _seeded(run)
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if torch.allclose(joint, expected, rtol=1e-4, atol=1e-3, equal_nan=True):
+        return ""
+    return f"log joint of draws run together {_short(joint)}, run singly {_short(expected)}"
+
+
+def _seeded(run: Callable[[], Tensor]) -> Tensor:
+    """The same subsamples in each run."""
+    torch.manual_seed(0)
+    return run()
+
+
+def _single(model: Model, values: dict[str, Tensor], nesting: int, args: Any, kwargs: Any) -> Tensor:
+    run = enumerated(poutine.condition(model, data=values), nesting)
+    return _sum(poutine.trace(run).get_trace(*args, **kwargs))
+
+
+def _sum(trace: poutine.Trace) -> Tensor:
     return sum((t.sum() for t in log_probs(trace)), torch.zeros(()))
 
 

@@ -17,8 +17,16 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_dgm.core.sites import is_data, latent_sites, observed_sites, plate_frames
-from pyro_dgm.core.vectorize import NOT_VECTORIZED, log_probs, per_draw, plate_nesting, together, vectorization_fault
+from pyro_dgm.core.sites import is_data, is_enumerable, latent_sites, observed_sites, plate_frames
+from pyro_dgm.core.vectorize import (
+    NOT_VECTORIZED,
+    enumerated,
+    how_to_vectorize,
+    log_probs,
+    per_draw,
+    plate_nesting,
+    together,
+)
 
 __all__ = ["Program"]
 
@@ -77,21 +85,22 @@ class Program:
                     )
 
     def _refuse_missing_latents(self) -> None:
-        missing = [n for n, _ in latent_sites(self.prototype) if n not in self._guided.nodes]
+        self.enumerable = [n for n, s in latent_sites(self.prototype) if is_enumerable(s)]
+        missing = [n for n in self.sites("latent") if n not in self._guided.nodes]
         if missing:
             raise ValueError(
                 f"from_svi: latent sites {missing} of the model are not in the guide, so they would be drawn from the "
-                "prior. Add them to the guide; sites that were enumerated in training must be marginalised first."
+                "prior. Add them to the guide; discrete ones can be summed out: infer={'enumerate': 'parallel'}."
             )
 
     def _vectorizes(self) -> bool:
         drawn = self._trace(together(self.guide, 3, self.nesting))
         shapes = {k: s["value"].shape for k, s in latent_sites(self._guided) if not s["infer"].get("is_auxiliary")}
         values = {k: drawn.nodes[k]["value"] for k in shapes}
-        fault = vectorization_fault(self.model, values, shapes, self.nesting, self.args, self.kwargs)
-        if fault is not None:
+        how, fault = how_to_vectorize(self.model, values, shapes, self.nesting, self.args, self.kwargs)
+        if how == "loop":
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=4)
-        return fault is None
+        return how == "plate"
 
     def guide_traces(self, n: int) -> list[poutine.Trace]:
         """Traces of the guide for ``n`` draws, with log probabilities: one trace in parallel, or ``n``."""
@@ -100,6 +109,12 @@ class Program:
             for trace in traces:
                 trace.compute_log_prob()
         return traces
+
+    def joint(self, guide_traces: list[poutine.Trace], n: int) -> np.ndarray:
+        """Log joint of every draw; enumerable sites are summed out."""
+        model = enumerated(self.model, self.nesting + self.parallel)
+        runs = [self._runs(poutine.replay(model, trace=t), n if self.parallel else 1) for t in guide_traces]
+        return self.log_prob([trace for traces in runs for trace in traces], n)
 
     def replayed(self, guide_traces: list[poutine.Trace], n: int, *, redraw: bool = False) -> list[poutine.Trace]:
         """The model's traces for these guide draws; with ``redraw`` the data are drawn from the likelihood."""
@@ -168,7 +183,7 @@ class Program:
     def sites(self, kind: str) -> list[str]:
         """Names of latent, deterministic or observed sites of the model."""
         if kind == "latent":
-            return [n for n, _ in latent_sites(self.prototype)]
+            return [n for n, _ in latent_sites(self.prototype) if n not in self.enumerable]
         if kind == "observed":
             return [n for n, _ in observed_sites(self.prototype)]
         return [

@@ -2,19 +2,21 @@ r"""Can the posterior be trusted? Pareto k of the importance weights :math:`w = 
 
 Pareto k alone is no verdict: it passed 15 of 34 deliberately bad fits (a Gaussian that is too wide, shifted by half a
 standard deviation, a mean field). The gap between the importance-weighted evidence and the ELBO, an estimate of
-:math:`\mathrm{KL}(q\|p)`, caught all of them. The verdict uses both.
+:math:`\mathrm{KL}(q\|p)`, caught all of them, but no weight can show a mode that q has never visited. The verdict uses
+both, and what :mod:`~pyro_dgm.diagnostics.explore` found.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
 
 from pyro_dgm.core.psis import psis
 from pyro_dgm.diagnostics.containers import group, group_attrs
+from pyro_dgm.diagnostics.explore import Exploration
 
 __all__ = ["KHat", "judge", "khat"]
 
@@ -38,7 +40,9 @@ class KHat:
         elbo, elbo_error: mean of log w in nats, and its standard error; a lower bound on the log evidence.
         log_evidence, log_evidence_error: :math:`\log \frac1S \sum w`, and its standard error (nats).
         draws: S.
-        rivals: other modes that the search for a start found and the guide does not cover; with any, at best "usable".
+        drift, drift_sd: change of a mean (in sd) and of a log sd under short Hamiltonian chains from the draws; largest.
+        acceptance: of those chains.
+        other_modes: modes that climbing prior draws found and the draws do not cover.
         status: "exact", "good", "usable" or "bad".
     """
 
@@ -51,17 +55,23 @@ class KHat:
     log_evidence_error: float
     draws: int
     status: Literal["exact", "good", "usable", "bad"]
-    rivals: int = 0
+    drift: float = 0.0
+    drift_sd: float = 0.0
+    acceptance: float = 1.0
+    other_modes: int = 0
 
     @property
     def gap(self) -> float:
         r"""Evidence minus ELBO: an estimate of :math:`\mathrm{KL}(q\|p)` in nats."""
         return self.log_evidence - self.elbo
 
-    def _modes(self) -> str:
-        if self.rivals:
-            return f"It covers one of at least {self.rivals + 1} modes: compare with NUTS from several starts."
-        return "A mode that no draw has seen stays unseen."
+    def _explored(self) -> str:
+        if self.other_modes:
+            return f"{self.other_modes} more mode(s) were found that it does not cover: warm_start, or NUTS from there."
+        moved = f"mean by {self.drift:.2f} sd, log sd by {self.drift_sd:.2f}, acceptance {self.acceptance:.2f}"
+        if Exploration(self.drift, self.drift_sd, self.acceptance).moved:
+            return f"Short MCMC leaves it ({moved}): run neutra."
+        return "A mode that no start and no draw has seen stays unseen."
 
     def attrs(self) -> dict[str, Any]:
         """The numbers, for a container's attributes."""
@@ -71,7 +81,7 @@ class KHat:
         return (
             f"posterior: {self.status}. k-hat {self.k:.2f} (threshold {self.threshold:.2f}), ESS {self.ess:.0f} of "
             f"{self.draws}, ELBO {self.elbo:.3f} +- {self.elbo_error:.3f}, log evidence {self.log_evidence:.3f} +- "
-            f"{self.log_evidence_error:.3f} nats. {_ADVICE[self.status]} {self._modes()}"
+            f"{self.log_evidence_error:.3f} nats. {_ADVICE[self.status]} {self._explored()}"
         )
 
 
@@ -95,12 +105,15 @@ def khat(idata: Any) -> KHat:
     stats = group(idata, "sample_stats")
     if "log_weight" not in stats:
         raise ValueError("khat: sample_stats has no log_weight (log p - log q). Make the container with from_svi.")
-    return judge(stats["log_weight"], int(group_attrs(idata, "sample_stats").get("rivals", 0)))
+    attrs = group_attrs(idata, "sample_stats")
+    return judge(
+        stats["log_weight"], Exploration(**{f.name: attrs[f.name] for f in fields(Exploration) if f.name in attrs})
+    )
 
 
-def judge(log_weight: np.ndarray, rivals: int = 0) -> KHat:
-    """The verdict on log weights of any shape, and on the number of modes known to be missing."""
-    lw = np.asarray(log_weight, dtype=np.float64).ravel()
+def judge(log_weight: np.ndarray, explored: Exploration | None = None) -> KHat:
+    """The verdict on log weights of any shape, lowered where exploration contradicts it."""
+    lw, explored = np.asarray(log_weight, dtype=np.float64).ravel(), explored or Exploration()
     smoothed, k = psis(lw) if len(lw) >= 25 else (lw - _log_mean(lw) - math.log(len(lw)), math.inf)
     finite = lw[np.isfinite(lw)]
     ess = float(np.exp(-np.logaddexp.reduce(2.0 * smoothed))) if len(finite) == len(lw) else 0.0
@@ -110,8 +123,9 @@ def judge(log_weight: np.ndarray, rivals: int = 0) -> KHat:
     error = math.sqrt(max(0.0, 1.0 / max(ess, 1.0) - 1.0 / n))
     spread = float(finite.std() / math.sqrt(n)) if len(finite) else math.inf
     status = _status(k, threshold, ess / n, evidence - elbo)
-    status = "usable" if rivals and status in ("exact", "good") else status
-    return KHat(k, threshold, ess, elbo, spread, evidence, error, n, status, rivals)
+    if (explored.moved or explored.other_modes) and status in ("exact", "good"):
+        status = "usable"
+    return KHat(k, threshold, ess, elbo, spread, evidence, error, n, status, **asdict(explored))
 
 
 def _status(k: float, threshold: float, ess: float, gap: float) -> Literal["exact", "good", "usable", "bad"]:

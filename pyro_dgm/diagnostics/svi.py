@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoDelta
 from pyro_dgm.core.sites import plate_frames
 from pyro_dgm.diagnostics.containers import build
 from pyro_dgm.diagnostics.draws import Model, Program
+from pyro_dgm.diagnostics.explore import Exploration, explore
 from pyro_dgm.diagnostics.khat import judge
 
 __all__ = ["contained", "from_svi"]
@@ -32,6 +33,7 @@ def from_svi(
     coords: dict[str, Any] | None = None,
     dims: dict[str, list[str]] | None = None,
     parallel: bool | str = "auto",
+    check: bool = True,
     seed: int | None = None,
     container: str = "auto",
 ) -> Any:
@@ -53,6 +55,8 @@ def from_svi(
         coords: labels of dimensions (``{"school": names}``).
         dims: dimension names by variable, instead of the plates'.
         parallel: run all draws at once (True), one by one (False), or as a check allows ("auto").
+        check: look around the draws by short Hamiltonian chains and for modes that they miss (autoguides over one vector;
+            some 160 batched gradients of the model). :func:`~pyro_dgm.khat` uses what is found.
         seed: makes the draws reproducible, and leaves the global random state as it was.
         container: "auto" (what the installed ArviZ uses), "inferencedata", "datatree" or "dict" (needs no ArviZ).
 
@@ -78,9 +82,9 @@ def from_svi(
         program = Program(model, guide, args, model_kwargs or {}, parallel)
         groups = _posterior_groups(program, num_samples, log_likelihood, posterior_predictive)
         groups |= _prior_groups(program, prior)
+        explored = explore(model, guide, args, model_kwargs or {}) if check else Exploration()
     groups["observed_data"] = program.observed()
-    rivals = int(getattr(guide, "rivals", 0))
-    attrs = {"guide": type(guide).__name__, **judge(groups["sample_stats"]["log_weight"], rivals).attrs()}
+    attrs = {"guide": type(guide).__name__, **judge(groups["sample_stats"]["log_weight"], explored).attrs()}
     return contained(program, groups, dims, coords, attrs, container)
 
 
@@ -93,13 +97,18 @@ def _store_state() -> Any:
 def _posterior_groups(program: Program, n: int, log_likelihood: bool, predictive: bool) -> dict[str, Any]:
     guide_traces = program.guide_traces(n)
     traces = program.replayed(guide_traces, n)
-    lp, log_q = program.log_prob(traces, n), program.log_prob(guide_traces, n)
+    lp = program.joint(guide_traces, n) if program.enumerable else program.log_prob(traces, n)
+    log_q = program.log_prob(guide_traces, n)
     names = program.sites("latent") + program.sites("deterministic")
     groups = {
         "posterior": {k: program.stack(traces, k, n) for k in names},
         "sample_stats": {"lp": lp, "log_q": log_q, "log_weight": lp - log_q},
     }
-    if log_likelihood:
+    if log_likelihood and program.enumerable:
+        warnings.warn(
+            f"from_svi: no log_likelihood, since {program.enumerable} are summed out over the whole data.", stacklevel=3
+        )
+    elif log_likelihood:
         groups["log_likelihood"] = {k: program.pointwise(traces, k, n) for k in program.sites("observed")}
     if predictive:
         redrawn = program.replayed(guide_traces, n, redraw=True)

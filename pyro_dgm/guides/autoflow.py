@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,19 +10,27 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import init_to_median
-from pyro.infer.autoguide.guides import AutoContinuous
+from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform, biject_to
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
-from pyro_dgm.core.sites import latent_sites
-from pyro_dgm.guides.log_joint import LogJoint
+from pyro_dgm.core.log_joint import LogJoint
+from pyro_dgm.core.sites import is_enumerable, latent_sites
+from pyro_dgm.guides.modes import Modes
 from pyro_dgm.guides.posterior import WhitenedPosterior
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.tailed import TailedCoupling
 
 __all__ = ["AutoFlow"]
+
+_LEAST_WEIGHT = 1e-3  # of a mode, by the Gaussians of the start
+
+
+def _hidden(site: dict[str, Any]) -> bool:
+    """What the guide leaves to the model: data, subsamples and sites that are summed out."""
+    return prototype_hide_fn(site) or is_enumerable(site)
 
 
 class AutoFlow(AutoContinuous):
@@ -34,7 +41,7 @@ class AutoFlow(AutoContinuous):
     ``Predictive`` and ``poutine.block`` work. Before training it equals ``AutoDiagonalNormal(init_loc_fn, init_scale)``.
 
     Args:
-        model: a Pyro model. Discrete latents are to be enumerated and hidden from the guide.
+        model: a Pyro model. Discrete latents marked ``infer={"enumerate": "parallel"}`` are left out; the bound sums over them.
         family: ``family(D)`` gives a family over vectors; None for affine couplings with learned tails. Others:
             ``functools.partial(dgm.MAF, fast="sampling")``, ``dgm.NSF``, ``lambda D: dgm.ZukoFlow(zuko.flows.BPF(D))``.
         init_loc_fn: where the posterior starts, as in Pyro's autoguides.
@@ -59,6 +66,8 @@ class AutoFlow(AutoContinuous):
         (torch.Size([]), 1)
     """
 
+    _prototype_hide_fn = staticmethod(_hidden)
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -71,7 +80,6 @@ class AutoFlow(AutoContinuous):
         self._plain_model = (model,)
         self._make_family = (family or TailedCoupling,)
         self.init_scale = init_scale
-        self.rivals = 0
         self._untouched: int | None = None
         self._registered: int | None = None
 
@@ -88,28 +96,39 @@ class AutoFlow(AutoContinuous):
             with poutine.block():  # a plate's index is a sample site of its own
                 self._create_plates(*args, **kwargs)
         family = self._make_family[0](self.latent_dim).start_at_identity()
-        self.posterior = WhitenedPosterior(family, self._init_loc().detach(), self.init_scale)
+        self.posterior = Modes(WhitenedPosterior(family, self._init_loc().detach(), self.init_scale))
         self._untouched = int(self._posterior.version())
 
     def warm_start(self, *args: Any, **kwargs: Any) -> None:
-        """Whiten by the best Gaussian of :func:`~pyro_dgm.guides.start.find_start`; a trained guide stays as it is."""
+        """Whiten by the best Gaussian of :func:`~pyro_dgm.guides.start.find_start`; a trained guide stays as it is.
+
+        Separated modes that were found, each within 6 nats of the best, get a flow of their own.
+        """
         self.setup(*args, **kwargs)
         if self._posterior.version() != self._untouched:
             return
         log_joint = LogJoint(self, self._plain_model[0], args, kwargs)
-        if log_joint.missing:  # enumerated sites: their sum is no plain log joint
+        if log_joint.missing:  # they were blocked from the guide: the density is not known
             return
         start = find_start(log_joint)
-        self._posterior.whiten(start.loc[0], start.scale_tril[0])
-        self.rivals = start.rivals
-        if start.rivals:
-            warnings.warn(
-                f"AutoFlow: the search for a start found {start.rivals} more mode(s), separated and within 6 nats of the "
-                "best. One flow will cover one mode; khat will not call such a posterior good.",
-                stacklevel=2,
-            )
-        if isinstance(self._posterior.family, TailedCoupling):
-            self._posterior.family.start_with_tails()
+        self._posterior.grow(len(start.loc))
+        for component, loc, scale_tril in zip(self._posterior.components, start.loc, start.scale_tril, strict=True):
+            component.whiten(loc, scale_tril)
+            if isinstance(component.family, TailedCoupling):
+                component.family.start_with_tails()
+        if len(start.loc) > 1:
+            weights = self._posterior.weigh(log_joint)
+            self._posterior.keep([i for i, w in enumerate(weights.tolist()) if w >= _LEAST_WEIGHT])
+
+    def settle(self, *args: Any, **kwargs: Any) -> None:
+        """Weigh the modes of a trained posterior anew; nothing happens where there is one mode."""
+        if len(self._posterior.components) > 1:
+            self._posterior.weigh(LogJoint(self, self._plain_model[0], args, kwargs))
+
+    @property
+    def modes(self) -> int:
+        """The number of separated modes that the posterior covers, each by a flow of its own."""
+        return len(self._posterior.components)
 
     @property
     def _posterior(self) -> Any:
@@ -127,9 +146,9 @@ class AutoFlow(AutoContinuous):
     def get_base_dist(self) -> Distribution:
         built = self._posterior.build(None)
         if not isinstance(built, zuko.distributions.NormalizingFlow):
+            name = type(self._posterior.components[0].family).__name__ if self.modes == 1 else "a mixture of flows"
             raise NotImplementedError(
-                f"AutoFlow: {type(self._posterior.family).__name__} is no transform of a base distribution; NeuTra "
-                "needs a flow, such as RealNVP or MAF."
+                f"AutoFlow: {name} is no transform of a base distribution; NeuTra needs one flow, such as RealNVP."
             )
         return _as_pyro(built.base)
 
@@ -145,10 +164,12 @@ class AutoFlow(AutoContinuous):
         The whitening is no parameter, but is kept in the store as one, so that the store alone restores the guide.
         """
         store, posterior, prefix = pyro.get_param_store(), self._posterior, f"{self._pyro_name}.posterior"
-        known = store._params.get(param_with_module_name(prefix, "affine"))
+        known = store._params.get(param_with_module_name(prefix, "components.0.affine"))
         if known is posterior.affine and self._registered == posterior.buffer_version():
             return
         fill = known is not None and posterior.version() == self._untouched
+        if fill:
+            posterior.grow(sum(k.startswith(f"{prefix}$$$components") and k.endswith(".affine") for k in store._params))
         buffers = [(n, b) for n, b in posterior.named_buffers() if b.is_floating_point()]
         for name, tensor in [*posterior.named_parameters(), *buffers]:
             full = param_with_module_name(prefix, name)
@@ -198,11 +219,14 @@ class AutoFlow(AutoContinuous):
 def _refuse_unfit_sites(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
     for name, site in latent_sites(trace):
+        if is_enumerable(site):
+            continue
         if site["fn"].support.is_discrete:
             raise ValueError(
                 f"AutoFlow: site '{name}' is discrete ({type(site['fn']).__name__}); a flow posterior is continuous. "
-                f"Enumerate it, and hide it: AutoFlow(poutine.block(model, hide=['{name}']))."
+                "Have it summed out: infer={'enumerate': 'parallel'}, or pyro.infer.config_enumerate(model)."
             )
+        _refuse_without_bijection(name, site["fn"])
         for frame in site["cond_indep_stack"]:
             if frame.full_size is not None and frame.full_size != frame.size:
                 raise ValueError(
@@ -210,6 +234,16 @@ def _refuse_unfit_sites(model: Callable[..., Any], args: tuple[Any, ...], kwargs
                     f"({frame.size} of {frame.full_size}). One flow over all latents cannot follow a subsample: use "
                     "the full plate, or an amortised guide for the local latents."
                 )
+
+
+def _refuse_without_bijection(name: str, fn: Any) -> None:
+    try:
+        biject_to(fn.support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"AutoFlow: the support of site '{name}' ({type(fn).__name__}: {fn.support}) has no bijection from the real "
+            "numbers. Register one with torch.distributions.biject_to, or write the site as a transform of another."
+        ) from error
 
 
 def _or_zero(init_loc_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -15,16 +15,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
-from pyro_dgm.core.sites import latent_sites
-from pyro_dgm.guides.log_joint import LogJoint
+from pyro_dgm.core.basins import barrier, other_basins
+from pyro_dgm.core.log_joint import LogJoint, prior_draws
 
 __all__ = ["Gaussians", "find_start"]
 
@@ -37,21 +33,18 @@ class Gaussians:
     scale_tril: Tensor
     elbo: Tensor
     names: list[str]
-    rivals: int = 0  # other modes that were found, within 6 nats of the best
 
-    def pick(self, index: Tensor) -> Gaussians:
-        names = [self.names[i] for i in index.tolist()]
-        return Gaussians(self.loc[index], self.scale_tril[index], self.elbo[index], names)
+    def pick(self, index: list[int]) -> Gaussians:
+        return Gaussians(self.loc[index], self.scale_tril[index], self.elbo[index], [self.names[i] for i in index])
 
-    def best(self, count: int) -> Gaussians:
+    def best(self, count: int) -> list[int]:
         """The best by ELBO, those that are distinct first."""
-        order = self.elbo.argsort(descending=True)
+        order = self.elbo.argsort(descending=True).tolist()
         distinct: list[int] = []
-        for i in order.tolist():
+        for i in order:
             if all(_distance(self, i, j) > 1.0 for j in distinct):
                 distinct.append(i)
-        rest = [i for i in order.tolist() if i not in distinct]
-        return self.pick(torch.tensor((distinct + rest)[:count]))
+        return (distinct + [i for i in order if i not in distinct])[:count]
 
 
 def _distance(q: Gaussians, i: int, j: int) -> float:
@@ -62,7 +55,7 @@ def _distance(q: Gaussians, i: int, j: int) -> float:
 
 
 def find_start(log_joint: LogJoint) -> Gaussians:
-    """The best Gaussians found from eight starts, best first.
+    """The best Gaussian found from eight or more starts, and one for every other mode within 6 nats; best first.
 
     Raises:
         ValueError: if the log joint is not finite anywhere that was looked.
@@ -70,36 +63,29 @@ def find_start(log_joint: LogJoint) -> Gaussians:
     budget = (100, 16) if log_joint.vectorized else (30, 4)
     q = _starts(log_joint)
     q = _natural_gradient(log_joint, q, steps=budget[0], draws=budget[1], rate=(0.3, 0.1), temper="tempered")
-    q = _natural_gradient(log_joint, q.best(3), steps=budget[0], draws=2 * budget[1], rate=(0.1, 0.03))
-    rivals = _rivals(log_joint, q)
-    q = _natural_gradient(log_joint, q.best(1), steps=budget[0] // 2, draws=8 * budget[1], rate=(0.03, 0.02))
-    q.rivals = rivals
+    q = q.pick(list(dict.fromkeys([*q.best(3), *_modes(log_joint, q, within=20.0)])))
+    q = _natural_gradient(log_joint, q, steps=budget[0], draws=2 * budget[1], rate=(0.1, 0.03))
+    q = q.pick(_modes(log_joint, q, within=6.0))
+    q = _natural_gradient(log_joint, q, steps=budget[0] // 2, draws=8 * budget[1], rate=(0.03, 0.02))
     if not q.elbo.isfinite().any():
         raise ValueError(
             "AutoFlow: the model's log density is not finite at any of the starting points (prior draws, prior median, "
             "0, optimised points). Usual causes: NaN or infinity in the data, data outside the likelihood's support, "
             "or a prior far from anything plausible."
         )
-    return q
+    return q.pick(q.elbo.argsort(descending=True).tolist())
 
 
 @torch.no_grad()
-def _rivals(log_joint: LogJoint, q: Gaussians) -> int:
-    """Other modes: far from the best in both metrics, within 6 nats of its ELBO, behind a barrier of a nat."""
+def _modes(log_joint: LogJoint, q: Gaussians, *, within: float) -> list[int]:
+    """The best, and all that are far from the better ones in both metrics and behind a barrier of a nat."""
     order = q.elbo.argsort(descending=True).tolist()
-    best, found = order[0], [order[0]]
+    found = order[:1]
     for i in order[1:]:
-        near = q.elbo[best] - q.elbo[i] > 6.0 or any(_distance(q, i, j) < 2.5 for j in found)
-        if not near and all(_barrier(log_joint, q.loc[i], q.loc[j]) > 1.0 for j in found):
+        near = not q.elbo[found[0]] - q.elbo[i] < within or any(_distance(q, i, j) < 2.5 for j in found)
+        if not near and all(barrier(log_joint, q.loc[i], q.loc[j]) > 1.0 for j in found):
             found.append(i)
-    return len(found) - 1
-
-
-def _barrier(log_joint: LogJoint, a: Tensor, b: Tensor) -> float:
-    """How far the log density on the straight segment falls below its lower end, in nats."""
-    t = torch.linspace(0.0, 1.0, 21).to(a)[:, None]
-    value = log_joint(a + t * (b - a))
-    return float(torch.minimum(value[0], value[-1]) - value.min())
+    return found
 
 
 def _starts(log_joint: LogJoint) -> Gaussians:
@@ -118,37 +104,10 @@ def _starts(log_joint: LogJoint) -> Gaussians:
         "optimised from zero": (_climb(log_joint, zero), 0.1 * ones),
         "prior median": (median, 0.1 * spread),
     }
+    for i, end in enumerate(other_basins(log_joint, starts["optimised from prior"][0], u, spread)):
+        starts[f"other basin {i + 1}"] = (end, 0.1 * spread)
     loc, scale = (torch.stack(column) for column in zip(*starts.values(), strict=True))
     return Gaussians(loc, torch.diag_embed(scale), loc.new_full((len(loc),), -torch.inf), list(starts))
-
-
-@torch.no_grad()
-def prior_draws(log_joint: LogJoint, n: int) -> Tensor:
-    """Unconstrained prior draws, shape ``(n, D)``; sites without a sampler draw standard normals."""
-    guide, rows = log_joint.guide, []
-    with pyro.validation_enabled(False), poutine.block(), _AnySite():
-        if log_joint.vectorized:
-            model = pyro.plate("_draws", n, dim=-log_joint.nesting - 1)(log_joint.model)
-            return _packed(poutine.trace(model).get_trace(*log_joint.args, **log_joint.kwargs), guide, n)
-        for _ in range(n):
-            trace = poutine.trace(log_joint.model).get_trace(*log_joint.args, **log_joint.kwargs)
-            rows.append(_packed(trace, guide, 1))
-    return torch.cat(rows)
-
-
-def _packed(trace: poutine.Trace, guide: Any, n: int) -> Tensor:
-    sites = [(s["value"], biject_to(s["fn"].support)) for k, s in latent_sites(trace) if k in guide.prototype_trace]
-    u = torch.cat([to_support.inv(value).reshape(n, -1) for value, to_support in sites], -1)
-    return u.nan_to_num(0.0, 1e3, -1e3)
-
-
-class _AnySite(poutine.messenger.Messenger):
-    """Lets latent sites without a sampler (ImproperUniform) draw standard normals in unconstrained space."""
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["value"] is None and type(msg["fn"]).__name__ == "ImproperUniform":
-            to_support = biject_to(msg["fn"].support)
-            msg["value"] = to_support(torch.randn(to_support.inverse_shape(msg["fn"].shape())))
 
 
 def _climb(log_joint: LogJoint, start: Tensor, iterations: int = 200) -> Tensor:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.psis import psis
-from pyro_dgm.core.sites import latent_sites
-from pyro_dgm.core.vectorize import NOT_VECTORIZED, log_probs, per_draw, vectorization_fault
+from pyro_dgm.core.sites import is_enumerable, latent_sites
+from pyro_dgm.core.vectorize import NOT_VECTORIZED, enumerated, how_to_vectorize, joint_of_rows, log_probs, per_draw
 
 __all__ = ["STL_ELBO"]
 
@@ -39,8 +39,10 @@ class STL_ELBO(Trace_ELBO):
     """Evidence lower bound with path gradients and vectorised particles, as a loss in nats (minus the bound).
 
     ``SVI(model, guide, optim, loss=STL_ELBO())`` and ``STL_ELBO()(model, guide)`` both work. The value is an unbiased
-    estimate of minus the ELBO; its gradient is unbiased. Its first call checks that the vectorised model gives what
-    single runs give; where it does not, 16 particles run one by one, and a warning says why.
+    estimate of minus the ELBO; its gradient is unbiased. Discrete sites of the model that are marked
+    ``infer={"enumerate": "parallel"}`` are summed out. Its first call checks that the vectorised model gives what
+    single runs give; where it does not, ``torch.vmap`` is tried, and where that fails too, 16 particles run one by one,
+    and a warning says why.
 
     Args:
         num_particles: draws of the guide per step.
@@ -68,16 +70,28 @@ class STL_ELBO(Trace_ELBO):
             num_particles=num_particles, vectorize_particles=vectorize_particles, max_plate_nesting=max_plate_nesting
         )
         self._checked = not vectorize_particles or num_particles == 1
+        self._shapes: dict[str, torch.Size] = {}  # of single draws, where the model runs under vmap
 
     def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
         return _STLModule(model, guide, self)
 
     def log_weights(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         r""":math:`\log p(x, \theta) - \log q(\theta)` of every particle, shape ``(num_particles,)``, with path gradients."""
+        if self.max_plate_nesting == float("inf"):
+            self._guess_max_plate_nesting(model, guide, args, kwargs)
         if not self._checked:
             self._check_vectorization(model, guide, args, kwargs)
+        if self._shapes:
+            return self._mapped_log_weights(model, guide, args, kwargs)
         terms = [self._particles(p, q) for p, q in self._get_traces(model, guide, args, kwargs)]
         return torch.cat(terms)
+
+    def _mapped_log_weights(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
+        n, guides = self.num_particles, self._vectorized_num_particles(guide)
+        drawn = poutine.trace(guides).get_trace(*args, **kwargs)
+        rows = {k: drawn.nodes[k]["value"].reshape(n, *shape) for k, shape in self._shapes.items()}
+        joint = joint_of_rows(model, rows, args, kwargs)
+        return joint - per_draw(log_probs(_scored_with_frozen_parameters(guides, drawn, args, kwargs)), n)
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         with torch.no_grad():
@@ -98,7 +112,8 @@ class STL_ELBO(Trace_ELBO):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+        run = enumerated(poutine.replay(model, trace=drawn), int(self.max_plate_nesting))
+        model_trace = poutine.trace(run).get_trace(*args, **kwargs)
         _refuse_unmatched(model_trace, drawn)
         if is_validation_enabled():
             check_model_guide_match(model_trace, drawn, self.max_plate_nesting)
@@ -106,15 +121,17 @@ class STL_ELBO(Trace_ELBO):
 
     def _check_vectorization(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         self._checked = True
-        if self.max_plate_nesting == float("inf"):
-            self._guess_max_plate_nesting(model, guide, args, kwargs)
         with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices=[]):
-            single = _latents(poutine.trace(guide).get_trace(*args, **kwargs))
+            once = poutine.trace(guide).get_trace(*args, **kwargs)
+            _refuse_unmatched(poutine.trace(poutine.replay(model, trace=once)).get_trace(*args, **kwargs), once)
             drawn = _latents(poutine.trace(self._vectorized_num_particles(guide)).get_trace(*args, **kwargs))
-        values, shapes = {k: v[:3] for k, v in drawn.items()}, {k: v.shape for k, v in single.items()}
-        fault = vectorization_fault(model, values, shapes, self.max_plate_nesting - 1, args, kwargs)
-        if fault is not None:
+        values, shapes = {k: v[:3] for k, v in drawn.items()}, {k: v.shape for k, v in _latents(once).items()}
+        how, fault = how_to_vectorize(model, values, shapes, self.max_plate_nesting - 1, args, kwargs)
+        if how == "vmap":
+            self._shapes = shapes
+        elif how == "loop":
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=4)
+            self.max_plate_nesting -= 1
             self.vectorize_particles, self.num_particles = False, min(self.num_particles, _LOOPED_PARTICLES)
 
 
@@ -183,9 +200,9 @@ def _refuse_unmatched(model_trace: poutine.Trace, guide_trace: poutine.Trace) ->
                 f"STL_ELBO: guide site '{name}' ({type(site['fn']).__name__}) is not reparameterised, so it has no path "
                 "gradient. Enumerate it in the model, or use pyro.infer.Trace_ELBO or TraceEnum_ELBO."
             )
-    for name, _ in latent_sites(model_trace):
-        if name not in guide_trace.nodes:
+    for name, site in latent_sites(model_trace):
+        if name not in guide_trace.nodes and not is_enumerable(site):
             raise ValueError(
                 f"STL_ELBO: latent site '{name}' of the model is missing from the guide, so the result would be no "
-                "bound. Add it to the guide, or use TraceEnum_ELBO if it is to be enumerated."
+                "bound. Add it to the guide; a discrete site can be summed out: infer={'enumerate': 'parallel'}."
             )

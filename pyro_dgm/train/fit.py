@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_dgm.core.training import Convergent, Startable
+from pyro_dgm.core.training import Convergent, Settling, Startable
 from pyro_dgm.train.batches import Batches, held_out_split, non_finite
 from pyro_dgm.train.checkpoint import load_checkpoint, save_checkpoint
 from pyro_dgm.train.history import History
@@ -102,11 +102,31 @@ def fit(
         batches = Batches(data, batch_size)
         limits = Limits(_smaller(max_steps, max_epochs and max_epochs * (batches.epoch or 1)), max_seconds)
         saved = load_checkpoint(checkpoint) if resume and checkpoint else None
-        with owned_parameters(objective, batches.example()) as parameters:
-            run = _Run(
-                objective, parameters, optimizer, lr, batches, limits, validation, patience, progress, checkpoint
-            )
+        bar = tqdm(desc="warm start", unit="step", disable=not progress, mininterval=0.5)
+        with bar, owned_parameters(objective, batches.example(), lambda: _prepare(objective, batches, saved)) as found:
+            bar.set_description("fit", refresh=False)
+            run = _Run(objective, found, optimizer, lr, batches, limits, validation, patience, bar, checkpoint)
             return run.run(saved)
+
+
+def _prepare(objective: nn.Module, batches: Batches, saved: dict[str, Any] | None) -> None:
+    """Let parts of the objective find their start, or take the structure of a saved state."""
+    if saved is not None:
+        _take(objective, saved["module"])
+        return
+    for module in objective.modules():
+        if isinstance(module, Startable):
+            module.warm_start(*batches.example())
+
+
+def _take(objective: nn.Module, state: dict[str, Tensor]) -> None:
+    try:
+        objective.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            "fit: the checkpoint is of another objective (its tensors have other names or shapes). Give each objective "
+            f"its own checkpoint, or pass resume=False. torch says: {error}"
+        ) from error
 
 
 class _Run:
@@ -114,7 +134,7 @@ class _Run:
 
     def __init__(
         self, objective: nn.Module, parameters: list[Tensor], optimizer: Any, lr: float, batches: Batches,
-        limits: Limits, validation: Any, patience: int | None, progress: bool, checkpoint: str | Path | None,
+        limits: Limits, validation: Any, patience: int | None, bar: Any, checkpoint: str | Path | None,
     ) -> None:  # fmt: skip
         self.objective, self.parameters, self.batches, self.limits = objective, parameters, batches, limits
         self.optimizer = (
@@ -125,7 +145,7 @@ class _Run:
         self.patience = patience or (10 if validation is not None else None)
         self.checkpoint: Any = checkpoint
         self.saved_at = limits.seconds()
-        self.bar = tqdm(desc="fit", unit="step", disable=not progress, mininterval=0.5)
+        self.bar = bar
         self.tensors = list(dict.fromkeys([*parameters, *objective.buffers()]))
         self.history, self.best = History(), self._snapshot()
         self.round, self.round_began, self.round_best, self.stale, self.lost = 0, 0, math.inf, 0, 0
@@ -133,7 +153,7 @@ class _Run:
     def run(self, saved: dict[str, Any] | None) -> History:
         self.limits.begin()
         if saved is None:
-            self._start()
+            self._refuse_bad_start()
         else:
             self._resume(saved)
         try:
@@ -144,20 +164,10 @@ class _Run:
             self._finish()
         return self.history
 
-    def _start(self) -> None:
-        self.bar.set_description("warm start")
-        self.bar.refresh()
-        for module in self.objective.modules():
-            if isinstance(module, Startable):
-                module.warm_start(*self.batches.example())
-        self.bar.set_description("fit", refresh=False)
-        self.best = self._snapshot()
-        self._refuse_bad_start()
-
     def _refuse_bad_start(self) -> None:
         args = self.batches.example()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            losses = [float(self.objective(*args)) for _ in range(3)]
+            losses = [float(self._loss(args)) for _ in range(3)]
         if not any(math.isfinite(loss) for loss in losses):
             found = non_finite(args)
             raise ValueError(
@@ -179,7 +189,7 @@ class _Run:
     def _step(self, batch: tuple[Any, ...]) -> None:
         rate = self._set_rate()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.objective(*batch)
+        loss = self._loss(batch)
         value = float(loss.detach())
         if math.isfinite(value):
             loss.backward()
@@ -187,6 +197,13 @@ class _Run:
         if math.isfinite(norm):
             self.optimizer.step()
         self._record(value, rate, math.isfinite(norm))
+
+    def _loss(self, batch: tuple[Any, ...]) -> Tensor:
+        """The objective; a matrix that cannot be factorised (a covariance of one particle) makes it NaN."""
+        try:
+            return self.objective(*batch)
+        except torch.linalg.LinAlgError:
+            return torch.tensor(math.nan)
 
     def _set_rate(self) -> float:
         step = self.history.steps - self.round_began
@@ -283,27 +300,24 @@ class _Run:
     def _finish(self) -> None:
         if self.history.steps % (self.batches.epoch or _WINDOW) and self.history.stopped in ("limit reached", ""):
             self._check()
-        self.bar.close()
         self.history.seconds += self.limits.seconds()
         if self.checkpoint:
             self._save()
         self._restore(self.best)
         self.optimizer.zero_grad(set_to_none=True)
+        for module in self.objective.modules():
+            if isinstance(module, Settling):
+                module.settle(*self.batches.example())
 
     def _save(self) -> None:
         fields = ("round", "round_began", "round_best", "stale", "lost", "best")
         state = {k: getattr(self, k) for k in fields} | {"previous_best": getattr(self, "_previous_best", math.inf)}
         now = {"tensors": self._snapshot(), "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        now["module"] = self.objective.state_dict()
         save_checkpoint(self.checkpoint, state | now | {"history": vars(self.history)})
         self.saved_at = self.limits.seconds()
 
     def _resume(self, saved: dict[str, Any]) -> None:
-        shapes = [tuple(t.shape) for t in saved["tensors"]]
-        if shapes != [tuple(t.shape) for t in self.tensors]:
-            raise ValueError(
-                f"fit: {self.checkpoint} holds {len(shapes)} tensors of other shapes than this objective's "
-                f"{len(self.tensors)}. Give each objective its own checkpoint, or pass resume=False."
-            )
         self._restore(saved["tensors"])
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])

@@ -6,7 +6,7 @@ module's parameters (pyro#1204, pyro#3094). Afterwards the trained entries stand
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,14 +18,17 @@ __all__ = ["owned_parameters"]
 
 
 @contextmanager
-def owned_parameters(objective: nn.Module, example: tuple[Any, ...]) -> Iterator[list[Tensor]]:
-    """Run the objective once, so that lazy parameters exist, and yield all leaf tensors to train."""
+def owned_parameters(
+    objective: nn.Module, example: tuple[Any, ...], prepare: Callable[[], None]
+) -> Iterator[list[Tensor]]:
+    """Run the objective once, so that lazy parameters exist, prepare it, and yield all leaf tensors to train."""
     store = pyro.get_param_store()
     outer = store.get_state()
     with store.scope():
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             objective(*example)
         _continue_from(outer, objective)
+        prepare()
         parameters: list[Tensor] = [p for p in objective.parameters() if p.requires_grad]
         parameters += [p for p in store.get_state()["params"].values() if all(p is not q for q in parameters)]
         if not parameters:

@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks overhead|posteriordb [--out results.json]``."""
+"""``python -m tests.benchmarks NAME [--out results.json]``."""
 
 import argparse
 import importlib
@@ -6,7 +6,7 @@ import json
 import pathlib
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("name", choices=["overhead", "posteriordb"])
+parser.add_argument("name", choices=["overhead", "posteriordb", "scaling", "supports", "verdicts"])
 parser.add_argument("--out", type=pathlib.Path)
 parser.add_argument("--only", nargs="*", help="a subset of the benchmark's rows")
 parser.add_argument("--seeds", nargs="*", type=int, default=[0])

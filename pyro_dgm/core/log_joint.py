@@ -15,16 +15,26 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_dgm.core.sites import latent_sites
-from pyro_dgm.core.vectorize import NOT_VECTORIZED, log_probs, per_draw, plate_nesting, together, vectorization_fault
+from pyro_dgm.core.sites import is_enumerable, latent_sites
+from pyro_dgm.core.vectorize import (
+    NOT_VECTORIZED,
+    How,
+    enumerated,
+    how_to_vectorize,
+    joint_of_rows,
+    log_probs,
+    per_draw,
+    plate_nesting,
+    together,
+)
 
-__all__ = ["LogJoint"]
+__all__ = ["LogJoint", "prior_draws"]
 
 
 class LogJoint:
-    """``log_joint(u)``: shape ``(N, D) -> (N,)``, in nats, differentiable; NaN becomes -inf.
+    """``log_joint(u)``: shape ``(N, D) -> (N,)``, in nats, differentiable; NaN and failed Cholesky factors become -inf.
 
-    All N vectors run in one outer plate, if a check against single runs allows it; otherwise one by one, with a
+    All N vectors run in one outer plate or by vmap, as a check against single runs allows; otherwise one by one, with a
     warning.
 
     Args:
@@ -42,8 +52,8 @@ class LogJoint:
             conditioned = poutine.trace(poutine.condition(model, data=known))
             trace = poutine.block(conditioned.get_trace)(*args, **kwargs)
         self.nesting = plate_nesting(trace)
-        self.missing = [n for n, _ in latent_sites(trace)]
-        self.vectorized = self._vectorizes()
+        self.missing = [n for n, s in latent_sites(trace) if not is_enumerable(s)]
+        self.how = self._find_how()
 
     def __call__(self, u: Tensor) -> Tensor:
         with pyro.validation_enabled(False), poutine.block():
@@ -61,13 +71,38 @@ class LogJoint:
         return torch.where(inside, value, -torch.inf).detach(), torch.where(inside[:, None], grad, 0.0)
 
     def _parallel(self, u: Tensor) -> Tensor:
+        """All draws in one run; those whose matrices cannot be factorised are found by halving, and get -inf."""
+        try:
+            return self._together(u)
+        except torch.linalg.LinAlgError:
+            if len(u) == 1:
+                return 0.0 * u.sum(-1) - torch.inf
+            return torch.cat([self._parallel(half) for half in u.split(-(-len(u) // 2))])
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether many vectors run at once."""
+        return self.how != "loop"
+
+    def _together(self, u: Tensor) -> Tensor:
         values, log_det = self._constrain(u.reshape(len(u), *(1,) * self.nesting, self.dim))
+        if self.how == "vmap":
+            rows = {k: v.reshape(len(u), *self._shapes[k]) for k, v in values.items()}
+            return log_det + joint_of_rows(self.model, rows, self.args, self.kwargs)
         run = together(poutine.condition(self.model, data=values), len(u), self.nesting)
+        run = enumerated(run, self.nesting + 1)
         return per_draw([log_det, *log_probs(poutine.trace(run).get_trace(*self.args, **self.kwargs))], len(u))
 
     def _single(self, u: Tensor) -> Tensor:
+        try:
+            return self._alone(u)
+        except torch.linalg.LinAlgError:
+            return 0.0 * u.sum() - torch.inf
+
+    def _alone(self, u: Tensor) -> Tensor:
         values, log_det = self._constrain(u)
-        trace = poutine.trace(poutine.condition(self.model, data=values)).get_trace(*self.args, **self.kwargs)
+        run = enumerated(poutine.condition(self.model, data=values), self.nesting)
+        trace = poutine.trace(run).get_trace(*self.args, **self.kwargs)
         return sum((t.sum() for t in log_probs(trace)), log_det)
 
     def _constrain(self, latent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -80,13 +115,42 @@ class LogJoint:
             log_det = log_det + terms.reshape(*rows, -1).sum(-1)
         return values, log_det
 
-    def _vectorizes(self) -> bool:
+    def _find_how(self) -> How:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             loc = self.guide._init_loc()
             u = loc + 0.1 * torch.randn(3, self.dim).to(loc)
             values, _ = self._constrain(u.reshape(3, *(1,) * self.nesting, self.dim))
-        fault = vectorization_fault(self.model, values, self._shapes, self.nesting, self.args, self.kwargs)
-        if fault is not None:
+        how, fault = how_to_vectorize(self.model, values, self._shapes, self.nesting, self.args, self.kwargs)
+        if how == "loop":
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=3)
-        return fault is None
+        return how
+
+
+@torch.no_grad()
+def prior_draws(log_joint: LogJoint, n: int) -> Tensor:
+    """Unconstrained prior draws, shape ``(n, D)``; sites without a sampler draw standard normals."""
+    guide, rows = log_joint.guide, []
+    with pyro.validation_enabled(False), poutine.block(), _AnySite():
+        if log_joint.how == "plate":
+            model = pyro.plate("_draws", n, dim=-log_joint.nesting - 1)(log_joint.model)
+            return _packed(poutine.trace(model).get_trace(*log_joint.args, **log_joint.kwargs), guide, n)
+        for _ in range(n):
+            trace = poutine.trace(log_joint.model).get_trace(*log_joint.args, **log_joint.kwargs)
+            rows.append(_packed(trace, guide, 1))
+    return torch.cat(rows)
+
+
+def _packed(trace: poutine.Trace, guide: Any, n: int) -> Tensor:
+    sites = [(s["value"], biject_to(s["fn"].support)) for k, s in latent_sites(trace) if k in guide.prototype_trace]
+    u = torch.cat([to_support.inv(value).reshape(n, -1) for value, to_support in sites], -1)
+    return u.nan_to_num(0.0, 1e3, -1e3)
+
+
+class _AnySite(poutine.messenger.Messenger):
+    """Lets latent sites without a sampler (ImproperUniform) draw standard normals in unconstrained space."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["value"] is None and type(msg["fn"]).__name__ == "ImproperUniform":
+            to_support = biject_to(msg["fn"].support)
+            msg["value"] = to_support(torch.randn(to_support.inverse_shape(msg["fn"].shape())))

@@ -1,0 +1,41 @@
+r"""Modes of a log density: where draws of the prior climb to, and whether a valley lies between two points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_dgm.core.log_joint import LogJoint
+
+__all__ = ["barrier", "other_basins"]
+
+
+def barrier(log_density: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:
+    """How far the log density on the straight segment falls below its lower end, in nats."""
+    t = torch.linspace(0.0, 1.0, 21).to(a)[:, None]
+    value = log_density(a + t * (b - a)).detach()
+    return float(torch.minimum(value[0], value[-1]) - value.min())
+
+
+def other_basins(log_joint: LogJoint, best: Tensor, u: Tensor, spread: Tensor, limit: int = 3) -> list[Tensor]:
+    """Where some prior draws climb to, if a barrier of a nat lies between them and ``best`` and one another."""
+    if not log_joint.vectorized:
+        return []
+    ends = _ascend(log_joint, u[:32], spread)
+    found = [best]
+    for i in log_joint(ends).detach().argsort(descending=True).tolist():
+        if len(found) <= limit and all(barrier(log_joint, ends[i], known) > 1.0 for known in found):
+            found.append(ends[i])
+    return found[1:]
+
+
+def _ascend(log_joint: LogJoint, u: Tensor, spread: Tensor, steps: int = 60) -> Tensor:
+    """Points after some steps of Adam uphill, each on its own, in units of the prior's spread."""
+    v = (u / spread).clone().requires_grad_()
+    optimizer = torch.optim.Adam([v], lr=0.15)
+    for _ in range(steps):
+        v.grad = -log_joint.value_and_grad(v.detach() * spread)[1] * spread
+        optimizer.step()
+    return v.detach() * spread

@@ -1,0 +1,128 @@
+r"""A posterior with several modes: a mixture of whitened flows, one for each mode.
+
+.. math:: q(\theta) = \sum_c w_c\, q_c(\theta), \qquad \sum_c w_c = 1
+
+The flows follow path gradients: given its component, a draw is reparameterised. The weights are no parameters: they are
+fitted by EM to importance-weighted draws of all components, once the components are known and again once they are trained.
+With one component the mixture is that component, at no cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution, Transform, constraints
+
+from pyro_dgm.core import DistributionModule, LearnedDistribution
+from pyro_dgm.guides.posterior import WhitenedPosterior
+
+__all__ = ["Modes"]
+
+
+class Modes(DistributionModule):
+    """A mixture of posteriors over the same vector.
+
+    Args:
+        component: the first; others are made as copies of it by :meth:`grow`.
+    """
+
+    log_weight: Tensor
+    components: Any
+
+    def __init__(self, component: WhitenedPosterior) -> None:
+        super().__init__(component.event_shape)
+        self.components = nn.ModuleList([component])
+        self.register_buffer("log_weight", component.loc.new_zeros(1))
+
+    def build(self, context: Tensor | None) -> Distribution:
+        if len(self.components) == 1:
+            return self.components[0].checked_build(None)
+        return Mixture([component() for component in self.components], self.log_weight)
+
+    def bijection(self, built: Distribution) -> Transform | None:
+        return None if isinstance(built, Mixture) else self.components[0].bijection(built)
+
+    def support_of(self, built: Distribution) -> constraints.Constraint:
+        return constraints.real_vector
+
+    @property
+    def affine(self) -> Tensor:
+        """Shift and log scale of the first component: the first parameter of any guide."""
+        return self.get_parameter("components.0.affine")
+
+    @torch.no_grad()
+    def grow(self, count: int) -> None:
+        """Have at least this many components, equally weighted where there are new ones."""
+        if count > len(self.components):
+            self.components.extend(deepcopy(self.components[0]) for _ in range(count - len(self.components)))
+            self.log_weight = self.log_weight.new_zeros(count).log_softmax(0)
+            self.__dict__.pop("_holders", None)
+
+    @torch.no_grad()
+    def weigh(self, log_joint: Callable[[Tensor], Tensor], draws: int = 1024) -> Tensor:
+        """Set the weights by 100 steps of EM on importance-weighted draws of all components; returns them."""
+        q = [component() for component in self.components]
+        x = torch.cat([c.sample((draws,)) for c in q])
+        each = torch.stack([c.log_prob(x) for c in q])
+        target = (log_joint(x) - each.logsumexp(0)).log_softmax(0)
+        log_weight = each.new_zeros(len(q)).log_softmax(0)
+        for _ in range(100):
+            share = (each + log_weight[:, None]).log_softmax(0)
+            log_weight = (share + target).logsumexp(1).clamp_min(-30.0).log_softmax(0)
+        self.log_weight.copy_(log_weight)
+        return log_weight.exp()
+
+    def buffer_version(self) -> int:
+        """A number that grows when a whitening, the weights or the number of components are set."""
+        whitenings = sum(component.buffer_version() for component in self.components)
+        return int(whitenings + self.log_weight._version + 1000 * len(self.components))
+
+    def keep(self, index: Sequence[int]) -> None:
+        """Drop all other components."""
+        self.components = nn.ModuleList([self.components[i] for i in index])
+        self.log_weight = self.log_weight[list(index)].log_softmax(0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        self.grow(state_dict.get(f"{prefix}log_weight", self.log_weight).numel())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Mixture(Distribution):
+    """Draws fall to the components in the proportion of the weights (systematically, in random order)."""
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = True
+
+    def __init__(
+        self, components: Sequence[LearnedDistribution], log_weight: Tensor, batch_shape: Size | None = None
+    ) -> None:
+        self.components, self.log_weight = components, log_weight
+        shape = components[0].batch_shape if batch_shape is None else batch_shape
+        super().__init__(shape, components[0].event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.real_vector
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Mixture:
+        return Mixture(self.components, self.log_weight, Size(batch_shape))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = Size(sample_shape) + self.batch_shape
+        counts = self._counts(shape.numel())
+        draws = [c.rsample((n,)) for c, n in zip(self.components, counts, strict=True) if n]
+        return torch.cat(draws)[torch.randperm(shape.numel())].reshape(shape + self.event_shape)
+
+    def _counts(self, n: int) -> list[int]:
+        """How many of ``n`` draws each component makes: systematic sampling of the weights."""
+        edges = (self.log_weight.exp().cumsum(0) * n - torch.rand(()).to(self.log_weight)).ceil().clamp(0, n).long()
+        edges[-1] = n
+        return [int(k) for k in edges.diff(prepend=edges.new_zeros(1))]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        each = [w + c.log_prob(value) for w, c in zip(self.log_weight, self.components, strict=True)]
+        return torch.stack(each).logsumexp(0)
