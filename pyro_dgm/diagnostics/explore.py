@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
+from torch.distributions.transforms import IndependentTransform, Transform
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.basins import barrier, other_basins
@@ -69,12 +70,17 @@ def explore(model: Model, guide: Any, args: tuple[Any, ...], kwargs: dict[str, A
             return Exploration()
         u = guide.get_posterior(*args, **kwargs).sample((chains,)).detach()
         try:
-            transform = guide.get_transform(*args, **kwargs)
+            transform = _joint(guide.get_transform(*args, **kwargs))
         except NotImplementedError:  # a mixture is no transform: no chains, and valleys are looked for in theta
             return Exploration(other_modes=_other_modes(log_joint, lambda x: x, log_joint, u))
         target = _pulled_back(log_joint, transform)
         found = _other_modes(log_joint, transform.inv, lambda z: target(z)[0], u)
         return Exploration(*_drift(target, transform.inv(u).detach(), u), found)
+
+
+def _joint(transform: Transform) -> Transform:
+    """The transform with one log-determinant for the whole vector (elementwise ones give one per entry)."""
+    return IndependentTransform(transform, 1) if transform.domain.event_dim == 0 else transform
 
 
 def _drift(target: Target, z: Tensor, u: Tensor) -> tuple[float, float, float]:
