@@ -1,7 +1,7 @@
 """Deep generative models for Pyro: flows, and the posteriors, fits and diagnostics that they make possible."""
 
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, LearnedDistribution, Standardize
-from pyro_dgm.diagnostics import KHat, from_svi, khat, neutra
+from pyro_dgm.diagnostics import KHat, from_svi, khat, neutra, resample
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
 from pyro_dgm.guides import AutoFlow
 from pyro_dgm.objectives import STL_ELBO
@@ -27,4 +27,5 @@ __all__ = [
     "from_svi",
     "khat",
     "neutra",
+    "resample",
 ]

@@ -44,6 +44,7 @@ def main():
     from pyro_dgm.core.psis import arviz_major, psis
     from pyro_dgm.diagnostics.containers import build, group, has_group
     from pyro_dgm.diagnostics.khat import judge, khat
+    from pyro_dgm.diagnostics.resample import resample
 
     warnings.simplefilter("ignore")
     assert arviz_major() == 1, f"this checks ArviZ 1.x, found {az.__version__}"
@@ -67,6 +68,13 @@ def main():
     assert np.isfinite(corrected.elpd)
     az.plot_ppc_dist(tree)
     az.plot_trace_dist(tree)
+    again = resample(tree, 100, seed=0)
+    assert again["posterior"]["z"].shape[:2] == (1, 100) and again["log_likelihood"]["x"].dims == (
+        "chain",
+        "draw",
+        "item",
+    )
+    assert "log_weight" not in again["sample_stats"] and "log_weight" in tree["sample_stats"]
     print(f"ArviZ {az.__version__}: container, verdict, summary, loo and pictures work; k = {k:.2f} (5/9)")
 
 

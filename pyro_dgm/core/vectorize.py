@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import pyro
@@ -109,7 +110,7 @@ def how_to_vectorize(
     rows = {k: v.reshape(n, *shapes[k]) for k, v in values.items()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), poutine.block():
         each = [{k: v[i] for k, v in rows.items()} for i in range(n)]
-        single = torch.stack([_seeded(lambda row=row: _single(model, row, nesting, args, kwargs)) for row in each])
+        single = torch.stack([_seeded(partial(_single, model, row, nesting, args, kwargs)) for row in each])
         fault = _fault(lambda: _in_plate(model, values, n, nesting, args, kwargs), single)
         if not fault:
             return "plate", ""

@@ -13,7 +13,7 @@ import numpy as np
 
 from pyro_dgm.core.psis import arviz_major
 
-__all__ = ["build", "group", "group_attrs", "has_group"]
+__all__ = ["build", "group", "group_attrs", "has_group", "picked"]
 
 Groups = dict[str, dict[str, np.ndarray]]
 
@@ -66,7 +66,7 @@ def has_group(container: Any, name: str) -> bool:
     """Whether the container holds the group."""
     if isinstance(container, dict):
         return name in container["groups"]
-    return name in (container.groups() if callable(container.groups) else [g.strip("/") for g in container.groups])
+    return name in _names(container)
 
 
 def group(container: Any, name: str) -> dict[str, np.ndarray]:
@@ -88,3 +88,37 @@ def group_attrs(container: Any, name: str) -> dict[str, Any]:
     if isinstance(container, dict):
         return container.get("attrs", {}).get(name, {})
     return dict(container[name].attrs)
+
+
+def picked(container: Any, groups: list[str], index: np.ndarray) -> Any:
+    """A copy with the given draws (of all chains, one after another) in one chain; weights are left out as spent."""
+    if isinstance(container, dict):
+        kept = {g: _pick_arrays(v, index) if g in groups else v for g, v in container["groups"].items()}
+        kept["sample_stats"].pop("log_weight")
+        attrs = {g: dict(v) for g, v in container.get("attrs", {}).items()}
+        attrs.setdefault("sample_stats", {})["resampled"] = True
+        return {**container, "groups": kept, "attrs": attrs}
+    data = {g: _dataset(container[g]) for g in _names(container)}
+    data |= {g: _pick_draws(data[g], index) for g in groups}
+    data["sample_stats"] = data["sample_stats"].drop_vars("log_weight").assign_attrs(resampled=1)
+    if hasattr(type(container), "from_dict"):  # DataTree
+        return type(container).from_dict({"/": _dataset(container), **data})
+    return type(container)(attrs=dict(container.attrs), **data)
+
+
+def _names(container: Any) -> list[str]:
+    return list(container.groups()) if callable(container.groups) else list(container.children)
+
+
+def _dataset(data: Any) -> Any:
+    return data.to_dataset() if hasattr(data, "to_dataset") else data
+
+
+def _pick_arrays(values: dict[str, np.ndarray], index: np.ndarray) -> dict[str, np.ndarray]:
+    return {k: v.reshape(1, -1, *v.shape[2:])[:, index] for k, v in values.items()}
+
+
+def _pick_draws(data: Any, index: np.ndarray) -> Any:
+    rows = data.stack(_row=("chain", "draw")).isel(_row=index).drop_vars(["_row", "chain", "draw"])
+    rows = rows.rename(_row="draw").expand_dims(chain=[0]).assign_coords(draw=np.arange(len(index)))
+    return rows.transpose("chain", "draw", ...)

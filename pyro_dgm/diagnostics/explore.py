@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,32 +20,11 @@ from pyro_dgm.core import frozen
 from pyro_dgm.core.basins import barrier, other_basins
 from pyro_dgm.core.log_joint import LogJoint, prior_draws
 from pyro_dgm.core.vectorize import Model
+from pyro_dgm.diagnostics.khat import Exploration
 
-__all__ = ["Exploration", "explore"]
+__all__ = ["explore"]
 
 Target = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # z -> log density, its gradient, theta
-
-
-@dataclass(frozen=True)
-class Exploration:
-    """What short chains and climbers found.
-
-    Attributes:
-        drift: largest change of a coordinate's mean along the chains, in standard deviations of the guide.
-        drift_sd: largest absolute change of a log standard deviation.
-        acceptance: share of accepted proposals in the second half.
-        other_modes: modes of comparable density that the guide's draws do not reach.
-    """
-
-    drift: float = 0.0
-    drift_sd: float = 0.0
-    acceptance: float = 1.0
-    other_modes: int = 0
-
-    @property
-    def moved(self) -> bool:
-        """Whether the chains left the guide, by more than 512 of them do by chance (0.16 was seen)."""
-        return self.drift >= 0.25 or self.drift_sd >= 0.2 or self.acceptance < 0.4
 
 
 def explore(model: Model, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int = 512) -> Exploration:

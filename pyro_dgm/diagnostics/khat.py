@@ -16,16 +16,40 @@ import numpy as np
 
 from pyro_dgm.core.psis import psis
 from pyro_dgm.diagnostics.containers import group, group_attrs
-from pyro_dgm.diagnostics.explore import Exploration
 
-__all__ = ["KHat", "judge", "khat"]
+__all__ = ["Exploration", "KHat", "judge", "khat"]
 
+_CORRECTED = 0.1  # sd
 _ADVICE = {
     "exact": "q is the posterior, up to the draws' error.",
     "good": "Use the draws as they are.",
     "usable": "Use importance weights (log_weight), or train longer: the plain draws may be visibly off.",
     "bad": "Do not use it. Train longer, try another family or reparameterise the model; check with NUTS.",
 }
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What short chains and climbers found.
+
+    Attributes:
+        drift: largest change of a coordinate's mean along the chains, in standard deviations of the guide.
+        drift_sd: largest absolute change of a log standard deviation.
+        acceptance: share of accepted proposals in the second half.
+        other_modes: modes of comparable density that the guide's draws do not reach.
+        correction: largest change of a posterior mean by importance weights, in standard deviations.
+    """
+
+    drift: float = 0.0
+    drift_sd: float = 0.0
+    acceptance: float = 1.0
+    other_modes: int = 0
+    correction: float = 0.0
+
+    @property
+    def moved(self) -> bool:
+        """Whether the chains left the guide, by more than 512 of them do by chance (0.16 was seen)."""
+        return self.drift >= 0.25 or self.drift_sd >= 0.2 or self.acceptance < 0.4
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,7 @@ class KHat:
         drift, drift_sd: change of a mean (in sd) and of a log sd under short Hamiltonian chains from the draws; largest.
         acceptance: of those chains.
         other_modes: modes that climbing prior draws found and the draws do not cover.
+        correction: largest change of a posterior mean by importance weights, in standard deviations.
         status: "exact", "good", "usable" or "bad".
     """
 
@@ -59,6 +84,7 @@ class KHat:
     drift_sd: float = 0.0
     acceptance: float = 1.0
     other_modes: int = 0
+    correction: float = 0.0
 
     @property
     def gap(self) -> float:
@@ -71,6 +97,8 @@ class KHat:
         moved = f"mean by {self.drift:.2f} sd, log sd by {self.drift_sd:.2f}, acceptance {self.acceptance:.2f}"
         if Exploration(self.drift, self.drift_sd, self.acceptance).moved:
             return f"Short MCMC leaves it ({moved}): run neutra."
+        if self.correction >= _CORRECTED:
+            return f"Importance weights move a mean by {self.correction:.2f} sd: use resample."
         return "A mode that no start and no draw has seen stays unseen."
 
     def attrs(self) -> dict[str, Any]:
@@ -122,18 +150,20 @@ def judge(log_weight: np.ndarray, explored: Exploration | None = None) -> KHat:
     evidence = _log_mean(finite) + math.log(max(len(finite), 1) / n)
     error = math.sqrt(max(0.0, 1.0 / max(ess, 1.0) - 1.0 / n))
     spread = float(finite.std() / math.sqrt(n)) if len(finite) else math.inf
-    status = _status(k, threshold, ess / n, evidence - elbo)
-    if (explored.moved or explored.other_modes) and status in ("exact", "good"):
+    status = _status(k, threshold, ess / n, evidence - elbo, float(finite.max(initial=-math.inf)) - elbo)
+    if (explored.moved or explored.other_modes or explored.correction >= _CORRECTED) and status in ("exact", "good"):
         status = "usable"
     return KHat(k, threshold, ess, elbo, spread, evidence, error, n, status, **asdict(explored))
 
 
-def _status(k: float, threshold: float, ess: float, gap: float) -> Literal["exact", "good", "usable", "bad"]:
+def _status(
+    k: float, threshold: float, ess: float, gap: float, top: float
+) -> Literal["exact", "good", "usable", "bad"]:
     if k == -math.inf:
         return "exact"
     if not (math.isfinite(gap) and math.isfinite(k)):
         return "bad"
-    if gap < 0.05 and (k < threshold or (ess > 0.95 and k < 1.0)):
+    if gap < 0.05 and (k < threshold or (ess > 0.95 and (k < 1.0 or top < 1.5))):  # weights below 4.5 have no tail
         return "good"
     return "usable" if (k < threshold and ess > 0.1) or (gap < 0.05 and k < 1.0) else "bad"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ import pyro
 import torch
 from pyro.infer.autoguide import AutoDelta
 
+from pyro_dgm.core.psis import psis
 from pyro_dgm.core.sites import plate_frames
 from pyro_dgm.diagnostics.containers import build
 from pyro_dgm.diagnostics.draws import Model, Program
-from pyro_dgm.diagnostics.explore import Exploration, explore
-from pyro_dgm.diagnostics.khat import judge
+from pyro_dgm.diagnostics.explore import explore
+from pyro_dgm.diagnostics.khat import Exploration, judge
 
 __all__ = ["contained", "from_svi"]
 
@@ -83,9 +85,20 @@ def from_svi(
         groups = _posterior_groups(program, num_samples, log_likelihood, posterior_predictive)
         groups |= _prior_groups(program, prior)
         explored = explore(model, guide, args, model_kwargs or {}) if check else Exploration()
+    explored = replace(explored, correction=_correction(groups["posterior"], groups["sample_stats"]["log_weight"]))
     groups["observed_data"] = program.observed()
     attrs = {"guide": type(guide).__name__, **judge(groups["sample_stats"]["log_weight"], explored).attrs()}
     return contained(program, groups, dims, coords, attrs, container)
+
+
+def _correction(posterior: dict[str, np.ndarray], log_weight: np.ndarray) -> float:
+    """Largest change of a mean when the draws are importance-weighted, in standard deviations of the draws."""
+    if len(log_weight) < 25:
+        return 0.0
+    draws = np.concatenate([v.reshape(len(v), -1) for v in posterior.values()], -1).astype(np.float64)
+    sd = draws.std(0)
+    change = np.abs(np.exp(psis(log_weight)[0]) @ draws - draws.mean(0))
+    return float((change[sd > 0] / sd[sd > 0]).max(initial=0.0))
 
 
 def _store_state() -> Any:

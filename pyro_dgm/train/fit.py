@@ -22,6 +22,9 @@ from pyro_dgm.train.schedule import Limits, rate_at, round_length
 __all__ = ["FitDiverged", "fit"]
 
 _WINDOW = 50  # steps in a smoothed loss, and between checks
+_TELLING = (
+    0.05  # nats; a smoothed loss with a larger error (subsampled data, a poor fit) does not tell that nothing is gained
+)
 _MAX_SKIPPED = 20  # consecutive non-finite steps before a fit gives up
 _CLIP = 10.0
 
@@ -238,12 +241,13 @@ class _Run:
         return float(window.mean()), float(window.std(correction=0)) / math.sqrt(len(window))
 
     def _check(self) -> None:
-        """Keep the best parameters, count stale checks, save."""
-        score = self._smoothed()[0] if self.validation is None else self._held_out()
+        """Keep the best parameters (of those that noise cannot tell apart, the latest), count stale checks, save."""
+        score, error = self._smoothed() if self.validation is None else (self._held_out(), 0.0)
         self.round_best = min(self.round_best, score)
         self.stale = 0 if score < self.history.best_loss else self.stale + 1
-        if score < self.history.best_loss:
-            self.history.best_loss, self.history.best_step, self.best = score, self.history.steps, self._snapshot()
+        if score <= self.history.best_loss + 3.0 * error:
+            self.history.best_step, self.best = self.history.steps, self._snapshot()
+        self.history.best_loss = min(self.history.best_loss, score)
         if self.checkpoint and self.limits.seconds() - self.saved_at > 5.0:
             self._save()
 
@@ -269,7 +273,7 @@ class _Run:
         before, error = getattr(self, "_previous_best", math.inf), self._smoothed()[1]
         if isinstance(self.objective, Convergent) and self.objective.converged():
             self.history.stopped = "converged"
-        elif before - self.round_best < max(2.0 * error, 1e-2):
+        elif before - self.round_best < max(2.0 * error, 1e-2) and error < _TELLING:
             self.history.stopped = "a round brought no improvement"
         elif round_length(self.round + 1) is None:
             self.history.stopped = "last round ended; the loss was still falling"

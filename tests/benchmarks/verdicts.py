@@ -78,6 +78,7 @@ def faults(model, args, guide):
         for component, affine in zip(guide._posterior.components, good, strict=True):
             component.affine.copy_(affine)
     yield "mean field", by_stock(model, args)
+    pyro.clear_param_store()  # a new guide would take the trained one's values from it
     early = dgm.AutoFlow(model).setup(*args)
     pyro.infer.SVI(model, early, pyro.optim.Adam({"lr": 5e-3}), dgm.STL_ELBO()).step(*args)
     yield "stopped at once, no warm start", early
