@@ -301,3 +301,24 @@ def test_arviz_plots_and_loo_take_it(schools, tmp_path):
         axes = np.ravel(draw(schools))
         axes[0].figure.savefig(tmp_path / "p.png")
         assert (tmp_path / "p.png").stat().st_size > 5_000
+
+
+def test_resampling_by_weights_repairs_a_guide_that_is_off():
+    """Planted: a guide half a sd too low and 1.5 times too wide. Uniform picking, the fault, leaves the mean where it was."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    x, sd = torch.ones(4), 5**-0.5
+    start = pyro.infer.autoguide.init_to_value(values={"mu": torch.tensor(0.8 - 0.5 * sd)})
+    guide = dgm.AutoFlow(model, init_loc_fn=start, init_scale=1.5 * sd).setup(x)
+    idata = dgm.from_svi(model, guide, x, num_samples=4000, seed=0, prior=0, check=False)
+    again = dgm.resample(idata, seed=0)
+    assert abs(idata.posterior.mu.mean() - 0.8) > 0.4 * sd and abs(idata.posterior.mu.std() / sd - 1.0) > 0.4
+    assert abs(again.posterior.mu.mean() - 0.8) < 0.06 * sd and abs(again.posterior.mu.std() / sd - 1.0) < 0.05
+    assert again.log_likelihood.x.dims == ("chain", "draw", "row") and again.sample_stats.attrs["resampled"] == 1
+    assert dgm.khat(idata).correction > 0.25 and dgm.khat(idata).status == "usable"
+    with pytest.raises(ValueError, match="no log_weight"):
+        dgm.resample(again)

@@ -6,7 +6,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer.reparam import AutoReparam
 
 import pyro_dgm as dgm
 from pyro_dgm.core.log_joint import LogJoint
@@ -130,3 +132,23 @@ def test_a_covariance_that_fails_for_some_draws_loses_those_draws_alone():
     value, grad = LogJoint(guide, model, (), {}).value_and_grad(torch.tensor([[1.0], [-1.0], [2.0], [-3.0]]))
     assert value.isfinite().tolist() == [True, False, True, False]
     torch.testing.assert_close(grad[:, 0], torch.tensor([0.0, 0.0, -1.5, 0.0]))
+
+
+def test_a_reparameterised_model_keeps_its_own_sites_in_the_posterior():
+    """Pyro leaves a masked Delta in the place of a reparameterised site; taken for data it would enter log_likelihood."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(x)):
+            theta = pyro.sample("theta", dist.Normal(mu, 0.5))
+            pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+    decentred = poutine.reparam(model, config=AutoReparam())
+    guide = dgm.AutoFlow(decentred)
+    dgm.fit(dgm.STL_ELBO()(decentred, guide), X, max_steps=100, seed=0, progress=False)
+    idata = dgm.from_svi(decentred, guide, X, num_samples=2000, seed=0, prior=0, container="dict")
+    groups, variance = idata["groups"], 1.0 / (1.0 + 5 / 1.25)
+    assert list(groups["log_likelihood"]) == list(groups["observed_data"]) == ["x"]
+    mean = variance * X.sum().item() / 1.25
+    assert groups["posterior"]["mu"].mean() == pytest.approx(mean, abs=0.1 * variance**0.5)
+    assert groups["posterior"]["theta"].shape == (1, 2000, 5)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pyro.distributions import Delta
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine import Trace
 
-__all__ = ["is_data", "is_enumerable", "is_subsample", "latent_sites", "observed_sites", "plate_frames"]
+__all__ = ["is_computed", "is_data", "is_enumerable", "is_subsample", "latent_sites", "observed_sites", "plate_frames"]
 
 Site = dict[str, Any]
 
@@ -29,11 +31,20 @@ def is_enumerable(site: Site) -> bool:
     return site["type"] == "sample" and not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
 
 
+def is_computed(site: Site) -> bool:
+    """Whether the value follows from other sites: ``pyro.deterministic``, or what a reparameterisation left in its place."""
+    if site["type"] != "sample" or not site["is_observed"]:
+        return False
+    fn = site["fn"]
+    masked_delta = isinstance(fn, MaskedDistribution) and isinstance(fn.base_dist, Delta) and fn._mask is False
+    return bool(site["infer"].get("_deterministic", False)) or masked_delta
+
+
 def is_data(site: Site) -> bool:
-    """Whether an observed site holds data: neither ``pyro.deterministic`` nor ``pyro.factor`` nor a subsample."""
+    """Whether an observed site holds data: neither computed nor ``pyro.factor`` nor a subsample."""
     if site["type"] != "sample" or not site["is_observed"] or is_subsample(site):
         return False
-    return not site["infer"].get("_deterministic", False) and type(site["fn"]).__name__ != "Unit"
+    return not is_computed(site) and type(site["fn"]).__name__ != "Unit"
 
 
 def observed_sites(trace: Trace) -> Iterator[tuple[str, Site]]:

@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_dgm.core.sites import is_data, is_enumerable, latent_sites, observed_sites, plate_frames
+from pyro_dgm.core.sites import is_computed, is_data, is_enumerable, latent_sites, observed_sites, plate_frames
 from pyro_dgm.core.vectorize import (
     NOT_VECTORIZED,
     enumerated,
@@ -186,9 +186,7 @@ class Program:
             return [n for n, _ in latent_sites(self.prototype) if n not in self.enumerable]
         if kind == "observed":
             return [n for n, _ in observed_sites(self.prototype)]
-        return [
-            n for n, s in self.prototype.nodes.items() if s["type"] == "sample" and s["infer"].get("_deterministic")
-        ]
+        return [n for n, s in self.prototype.nodes.items() if is_computed(s)]
 
 
 def _as_trace(values: dict[str, Tensor]) -> poutine.Trace:
