@@ -2,14 +2,17 @@
 
 Needs the folder ``../shared/posteriordb`` beside the checkout (or ``--folder``). float64, one thread, CPU seconds.
 Columns: k-hat; largest |mean - reference| / sd; largest |log(sd / reference sd)|; bridge-sampled evidence - ELBO;
-seconds; the verdict. A fit is within the bars with k < 0.7, both errors < 0.1 and |evidence - ELBO| < 0.1 together.
+seconds; effective draws per second (of the fit, or of NUTS' slowest coordinate); the verdict. A fit is within the bars with k < 0.7, both errors < 0.1 and |evidence - ELBO| < 0.1 together.
 """
 
 import pathlib
+import signal
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 
+import arviz as az
 import numpy as np
 import pyro
 import torch
@@ -21,7 +24,7 @@ import pyro_dgm as dgm
 
 FOLDER = pathlib.Path(__file__).parents[3] / "shared" / "posteriordb"
 STOCK = {"AutoNormal": AutoNormal, "AutoMultivariateNormal": AutoMultivariateNormal, "AutoIAFNormal": AutoIAFNormal}
-HEAD = f"{'posterior':42s}{'method':>24s}{'D':>4s}{'k-hat':>7s}{'mean':>9s}{'sd':>7s}{'KL':>9s}{'CPU s':>7s}  verdict"
+HEAD = f"{'posterior':42s}{'method':>24s}{'D':>4s}{'k-hat':>7s}{'mean':>9s}{'sd':>7s}{'KL':>9s}{'CPU s':>7s}{'ESS/s':>7s}  verdict"
 
 
 def by_flow(model, data, seed):
@@ -50,7 +53,13 @@ def judged(p, guide):
     latents = [k for k, *_ in p.sites]
     draws = {k: torch.as_tensor(idata["groups"]["posterior"][k][0]) for k in latents}
     verdict = dgm.khat(idata)
-    return {**errors(p, draws), "khat": verdict.k, "kl": p.logZ - verdict.elbo, "verdict": verdict.status}
+    return {
+        **errors(p, draws),
+        "khat": verdict.k,
+        "kl": p.logZ - verdict.elbo,
+        "ess": verdict.ess,
+        "verdict": verdict.status,
+    }
 
 
 def errors(p, draws):
@@ -66,17 +75,35 @@ def by_nuts(p, seed):
         mcmc = MCMC(NUTS(p.model), num_samples=1_000, warmup_steps=1_000, disable_progbar=True)
         mcmc.run(p.data)
         chains.append(mcmc.get_samples())
-    return {**errors(p, {k: torch.cat([c[k] for c in chains]) for k in chains[0]}), "verdict": "-"}
+    ess = az.ess({k: torch.stack([c[k] for c in chains]).numpy() for k in chains[0]})
+    smallest = min(float(v.min()) for v in ess.data_vars.values())
+    return {**errors(p, {k: torch.cat([c[k] for c in chains]) for k in chains[0]}), "ess": smallest, "verdict": "-"}
 
 
-def row(p, name, method, seed):
+@contextmanager
+def at_most(cpu_seconds):
+    """Ends a row after so many CPU seconds (None: never)."""
+
+    def stop(signum, frame):
+        raise TimeoutError(f"stopped after {cpu_seconds} CPU seconds")
+
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds or 0.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+
+
+def row(p, name, method, seed, limit):
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     began = time.process_time()
     result = {"posterior": name, "method": method, "dim": p.dim, "seed": seed}
     try:
         if method == "NUTS":
-            result |= by_nuts(p, seed)
+            with at_most(limit):
+                result |= by_nuts(p, seed)
             result["seconds"] = time.process_time() - began
         else:
             guide = (by_flow if method == "AutoFlow" else by_stock(STOCK[method]))(p.model, p.data, seed)
@@ -88,16 +115,17 @@ def row(p, name, method, seed):
 
 
 def within(r):
-    return bool(
+    return "error" not in r and bool(
         r.get("khat", 0.0) < 0.7 and r.get("mean", 9) < 0.1 and r.get("sd", 9) < 0.1 and abs(r.get("kl", 0.0)) < 0.1
     )
 
 
 def line(r):
     number = lambda key, width, digits: f"{r[key]:{width}.{digits}f}" if key in r else " " * (width - 1) + "-"
+    r = r | ({"rate": r["ess"] / r["seconds"]} if "ess" in r else {})
     return (
         f"{r['posterior']:42s}{r['method']:>24s}{r['dim']:4d}{number('khat', 7, 2)}{number('mean', 9, 3)}{number('sd', 7, 3)}"
-        f"{number('kl', 9, 4)}{number('seconds', 7, 1)}  {r['verdict']}{'' if r['within'] else ' *'}"
+        f"{number('kl', 9, 4)}{number('seconds', 7, 1)}{number('rate', 7, 0)}  {r['verdict']}{'' if r['within'] else ' *'}{' ' + r['error'] if 'error' in r else ''}"
     )
 
 
@@ -118,7 +146,7 @@ def main(arguments):
         p = kit.load(name)
         for method in methods:
             for seed in arguments.seeds:
-                rows.append(row(p, name, method, seed))
+                rows.append(row(p, name, method, seed, arguments.limit))
                 print(line(rows[-1]), flush=True)
     for method in methods:
         mine = [r for r in rows if r["method"] == method]

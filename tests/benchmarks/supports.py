@@ -80,19 +80,27 @@ def enumerated_mixture():
 
 
 def hidden_markov():
-    """Two hidden states over 25 steps, summed out by pyro.markov."""
+    """Two hidden states over 25 steps, summed out by pyro.markov; exact by the forward algorithm on a grid."""
     y = torch.cat([torch.randn(12), 2.5 + torch.randn(13)])
+    stay_prior, gap_prior = dist.Beta(8.0, 2.0), dist.LogNormal(0.5, 0.5)
 
     def model(y):
-        stay = pyro.sample("stay", dist.Beta(8.0, 2.0))
-        gap = pyro.sample("gap", dist.LogNormal(0.5, 0.5))
-        k = torch.zeros(())
+        stay, gap, k = pyro.sample("stay", stay_prior), pyro.sample("gap", gap_prior), torch.zeros(())
         for t in pyro.markov(range(len(y))):
-            p = torch.where(k == 1, stay, 1.0 - stay)
-            k = pyro.sample(f"k{t}", dist.Bernoulli(p), infer={"enumerate": "parallel"})
+            k = pyro.sample(
+                f"k{t}", dist.Bernoulli(torch.where(k == 1, stay, 1.0 - stay)), infer={"enumerate": "parallel"}
+            )
             pyro.sample(f"y{t}", dist.Normal(gap * k, 1.0), obs=y[t])
 
-    return model, (y,), None
+    stay, gap = torch.meshgrid(torch.linspace(5e-4, 1.0 - 5e-4, 600), torch.linspace(5e-3, 6.0, 600), indexing="ij")
+    step = torch.stack([torch.stack([stay, 1.0 - stay], -1), torch.stack([1.0 - stay, stay], -1)], -2).log()
+    alpha = step[..., 0, :]
+    for t, value in enumerate(y):
+        alpha = alpha if t == 0 else (alpha[..., None] + step).logsumexp(-2)
+        alpha = alpha + dist.Normal(torch.stack([0.0 * gap, gap], -1), 1.0).log_prob(value)
+    density = (alpha.logsumexp(-1) + stay_prior.log_prob(stay) + gap_prior.log_prob(gap)).flatten().softmax(0)
+    cells = density.multinomial(40_000, replacement=True)
+    return model, (y,), {"stay": stay.flatten()[cells], "gap": gap.flatten()[cells]}
 
 
 def simplex():
