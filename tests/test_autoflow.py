@@ -197,11 +197,11 @@ def test_neutra_is_right_where_the_guide_is_not():
     import arviz as az
 
     guide = dgm.AutoFlow(conjugate, init_scale=1.0).setup(DATA)
-    idata = dgm.neutra(conjugate, guide, DATA, num_samples=400, warmup_steps=200, seed=0, progress=False)
+    idata = dgm.neutra(conjugate, guide, DATA, num_samples=200, warmup_steps=100, seed=0, progress=False)
     z = torch.as_tensor(idata.posterior.z.values).reshape(-1, 2)
     assert ((z.mean(0) - MEAN) * PRECISION**0.5).abs().max() < 0.2
     assert (z.std(0) * PRECISION**0.5 - 1.0).abs().max() < 0.15
-    assert az.summary(idata)["r_hat"].max() < 1.05 and idata.posterior_predictive.x.shape == (2, 400, 6, 2)
+    assert az.summary(idata)["r_hat"].max() < 1.05 and idata.posterior_predictive.x.shape == (2, 200, 6, 2)
     assert not idata.sample_stats.diverging.any() and idata.log_likelihood.x.dims == ("chain", "draw", "data")
 
 

@@ -17,7 +17,7 @@ from pyro_dgm.core.distribution import LearnedDistribution
 from pyro_dgm.core.shapes import as_shape, check_built, check_context
 from pyro_dgm.core.upstream import PyroABCMeta
 
-__all__ = ["DistributionModule"]
+__all__ = ["DistributionModule", "compose", "forward_and_ladj"]
 
 
 class DistributionModule(nn.Module, metaclass=PyroABCMeta):
@@ -161,6 +161,20 @@ def compose(parts: list[Transform]) -> Any:
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else ComposeTransform(parts)
+
+
+def forward_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Image and log-determinant in one pass (a composed log-determinant of torch runs every part a second time)."""
+    if isinstance(transform, ComposeTransform) and all(p.domain.event_dim == 1 for p in transform.parts):
+        total: Any = 0.0
+        for part in transform.parts:
+            x, ladj = forward_and_ladj(part, x)
+            total = total + ladj
+        return x, total
+    if hasattr(transform, "call_and_ladj"):  # zuko's
+        return transform.call_and_ladj(x)
+    y = transform(x)
+    return y, transform.log_abs_det_jacobian(x, y)
 
 
 def _event_support(name: str, support: constraints.Constraint | None, event_shape: Size) -> Any:

@@ -19,10 +19,11 @@ from torch.distributions.transforms import IndependentTransform, Transform
 from pyro_dgm.core import frozen
 from pyro_dgm.core.basins import barrier, other_basins
 from pyro_dgm.core.log_joint import LogJoint, prior_draws
+from pyro_dgm.core.module import forward_and_ladj
 from pyro_dgm.core.vectorize import Model
 from pyro_dgm.diagnostics.khat import Exploration
 
-__all__ = ["explore"]
+__all__ = ["explore", "joint"]
 
 Target = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # z -> log density, its gradient, theta
 
@@ -48,7 +49,7 @@ def explore(model: Model, guide: Any, args: tuple[Any, ...], kwargs: dict[str, A
             return Exploration()
         u = guide.get_posterior(*args, **kwargs).sample((chains,)).detach()
         try:
-            transform = _joint(guide.get_transform(*args, **kwargs))
+            transform = joint(guide.get_transform(*args, **kwargs))
         except NotImplementedError:  # a mixture is no transform: no chains, and valleys are looked for in theta
             return Exploration(other_modes=_other_modes(log_joint, lambda x: x, log_joint, u))
         target = _pulled_back(log_joint, transform)
@@ -56,7 +57,7 @@ def explore(model: Model, guide: Any, args: tuple[Any, ...], kwargs: dict[str, A
         return Exploration(*_drift(target, transform.inv(u).detach(), u), found)
 
 
-def _joint(transform: Transform) -> Transform:
+def joint(transform: Transform) -> Transform:
     """The transform with one log-determinant for the whole vector (elementwise ones give one per entry)."""
     return IndependentTransform(transform, 1) if transform.domain.event_dim == 0 else transform
 
@@ -74,8 +75,8 @@ def _pulled_back(log_joint: LogJoint, transform: Any) -> Target:
     def target(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = z.detach().requires_grad_()
         with torch.enable_grad():
-            u = transform(z)
-            value = log_joint(u) + transform.log_abs_det_jacobian(z, u)
+            u, ladj = forward_and_ladj(transform, z)
+            value = log_joint(u) + ladj
             (grad,) = torch.autograd.grad(torch.where(value.isfinite(), value, 0.0).sum(), z)
         inside = value.isfinite() & grad.isfinite().all(-1)
         return torch.where(inside, value, -math.inf).detach(), torch.where(inside[:, None], grad, 0.0), u.detach()

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from pyro.infer import MCMC, NUTS
-from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 
 from pyro_dgm.core import frozen
+from pyro_dgm.core.log_joint import LogJoint
+from pyro_dgm.core.module import forward_and_ladj
 from pyro_dgm.diagnostics.draws import Model, Program
+from pyro_dgm.diagnostics.explore import joint
 from pyro_dgm.diagnostics.svi import contained
 
 __all__ = ["neutra"]
@@ -37,7 +39,8 @@ def neutra(
     """Draw from the posterior by NUTS in the guide's coordinates, and return an ArviZ container.
 
     Groups: ``posterior``, ``log_likelihood``, ``posterior_predictive``, ``observed_data``, and ``sample_stats`` with
-    ``lp`` (nats) and ``diverging``. Every chain starts at a draw of the guide's base.
+    ``lp`` (nats) and ``diverging``. Every chain starts at a draw of the guide. Enumerated sites
+    are summed out.
 
     Args:
         model: a Pyro model.
@@ -79,15 +82,22 @@ def neutra(
 
 
 def _chains(model: Model, guide: Any, args: Any, kwargs: Any, n: int, warmup: int, chains: int, bar: bool) -> Any:
+    """Site values of all draws, and which diverged. The guide's map is built once; NUTS sees a function of z."""
+    transform, log_joint = joint(guide.get_transform(*args, **kwargs)), LogJoint(guide, model, args, kwargs)
+    starts = transform.inv(guide.get_posterior(*args, **kwargs).sample((chains,))).detach()
+
+    def potential(values: dict[str, Tensor]) -> Tensor:
+        theta, ladj = forward_and_ladj(transform, values["z"][None])
+        return -(log_joint(theta) + ladj)[0]
+
     rows, diverging = [], torch.zeros(chains, n, dtype=torch.bool)
-    for chain in range(chains):
-        reparam = NeuTraReparam(guide)
-        mcmc = MCMC(NUTS(reparam.reparam(model)), num_samples=n, warmup_steps=warmup, disable_progbar=not bar)
-        mcmc.run(*args, **kwargs)
+    for chain, start in enumerate(starts):
+        kernel = NUTS(potential_fn=potential)
+        mcmc = MCMC(kernel, n, warmup, initial_params={"z": start}, disable_progbar=not bar)
+        mcmc.run()
         diverging[chain, mcmc.diagnostics()["divergences"]["chain 0"]] = True
-        (latent,) = mcmc.get_samples().values()
-        rows.append(latent.reshape(n, -1))
-    return guide.constrained(guide.get_transform(*args, **kwargs)(torch.cat(rows))), diverging.reshape(-1).numpy()
+        rows.append(mcmc.get_samples()["z"].detach())
+    return guide.constrained(transform(torch.cat(rows))), diverging.reshape(-1).numpy()
 
 
 def _groups(program: Program, draws: dict[str, Tensor], n: int) -> dict[str, Any]:
