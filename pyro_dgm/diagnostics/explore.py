@@ -64,9 +64,11 @@ def joint(transform: Transform) -> Transform:
 
 def _drift(target: Target, z: Tensor, u: Tensor) -> tuple[float, float, float]:
     end, acceptance = _chains(target, z)
-    sd = u.std(0)
-    shift = ((end.mean(0) - u.mean(0)) / sd).abs().max()
-    return float(shift), float((end.std(0) / sd).log().abs().max()), acceptance
+    low, centre, high = u.quantile(u.new_tensor([0.16, 0.5, 0.84]), 0)
+    reach = 1.5 * (high - low)  # three robust sds: the sd of a heavy tail is too noisy to compare
+    start, end = (x.clamp(centre - reach, centre + reach) for x in (u, end))
+    shift = (end.mean(0) - start.mean(0)) / start.std(0)
+    return float(shift.abs().max()), float((end.std(0) / start.std(0)).log().abs().max()), acceptance
 
 
 def _pulled_back(log_joint: LogJoint, transform: Any) -> Target:

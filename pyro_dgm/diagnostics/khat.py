@@ -23,7 +23,7 @@ _CORRECTED = 0.1  # sd
 _ADVICE = {
     "exact": "q is the posterior, up to the draws' error.",
     "good": "Use the draws as they are.",
-    "usable": "Use importance weights (log_weight), or train longer: the plain draws may be visibly off.",
+    "usable": "Draws may be visibly off: resample(idata) while k-hat is below the threshold, or train longer.",
     "bad": "Do not use it. Train longer, try another family or reparameterise the model; check with NUTS.",
 }
 
