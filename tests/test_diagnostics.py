@@ -322,3 +322,15 @@ def test_resampling_by_weights_repairs_a_guide_that_is_off():
     assert dgm.khat(idata).correction > 0.25 and dgm.khat(idata).status == "usable"
     with pytest.raises(ValueError, match="no log_weight"):
         dgm.resample(again)
+
+
+def test_a_matrix_that_fails_for_one_draw_is_explained():
+    def model():
+        s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        root = torch.linalg.cholesky(s[..., None, None] * torch.eye(2))
+        pyro.factor("f", root.diagonal(dim1=-2, dim2=-1).log().sum(-1))
+
+    start = pyro.infer.autoguide.init_to_value(values={"s": torch.tensor(1.0)})
+    guide = dgm.AutoFlow(model, init_loc_fn=start, init_scale=0.5).setup()
+    with pytest.raises(ValueError, match="could not be factorised for one of 200 draws. Add jitter"):
+        dgm.from_svi(model, guide, num_samples=200, prior=0, parallel=True)

@@ -127,10 +127,16 @@ class Program:
         return self._runs(Redraw()(self.model), n)
 
     def _runs(self, fn: Any, n: int) -> list[poutine.Trace]:
-        with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
-            if self.parallel:
-                return [poutine.trace(together(fn, n, self.nesting)).get_trace(*self.args, **self.kwargs)]
-            return [poutine.trace(fn).get_trace(*self.args, **self.kwargs) for _ in range(n)]
+        try:
+            with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+                if self.parallel:
+                    return [poutine.trace(together(fn, n, self.nesting)).get_trace(*self.args, **self.kwargs)]
+                return [poutine.trace(fn).get_trace(*self.args, **self.kwargs) for _ in range(n)]
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"from_svi: a matrix of the model could not be factorised for one of {n} draws. Add jitter to its diagonal "
+                f"(1e-6 of its scale), or work in float64. torch says: {str(error).splitlines()[0]}"
+            ) from error
 
     def log_prob(self, traces: list[poutine.Trace], n: int) -> np.ndarray:
         """Total log probability of every draw, summed in float64, shape ``(n,)``."""
