@@ -52,9 +52,9 @@ class Exploration:
         return self.drift >= 0.25 or self.drift_sd >= 0.2 or self.acceptance < 0.4
 
 
-@dataclass(frozen=True)
-class KHat:
-    r"""The verdict on a variational posterior.
+@dataclass(frozen=True, kw_only=True)
+class KHat(Exploration):
+    r"""The verdict on a variational posterior: what the weights say, and what exploration found.
 
     Attributes:
         k: Pareto shape of the weights' tail; below ``threshold`` importance estimates converge. Its own error is
@@ -64,10 +64,6 @@ class KHat:
         elbo, elbo_error: mean of log w in nats, and its standard error; a lower bound on the log evidence.
         log_evidence, log_evidence_error: :math:`\log \frac1S \sum w`, and its standard error (nats).
         draws: S.
-        drift, drift_sd: change of a mean (in sd) and of a log sd under short Hamiltonian chains from the draws; largest.
-        acceptance: of those chains.
-        other_modes: modes that climbing prior draws found and the draws do not cover.
-        correction: largest change of a posterior mean by importance weights, in standard deviations.
         status: "exact", "good", "usable" or "bad".
     """
 
@@ -80,11 +76,6 @@ class KHat:
     log_evidence_error: float
     draws: int
     status: Literal["exact", "good", "usable", "bad"]
-    drift: float = 0.0
-    drift_sd: float = 0.0
-    acceptance: float = 1.0
-    other_modes: int = 0
-    correction: float = 0.0
 
     @property
     def gap(self) -> float:
@@ -95,7 +86,7 @@ class KHat:
         if self.other_modes:
             return f"{self.other_modes} more mode(s) were found that it does not cover: warm_start, or NUTS from there."
         moved = f"mean by {self.drift:.2f} sd, log sd by {self.drift_sd:.2f}, acceptance {self.acceptance:.2f}"
-        if Exploration(self.drift, self.drift_sd, self.acceptance).moved:
+        if self.moved:
             return f"Short MCMC leaves it ({moved}): run neutra."
         if self.correction >= _CORRECTED:
             return f"Importance weights move a mean by {self.correction:.2f} sd: use resample."
@@ -153,7 +144,10 @@ def judge(log_weight: np.ndarray, explored: Exploration | None = None) -> KHat:
     status = _status(k, threshold, ess / n, evidence - elbo, float(finite.max(initial=-math.inf)) - elbo)
     if (explored.moved or explored.other_modes or explored.correction >= _CORRECTED) and status in ("exact", "good"):
         status = "usable"
-    return KHat(k, threshold, ess, elbo, spread, evidence, error, n, status, **asdict(explored))
+    return KHat(
+        k=k, threshold=threshold, ess=ess, elbo=elbo, elbo_error=spread, log_evidence=evidence, log_evidence_error=error,
+        draws=n, status=status, **asdict(explored),
+    )  # fmt: skip
 
 
 def _status(
