@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_dgm.core.log_joint import LogJoint
 
-__all__ = ["barrier", "other_basins"]
+__all__ = ["barrier", "other_basins", "spread"]
 
 
 def barrier(log_density: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:
@@ -19,11 +19,16 @@ def barrier(log_density: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> fl
     return float(torch.minimum(value[0], value[-1]) - value.min())
 
 
-def other_basins(log_joint: LogJoint, best: Tensor, u: Tensor, spread: Tensor, limit: int = 3) -> list[Tensor]:
+def spread(u: Tensor) -> Tensor:
+    """A robust standard deviation of draws, by coordinate, between 1e-3 and 1e3."""
+    return (u.quantile(0.84, 0) - u.quantile(0.16, 0)).div(2).clamp(1e-3, 1e3)
+
+
+def other_basins(log_joint: LogJoint, best: Tensor, u: Tensor, limit: int = 3) -> list[Tensor]:
     """Where some prior draws climb to, if a barrier of a nat lies between them and ``best`` and one another."""
     if not log_joint.vectorized:
         return []
-    ends = _ascend(log_joint, u[:32], spread)
+    ends = _ascend(log_joint, u[:32], spread(u))
     found = [best]
     for i in log_joint(ends).detach().argsort(descending=True).tolist():
         if len(found) <= limit and all(barrier(log_joint, ends[i], known) > 1.0 for known in found):
@@ -31,11 +36,11 @@ def other_basins(log_joint: LogJoint, best: Tensor, u: Tensor, spread: Tensor, l
     return found[1:]
 
 
-def _ascend(log_joint: LogJoint, u: Tensor, spread: Tensor, steps: int = 60) -> Tensor:
-    """Points after some steps of Adam uphill, each on its own, in units of the prior's spread."""
-    v = (u / spread).clone().requires_grad_()
+def _ascend(log_joint: LogJoint, u: Tensor, scale: Tensor, steps: int = 60) -> Tensor:
+    """Points after some steps of Adam uphill, each on its own, in units of ``scale``."""
+    v = (u / scale).clone().requires_grad_()
     optimizer = torch.optim.Adam([v], lr=0.15)
     for _ in range(steps):
-        v.grad = -log_joint.value_and_grad(v.detach() * spread)[1] * spread
+        v.grad = -log_joint.value_and_grad(v.detach() * scale)[1] * scale
         optimizer.step()
-    return v.detach() * spread
+    return v.detach() * scale

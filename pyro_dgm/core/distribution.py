@@ -259,8 +259,8 @@ class LearnedDistribution(TorchDistribution):
         bijection = self._family.bijection(base)
         if bijection is None:
             return u, log_prob
-        x = bijection(u)
-        return x, log_prob - bijection.log_abs_det_jacobian(u, x)
+        x, ladj = bijection.call_and_ladj(u)
+        return x, log_prob - ladj
 
 
 def _expands_to(old: Size, new: Size) -> bool:

@@ -6,6 +6,7 @@ r"""The log joint density of a model as a function of the unconstrained latent v
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -19,16 +20,26 @@ from pyro_dgm.core.sites import is_enumerable, latent_sites
 from pyro_dgm.core.vectorize import (
     NOT_VECTORIZED,
     How,
-    enumerated,
     how_to_vectorize,
+    joint_alone,
+    joint_in_plate,
     joint_of_rows,
-    log_probs,
-    per_draw,
     plate_nesting,
     together,
 )
 
-__all__ = ["LogJoint", "prior_draws"]
+__all__ = ["LogJoint", "prior_draws", "value_and_grad"]
+
+
+def value_and_grad(log_density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+    """A log density of many points and its gradient; where either is not finite the value is -inf and the gradient zero."""
+    u = u.detach().requires_grad_()
+    with torch.enable_grad():
+        value = log_density(u)
+        total = torch.where(value.isfinite(), value, torch.zeros_like(value)).sum()
+        (grad,) = torch.autograd.grad(total, u)
+    inside = value.isfinite() & grad.isfinite().all(-1)
+    return torch.where(inside, value, -torch.inf).detach(), torch.where(inside[:, None], grad, 0.0)
 
 
 class LogJoint:
@@ -62,13 +73,7 @@ class LogJoint:
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log joint and its gradient; where either is not finite the value is -inf and the gradient zero."""
-        u = u.detach().requires_grad_()
-        with torch.enable_grad():
-            value = self(u)
-            total = torch.where(value.isfinite(), value, torch.zeros_like(value)).sum()
-            (grad,) = torch.autograd.grad(total, u)
-        inside = value.isfinite() & grad.isfinite().all(-1)
-        return torch.where(inside, value, -torch.inf).detach(), torch.where(inside[:, None], grad, 0.0)
+        return value_and_grad(self, u)
 
     def _parallel(self, u: Tensor) -> Tensor:
         """All draws in one run; those whose matrices cannot be factorised are found by halving, and get -inf."""
@@ -89,9 +94,7 @@ class LogJoint:
         if self.how == "vmap":
             rows = {k: v.reshape(len(u), *self._shapes[k]) for k, v in values.items()}
             return log_det + joint_of_rows(self.model, rows, self.args, self.kwargs)
-        run = together(poutine.condition(self.model, data=values), len(u), self.nesting)
-        run = enumerated(run, self.nesting + 1)
-        return per_draw([log_det, *log_probs(poutine.trace(run).get_trace(*self.args, **self.kwargs))], len(u))
+        return log_det + joint_in_plate(self.model, values, len(u), self.nesting, self.args, self.kwargs)
 
     def _single(self, u: Tensor) -> Tensor:
         try:
@@ -101,9 +104,7 @@ class LogJoint:
 
     def _alone(self, u: Tensor) -> Tensor:
         values, log_det = self._constrain(u)
-        run = enumerated(poutine.condition(self.model, data=values), self.nesting)
-        trace = poutine.trace(run).get_trace(*self.args, **self.kwargs)
-        return sum((t.sum() for t in log_probs(trace)), log_det)
+        return log_det + joint_alone(self.model, values, self.nesting, self.args, self.kwargs)
 
     def _constrain(self, latent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Constrained site values, and the log-determinant of each draw (one draw where ``latent`` is a vector)."""
@@ -133,7 +134,7 @@ def prior_draws(log_joint: LogJoint, n: int) -> Tensor:
     guide, rows = log_joint.guide, []
     with pyro.validation_enabled(False), poutine.block(), _AnySite():
         if log_joint.how == "plate":
-            model = pyro.plate("_draws", n, dim=-log_joint.nesting - 1)(log_joint.model)
+            model = together(log_joint.model, n, log_joint.nesting)
             return _packed(poutine.trace(model).get_trace(*log_joint.args, **log_joint.kwargs), guide, n)
         for _ in range(n):
             trace = poutine.trace(log_joint.model).get_trace(*log_joint.args, **log_joint.kwargs)

@@ -11,13 +11,13 @@ from typing import Any
 from pyro.nn import PyroModule
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to, constraints
-from torch.distributions.transforms import ComposeTransform, IndependentTransform, ReshapeTransform
+from torch.distributions.transforms import IndependentTransform, ReshapeTransform
 
 from pyro_dgm.core.distribution import LearnedDistribution
 from pyro_dgm.core.shapes import as_shape, check_built, check_context
-from pyro_dgm.core.upstream import PyroABCMeta
+from pyro_dgm.core.upstream import PyroABCMeta, zuko
 
-__all__ = ["DistributionModule", "compose", "forward_and_ladj"]
+__all__ = ["DistributionModule", "compose", "whole_event"]
 
 
 class DistributionModule(nn.Module, metaclass=PyroABCMeta):
@@ -115,7 +115,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         if built.event_shape != self.unconstrained_shape:
             parts.append(ReshapeTransform(built.event_shape, self.unconstrained_shape))
         if self._support is not None:
-            parts.append(_whole_event(biject_to(self._support), len(self.unconstrained_shape)))
+            parts.append(whole_event(biject_to(self._support), len(self.unconstrained_shape)))
         return compose(parts)
 
     def support_of(self, built: Distribution) -> constraints.Constraint:
@@ -157,24 +157,10 @@ def _holders(module: nn.Module) -> list[ValuesView[Tensor | None]]:
 
 
 def compose(parts: list[Transform]) -> Any:
-    """One transform out of many; None out of none."""
+    """One transform out of many, with its log-determinant in the same pass (``call_and_ladj``); None out of none."""
     if not parts:
         return None
-    return parts[0] if len(parts) == 1 else ComposeTransform(parts)
-
-
-def forward_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Image and log-determinant in one pass (a composed log-determinant of torch runs every part a second time)."""
-    if isinstance(transform, ComposeTransform) and all(p.domain.event_dim == 1 for p in transform.parts):
-        total: Any = 0.0
-        for part in transform.parts:
-            x, ladj = forward_and_ladj(part, x)
-            total = total + ladj
-        return x, total
-    if hasattr(transform, "call_and_ladj"):  # zuko's
-        return transform.call_and_ladj(x)
-    y = transform(x)
-    return y, transform.log_abs_det_jacobian(x, y)
+    return parts[0] if len(parts) == 1 else zuko.transforms.ComposedTransform(*parts)
 
 
 def _event_support(name: str, support: constraints.Constraint | None, event_shape: Size) -> Any:
@@ -194,7 +180,8 @@ def _event_support(name: str, support: constraints.Constraint | None, event_shap
     return constraints.independent(support, missing) if missing else support
 
 
-def _whole_event(transform: Transform, event_dim: int) -> Transform:
+def whole_event(transform: Transform, event_dim: int) -> Transform:
+    """The transform with one log-determinant for the whole event, where it had one for each entry."""
     missing = event_dim - transform.domain.event_dim
     return IndependentTransform(transform, missing) if missing > 0 else transform
 

@@ -20,6 +20,8 @@ __all__ = [
     "How",
     "enumerated",
     "how_to_vectorize",
+    "joint_alone",
+    "joint_in_plate",
     "joint_of_rows",
     "log_probs",
     "per_draw",
@@ -110,15 +112,16 @@ def how_to_vectorize(
     rows = {k: v.reshape(n, *shapes[k]) for k, v in values.items()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), poutine.block():
         each = [{k: v[i] for k, v in rows.items()} for i in range(n)]
-        single = torch.stack([_seeded(partial(_single, model, row, nesting, args, kwargs)) for row in each])
-        fault = _fault(lambda: _in_plate(model, values, n, nesting, args, kwargs), single)
+        single = torch.stack([_seeded(partial(joint_alone, model, row, nesting, args, kwargs)) for row in each])
+        fault = _fault(lambda: joint_in_plate(model, values, n, nesting, args, kwargs), single)
         if not fault:
             return "plate", ""
         mapped = _fault(lambda: joint_of_rows(model, rows, args, kwargs), single)
     return ("loop" if mapped else "vmap"), fault
 
 
-def _in_plate(model: Model, values: dict[str, Tensor], n: int, nesting: int, args: Any, kwargs: Any) -> Tensor:
+def joint_in_plate(model: Model, values: dict[str, Tensor], n: int, nesting: int, args: Any, kwargs: Any) -> Tensor:
+    """Log joint of ``n`` draws ``{site: (n, 1, .., *plates, *event)}``, shape ``(n,)``, in one plate."""
     run = enumerated(together(poutine.condition(model, data=values), n, nesting), nesting + 1)
     return per_draw(log_probs(poutine.trace(run).get_trace(*args, **kwargs)), n)
 
@@ -140,7 +143,8 @@ def _seeded(run: Callable[[], Tensor]) -> Tensor:
     return run()
 
 
-def _single(model: Model, values: dict[str, Tensor], nesting: int, args: Any, kwargs: Any) -> Tensor:
+def joint_alone(model: Model, values: dict[str, Tensor], nesting: int, args: Any, kwargs: Any) -> Tensor:
+    """Log joint of one draw, a scalar."""
     run = enumerated(poutine.condition(model, data=values), nesting)
     return _sum(poutine.trace(run).get_trace(*args, **kwargs))
 

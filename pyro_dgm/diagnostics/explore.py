@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
-from torch.distributions.transforms import IndependentTransform, Transform
+from torch.distributions import Transform
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.basins import barrier, other_basins
-from pyro_dgm.core.log_joint import LogJoint, prior_draws
-from pyro_dgm.core.module import forward_and_ladj
+from pyro_dgm.core.log_joint import LogJoint, prior_draws, value_and_grad
+from pyro_dgm.core.module import whole_event
 from pyro_dgm.core.vectorize import Model
 from pyro_dgm.diagnostics.khat import Exploration
 
-__all__ = ["explore", "joint"]
+__all__ = ["explore", "pulled_back"]
 
-Target = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # z -> log density, its gradient, theta
+Density = Callable[[Tensor], Tensor]  # of many points, in nats
 
 
 def explore(model: Model, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int = 512) -> Exploration:
@@ -49,82 +49,71 @@ def explore(model: Model, guide: Any, args: tuple[Any, ...], kwargs: dict[str, A
             return Exploration()
         u = guide.get_posterior(*args, **kwargs).sample((chains,)).detach()
         try:
-            transform = joint(guide.get_transform(*args, **kwargs))
+            transform = whole_event(guide.get_transform(*args, **kwargs), 1)
         except NotImplementedError:  # a mixture is no transform: no chains, and valleys are looked for in theta
             return Exploration(other_modes=_other_modes(log_joint, lambda x: x, log_joint, u))
-        target = _pulled_back(log_joint, transform)
-        found = _other_modes(log_joint, transform.inv, lambda z: target(z)[0], u)
-        return Exploration(*_drift(target, transform.inv(u).detach(), u), found)
+        density = pulled_back(log_joint, transform)
+        found = _other_modes(log_joint, transform.inv, lambda z: value_and_grad(density, z)[0], u)
+        return Exploration(*_drift(density, transform, u), found)
 
 
-def joint(transform: Transform) -> Transform:
-    """The transform with one log-determinant for the whole vector (elementwise ones give one per entry)."""
-    return IndependentTransform(transform, 1) if transform.domain.event_dim == 0 else transform
+def pulled_back(log_joint: LogJoint, transform: Any) -> Density:
+    """The log density of z where theta = T(z) has the given one."""
+
+    def density(z: Tensor) -> Tensor:
+        u, ladj = transform.call_and_ladj(z)
+        return log_joint(u) + ladj
+
+    return density
 
 
-def _drift(target: Target, z: Tensor, u: Tensor) -> tuple[float, float, float]:
-    end, acceptance = _chains(target, z)
+def _drift(density: Density, transform: Transform, u: Tensor) -> tuple[float, float, float]:
+    z, acceptance = _chains(density, transform.inv(u).detach())
     low, centre, high = u.quantile(u.new_tensor([0.16, 0.5, 0.84]), 0)
     reach = 1.5 * (high - low)  # three robust sds: the sd of a heavy tail is too noisy to compare
-    start, end = (x.clamp(centre - reach, centre + reach) for x in (u, end))
+    start, end = (x.clamp(centre - reach, centre + reach) for x in (u, transform(z).detach()))
     shift = (end.mean(0) - start.mean(0)) / start.std(0)
     return float(shift.abs().max()), float((end.std(0) / start.std(0)).log().abs().max()), acceptance
 
 
-def _pulled_back(log_joint: LogJoint, transform: Any) -> Target:
-    """The log density of z, its gradient and theta = T(z); where either is not finite, -inf and 0."""
-
-    def target(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z = z.detach().requires_grad_()
-        with torch.enable_grad():
-            u, ladj = forward_and_ladj(transform, z)
-            value = log_joint(u) + ladj
-            (grad,) = torch.autograd.grad(torch.where(value.isfinite(), value, 0.0).sum(), z)
-        inside = value.isfinite() & grad.isfinite().all(-1)
-        return torch.where(inside, value, -math.inf).detach(), torch.where(inside[:, None], grad, 0.0), u.detach()
-
-    return target
-
-
 @torch.no_grad()
-def _chains(target: Target, z: Tensor, iterations: int = 12, leapfrogs: int = 8) -> tuple[Tensor, float]:
-    """The chains' last theta, and their acceptance; the step size follows the acceptance of the batch."""
+def _chains(density: Density, z: Tensor, iterations: int = 12, leapfrogs: int = 8) -> tuple[Tensor, float]:
+    """The chains' last z, and their acceptance; the step size follows the acceptance of the batch."""
     step, shares = 0.5 * z.shape[-1] ** -0.25, []
-    value, grad, u = target(z)
+    value, grad = value_and_grad(density, z)
     for _ in range(iterations):
         p = torch.randn_like(z)
-        new, new_p, (new_value, new_grad, new_u) = _leapfrog(target, z, p, grad, step, leapfrogs)
+        new, new_p, (new_value, new_grad) = _leapfrog(density, z, p, grad, step, leapfrogs)
         gain = (new_value - value + 0.5 * (p.square() - new_p.square()).sum(-1)).nan_to_num(-math.inf)
-        taken = (torch.rand_like(gain).log() < gain)[:, None]
-        z, u, grad = torch.where(taken, new, z), torch.where(taken, new_u, u), torch.where(taken, new_grad, grad)
-        value = torch.where(taken[:, 0], new_value, value)
+        taken = torch.rand_like(gain).log() < gain
+        z, grad = torch.where(taken[:, None], new, z), torch.where(taken[:, None], new_grad, grad)
+        value = torch.where(taken, new_value, value)
         shares.append(float(gain.clamp_max(0.0).exp().mean()))
         step *= 1.15 if shares[-1] > 0.8 else 0.7 if shares[-1] < 0.6 else 1.0
-    return u, sum(shares[iterations // 2 :]) / (iterations - iterations // 2)
+    return z, sum(shares[iterations // 2 :]) / (iterations - iterations // 2)
 
 
-def _leapfrog(target: Target, z: Tensor, p: Tensor, grad: Tensor, step: float, n: int) -> Any:
+def _leapfrog(density: Density, z: Tensor, p: Tensor, grad: Tensor, step: float, n: int) -> Any:
     for _ in range(n):
         p = p + 0.5 * step * grad
         z = z + step * p
-        value, grad, u = target(z)
+        value, grad = value_and_grad(density, z)
         p = p + 0.5 * step * grad
-    return z, p, (value, grad, u)
+    return z, p, (value, grad)
 
 
-def _other_modes(log_joint: LogJoint, to_z: Any, density: Any, u: Tensor) -> int:
+def _other_modes(log_joint: LogJoint, to_z: Any, density: Density, u: Tensor) -> int:
     """Other basins, as dense as the guide's draws, with a valley between them and the nearest draws.
 
     Valleys are looked for on straight lines of z, where a funnel that the guide follows is straight.
     """
     value = log_joint(u).detach()
-    prior = prior_draws(log_joint, 256)
-    spread = (prior.quantile(0.84, 0) - prior.quantile(0.16, 0)).div(2).clamp(1e-3, 1e3)
-    ends = other_basins(log_joint, u[value.argmax()], prior, spread)
+    ends = other_basins(log_joint, u[value.argmax()], prior_draws(log_joint, 256))
     dense = [end for end in ends if float(log_joint(end[None])) > float(value.median()) - 6.0]
-    return sum(_apart(density, to_z(end[None])[0], to_z(u), end, u) for end in dense)
+    return sum(_apart(density, to_z, end, u) for end in dense)
 
 
-def _apart(density: Any, z_end: Tensor, z: Tensor, end: Tensor, u: Tensor) -> bool:
-    near = ((u - end) / u.std(0)).square().sum(-1).argsort()[:8]
-    return all(barrier(density, z_end, z[i]) > 1.0 for i in near)
+def _apart(density: Density, to_z: Any, end: Tensor, u: Tensor) -> bool:
+    near = u[((u - end) / u.std(0)).square().sum(-1).argsort()[:8]]
+    z_end = to_z(end[None])[0]
+    return all(barrier(density, z_end, z) > 1.0 for z in to_z(near))

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.log_joint import LogJoint
-from pyro_dgm.core.module import forward_and_ladj
+from pyro_dgm.core.module import whole_event
 from pyro_dgm.diagnostics.draws import Model, Program
-from pyro_dgm.diagnostics.explore import joint
+from pyro_dgm.diagnostics.explore import pulled_back
 from pyro_dgm.diagnostics.svi import contained
 
 __all__ = ["neutra"]
@@ -83,12 +83,12 @@ def neutra(
 
 def _chains(model: Model, guide: Any, args: Any, kwargs: Any, n: int, warmup: int, chains: int, bar: bool) -> Any:
     """Site values of all draws, and which diverged. The guide's map is built once; NUTS sees a function of z."""
-    transform, log_joint = joint(guide.get_transform(*args, **kwargs)), LogJoint(guide, model, args, kwargs)
+    transform = whole_event(guide.get_transform(*args, **kwargs), 1)
+    density = pulled_back(LogJoint(guide, model, args, kwargs), transform)
     starts = transform.inv(guide.get_posterior(*args, **kwargs).sample((chains,))).detach()
 
     def potential(values: dict[str, Tensor]) -> Tensor:
-        theta, ladj = forward_and_ladj(transform, values["z"][None])
-        return -(log_joint(theta) + ladj)[0]
+        return -density(values["z"][None])[0]
 
     rows, diverging = [], torch.zeros(chains, n, dtype=torch.bool)
     for chain, start in enumerate(starts):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.basins import barrier, other_basins
+from pyro_dgm.core.basins import barrier, other_basins, spread
 from pyro_dgm.core.log_joint import LogJoint, prior_draws
 
 __all__ = ["Gaussians", "find_start"]
@@ -92,22 +92,22 @@ def _starts(log_joint: LogJoint) -> Gaussians:
     u = prior_draws(log_joint, 256 if log_joint.vectorized else 32)
     density = log_joint(u).detach()
     top = u[density.argsort(descending=True)[:2]]
-    median, spread = u.median(0).values, (u.quantile(0.84, 0) - u.quantile(0.16, 0)).div(2).clamp(1e-3, 1e3)
+    median, scale = u.median(0).values, spread(u)
     ones, zero = torch.ones_like(median), torch.zeros_like(median)
     starts = {
-        "prior": (median, spread),
-        "tempered": (median, spread),
+        "prior": (median, scale),
+        "tempered": (median, scale),
         "zero": (zero, 0.3 * ones),
-        "prior draw 1": (top[0], 0.1 * spread),
-        "prior draw 2": (top[-1], 0.1 * spread),
+        "prior draw 1": (top[0], 0.1 * scale),
+        "prior draw 2": (top[-1], 0.1 * scale),
         "optimised from prior": (_climb(log_joint, top[0]), 0.1 * ones),
         "optimised from zero": (_climb(log_joint, zero), 0.1 * ones),
-        "prior median": (median, 0.1 * spread),
+        "prior median": (median, 0.1 * scale),
     }
-    for i, end in enumerate(other_basins(log_joint, starts["optimised from prior"][0], u, spread)):
-        starts[f"other basin {i + 1}"] = (end, 0.1 * spread)
-    loc, scale = (torch.stack(column) for column in zip(*starts.values(), strict=True))
-    return Gaussians(loc, torch.diag_embed(scale), loc.new_full((len(loc),), -torch.inf), list(starts))
+    for i, end in enumerate(other_basins(log_joint, starts["optimised from prior"][0], u)):
+        starts[f"other basin {i + 1}"] = (end, 0.1 * scale)
+    loc, sd = (torch.stack(column) for column in zip(*starts.values(), strict=True))
+    return Gaussians(loc, torch.diag_embed(sd), loc.new_full((len(loc),), -torch.inf), list(starts))
 
 
 def _climb(log_joint: LogJoint, start: Tensor, iterations: int = 200) -> Tensor:
