@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, ValuesView
 from contextlib import contextmanager
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -88,14 +89,21 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         return self.unconstrained_shape.numel()
 
     def tensors(self) -> list[Tensor]:
-        """All parameters and buffers; the walk over the module tree, which is slow in torch, is remembered."""
-        if "_holders" not in self.__dict__:
-            self.__dict__["_holders"] = _holders(self)
-        return [t for held in self.__dict__["_holders"] for t in held if t is not None]
+        """All parameters and buffers."""
+        return [t for held in self._held() for t in held if t is not None]
 
     def version(self) -> int:
         """A number that grows with every in-place change of a parameter or buffer."""
-        return sum(map(_version_of, self.tensors()))
+        try:
+            return sum(map(_version_of, chain.from_iterable(self._held())))
+        except AttributeError:  # an empty entry, such as the bias of a layer without one
+            return sum(map(_version_of, self.tensors()))
+
+    def _held(self) -> list[ValuesView[Tensor | None]]:
+        """Where the tensors are kept; the walk over the module tree, which is slow in torch, is remembered."""
+        if "_holders" not in self.__dict__:
+            self.__dict__["_holders"] = _holders(self)
+        return self.__dict__["_holders"]
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__.pop("_holders", None)

@@ -13,6 +13,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from pyro_dgm.core import DistributionModule, Standardize, compose, zuko
+from pyro_dgm.flows.standard_normal import standard_normal
 
 __all__ = ["NormalizingFlow", "directed"]
 
@@ -86,13 +87,14 @@ def _last_layers(hyper: nn.Module) -> list[nn.Module]:
     return [[m for m in b.modules() if isinstance(m, nn.Linear | zuko.nn.Linear)][-1] for b in branches]
 
 
-def directed(flow: zuko.lazy.Flow, fast: Direction) -> zuko.lazy.Flow:
-    """The same flow, or its transform inverted so that sampling, not scoring, takes the single pass."""
+def directed(flow: zuko.lazy.Flow, features: int, fast: Direction) -> zuko.lazy.Flow:
+    """The flow over a standard normal, its transform inverted where sampling, not scoring, is to take the single pass."""
     if fast not in ("density", "sampling"):
         raise ValueError(
             f"fast={fast!r}: expected 'density' (scoring in one pass) or 'sampling' (drawing in one pass)."
         )
-    return flow if fast == "density" else zuko.lazy.Flow(flow.transform.inv, flow.base)
+    transform = flow.transform if fast == "density" else flow.transform.inv
+    return zuko.lazy.Flow(transform, standard_normal(features))
 
 
 def features_of(flow: zuko.lazy.LazyDistribution) -> tuple[Size, int]:

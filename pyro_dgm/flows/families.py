@@ -54,7 +54,7 @@ class RealNVP(NormalizingFlow):
         flow = zuko.flows.RealNVP(
             self.features, context_features, transforms, hidden_features=hidden_features, activation=activation
         )
-        self.flow = directed(flow, fast)
+        self.flow = directed(flow, self.features, fast)
 
 
 class MAF(NormalizingFlow):
@@ -98,7 +98,7 @@ class MAF(NormalizingFlow):
         flow = zuko.flows.MAF(
             self.features, context_features, transforms, hidden_features=hidden_features, activation=activation
         )
-        self.flow = directed(flow, fast)
+        self.flow = directed(flow, self.features, fast)
 
 
 class NSF(NormalizingFlow):
@@ -144,4 +144,4 @@ class NSF(NormalizingFlow):
             self.features, context_features, bins, transforms=transforms, hidden_features=hidden_features,
             activation=activation,
         )  # fmt: skip
-        self.flow = directed(flow, fast)
+        self.flow = directed(flow, self.features, fast)

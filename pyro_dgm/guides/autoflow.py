@@ -18,6 +18,7 @@ from torch.distributions import Distribution, Independent, Transform, biject_to
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
 from pyro_dgm.core.log_joint import LogJoint
 from pyro_dgm.core.sites import is_enumerable, latent_sites
+from pyro_dgm.flows.standard_normal import StandardNormal
 from pyro_dgm.guides.modes import Modes
 from pyro_dgm.guides.posterior import WhitenedPosterior
 from pyro_dgm.guides.start import find_start
@@ -263,6 +264,8 @@ def _as_pyro(base: Any) -> Any:
     """A base distribution of torch or zuko as Pyro's own, which NeuTra needs for ``mask``."""
     if isinstance(base, Independent):
         return _as_pyro(base.base_dist).to_event(base.reinterpreted_batch_ndims)
+    if isinstance(base, StandardNormal):
+        return dist.Normal(base.zero, 1.0).to_event(1)
     if isinstance(base, torch.distributions.StudentT):
         return dist.StudentT(base.df, base.loc, base.scale)
     if isinstance(base, torch.distributions.Normal):
