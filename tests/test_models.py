@@ -143,12 +143,36 @@ def test_a_reparameterised_model_keeps_its_own_sites_in_the_posterior():
             theta = pyro.sample("theta", dist.Normal(mu, 0.5))
             pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
 
-    decentred = poutine.reparam(model, config=AutoReparam())
-    guide = dgm.AutoFlow(decentred)
-    dgm.fit(dgm.STL_ELBO()(decentred, guide), X, max_steps=100, seed=0, progress=False)
-    idata = dgm.from_svi(decentred, guide, X, num_samples=2000, seed=0, prior=0, container="dict")
+    guide = dgm.AutoFlow(model, reparam=AutoReparam())
+    with pytest.raises(ValueError, match="pass guide.target"):
+        dgm.STL_ELBO()(model, guide)(X)
+    dgm.fit(dgm.STL_ELBO()(guide.target, guide), X, max_steps=100, seed=0, progress=False)
+    idata = dgm.from_svi(guide.target, guide, X, num_samples=2000, seed=0, prior=0, container="dict")
     groups, variance = idata["groups"], 1.0 / (1.0 + 5 / 1.25)
     assert list(groups["log_likelihood"]) == list(groups["observed_data"]) == ["x"]
     mean = variance * X.sum().item() / 1.25
     assert groups["posterior"]["mu"].mean() == pytest.approx(mean, abs=0.1 * variance**0.5)
     assert groups["posterior"]["theta"].shape == (1, 2000, 5)
+
+
+def test_a_learned_centring_is_trained_with_the_guide():
+    """The share of centring is a parameter of the model: it leaves one half where it began, and the posterior is right."""
+    from pyro.infer.reparam import LocScaleReparam
+
+    x = torch.randn(4, 200) + torch.tensor([-1.0, 0.0, 1.0, 2.0])[:, None]
+
+    def model(x):
+        mu, tau = pyro.sample("mu", dist.Normal(0.0, 1.0)), pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("group", 4, dim=-2):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            with pyro.plate("row", 200, dim=-1):
+                pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+    guide = dgm.AutoFlow(model, reparam={"theta": LocScaleReparam()})
+    dgm.fit(dgm.STL_ELBO()(guide.target, guide), x, max_steps=150, seed=0, progress=False)
+    assert (pyro.param("theta_centered") - 0.5).abs().max() > 1e-3
+    draws = dgm.from_svi(guide.target, guide, x, num_samples=1000, seed=0, prior=0, container="dict")["groups"][
+        "posterior"
+    ]
+    mean = draws["theta"].mean((0, 1)).reshape(4)
+    assert abs(mean - x.mean(1).numpy()).max() < 0.05

@@ -67,9 +67,14 @@ class LogJoint:
         self.how = self._find_how()
 
     def __call__(self, u: Tensor) -> Tensor:
-        with pyro.validation_enabled(False), poutine.block():
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
             value = self._parallel(u) if self.vectorized else torch.stack([self._single(v) for v in u])
         return value.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+
+    def at(self, *args: Any, **kwargs: Any) -> LogJoint:
+        """The same density, of other data."""
+        self.args, self.kwargs = args, kwargs
+        return self
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log joint and its gradient; where either is not finite the value is -inf and the gradient zero."""

@@ -47,6 +47,9 @@ class AutoFlow(AutoContinuous):
             ``functools.partial(dgm.MAF, fast="sampling")``, ``dgm.NSF``, ``lambda D: dgm.ZukoFlow(zuko.flows.BPF(D))``.
         init_loc_fn: where the posterior starts, as in Pyro's autoguides.
         init_scale: standard deviation of the start, in unconstrained units.
+        reparam: strategies of :mod:`pyro.infer.reparam` (``AutoReparam()``, or ``{"theta": LocScaleReparam()}`` for a
+            learned centring). The posterior is then of the reparameterised model, :attr:`target`: pass that one to
+            bounds and diagnostics, ``fit(STL_ELBO()(guide.target, guide), data)``.
 
     Raises:
         ValueError: at the first call (or :meth:`setup`) for a discrete latent, a latent inside a subsampled plate, or
@@ -76,7 +79,9 @@ class AutoFlow(AutoContinuous):
         *,
         init_loc_fn: Callable[..., Tensor] = init_to_median,
         init_scale: float = 0.1,
+        reparam: Any = None,
     ) -> None:
+        model = model if reparam is None else poutine.reparam(model, config=reparam)
         super().__init__(model, init_loc_fn=_or_zero(init_loc_fn))
         self._plain_model = (model,)
         self._make_family = (family or TailedCoupling,)
@@ -108,7 +113,7 @@ class AutoFlow(AutoContinuous):
         self.setup(*args, **kwargs)
         if self._posterior.version() != self._untouched:
             return
-        log_joint = LogJoint(self, self._plain_model[0], args, kwargs)
+        log_joint = LogJoint(self, self.target, args, kwargs)
         if log_joint.missing:  # they were blocked from the guide: the density is not known
             return
         start = find_start(log_joint)
@@ -124,7 +129,12 @@ class AutoFlow(AutoContinuous):
     def settle(self, *args: Any, **kwargs: Any) -> None:
         """Weigh the modes of a trained posterior anew; nothing happens where there is one mode."""
         if len(self._posterior.components) > 1:
-            self._posterior.weigh(LogJoint(self, self._plain_model[0], args, kwargs))
+            self._posterior.weigh(LogJoint(self, self.target, args, kwargs))
+
+    @property
+    def target(self) -> Callable[..., Any]:
+        """The model whose posterior this is: the reparameterised one, where ``reparam`` was given."""
+        return self._plain_model[0]
 
     @property
     def modes(self) -> int:

@@ -19,13 +19,15 @@ import pyro.poutine as poutine
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.infer.elbo import ELBOModule
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
 from torch import Tensor, nn
 
-from pyro_dgm.core import frozen
+from pyro_dgm.core import LearnedDistribution, frozen
+from pyro_dgm.core.log_joint import LogJoint
 from pyro_dgm.core.psis import psis
 from pyro_dgm.core.sites import is_enumerable, latent_sites
 from pyro_dgm.core.vectorize import NOT_VECTORIZED, enumerated, how_to_vectorize, joint_of_rows, log_probs, per_draw
@@ -71,6 +73,7 @@ class STL_ELBO(Trace_ELBO):
         )
         self._checked = not vectorize_particles or num_particles == 1
         self._shapes: dict[str, torch.Size] = {}  # of single draws, where the model runs under vmap
+        self._joint: LogJoint | None = None
 
     def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
         return _STLModule(model, guide, self)
@@ -81,10 +84,21 @@ class STL_ELBO(Trace_ELBO):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
         if not self._checked:
             self._check_vectorization(model, guide, args, kwargs)
+        elif self.vectorize_particles and isinstance(guide, AutoContinuous):
+            q = guide.get_posterior(*args, **kwargs)
+            if isinstance(q, LearnedDistribution):
+                return self._vector_log_weights(q, model, guide, args, kwargs)
         if self._shapes:
             return self._mapped_log_weights(model, guide, args, kwargs)
         terms = [self._particles(p, q) for p, q in self._get_traces(model, guide, args, kwargs)]
         return torch.cat(terms)
+
+    def _vector_log_weights(self, q: LearnedDistribution, model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
+        """The shortest way, for a guide that is one learned distribution over all latents: no trace of the guide."""
+        if self._joint is None or self._joint.model is not model or self._joint.guide is not guide:
+            self._joint = LogJoint(guide, model, args, kwargs)
+        latent = q.rsample((self.num_particles,))
+        return self._joint.at(*args, **kwargs)(latent) - q.detach().log_prob(latent)
 
     def _mapped_log_weights(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
         n, guides = self.num_particles, self._vectorized_num_particles(guide)
@@ -204,5 +218,6 @@ def _refuse_unmatched(model_trace: poutine.Trace, guide_trace: poutine.Trace) ->
         if name not in guide_trace.nodes and not is_enumerable(site):
             raise ValueError(
                 f"STL_ELBO: latent site '{name}' of the model is missing from the guide, so the result would be no "
-                "bound. Add it to the guide; a discrete site can be summed out: infer={'enumerate': 'parallel'}."
+                "bound. Add it to the guide; a discrete site can be summed out: infer={'enumerate': 'parallel'}; for a "
+                "guide that was built with reparam= pass guide.target."
             )
