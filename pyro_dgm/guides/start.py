@@ -24,6 +24,9 @@ from pyro_dgm.core.log_joint import LogJoint, prior_draws
 
 __all__ = ["Gaussians", "find_start"]
 
+_WIDE = 50  # dimensions from which many starts compete by their diagonals, and only the winner gets a covariance
+_WIDEST = 400  # dimensions from which it gets none: a covariance costs D^3 a step; the flow has to bend the rest
+
 
 @dataclass
 class Gaussians:
@@ -60,13 +63,16 @@ def find_start(log_joint: LogJoint) -> Gaussians:
     Raises:
         ValueError: if the log joint is not finite anywhere that was looked.
     """
-    budget = (100, 16) if log_joint.vectorized else (30, 4)
+    budget, size = (100, 16) if log_joint.vectorized else (30, 4), log_joint.dim
+    wide, full = size > _WIDE, size <= _WIDEST and log_joint.vectorized
     q = _starts(log_joint)
-    q = _natural_gradient(log_joint, q, steps=budget[0], draws=budget[1], rate=(0.3, 0.1), temper="tempered")
-    q = q.pick(list(dict.fromkeys([*q.best(3), *_modes(log_joint, q, within=20.0)])))
-    q = _natural_gradient(log_joint, q, steps=budget[0], draws=2 * budget[1], rate=(0.1, 0.03))
+    q = _natural_gradient(log_joint, q, budget[0], budget[1], (0.3, 0.1), temper="tempered", diagonal=wide)
+    q = q.pick(list(dict.fromkeys([*q.best(1 if wide else 3), *_modes(log_joint, q, within=20.0)])))
+    rate, enough = ((0.3, 0.03), 2 * size) if wide and full else ((0.1, 0.03), 0)
+    q = _natural_gradient(log_joint, q, budget[0], max(2 * budget[1], enough), rate, diagonal=wide and not full)
     q = q.pick(_modes(log_joint, q, within=6.0))
-    q = _natural_gradient(log_joint, q, steps=budget[0] // 2, draws=8 * budget[1], rate=(0.03, 0.02))
+    last = max(8 * budget[1], 2 * enough)
+    q = _natural_gradient(log_joint, q, budget[0] // 2, last, (0.03, 0.02), diagonal=wide and not full)
     if not q.elbo.isfinite().any():
         raise ValueError(
             "AutoFlow: the model's log density is not finite at any of the starting points (prior draws, prior median, "
@@ -128,8 +134,9 @@ def _climb(log_joint: LogJoint, start: Tensor, iterations: int = 200) -> Tensor:
 
 @torch.no_grad()
 def _natural_gradient(
-    log_joint: LogJoint, q: Gaussians, *, steps: int, draws: int, rate: tuple[float, float], temper: str = ""
-) -> Gaussians:
+    log_joint: LogJoint, q: Gaussians, steps: int, draws: int, rate: tuple[float, float], *, temper: str = "",
+    diagonal: bool = False,
+) -> Gaussians:  # fmt: skip
     """Step all Gaussians together; the rate stays for 30 % of the steps, then decays geometrically."""
     m, L = q.loc.clone(), q.scale_tril.clone()
     tempered = torch.tensor([name == temper for name in q.names])
@@ -137,7 +144,7 @@ def _natural_gradient(
         progress = i / steps
         rho = rate[0] * (rate[1] / rate[0]) ** max(0.0, (progress - 0.3) / 0.7)
         beta = torch.where(tempered, min(1.0, 0.01 + 2.0 * progress), 1.0).to(m)
-        m, L = _step(m, L, *_residuals(log_joint, m, L, draws, beta), rho)
+        m, L = (_diagonal_step if diagonal else _step)(m, L, *_residuals(log_joint, m, L, draws, beta), rho)
     return Gaussians(m, L, _elbo(log_joint, m, L), q.names)
 
 
@@ -163,10 +170,23 @@ def _step(m: Tensor, L: Tensor, e: Tensor, r: Tensor, rho: float) -> tuple[Tenso
     outer = r.mT @ e / e.shape[1]
     values, vectors = torch.linalg.eigh(-0.5 * (outer + outer.mT))
     precision = 1.0 + (rho * values).clamp(-0.6, 2.0)
-    move = vectors @ ((vectors.mT @ r.mean(1, keepdim=True).mT * rho) / precision[..., None])
-    move = move * (2.0 / move.norm(dim=1, keepdim=True).clamp_min(2.0))
+    move = _bounded((vectors @ ((vectors.mT @ r.mean(1, keepdim=True).mT * rho) / precision[..., None]))[..., 0])
     root = L @ (vectors * precision.rsqrt()[:, None]) @ vectors.mT
-    return m + (L @ move)[..., 0], _lower(root)
+    return m + (L @ move[..., None])[..., 0], _lower(root)
+
+
+def _diagonal_step(m: Tensor, L: Tensor, e: Tensor, r: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+    """The same step, of Gaussians without correlations."""
+    scale = L.diagonal(dim1=-2, dim2=-1)
+    precision = 1.0 - (rho * (r * e).mean(1)).clamp(-2.0, 0.6)
+    move = _bounded(rho * r.mean(1) / precision)
+    return m + scale * move, torch.diag_embed(scale * precision.rsqrt())
+
+
+def _bounded(move: Tensor) -> Tensor:
+    """Whitened steps, none longer than 2 (more in high dimensions, where a draw is further off)."""
+    bound = 2.0 * max(1.0, math.sqrt(move.shape[-1] / 30))
+    return move * (bound / move.norm(dim=-1, keepdim=True).clamp_min(bound))
 
 
 def _lower(root: Tensor) -> Tensor:
