@@ -14,6 +14,7 @@ from pyro_dgm.evaluate.density import bits_per_dim, held_out_score, kl_divergenc
 from pyro_dgm.evaluate.features import frechet_distance, kernel_distance
 from pyro_dgm.evaluate.memorization import memorization
 from pyro_dgm.evaluate.pictures import interpolation, traversal
+from pyro_dgm.evaluate.report import report, table
 from pyro_dgm.evaluate.representation import (
     active_units,
     aggregated_posterior_gap,
@@ -45,7 +46,9 @@ __all__ = [
     "mode_coverage",
     "mutual_information_gap",
     "precision_recall_density_coverage",
+    "report",
     "sap",
     "sliced_wasserstein",
+    "table",
     "traversal",
 ]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_dgm.evaluate.rows import as_rows, same_features, squared_distances
+from pyro_dgm.evaluate.rows import as_rows, exactly_centred, same_features, squared_distances
 from pyro_dgm.evaluate.score import Score, jackknife, random_source
 
 __all__ = ["ModeCoverage", "NeighbourCoverage", "mode_coverage", "precision_recall_density_coverage"]
@@ -44,7 +44,8 @@ def precision_recall_density_coverage(real: Any, draws: Any, *, neighbours: int 
         neighbours: k.
 
     Returns:
-        :class:`NeighbourCoverage` of four ``(value, standard_error)``; errors by the block jackknife over both samples.
+        :class:`NeighbourCoverage` of four ``(value, standard_error)``; errors by the block jackknife over both samples,
+        1.2 to 2 times too large where measured.
 
     Raises:
         ValueError: for NaN, rows of different length, not more than k rows in a sample (in 19 of 20 of it).
@@ -76,8 +77,7 @@ def precision_recall_density_coverage(real: Any, draws: Any, *, neighbours: int 
 
 def _in_balls(real: Tensor, draws: Tensor, k: int) -> Tensor:
     """Precision, recall, density and coverage in one pass over the distances between the samples."""
-    centre = real.mean(0)
-    real, draws = real - centre, draws - centre
+    real, draws = exactly_centred(real, draws)
     reach, reach_draws = _squared_reach(real, k), _squared_reach(draws, k)
     holding = torch.zeros(len(draws), device=real.device)
     recalled, covered = [], []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_dgm.evaluate.rows import featured, same_features, squared_distances
+from pyro_dgm.evaluate.rows import exactly_centred, featured, same_features, squared_distances
 from pyro_dgm.evaluate.score import JudgedScore, grouped, random_source, share_above
 
 __all__ = ["memorization"]
@@ -62,8 +62,8 @@ def memorization(
     """
     samples = {"draws": draws, "train": train, "held_out": held_out}
     y, seen, x = same_features("memorization", **{k: featured(features, v) for k, v in samples.items()})
-    centre = seen.mean(0)
-    ours, theirs = (_nearest(rows - centre, seen - centre) for rows in (y, x))
+    seen, y, x = exactly_centred(seen, y, x)
+    ours, theirs = _nearest(y, seen), _nearest(x, seen)
     by_draw, by_datum = _share_larger(ours, theirs), _share_larger(-theirs, -ours)
     error = (by_draw.var() / len(y) + by_datum.var() / len(x)).sqrt()
     first = grouped(len(y), len(x), num_permutations, random_source(seed)).double()
@@ -74,7 +74,7 @@ def memorization(
 def _nearest(rows: Tensor, data: Tensor) -> Tensor:
     """Squared distance of each row to the nearest datum."""
     step = max(1, _CHUNK // len(data))
-    return torch.cat([squared_distances(part, data).min(-1).values for part in rows.split(step)]).double().cpu()
+    return torch.cat([squared_distances(part, data).min(-1).values for part in rows.split(step)]).cpu()
 
 
 def _share_larger(a: Tensor, b: Tensor) -> Tensor:

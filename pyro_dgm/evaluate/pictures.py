@@ -112,9 +112,9 @@ def _grid(who: str, decode: Callable[[Tensor], Tensor], z: Tensor, names: list[s
     from matplotlib.figure import Figure
 
     with torch.no_grad():
-        shown = decode(z.flatten(0, 1)).detach().cpu()
-    image = shown.dim() == 3 or (shown.dim() == 4 and shown.shape[1] in (1, 3))
-    if len(shown) != z.shape[0] * z.shape[1] or not (image or shown.dim() == 2):
+        shown = decode(z.flatten(0, 1)).detach().cpu().numpy()
+    image = shown.ndim == 3 or (shown.ndim == 4 and shown.shape[1] in (1, 3))
+    if len(shown) != z.shape[0] * z.shape[1] or not (image or shown.ndim == 2):
         raise ValueError(
             f"{who}: decode returned shape {tuple(shown.shape)} for {z.shape[0] * z.shape[1]} latents, expected (B, H, W), "
             "(B, 1 or 3, H, W) or (B, D)."
@@ -127,8 +127,8 @@ def _grid(who: str, decode: Callable[[Tensor], Tensor], z: Tensor, names: list[s
         if not image:
             ax.plot(one)
             ax.set_ylim(low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6)
-        elif one.dim() == 3 and len(one) == 3:
-            ax.imshow(((one - low) / max(high - low, 1e-12)).permute(1, 2, 0))
+        elif one.ndim == 3 and len(one) == 3:
+            ax.imshow(((one - low) / max(high - low, 1e-12)).transpose(1, 2, 0))
         else:
             ax.imshow(one.reshape(one.shape[-2:]), cmap="gray", vmin=low, vmax=high)
     return figure
