@@ -186,6 +186,15 @@ def test_mmd_of_gaussians_is_the_closed_form():
     assert abs(null.mean()) < 4 * null.std() / 200**0.5
 
 
+def test_mmd_and_energy_distance_equal_their_definitions():
+    """All pairs by hand, with sizes that differ. Planted fault: exp(-|x - y|^2 / h^2), without the 2."""
+    x, y = torch.randn(9, 2).double(), 1.5 * torch.randn(13, 2).double()
+    gaussian = lambda a, b: torch.exp(-torch.cdist(a, b).square() / (2 * 0.7**2))
+    for score, k in ((evaluate.mmd(x, y, bandwidth=0.7), gaussian), (evaluate.energy_distance(x, y), lambda a, b: -torch.cdist(a, b))):  # fmt: skip
+        within = [(k(r, r).sum() - k(r, r).trace()) / (len(r) * (len(r) - 1)) for r in (x, y)]
+        assert score.value == pytest.approx(float(sum(within) - 2 * k(x, y).mean()))
+
+
 def test_energy_distance_of_shifted_gaussians_is_the_closed_form():
     """E|x - y| of N(0, 2) shifted by 1 and by 0. Planted fault: halves in the place of wholes."""
     root = math.sqrt(2.0)
@@ -328,7 +337,7 @@ def test_neighbour_counts_equal_a_loop():
     coverage = sum(any(d[i][j] <= reach[i] for j in range(31)) for i in range(23)) / 23
     scores = evaluate.precision_recall_density_coverage(real, draws, neighbours=k)
     assert [s.value for s in scores] == pytest.approx([precision, recall, density, coverage])
-    with pytest.raises(ValueError, match="22 neighbours of 23 rows, expected from 1 to 20"):
+    with pytest.raises(ValueError, match="22 neighbours of 23 rows, expected from 1 to 19"):
         evaluate.precision_recall_density_coverage(real, draws, neighbours=22)
 
 
