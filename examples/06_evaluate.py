@@ -22,10 +22,8 @@ ANGLE = torch.arange(8) * math.pi / 4
 MODES = 2.0 * torch.stack([ANGLE.cos(), ANGLE.sin()], -1)
 
 
-def ring(weights=(1.0,) * 8, scale=0.3):
-    return dist.MixtureSameFamily(
-        dist.Categorical(torch.tensor(weights)), dist.Normal(MODES, torch.tensor(scale)).to_event(1)
-    )
+def ring():
+    return dist.MixtureSameFamily(dist.Categorical(torch.ones(8)), dist.Normal(MODES, torch.tensor(0.3)).to_event(1))
 
 
 class Likelihood(torch.nn.Module):
@@ -46,13 +44,18 @@ def flow_of(train, steps):
 
 
 def generators(train):
-    """Draws without a density, as a function of how many."""
-    narrow, missing = ring(scale=0.15), ring(weights=(1.0,) * 7 + (1e-9,))
-    return {
-        "narrow modes": lambda n: narrow.sample((n,)),
-        "a mode left out": lambda n: missing.sample((n,)),
-        "copies": lambda n: train[torch.randint(len(train), (n,))] + 0.01 * torch.randn(n, 2),
+    """Draws without a density: a network's place is taken by a function of three normal numbers."""
+
+    def pick(points, z):
+        return points[(len(points) * dist.Normal(0.0, 1.0).cdf(z[..., 2])).long().clamp(max=len(points) - 1)]
+
+    faults = {
+        "narrow modes": lambda z: pick(MODES, z) + 0.15 * z[..., :2],
+        "a mode left out": lambda z: pick(MODES[:7], z) + 0.3 * z[..., :2],
+        "copies": lambda z: pick(train, z) + 0.01 * z[..., :2],
     }
+    noise = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    return {name: dgm.ImplicitDistribution(push, noise, 2) for name, push in faults.items()}
 
 
 def picture(draws, reports, path):
@@ -76,9 +79,9 @@ def main(smoke, out):
     n, truth = 300 if smoke else 2000, ring()
     train, held_out = truth.sample((n,)), truth.sample((n,))
     models = {"flow": flow_of(train, 20 if smoke else 800), **generators(train)}
-    reports = {name: dgm.evaluate.report(model, held_out, train=train, seed=0) for name, model in models.items()}
+    reports = {name: dgm.evaluate.report(model, held_out, train=train, seed=1) for name, model in models.items()}
     print(dgm.evaluate.table(reports))
-    draws = {"data": held_out} | {k: m.sample((n,)) if k == "flow" else m(n) for k, m in models.items()}
+    draws = {"data": held_out} | {name: model.sample((n,)) for name, model in models.items()}
     for name, x in draws.items():
         covered, quality, imbalance = dgm.evaluate.mode_coverage(x, MODES, 1.0, seed=0)
         print(f"{name}: modes covered {covered}, near a mode {quality}, imbalance {imbalance}")

@@ -9,6 +9,7 @@ import pickle
 import pyro.distributions as dist
 import pytest
 import torch
+from sklearn.naive_bayes import GaussianNB
 from torch.distributions import Independent, Normal, Uniform
 
 import pyro_dgm as dgm
@@ -242,7 +243,7 @@ def test_level_under_the_null(name):
     Fisher's p-values are discrete, so the C2ST may reject less. Planted faults: permutations of one group only; for the
     C2ST a test on the rows that trained.
     """
-    options = {} if name == "c2st" else {"num_permutations": 39}
+    options = {"classifier": GaussianNB()} if name == "c2st" else {"num_permutations": 39}
     p = torch.tensor([SAME[name](torch.randn(160, 2), torch.randn(120, 2), **options).p_value for _ in range(60)])
     assert float((p <= 0.1).float().mean()) < 0.1 + 4 * (0.09 / 60) ** 0.5
     assert name == "c2st" or abs(float(p.mean()) - 0.51) < 4 * (1 / 12 / 60) ** 0.5
@@ -263,6 +264,13 @@ def test_the_null_of_c2st_is_that_of_coin_tosses():
     score = evaluate.c2st(torch.randn(400, 2), torch.randn(900, 2), seed=3)
     assert abs(float(score.null.mean()) - 0.5) < 5 * 0.025 / 1_000**0.5
     assert 0.02 < float(score.null.std()) < 0.03 and score.standard_error == pytest.approx(0.025, rel=0.05)
+
+
+def test_c2st_learns_more_than_a_shift():
+    """Eight modes of half the width, 1,000 rows: a perceptron that stops after 90 steps sees nothing (0.50)."""
+    x, y = (ring([1.0] * 8, N, scale) for scale in (0.3, 0.15))
+    score = evaluate.c2st(x, y, seed=0)
+    assert score.value > 0.62 and score.p_value < 1e-6
 
 
 def test_c2st_approaches_the_best_accuracy_and_takes_another_classifier():
@@ -328,7 +336,7 @@ def test_a_missing_mode_costs_diversity_and_noise_costs_fidelity():
 
 def test_neighbour_counts_equal_a_loop():
     """The four shares from their definitions, pair by pair."""
-    real, draws, k = torch.randn(23, 2).double(), 1.3 * torch.randn(31, 2).double(), 2
+    real, draws, k = torch.randn(23, 2).double(), 0.4 + 0.4 * torch.randn(31, 2).double(), 2
     reach, reach_draws = ([sorted(math.dist(a, b) for b in s.tolist())[k] for a in s.tolist()] for s in (real, draws))
     d = [[math.dist(a, b) for b in draws.tolist()] for a in real.tolist()]
     precision = sum(any(d[i][j] <= reach[i] for i in range(23)) for j in range(31)) / 31
@@ -337,6 +345,7 @@ def test_neighbour_counts_equal_a_loop():
     coverage = sum(any(d[i][j] <= reach[i] for j in range(31)) for i in range(23)) / 23
     scores = evaluate.precision_recall_density_coverage(real, draws, neighbours=k)
     assert [s.value for s in scores] == pytest.approx([precision, recall, density, coverage])
+    assert len({precision, recall, density, coverage}) == 4
     with pytest.raises(ValueError, match="22 neighbours of 23 rows, expected from 1 to 19"):
         evaluate.precision_recall_density_coverage(real, draws, neighbours=22)
 

@@ -164,7 +164,7 @@ def _shares(labels: Tensor, share: Tensor) -> Tensor:
 def _modes(share: Tensor, mass: Tensor) -> Tensor:
     """Covered, quality, imbalance from shares ``(B, K + 1)``, the last column being far from all modes."""
     mass, near = mass.double() / mass.double().sum(), share[:, :-1]
-    quality = near.sum(-1)
+    quality = 1.0 - share[:, -1]
     covered = (near >= 0.1 * mass).double().mean(-1)
     among = near / quality.clamp(min=1e-12)[:, None]
     imbalance = torch.where(quality > 0, 0.5 * (among - mass).abs().sum(-1), torch.ones(()).double())

@@ -45,7 +45,8 @@ def report(
             bound. A model without a density gets no number.
         encode: data to codes ``(N, D)``, posterior means for a VAE.
         labels: of the data, for the linear probe of the codes.
-        seed: of draws, splits and permutations; the global stream is left as it was.
+        seed: of draws, splits and permutations; the global stream is left as it was. Not the seed that made the data:
+            draws from the same random numbers are near to them, and ``memorization`` will say so.
 
     Returns:
         Name of the score to the score, or to a text that says why there is none. :func:`table` prints it.
