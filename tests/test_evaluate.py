@@ -114,6 +114,17 @@ def test_bits_of_a_known_code_and_the_bound():
     assert one.value > exact + 5 * one.standard_error and near(many, exact)
 
 
+def test_bits_of_a_flow_on_the_unit_cube():
+    """A flow at its identity under the sigmoid, in float32 and float64: logistic-normal entries, scored by hand."""
+    x = torch.randint(0, 256, (200, 3), dtype=torch.uint8)
+    flow = dgm.MAF(3, support=torch.distributions.constraints.unit_interval).start_at_identity()
+    score = evaluate.bits_per_dim(flow(), x, seed=0)
+    y = dgm.Dequantize()(x, torch.Generator().manual_seed(0))
+    by_hand = 8 - (Normal(0.0, 1.0).log_prob(y.logit()) - (y * (1 - y)).log()).mean() / math.log(2.0)
+    assert score.value == pytest.approx(float(by_hand), rel=1e-4)
+    assert near(evaluate.bits_per_dim(flow.double()(), x.double(), seed=1), score.value)
+
+
 class Cells(torch.distributions.Distribution):
     """A density on the unit square that is constant in each of 4 x 4 cells."""
 
@@ -307,6 +318,16 @@ def test_integer_images_far_from_zero_and_arrays_are_taken():
     near_zero = evaluate.energy_distance(x.double(), y.double(), seed=0)
     far = evaluate.energy_distance((x + 250).to(torch.uint8).numpy(), (y + 250).to(torch.uint8).numpy(), seed=0)
     assert far.value == pytest.approx(near_zero.value, abs=1e-4) and far.p_value == near_zero.p_value
+
+
+def test_missing_scikit_learn_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "sklearn.pipeline", None)
+    with pytest.raises(ImportError, match=r"c2st needs scikit-learn: pip install 'pyro_dgm\[evaluate\]'"):
+        evaluate.c2st(torch.randn(50, 2), torch.randn(50, 2))
+    with pytest.raises(ImportError, match="linear_probe needs scikit-learn"):
+        evaluate.linear_probe(torch.randn(50, 2), torch.arange(50) % 2)
 
 
 # -- fidelity and diversity
