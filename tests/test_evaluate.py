@@ -532,7 +532,7 @@ def test_gaps_of_perfect_of_mixed_and_of_useless_codes():
     factors = torch.randint(0, 4, (N, 2))
     noise = torch.randn(N, 1)
     axes = torch.cat([factors.float(), noise], -1)
-    mixed = torch.stack([factors.sum(-1).float(), (factors[:, 0] - factors[:, 1]).float()], -1)
+    mixed = torch.stack([factors.sum(-1).float(), (factors[:, 0] - factors[:, 1]).float(), noise[:, 0]], -1)
     for score in (evaluate.mutual_information_gap, evaluate.sap):
         assert score(axes, factors).value > 0.95
         value, error = score(mixed, factors)
