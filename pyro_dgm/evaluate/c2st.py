@@ -18,8 +18,8 @@ def c2st(x: Any, y: Any, *, classifier: Any = None, seed: int | None = None) -> 
 
     One half of the rows trains, the other tests. On the test half the labels are exchangeable under p = q whatever
     the classifier has learned, so the number of hits is hypergeometric: the p-value is Fisher's and exact. (Accuracy
-    averaged over folds has no such law: each fold's test rows train the others, and a binomial null then rejects too
-    often.) The accuracy is a **lower bound** on the best classifier's, :math:`\tfrac12 + \tfrac12 \mathrm{TV}(p, q)`.
+    averaged over folds has no such law, since each fold's test rows train the others; a binomial null is then
+    approximate.) The accuracy is a **lower bound** on the best classifier's, :math:`\tfrac12 + \tfrac12 \mathrm{TV}(p, q)`.
 
     Args:
         x: draws of one law, shape ``(N, *event)``; rows are flattened.

@@ -39,7 +39,7 @@ def mmd(
 
     Returns:
         ``value, standard_error``, and ``.p_value``, ``.null``. The error is the jackknife's; where p = q it is up
-        to 1.4 times too large.
+        to 1.7 times too large.
 
     Raises:
         ValueError: for NaN, fewer than two rows, rows of different length, a bandwidth that is not positive.
