@@ -1,6 +1,7 @@
 """Deep generative models for Pyro: flows, and the posteriors, fits and diagnostics that they make possible."""
 
-from pyro_dgm.core import DistributionModule, ImplicitDistribution, LearnedDistribution, Standardize
+from pyro_dgm import evaluate
+from pyro_dgm.core import Dequantize, DistributionModule, ImplicitDistribution, LearnedDistribution, Standardize
 from pyro_dgm.diagnostics import KHat, from_svi, khat, neutra, resample
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
 from pyro_dgm.guides import AutoFlow
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoFlow",
+    "Dequantize",
     "DistributionModule",
     "FitDiverged",
     "History",
@@ -23,6 +25,7 @@ __all__ = [
     "STL_ELBO",
     "Standardize",
     "ZukoFlow",
+    "evaluate",
     "fit",
     "from_svi",
     "khat",

@@ -1,6 +1,6 @@
 """The contract: distributions, families, shapes, networks and data. The only folder that all others import."""
 
-from pyro_dgm.core.data import Standardize
+from pyro_dgm.core.data import Dequantize, Standardize
 from pyro_dgm.core.distribution import ImplicitDistribution, LearnedDistribution, NoDensityError, frozen
 from pyro_dgm.core.module import DistributionModule, compose
 from pyro_dgm.core.networks import MLP
@@ -8,6 +8,7 @@ from pyro_dgm.core.upstream import zuko
 
 __all__ = [
     "MLP",
+    "Dequantize",
     "DistributionModule",
     "ImplicitDistribution",
     "LearnedDistribution",

@@ -1,0 +1,54 @@
+"""Is the generative model good? Scores of density, sampling and representation, each a number with its error.
+
+``import pyro_dgm as dgm``, then ``value, error = dgm.evaluate.mmd(x, y)``.
+"""
+
+from pyro_dgm.evaluate.c2st import c2st
+from pyro_dgm.evaluate.coverage import (
+    ModeCoverage,
+    NeighbourCoverage,
+    mode_coverage,
+    precision_recall_density_coverage,
+)
+from pyro_dgm.evaluate.density import bits_per_dim, held_out_score, kl_divergence
+from pyro_dgm.evaluate.features import frechet_distance, kernel_distance
+from pyro_dgm.evaluate.memorization import memorization
+from pyro_dgm.evaluate.pictures import interpolation, traversal
+from pyro_dgm.evaluate.report import report, table
+from pyro_dgm.evaluate.representation import (
+    active_units,
+    aggregated_posterior_gap,
+    linear_probe,
+    mutual_information_gap,
+    sap,
+)
+from pyro_dgm.evaluate.score import JudgedScore, Score
+from pyro_dgm.evaluate.two_sample import energy_distance, mmd, sliced_wasserstein
+
+__all__ = [
+    "JudgedScore",
+    "ModeCoverage",
+    "NeighbourCoverage",
+    "Score",
+    "active_units",
+    "aggregated_posterior_gap",
+    "bits_per_dim",
+    "c2st",
+    "energy_distance",
+    "frechet_distance",
+    "held_out_score",
+    "interpolation",
+    "kernel_distance",
+    "kl_divergence",
+    "linear_probe",
+    "memorization",
+    "mmd",
+    "mode_coverage",
+    "mutual_information_gap",
+    "precision_recall_density_coverage",
+    "report",
+    "sap",
+    "sliced_wasserstein",
+    "table",
+    "traversal",
+]

@@ -1,0 +1,96 @@
+r"""A classifier two-sample test: can a network that was trained to do so tell the two samples apart?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_dgm.evaluate.rows import same_features
+from pyro_dgm.evaluate.score import JudgedScore
+
+__all__ = ["c2st"]
+
+
+def c2st(x: Any, y: Any, *, classifier: Any = None, seed: int | None = None) -> JudgedScore:
+    r"""Accuracy with which a classifier tells held-out rows of x from rows of y: 0.5 if p = q, 1 if they are disjoint.
+
+    One half of the rows trains, the other tests. On the test half the labels are exchangeable under p = q whatever
+    the classifier has learned, so the number of hits is hypergeometric: the p-value is Fisher's and exact. (Accuracy
+    averaged over folds has no such law, since each fold's test rows train the others; a binomial null is then
+    approximate.) The accuracy is a **lower bound** on the best classifier's, :math:`\tfrac12 + \tfrac12 \mathrm{TV}(p, q)`.
+
+    Args:
+        x: draws of one law, shape ``(N, *event)``; rows are flattened.
+        y: draws of the other; the larger sample is thinned at random to the size of the smaller.
+        classifier: any unfitted scikit-learn classifier. None takes a perceptron of two layers of 64 on standardised
+            rows, stopped when a tenth of its half has gained nothing for 300 steps.
+        seed: of thinning, split and training; None draws one from torch's global stream.
+
+    Returns:
+        ``value, standard_error``, and ``.p_value``, ``.null`` (1,000 draws of the accuracy under p = q). The
+        error is that of the test half; with new training halves the spread was 1.5 times as large at 400 rows.
+
+    Raises:
+        ValueError: for NaN, rows of different length, fewer than 40 rows.
+        ImportError: without scikit-learn.
+
+    Note:
+        It says that the samples differ, not how much it matters: an invisible fault in the fifth digit of every row
+        (a constant column, rounding) gives 1. Cost: 0.2 to 1 s.
+
+    References:
+        | Lopez-Paz & Oquab (2017), "Revisiting classifier two-sample tests", section 3.
+
+    Example:
+        >>> x, y = torch.randn(2000, 2), torch.randn(2000, 2) + torch.tensor([1.0, 0.0])
+        >>> score = c2st(x, y, seed=0)  # the best accuracy is Phi(1/2) = 0.691
+        >>> bool(abs(score.value - 0.68) < 0.05), score.p_value < 1e-6
+        (True, True)
+    """
+    x, y = (rows.cpu().numpy() for rows in same_features("c2st", x=x, y=y))
+    n = min(len(x), len(y))
+    if n < 40:
+        raise ValueError(f"c2st: the smaller sample has {n} rows, expected at least 40 to train and to test.")
+    rng = np.random.default_rng(int(torch.randint(2**31, ())) if seed is None else seed)
+    rows = np.concatenate([rng.permutation(x)[:n], rng.permutation(y)[:n]])
+    label = np.repeat([0, 1], n)
+    order = rng.permutation(2 * n)
+    train, test = order[:n], order[n:]
+    fitted = _classifier(classifier, n, rng).fit(rows[train], label[train])
+    return _judged(np.asarray(fitted.predict(rows[test])), label[test], rng)
+
+
+def _classifier(given: Any, n: int, rng: np.random.Generator) -> Any:
+    try:
+        from sklearn.base import clone
+        from sklearn.neural_network import MLPClassifier
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError("c2st needs scikit-learn: pip install 'pyro_dgm[evaluate]'.") from error
+    if given is not None:
+        return clone(given)
+    patience = max(10, 300 // max(1, n // 200))  # epochs, 300 steps: the usual 10 end before a small sample is learned
+    network = MLPClassifier(
+        (64, 64), learning_rate_init=5e-3, early_stopping=True, n_iter_no_change=patience, max_iter=100 * patience,
+        random_state=int(rng.integers(2**31)),
+    )  # fmt: skip
+    return make_pipeline(StandardScaler(), network)
+
+
+def _judged(said: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> JudgedScore:
+    """Accuracy on the test half; its law under exchangeable labels, given how often the classifier says 1."""
+    from scipy.stats import hypergeom
+
+    n, ones, claims = len(label), int(label.sum()), int(said.sum())
+    null = hypergeom(n, ones, claims)
+
+    def accuracy(hits: Any) -> Any:
+        return (2 * hits + n - ones - claims) / n  # right ones, and zeros that were not called one
+
+    hits = int(said @ label)
+    value = float(accuracy(hits))
+    draws = accuracy(null.rvs(1_000, random_state=rng))
+    return JudgedScore(value, (value * (1 - value) / n) ** 0.5, float(null.sf(hits - 1)), torch.as_tensor(draws))

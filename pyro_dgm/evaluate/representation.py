@@ -1,0 +1,275 @@
+r"""Is the latent space useful? What codes say of labels, how many units carry anything, and how they divide the factors.
+
+A code is what the encoder gives for a datum: the mean of q(z | x), or one draw.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_dgm.evaluate.rows import as_rows
+from pyro_dgm.evaluate.score import Score, jackknife, mean_score
+
+__all__ = ["active_units", "aggregated_posterior_gap", "linear_probe", "mutual_information_gap", "sap"]
+
+_CHUNK = 5_000_000
+
+
+def linear_probe(codes: Any, labels: Any, *, folds: int = 5, seed: int = 0) -> Score:
+    r"""How well a linear model reads labels off the codes, cross-validated: accuracy for integers, R^2 for reals.
+
+    Logistic (or ridge) regression on standardised codes. Unit: share of right labels, or share of variance explained.
+    Chance is the share of the largest class, or 0. Biased slightly downwards: each fold trains on less than all rows.
+
+    Args:
+        codes: shape ``(N, D)``.
+        labels: shape ``(N,)``; integers or booleans are classes, floats a real factor.
+        folds: of the cross-validation, stratified by class.
+        seed: of the folds.
+
+    Returns:
+        ``value, standard_error`` over the N held-out predictions; the spread of training sets is not in it.
+
+    Raises:
+        ValueError: if lengths differ, labels are constant or NaN, or a class has fewer rows than folds.
+        ImportError: without scikit-learn.
+
+    Note:
+        It says what is linearly readable, not what is there; the raw data may do as well: probe them for comparison.
+        Cost: ``folds`` fits, seconds for 10,000 rows.
+
+    References:
+        | Alain & Bengio (2017), "Understanding intermediate layers using linear classifier probes".
+
+    Example:
+        >>> label = torch.randint(0, 2, (600,))
+        >>> codes = torch.randn(600, 3) + torch.tensor([2.0, 0.0, 0.0]) * label[:, None]
+        >>> value, error = linear_probe(codes, label)  # the best rule: Phi(1) = 0.841
+        >>> abs(value - 0.841) < 5 * error
+        True
+    """
+    codes = as_rows("linear_probe", "codes", codes).cpu().numpy()
+    y = torch.as_tensor(labels).detach().cpu()
+    if y.shape != (len(codes),) or not y.double().isfinite().all() or (y == y[0]).all():
+        raise ValueError(
+            f"linear_probe: labels have shape {tuple(y.shape)}, expected ({len(codes)},), finite and not all equal."
+        )
+    said = torch.as_tensor(_predictions(codes, y, folds, seed))
+    if not y.is_floating_point():
+        return mean_score(said == y)
+    lost, total = (said - y).double().square(), (y - y.mean()).double().square()
+    r2 = 1.0 - lost.mean() / total.mean()
+    return Score(float(r2), mean_score((lost - (1.0 - r2) * total) / total.mean()).standard_error)
+
+
+def _predictions(codes: Any, y: Tensor, folds: int, seed: int) -> Any:
+    """The prediction for each row by the model that has not seen it."""
+    try:
+        from sklearn.linear_model import LogisticRegression, Ridge
+        from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError("linear_probe needs scikit-learn: pip install 'pyro_dgm[evaluate]'.") from error
+    real = y.is_floating_point()
+    smallest = len(y) if real else int(y.unique(return_counts=True)[1].min())
+    if not 2 <= folds <= smallest:
+        raise ValueError(
+            f"linear_probe: {folds} folds, but the smallest class has {smallest} rows; expected 2 to that."
+        )
+    split = (KFold if real else StratifiedKFold)(folds, shuffle=True, random_state=seed)
+    model = make_pipeline(StandardScaler(), Ridge() if real else LogisticRegression(max_iter=1000))
+    return cross_val_predict(model, codes, y.numpy(), cv=split)
+
+
+def active_units(codes: Any, *, threshold: float = 0.01) -> Score:
+    r"""Number of latent units whose posterior mean moves with the data: :math:`\mathrm{Var}_x(\mathbb{E}[z_j|x]) > 0.01`.
+
+    Unit: units. Fewer than the latent's dimension means that the others are at their prior (posterior collapse).
+
+    Args:
+        codes: posterior **means**, shape ``(N, D)``; draws have the posterior's variance too, and all look active.
+        threshold: on the variance, for a prior of variance 1.
+
+    Returns:
+        ``value, standard_error``: the latter from each unit's normal chance to lie on the other side of the threshold.
+
+    Raises:
+        ValueError: for NaN, fewer than two rows, a threshold that is not positive.
+
+    References:
+        | Burda et al. (2016), "Importance weighted autoencoders", section 5.2.
+
+    Example:
+        >>> active_units(torch.randn(1000, 4) * torch.tensor([1.0, 0.5, 0.01, 0.0]))
+        Score(value=2.0, standard_error=0.0)
+    """
+    codes = as_rows("active_units", "codes", codes).double()
+    if not threshold > 0:
+        raise ValueError(f"active_units: threshold is {threshold}, expected a positive variance such as 0.01.")
+    spread = (codes - codes.mean(0)).square()
+    variance = spread.sum(0) / (len(codes) - 1)
+    error = (spread.std(0) / len(codes) ** 0.5).clamp(min=1e-300)
+    active = torch.special.ndtr((variance - threshold) / error)
+    return Score(float((variance > threshold).sum()), float((active * (1.0 - active)).sum().sqrt()))
+
+
+def aggregated_posterior_gap(posterior: Distribution, prior: Distribution) -> Score:
+    r""":math:`\mathrm{KL}(\bar q(z) \| p(z))` of the mixture :math:`\bar q = \frac1N \sum_i q(z | x_i)` from the prior.
+
+    Where it is large, the decoder is asked for latents that it has never seen, and draws are worse than
+    reconstructions. In nats; one draw z_i per datum, and :math:`\bar q(z_i)` summed over all N data. Unbiased for these
+    N data; as an estimate for the whole population **biased upwards**, without limit in small N: by up to
+    :math:`I(x; z)`, when :math:`\log N` is not well above it.
+
+    Args:
+        posterior: q(z | x) of N data as one distribution: batch shape ``(N,)``, event shape ``(D,)``.
+        prior: p(z), event shape ``(D,)``.
+
+    Returns:
+        ``value, standard_error`` over the N draws.
+
+    Raises:
+        ValueError: if the shapes are not those.
+
+    Note:
+        Cost: N^2 densities. Use 500 to 5,000 data that the encoder was not trained on.
+
+    References:
+        | Hoffman & Johnson (2016), "ELBO surgery", eq. 8.
+
+    Example:
+        >>> from torch.distributions import Independent, Normal
+        >>> x = torch.randn(2000, 1)
+        >>> prior = Independent(Normal(torch.zeros(1), 1.0), 1)
+        >>> exact = Independent(Normal(0.8 * x, 0.6), 1)  # 0.8^2 + 0.6^2 = 1: the aggregate is the prior
+        >>> value, error = aggregated_posterior_gap(exact, prior)
+        >>> abs(value) < 0.02 + 5 * error
+        True
+    """
+    if len(posterior.batch_shape) != 1 or posterior.batch_shape[0] < 2 or posterior.event_shape != prior.event_shape:
+        raise ValueError(
+            f"aggregated_posterior_gap: the posterior has batch {tuple(posterior.batch_shape)} and event "
+            f"{tuple(posterior.event_shape)}, expected (N,) with N >= 2, and the prior's {tuple(prior.event_shape)}. "
+            "Use .to_event(1)."
+        )
+    n = posterior.batch_shape[0]
+    with torch.no_grad():
+        z = posterior.sample()
+        parts = z.split(max(1, _CHUNK // (n * max(z[0].numel(), 1))))
+        mixture = torch.cat([posterior.log_prob(part[:, None]).double().logsumexp(-1) for part in parts])
+        return mean_score(mixture - math.log(n) - prior.log_prob(z).double())
+
+
+def mutual_information_gap(codes: Any, factors: Any, *, bins: int = 20) -> Score:
+    r"""MIG: how much more the best code tells of a factor than the second best, averaged over factors; 0 to 1.
+
+    :math:`\frac1K \sum_k \frac{I(z_{(1)}; v_k) - I(z_{(2)}; v_k)}{H(v_k)}`, with codes in bins of equal count. No unit.
+    Mutual informations are plug-in estimates, each biased upwards by about (bins - 1)(levels - 1) / 2N nats, which
+    nearly cancels in the difference of two codes that tell something.
+
+    Args:
+        codes: shape ``(N, D)`` with D >= 2.
+        factors: the known factors as integers, shape ``(N, K)`` or ``(N,)``.
+        bins: per code.
+
+    Returns:
+        ``value, standard_error``, the latter by the block jackknife.
+
+    Raises:
+        ValueError: if shapes do not fit, a factor is constant or not integer, or N < 10 bins.
+
+    Note:
+        A rotation of perfect codes has a gap near 0: it asks for axes, not for information. Cost: D K N.
+
+    References:
+        | Chen et al. (2018), "Isolating sources of disentanglement in VAEs", eq. 6.
+
+    Example:
+        >>> factors = torch.randint(0, 4, (2000, 2))
+        >>> mutual_information_gap(factors.float(), factors).value > 0.99
+        True
+    """
+    codes, factors = _codes_and_factors("mutual_information_gap", codes, factors)
+    if factors.is_floating_point() and (factors != factors.round()).any():
+        raise ValueError("mutual_information_gap: factors must be integers; bin real ones first, or use sap.")
+    if bins < 2 or len(codes) < 10 * bins:
+        raise ValueError(
+            f"mutual_information_gap: {len(codes)} rows in {bins} bins, expected at least 10 a bin, 2 bins."
+        )
+    binned = torch.stack([_binned(c, bins) for c in codes.T], -1)
+    levels = torch.stack([f.unique(return_inverse=True)[1] for f in factors.T], -1)
+    return Score(float(_mig(binned, levels)), float(jackknife(_mig, binned, levels)))
+
+
+def _binned(code: Tensor, bins: int) -> Tensor:
+    """The bin of each value; edges at quantiles, so that equal values share a bin."""
+    edges = code.double().quantile(torch.linspace(0, 1, bins + 1, dtype=torch.double, device=code.device)[1:-1])
+    return torch.searchsorted(edges.unique(), code.double())
+
+
+def _mig(binned: Tensor, levels: Tensor) -> Tensor:
+    gaps = []
+    for level in levels.T:
+        entropy = _entropy(level)
+        joint = [entropy + _entropy(c) - _entropy(c * (int(level.max()) + 1) + level) for c in binned.T]
+        best = torch.stack(joint).sort(descending=True).values
+        gaps.append((best[0] - best[1]) / entropy)
+    return torch.stack(gaps).mean()
+
+
+def _entropy(label: Tensor) -> Tensor:
+    share = label.unique(return_counts=True)[1].double() / len(label)
+    return -(share * share.log()).sum()
+
+
+def sap(codes: Any, factors: Any) -> Score:
+    r"""SAP: gap of squared correlation with a factor between its best and second-best code, averaged; 0 to 1.
+
+    For ordered factors, integer or real; no bins. No unit; bias of order 1/N.
+
+    Args:
+        codes: shape ``(N, D)`` with D >= 2.
+        factors: the known factors, shape ``(N, K)`` or ``(N,)``; unordered classes do not belong here.
+
+    Returns:
+        ``value, standard_error``, the latter by the block jackknife.
+
+    Raises:
+        ValueError: if shapes do not fit or a factor is constant.
+
+    References:
+        | Kumar et al. (2018), "Variational inference of disentangled latent concepts", section 3.
+
+    Example:
+        >>> factors = torch.randn(2000, 2)
+        >>> sap(factors, factors).value > 0.98, sap(factors @ torch.tensor([[1.0, 1.0], [1.0, -1.0]]), factors).value < 0.1
+        (True, True)
+    """
+    codes, factors = _codes_and_factors("sap", codes, factors)
+    codes, factors = codes.double(), factors.double()
+    return Score(float(_sap(codes, factors)), float(jackknife(_sap, codes, factors)))
+
+
+def _sap(codes: Tensor, factors: Tensor) -> Tensor:
+    c, f = codes - codes.mean(0), factors - factors.mean(0)
+    norms = (c.square().sum(0)[:, None] * f.square().sum(0)).clamp(min=1e-300)
+    best = ((c.T @ f).square() / norms).sort(0, descending=True).values
+    return (best[0] - best[1]).mean()
+
+
+def _codes_and_factors(who: str, codes: Any, factors: Any) -> tuple[Tensor, Tensor]:
+    codes, factors = as_rows(who, "codes", codes), torch.as_tensor(factors).detach()
+    factors = factors[:, None] if factors.dim() == 1 else factors
+    if codes.shape[1] < 2 or factors.dim() != 2 or len(factors) != len(codes):
+        raise ValueError(
+            f"{who}: codes {tuple(codes.shape)} and factors {tuple(factors.shape)}, expected (N, D >= 2) and (N, K)."
+        )
+    if not factors.double().isfinite().all() or (factors == factors[0]).all(0).any():
+        raise ValueError(f"{who}: a factor is constant, NaN or infinite; leave it out.")
+    return codes, factors.to(codes.device)
