@@ -1,7 +1,23 @@
 """Deep generative models for Pyro: flows, and the posteriors, fits and diagnostics that they make possible."""
 
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, LearnedDistribution, Standardize
-from pyro_dgm.diagnostics import KHat, from_svi, khat, neutra, resample
+from pyro_dgm.diagnostics import (
+    KHat,
+    check,
+    compare,
+    coverage,
+    error_bounds,
+    from_fits,
+    from_posterior_samples,
+    from_pyro_mcmc,
+    from_svi,
+    khat,
+    loo,
+    neutra,
+    resample,
+    sbc,
+    tarp,
+)
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
 from pyro_dgm.guides import AutoFlow
 from pyro_dgm.objectives import STL_ELBO
@@ -23,9 +39,19 @@ __all__ = [
     "STL_ELBO",
     "Standardize",
     "ZukoFlow",
+    "check",
+    "compare",
+    "coverage",
+    "error_bounds",
     "fit",
+    "from_fits",
+    "from_posterior_samples",
+    "from_pyro_mcmc",
     "from_svi",
     "khat",
+    "loo",
     "neutra",
     "resample",
+    "sbc",
+    "tarp",
 ]
