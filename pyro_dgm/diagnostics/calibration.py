@@ -61,7 +61,10 @@ class Calibration:
     def container(self, kind: str = "auto") -> Any:
         """The ranks as an ArviZ container with the group ``prior_sbc``, which ``az.plot_ecdf_pit`` of ArviZ 1.x draws."""
         groups = {"prior_sbc": {k: v[None] for k, v in self.pit.items()}}
-        attrs: dict[str, dict[str, Any]] = {"/": {"creation_library": "pyro_dgm"}, "prior_sbc": {"p_value": self.p_value, "num_draws": self.draws}}
+        attrs: dict[str, dict[str, Any]] = {
+            "/": {"creation_library": "pyro_dgm"},
+            "prior_sbc": {"p_value": self.p_value, "num_draws": self.draws},
+        }
         return build(groups, {}, {}, attrs, kind)
 
     def __str__(self) -> str:

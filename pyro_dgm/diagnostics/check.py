@@ -161,7 +161,9 @@ def _weights(page: Page, ax: Any) -> None:
     ax.set(
         title=f"log p - log q: {page.verdict.status}", xlabel="log weight - mean (nats)", ylabel="draws", yscale="log"
     )
-    text = f"k-hat {page.verdict.k:.2f} ({page.verdict.threshold:.2f})\nESS {page.verdict.ess:.0f} of {page.verdict.draws}"
+    text = (
+        f"k-hat {page.verdict.k:.2f} ({page.verdict.threshold:.2f})\nESS {page.verdict.ess:.0f} of {page.verdict.draws}"
+    )
     ax.text(0.03, 0.95, text, transform=ax.transAxes, va="top")
 
 

@@ -27,6 +27,18 @@ from pyro_dgm.diagnostics.terms import total
 __all__ = ["Model", "Program"]
 
 
+class _Preset(poutine.messenger.Messenger):
+    """Finds subsampled plates whose index is an argument of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if is_subsample(msg) and msg["value"] is not None and len(msg["value"]) < msg["fn"].size:
+            self.found.append(msg["name"])
+
+
 class Program:
     """A model with its arguments, and either a guide or some draws.
 
@@ -81,6 +93,13 @@ class Program:
 
     def _refuse_data_without_index(self, rounds: list[Any]) -> None:
         """A subsampled plate can be visited row by row only if the data follow its index."""
+        preset = _Preset()
+        self._trace(preset(self.model))
+        if preset.found:
+            raise ValueError(
+                f"Plate '{preset.found[0]}' is subsampled by subsample=, so its other rows cannot be reached. Pass the full "
+                "data and subsample_size=, and use the index that the plate gives."
+            )
         index = [{k: i for k, (i, _) in visited.items()} for visited in rounds[:2]]
         first, second = (self._trace(Given(i)(self.model)) for i in index)
         for name, site in first.nodes.items():
@@ -119,11 +138,16 @@ class Program:
 
     def _how(self, runs: Runs, rows: Draws) -> How:
         """``rows`` are a few draws of all latents, in the shape of single runs."""
-        if not rows:
+        nodes = runs.prototype.nodes
+        implicit = [k for k in runs.layouts if isinstance(nodes[k]["fn"], ImplicitDistribution)]
+        if not set(rows) - set(implicit):
             return "plate"
+        if self.enumerable and len(runs.rounds) > 1 and runs is self.runs:
+            runs.refuse_sums_across_subsamples({k: v[:1] for k, v in rows.items()})
         values = {k: runs.in_plate(k, v) for k, v in rows.items()}
         shapes = {k: v.shape[1:] for k, v in rows.items()}
-        how, fault = how_to_vectorize(runs.fn, values, shapes, runs.nesting, self.args, self.kwargs)
+        fn = poutine.block(runs.fn, hide=implicit) if implicit else runs.fn  # what has no density is not compared
+        how, fault = how_to_vectorize(fn, values, shapes, runs.nesting, self.args, self.kwargs)
         if how == "loop":
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=5)
         return how

@@ -18,6 +18,7 @@ import torch
 from pyro import poutine
 from pyro.infer.discrete import infer_discrete
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyro_dgm.core.sites import is_data, is_subsample, latent_sites, plate_frames
 from pyro_dgm.core.vectorize import NOT_VECTORIZED, How, Model, enumerated, together
@@ -49,6 +50,26 @@ class Given(poutine.messenger.Messenger):
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"], msg["done"] = self.values[msg["name"]], True
             msg["infer"] = {k: v for k, v in msg["infer"].items() if k != "enumerate"}
+
+
+class _OwnNoise(TorchFunctionMode):
+    """Under vmap, samplers whose arguments are the same for all draws refuse to give each draw its own noise.
+
+    A zero that belongs to the draw is added to their argument.
+    """
+
+    def __init__(self, zero: Tensor) -> None:
+        super().__init__()
+        self.zero = zero
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _SAMPLERS and isinstance(args[0], Tensor):
+            args = (args[0] + self.zero.to(args[0].dtype), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+_SAMPLERS = {"normal", "bernoulli", "poisson", "_standard_gamma", "_sample_dirichlet", "multinomial", "binomial",
+             "normal_", "uniform_", "exponential_", "cauchy_", "geometric_", "log_normal_", "bernoulli_"}  # fmt: skip
 
 
 @dataclass
@@ -165,6 +186,11 @@ class Runs:
         shapes = {k: self.prototype.nodes[k]["value"].shape for k in self.latents}
         return {k: table.values[k].reshape(n, *shape) for k, shape in shapes.items()}
 
+    def refuse_sums_across_subsamples(self, row: Draws) -> None:
+        """Score one draw of the latents in one round: it names the site that depends on a discrete one outside its plate."""
+        index = {name: index for name, (index, _) in self.rounds[0].items()}
+        self._alone(self.fn, {k: v[0] for k, v in row.items()} | index, _Options((), score=True, discrete="sum"))
+
     def of_prototype(self) -> Table:
         """The values of the prototype's run."""
         return self._table(self.prototype, 1, _Options())
@@ -230,8 +256,9 @@ class Runs:
     def _by_vmap(self, fn: Model, n: int, rows: Draws, index: Draws, options: _Options) -> Table | None:
         """None, with a warning and for good, where a sampler of the program cannot run under vmap."""
 
-        def single(row: Draws, _: Tensor) -> tuple[Draws, Draws]:
-            trace = poutine.trace(Given(row | index)(fn)).get_trace(*self.args, **self.kwargs)
+        def single(row: Draws, zero: Tensor) -> tuple[Draws, Draws]:
+            with _OwnNoise(zero):
+                trace = poutine.trace(Given(row | index)(fn)).get_trace(*self.args, **self.kwargs)
             if options.score:
                 trace.compute_log_prob(is_scored)
             sites = {k: s for k, s in trace.nodes.items() if k in self.layouts}

@@ -156,10 +156,10 @@ def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: A
     for guide in guides:
         _refuse_point_estimates(guide)
     with torch.random.fork_rng(devices=[], enabled=seed is not None), pyro.get_param_store().scope(_store_state()):
-        if seed is not None:
-            torch.manual_seed(seed)
+        _seed(seed)
         for guide in guides:
-            guide(*args, **kwargs)  # lazy guides find their structure
+            guide(*args, **kwargs)  # lazy guides find their structure, by draws of their own
+        _seed(seed)
         programs = [Program(model, guide, args, kwargs, parallel) for guide in guides]
         program, total = programs[0], n * len(guides)
         guided = [p.guided(n) for p in programs]
@@ -176,6 +176,11 @@ def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: A
         stats["log_weight"] = stats["lp"] - stats["log_q"]
         attrs |= _verdict(made.groups["posterior"], stats["log_weight"], explored, len(guides))
     return made.container(program, wanted, attrs, chains, "svi")
+
+
+def _seed(seed: int | None) -> None:
+    if seed is not None:
+        torch.manual_seed(seed)
 
 
 def _log_q(programs: list[Program], guided: list[Any], scored: Any, n: int) -> np.ndarray | None:
