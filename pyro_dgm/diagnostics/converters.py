@@ -176,7 +176,7 @@ def _converted(model: Model, samples: Draws, args: Any, kwargs: Any, wanted: Wan
             torch.manual_seed(seed)
         program = Program(model, None, args, kwargs, parallel, draws=samples)
         draws = {k: samples[k] for k in program.sites("latent")}
-        made = product(program, draws, n, wanted, program.scored(draws, wanted.batch_size))
+        made = product(program, draws, n, wanted, program.scored(draws, n, wanted.batch_size))
     made.groups["sample_stats"] |= stats
     if "log_q" in stats and "lp" in made.groups["sample_stats"]:
         made.groups["sample_stats"]["log_weight"] = made.groups["sample_stats"]["lp"] - stats["log_q"]
@@ -207,7 +207,9 @@ def compute_log_likelihood(idata: Any, model: Model, *args: Any, model_kwargs: d
     """
     program, draws, chains = _read(idata, model, args, model_kwargs or {}, parallel)
     made = Product({})
-    log_likelihoods(program, made, program.scored(draws, batch_size), program.observed(draws), coords_of(idata))
+    log_likelihoods(
+        program, made, program.scored(draws, _count(draws), batch_size), program.observed(draws), coords_of(idata)
+    )
     return _added(idata, program, made, chains, extend)
 
 
@@ -223,7 +225,7 @@ def compute_log_prior(idata: Any, model: Model, *args: Any, model_kwargs: dict[s
         ValueError: if the posterior lacks latents of the model.
     """
     program, draws, chains = _read(idata, model, args, model_kwargs or {}, parallel)
-    made = Product({"log_prior": log_priors(program, program.scored(draws, batch_size))})
+    made = Product({"log_prior": log_priors(program, program.scored(draws, _count(draws), batch_size))})
     return _added(idata, program, made, chains, extend)
 
 
@@ -253,7 +255,7 @@ def sample_posterior_predictive(idata: Any, model: Model, *args: Any, model_kwar
             program, made = predictions_of(model, draws, args, kwargs, sizes, batch_size)
         else:
             program, draws, chains = _read(idata, model, args, kwargs, parallel, also_discrete=True)
-            table = program.redrawn(draws, program.sites("observed"), batch_size)
+            table = program.redrawn(draws, _count(draws), program.sites("observed"), batch_size)
             made = Product({"posterior_predictive": {k: program.array(table, k) for k in program.sites("observed")}})
     return _added(idata, program, made, chains, extend)
 
@@ -264,6 +266,10 @@ def _stored(idata: Any) -> tuple[Draws, int]:
     chains = next(iter(values.values())).shape[0]
     names = {safe(k): k for k in ("chain", "draw")}
     return {names.get(k, k): _tensor(v.reshape(-1, *v.shape[2:])) for k, v in values.items()}, chains
+
+
+def _count(draws: Draws) -> int:
+    return len(next(iter(draws.values())))
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.guides import AutoGuide
+from pyro.infer.autoguide.guides import AutoCallable, AutoGuide, AutoGuideList
 
 from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.core.sites import is_computed, is_data, is_enumerable, is_subsample, latent_sites, plate_frames
@@ -126,7 +126,7 @@ class Program:
             return
         if self.guide_runs is not None:
             few = self.guide_runs.run_round(3)
-            self._guide_how("plate" if isinstance(self.guide, AutoGuide) else self._how(self.guide_runs, few))
+            self._guide_how("plate" if _broadcasts(self.guide) else self._how(self.guide_runs, few))
         else:
             few = {k: self.runs.rows(k, v[:3], self.runs.rounds[0]) for k, v in draws.items() if k in self.runs.layouts}
         self.runs.how = self._how(self.runs, {k: v for k, v in few.items() if k in self.sites("latent")})
@@ -148,9 +148,31 @@ class Program:
         shapes = {k: v.shape[1:] for k, v in rows.items()}
         fn = poutine.block(runs.fn, hide=implicit) if implicit else runs.fn  # what has no density is not compared
         how, fault = how_to_vectorize(fn, values, shapes, runs.nesting, self.args, self.kwargs)
+        if how != "loop":
+            how, fault = self._computes_alike(runs, rows, how) or (how, fault)
         if how == "loop":
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=5)
         return how
+
+    def _computes_alike(self, runs: Runs, rows: Draws, how: How) -> tuple[How, str] | None:
+        """Another way and why, if deterministic sites of a few draws run together are not those of single runs."""
+        free = {k: runs.prototype.nodes[k]["value"] for k in self.enumerable if k in runs.layouts}
+        few = len(next(iter(rows.values())))
+        rows = rows | {k: v.expand(few, *v.shape) for k, v in free.items()}
+        single, fault = runs.computed(rows, "loop"), ""
+        ways: tuple[How, ...] = ("plate", "vmap") if how == "plate" else ("vmap",)
+        for way in ways:
+            try:
+                made = runs.computed(rows, way)
+                wrong = [
+                    k for k in single if not torch.allclose(made[k], single[k], rtol=1e-4, atol=1e-5, equal_nan=True)
+                ]
+                if not wrong:
+                    return None if way == how else (way, fault)
+                fault = f"deterministic site '{wrong[0]}' of draws run together differs from single runs"
+            except (RuntimeError, ValueError, IndexError) as error:
+                fault = str(error).splitlines()[0]
+        return "loop", fault
 
     def guided(self, n: int) -> Table:
         """Draws of the guide, of all its sites, with their log densities."""
@@ -191,25 +213,24 @@ class Program:
         sites = (s for s in self.prototype.nodes.values() if s["type"] == "sample")
         return not any(isinstance(s["fn"], ImplicitDistribution) for s in sites)
 
-    def scored(self, draws: Draws, batch_size: int | None = None) -> Table:
+    def scored(self, draws: Draws, n: int, batch_size: int | None = None) -> Table:
         """Terms of the log joint for given draws; enumerable sites are summed out."""
-        return self._over(draws, batch_size, keep=(), score=True, discrete="sum" if self.enumerable else None)
+        return self._over(draws, n, batch_size, keep=(), score=True, discrete="sum" if self.enumerable else None)
 
-    def completed(self, draws: Draws, keep: Collection[str], batch_size: int | None = None) -> Table:
+    def completed(self, draws: Draws, n: int, keep: Collection[str], batch_size: int | None = None) -> Table:
         """Latent and deterministic sites for given draws; enumerable sites are drawn from their exact posterior."""
-        return self._over(draws, batch_size, keep=keep, discrete="draw" if self.enumerable else None)
+        return self._over(draws, n, batch_size, keep=keep, discrete="draw" if self.enumerable else None)
 
-    def redrawn(self, draws: Draws, keep: Collection[str], batch_size: int | None = None) -> Table:
+    def redrawn(self, draws: Draws, n: int, keep: Collection[str], batch_size: int | None = None) -> Table:
         """New data for given draws; enumerable sites that are not given are drawn as the model says."""
-        return self._over(draws, batch_size, keep=keep, redraw=True)
+        return self._over(draws, n, batch_size, keep=keep, redraw=True)
 
     def forward(self, n: int) -> Table:
         """The model's sites from the prior, data included."""
         return self.runs.run(n, redraw=True)
 
-    def _over(self, draws: Draws, batch_size: int | None, **options: Any) -> Table:
+    def _over(self, draws: Draws, n: int, batch_size: int | None, **options: Any) -> Table:
         """The draws in batches of the given size, each run at once."""
-        n = len(next(iter(draws.values()))) if draws else 1
         kept = {k: v for k, v in draws.items() if k in self.runs.layouts}
         if not kept:
             return self.runs.run(n, **options)
@@ -239,10 +260,10 @@ class Program:
     def replayed(self, draws: Draws, n: int, *, redraw: bool = False) -> Table:
         """Values and terms of the model for given draws; new data with ``redraw``."""
         names = self.sites("latent") + self.enumerable + self.sites("deterministic")
-        table = self.completed(draws, names)
+        table = self.completed(draws, n, names)
         if redraw:
-            return self.redrawn(draws | {k: table.values[k] for k in self.enumerable}, self.sites("observed"))
-        return replace(table, terms=self.scored(draws).terms)
+            return self.redrawn(draws | {k: table.values[k] for k in self.enumerable}, n, self.sites("observed"))
+        return replace(table, terms=self.scored(draws, n).terms)
 
     def stack(self, table: Table, name: str, n: int) -> np.ndarray:
         """A site's values, ``(n, *plates, *event)``."""
@@ -266,6 +287,12 @@ class Program:
         if kind == "observed":
             return [n for n, s in self.prototype.nodes.items() if is_data(s)]
         return [n for n, s in self.prototype.nodes.items() if is_computed(s)]
+
+
+def _broadcasts(guide: Any) -> bool:
+    """Whether a guide is one of Pyro's own, which run in a plate; a list of guides may hold any function."""
+    parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
+    return all(isinstance(part, AutoGuide) and not isinstance(part, AutoCallable) for part in parts)
 
 
 def _values(trace: poutine.Trace) -> Draws:

@@ -57,7 +57,7 @@ class Product:
 def product(program: Program, draws: Draws, n: int, wanted: Wanted, scored: Table) -> Product:
     """All groups but what only the maker of the draws knows (log q, divergences)."""
     names = _kept(program, wanted.sites)
-    replayed = program.completed(draws, names, wanted.batch_size)
+    replayed = program.completed(draws, n, names, wanted.batch_size)
     made = Product({"posterior": {k: program.array(replayed, k) for k in names}, "sample_stats": {}})
     observed = program.observed(draws)
     if program.has_density:
@@ -68,7 +68,7 @@ def product(program: Program, draws: Draws, n: int, wanted: Wanted, scored: Tabl
         made.groups["log_prior"] = log_priors(program, scored)
     if wanted.posterior_predictive:
         complete = draws | {k: replayed.values[k] for k in program.enumerable if k in replayed.values}
-        redrawn = program.redrawn(complete, program.sites("observed"), wanted.batch_size)
+        redrawn = program.redrawn(complete, n, program.sites("observed"), wanted.batch_size)
         made.groups["posterior_predictive"] = {k: program.array(redrawn, k) for k in program.sites("observed")}
     if wanted.predictions is not None:
         args, kwargs = _arguments(wanted.predictions)
@@ -149,7 +149,7 @@ def predictions_of(model: Any, draws: Draws, args: Any, kwargs: Any, sizes: dict
     given = {k: v for k, v in draws.items() if new.fits(k, v)}
     free = [k for k in new.sites("latent") + new.enumerable if k not in given]
     names = free + new.sites("observed") + new.sites("deterministic")
-    table = new.redrawn(given, names, batch_size)
+    table = new.redrawn(given, len(next(iter(draws.values()))), names, batch_size)
     made = Product({"predictions": {k: new.array(table, k) for k in names}})
     made.groups["predictions_constant_data"] = _named_tensors(new, args, kwargs)
     for k in names:

@@ -157,11 +157,8 @@ def _densities(program: Program, made: tuple[Draws, Any], known: Draws, names: l
     rows = {k: torch.cat([v, truth[k]]) for k, v in drawn.items()}
     conditioned = poutine.condition(program.model, data={k: known[k] for k in names})
     how: Any = {"plate": True, "loop": False, "vmap": "auto"}[program.runs.how]
-    total = (
-        Program(conditioned, None, program.args, program.kwargs, how, draws=rows)
-        .scored(rows)
-        .total(len(rows[next(iter(rows))]))
-    )
+    n = len(next(iter(rows.values())))
+    total = Program(conditioned, None, program.args, program.kwargs, how, draws=rows).scored(rows, n).total(n)
     return total[:-1].cpu().numpy(), float(total[-1])
 
 

@@ -20,7 +20,7 @@ from pyro.infer.discrete import infer_discrete
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_dgm.core.sites import is_data, is_subsample, latent_sites, plate_frames
+from pyro_dgm.core.sites import is_computed, is_data, is_subsample, latent_sites, plate_frames
 from pyro_dgm.core.vectorize import NOT_VECTORIZED, How, Model, enumerated, together
 from pyro_dgm.diagnostics.layout import Layout, layout_of, mask_of, subsampled, with_shape
 from pyro_dgm.diagnostics.terms import Term, is_scored, joined, subsampling_factor, terms_of, total
@@ -117,19 +117,28 @@ def rounds_of(traces: list[poutine.Trace]) -> list[Round]:
 
     The last round goes back to fill a whole subsample, whose size the model may fix; what was visited is not new.
     """
+    _refuse_unplain(traces)
     frames = {
         f.name: f for t in traces for s in t.nodes.values() for f in s.get("cond_indep_stack", ()) if subsampled(f)
     }
-    for t in traces:
-        for name, site in t.nodes.items():
-            crossed = [f.name for f in site.get("cond_indep_stack", ()) if subsampled(f)]
-            if len(crossed) > 1:
-                raise ValueError(
-                    f"Site '{name}' lies in {len(crossed)} subsampled plates ({', '.join(crossed)}); only one can be "
-                    "visited row by row. Pass the full data for the others, with subsample_size=None."
-                )
     many = max((math.ceil(f.full_size / f.size) for f in frames.values()), default=1)
     return [{f.name: _visited(f.full_size, f.size, i) for f in frames.values()} for i in range(many)]
+
+
+def _refuse_unplain(traces: list[poutine.Trace]) -> None:
+    """Subsamples that cannot be visited: of two plates at once, and of a plate that is a loop."""
+    for name, site in [item for t in traces for item in t.nodes.items()]:
+        frames = [f for f in site.get("cond_indep_stack", ()) if subsampled(f)]
+        if len(frames) > 1:
+            raise ValueError(
+                f"Site '{name}' lies in {len(frames)} subsampled plates ({', '.join(f.name for f in frames)}); only one can "
+                "be visited row by row. Pass the full data for the others, with subsample_size=None."
+            )
+        if frames and not frames[0].vectorized:
+            raise ValueError(
+                f"Site '{name}' lies in plate '{frames[0].name}', a loop over a subsample. Write it as `with pyro.plate(...) "
+                "as i:`, or pass the full data with subsample_size=None."
+            )
 
 
 def _visited(full: int, size: int, i: int) -> tuple[Tensor, Tensor]:
@@ -186,6 +195,16 @@ class Runs:
         shapes = {k: self.prototype.nodes[k]["value"].shape for k in self.latents}
         return {k: table.values[k].reshape(n, *shape) for k, shape in shapes.items()}
 
+    def computed(self, rows: Draws, how: How) -> Draws:
+        """Values of the deterministic sites for a few draws of all latents, in the shape of single runs, run as told."""
+        names = [k for k in self.layouts if is_computed(self.prototype.nodes[k])]
+        index, n = {name: index for name, (index, _) in self.rounds[0].items()}, len(next(iter(rows.values())))
+        before, self.how = self.how, how
+        try:
+            return self._executed(self.fn, n, rows, index, _Options(names)).values if names else {}
+        finally:
+            self.how = before
+
     def refuse_sums_across_subsamples(self, row: Draws) -> None:
         """Score one draw of the latents in one round: it names the site that depends on a discrete one outside its plate."""
         index = {name: index for name, (index, _) in self.rounds[0].items()}
@@ -199,6 +218,9 @@ class Runs:
         fn = Redraw()(self.fn) if options.redraw else self.fn
         index = {name: index for name, (index, _) in visited.items()}
         rows = {k: self.rows(k, v, visited) for k, v in given.items() if k in self.layouts}
+        return self._executed(fn, n, rows, index, options)
+
+    def _executed(self, fn: Model, n: int, rows: Draws, index: Draws, options: _Options) -> Table:
         if self.how == "vmap":
             table = self._by_vmap(fn, n, rows, index, options)
             if table is not None:

@@ -164,7 +164,7 @@ def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: A
         program, total = programs[0], n * len(guides)
         guided = [p.guided(n) for p in programs]
         draws = {k: torch.cat([g.values[k] for g in guided]) for k in program.sites("latent")}
-        scored = program.scored(draws, wanted.batch_size)
+        scored = program.scored(draws, total, wanted.batch_size)
         made = product(program, draws, total, wanted, scored)
         log_q = _log_q(programs, guided, scored, n)
         weighted = log_q is not None and program.has_density

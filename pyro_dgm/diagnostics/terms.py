@@ -20,7 +20,7 @@ from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from torch import Tensor
 
 from pyro_dgm.core.distribution import ImplicitDistribution
-from pyro_dgm.core.sites import is_data
+from pyro_dgm.core.sites import is_computed, is_data, is_subsample
 from pyro_dgm.diagnostics.layout import Layout, subsampled, with_shape
 
 __all__ = ["Term", "is_scored", "joined", "subsampling_factor", "terms_of", "total"]
@@ -53,8 +53,10 @@ def joined(terms: list[Term], join: Callable[[list[Tensor]], Tensor]) -> Term:
 
 
 def is_scored(name: str, site: Site) -> bool:
-    """Whether a site has a density to add; the index of a plate and an implicit distribution have none."""
-    return type(site["fn"]).__name__ != "_Subsample" and not isinstance(site["fn"], ImplicitDistribution)
+    """Whether a site has a density to add: no index of a plate, no deterministic site, no implicit distribution."""
+    if is_subsample(site) or is_computed(site):
+        return False
+    return not isinstance(site["fn"], ImplicitDistribution)
 
 
 def subsampling_factor(site: Site) -> float:
@@ -109,7 +111,10 @@ def _summed(trace: poutine.Trace, sites: dict[str, Site], n: int) -> tuple[str, 
         tree = contract_tensor_tree(_tree(trace, sites.values()), enumerated, cache=cache)
         ((ordinal, (joint,)),) = tree.items()
         rest = _tree(trace, [s for k, s in sites.items() if k not in observed])
-        hidden = contract_to_tensor(rest, enumerated, target_ordinal=ordinal, cache=cache)
+        there = {
+            d for s in sites.values() for d in s["packed"]["unscaled_log_prob"]._pyro_dims
+        }  # plates of size one are not
+        hidden = contract_to_tensor(rest, enumerated, target_ordinal=ordinal & there, cache=cache)
     frames = _frames(trace, sites.values(), ordinal)
     _refuse_sums_across_a_subsample(sites, frames)
     scale = _get_common_scale([s["scale"] / subsampling_factor(s) for s in sites.values()])
