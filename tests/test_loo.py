@@ -62,6 +62,14 @@ def test_draws_of_the_posterior_are_not_corrected_twice():
     assert abs(dgm.loo(again).elpd_loo - exact_elpd(DATA)) < 0.05
 
 
+def test_loo_says_when_it_cannot_be_trusted():
+    """A guide that misses half of the mass: Pareto k of single data, or few effective draws."""
+    for loc, scale in ((3.0, 0.3), (1.5, 0.5)):
+        lost = lambda x=None, rows=4: pyro.sample("mu", dist.Normal(loc, scale))
+        with pytest.warns(UserWarning, match="loo: .*; the estimate is not reliable"):
+            dgm.loo(export(normal_mean, lost, DATA, num_samples=2_000, prior=0))
+
+
 def test_loo_refuses_what_it_cannot_do():
     idata = export(normal_mean, wide_guide, DATA, prior=0)
     with pytest.raises(ValueError, match=r"no variable 'y'; it has \['x'\]"):

@@ -540,3 +540,78 @@ def test_a_list_of_guides_may_hold_a_function():
     log_q = dist.Normal(part.locs.a, part.scales.a).log_prob(a) + dist.Normal(0.2, 0.8).log_prob(b)
     np.testing.assert_allclose(idata.sample_stats.log_q.values[0], log_q.detach(), atol=1e-4)
     assert b.std() > 0.7
+
+
+def test_hidden_sites_of_a_class_are_conditioned_on():
+    """h and y share a class: log p(y | h) = log p(y, h) - log p(h), both summed over the class."""
+
+    def model(y):
+        with pyro.plate("row", 3):
+            k = pyro.sample("k", dist.Categorical(WEIGHTS), infer={"enumerate": "parallel"})
+            h = pyro.sample("h", dist.Normal(2.0 * k.float(), 1.0))
+            pyro.sample("y", dist.Normal(h + k.float(), 1.0), obs=y)
+
+    y = torch.tensor([0.3, 2.0, 1.0])
+    idata = export(model, AutoNormal(poutine.block(model, hide=["k"])), y, num_samples=40, prior=0, check=False)
+    h = draws_of(idata, "h")["h"]
+    hidden = torch.stack([WEIGHTS.log()[k] + dist.Normal(2.0 * k, 1.0).log_prob(h) for k in (0, 1)])
+    both = hidden + torch.stack([dist.Normal(h + k, 1.0).log_prob(y) for k in (0, 1)])
+    np.testing.assert_allclose(idata.log_likelihood.y.values[0], both.logsumexp(0) - hidden.logsumexp(0), atol=1e-5)
+    np.testing.assert_allclose(idata.sample_stats.lp.values[0], both.logsumexp(0).sum(-1), atol=1e-4)
+
+
+def test_a_class_of_a_group_gives_the_group_one_likelihood():
+    """k per group, data per group and item: the datum of leave-one-out is the group; predictions keep both plates."""
+
+    def model(y):
+        with pyro.plate("group", 3, dim=-2):
+            k = pyro.sample("k", dist.Categorical(WEIGHTS), infer={"enumerate": "parallel"})
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            with pyro.plate("item", 4, dim=-1):
+                pyro.sample("y", dist.Normal(mu + k.float(), 1.0), obs=y)
+
+    y = torch.randn(3, 4)
+    idata = export(model, AutoNormal(poutine.block(model, hide=["k"])), y, num_samples=40, prior=7, check=False)
+    mu = draws_of(idata, "mu")["mu"][..., None]
+    terms = [WEIGHTS.log()[k] + dist.Normal(mu + k, 1.0).log_prob(y).sum(-1) for k in (0, 1)]
+    np.testing.assert_allclose(idata.log_likelihood.y.values[0], torch.stack(terms).logsumexp(0), atol=1e-5)
+    assert idata.log_likelihood.y.dims[2:] == ("group",) and idata.posterior_predictive.y.dims[2:] == ("group", "item")
+    assert idata.posterior.k.shape == (1, 40, 3) and idata.prior.k.shape == (1, 7, 3)
+
+
+def test_an_amortised_guide_in_a_subsampled_plate():
+    """Local latents from each row's own data, an inner plate, and a global draw that all rounds share."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), subsample_size=4, dim=-2) as i:
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            with pyro.plate("time", 3, dim=-1):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+
+    def guide(x):
+        mu = pyro.sample("mu", dist.Normal(0.3, 0.2))
+        with pyro.plate("data", len(x), subsample_size=4, dim=-2) as i:
+            pyro.sample("z", dist.Normal(0.5 * x[i].mean(-1, keepdim=True) + 0.1 * mu, 0.5))
+
+    x = torch.randn(10, 3)
+    idata = export(model, guide, x, num_samples=40, prior=0)
+    mu, z = draws_of(idata, "mu", "z").values()
+    locs = 0.5 * x.mean(-1) + 0.1 * mu[:, None]
+    log_q = dist.Normal(0.3, 0.2).log_prob(mu) + dist.Normal(locs, 0.5).log_prob(z).sum(-1)
+    lp = dist.Normal(0.0, 1.0).log_prob(mu) + dist.Normal(mu[:, None], 1.0).log_prob(z).sum(-1)
+    lp = lp + dist.Normal(z[..., None], 1.0).log_prob(x).sum((-1, -2))
+    np.testing.assert_allclose(idata.sample_stats.log_q.values[0], log_q, atol=1e-4)
+    np.testing.assert_allclose(idata.sample_stats.lp.values[0], lp, atol=1e-3)
+
+
+def test_batch_dimensions_outside_of_plates():
+    """Pyro's own bounds refuse them, draws do not: three independent latents and data without a plate."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(3), 1.0))
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    idata = export(model, AutoNormal(model), X[:3], check=False)
+    mu = draws_of(idata, "mu")["mu"]
+    np.testing.assert_allclose(idata.log_likelihood.x.values[0], dist.Normal(mu, 1.0).log_prob(X[:3]), atol=1e-5)

@@ -157,7 +157,8 @@ def _weights(page: Page, ax: Any) -> None:
     if page.verdict is None:
         return _empty(ax, "no importance weights")
     lw = group(page.idata, "sample_stats")["log_weight"].ravel()
-    ax.hist(lw - lw.mean(), 60, color="C0", alpha=0.7)
+    low = np.quantile(lw, 0.01) - 3.0  # a few draws far below the rest would be all that is seen
+    ax.hist(np.clip(lw, low, None) - lw.mean(), 60, color="C0", alpha=0.7)
     ax.set(
         title=f"log p - log q: {page.verdict.status}", xlabel="log weight - mean (nats)", ylabel="draws", yscale="log"
     )

@@ -65,7 +65,7 @@ class Program:
         if len(rounds) > 1:
             self._refuse_data_without_index(rounds)
         self.enumerable = [n for n, s in latent_sites(self.prototype) if is_enumerable(s)]
-        nesting = max(plate_nesting(t) for t in traces)
+        nesting = max(_nesting(t) for t in traces)
         self.runs = Runs(model, args, kwargs, self.prototype, nesting, "loop", rounds)
         self.guide_runs = Runs(guide, args, kwargs, guided, nesting, "loop", rounds) if guide and guided else None
         draws = {k: v for k, v in (draws or {}).items() if not new or self.fits(k, v)}
@@ -287,6 +287,12 @@ class Program:
         if kind == "observed":
             return [n for n, s in self.prototype.nodes.items() if is_data(s)]
         return [n for n, s in self.prototype.nodes.items() if is_computed(s)]
+
+
+def _nesting(trace: poutine.Trace) -> int:
+    """Depth of the plates, and of batch dimensions that belong to none."""
+    sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not (is_subsample(s) or is_computed(s))]
+    return max(plate_nesting(trace), *(len(s["fn"].batch_shape) for s in sites), 0)
 
 
 def _broadcasts(guide: Any) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from pyro_dgm.core.psis import arviz_major, psis
 from pyro_dgm.diagnostics.containers import build, group, group_attrs
+from pyro_dgm.diagnostics.khat import KHat, judge
 
 __all__ = ["compare", "loo"]
 
@@ -37,7 +38,8 @@ def loo(idata: Any, var_name: str | None = None, *, correct: bool = True) -> Any
             ``log_q`` (a point estimate, an implicit guide) unless ``correct=False``.
 
     Warns:
-        UserWarning: where Pareto k of some datum is above the threshold: the number is then not reliable.
+        UserWarning: where Pareto k of some datum is above the threshold, or the verdict of :func:`~pyro_dgm.khat` is "bad":
+            the number is then not reliable, and biased by more than ``mcse``.
 
     References:
         | Magnusson et al. (2019), "Bayesian leave-one-out cross-validation for large data", PMLR 97.
@@ -69,6 +71,7 @@ def loo(idata: Any, var_name: str | None = None, *, correct: bool = True) -> Any
     ll = values.reshape(stats["lp"].size, -1).astype(np.float64)
     log_weight = (stats["lp"] - stats["log_q"]).reshape(-1)
     elpd, k, error = _pointwise(ll, log_weight)
+    _warn(k, judge(log_weight), min(1.0 - 1.0 / np.log10(len(ll)), 0.7))
     return _result(container, name, ll, elpd, k, error)
 
 
@@ -98,14 +101,19 @@ def _pointwise(ll: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.n
     return elpd, k, float(np.sqrt((influence**2).sum()))
 
 
+def _warn(k: np.ndarray, verdict: KHat, good: float) -> None:
+    if (k > good).any():
+        fault = f"Pareto k of {int((k > good).sum())} of {len(k)} data is above {good:.2f} (largest {k.max():.2f})"
+    elif verdict.status == "bad":
+        fault = f"the guide is far from the posterior (ESS {verdict.ess:.0f} of {verdict.draws}, gap {verdict.gap:.2f} nats)"
+    else:
+        return
+    advice = "A better guide helps, or resample(idata), or neutra."
+    warnings.warn(f"loo: {fault}; the estimate is not reliable. {advice}", stacklevel=3)
+
+
 def _result(container: Any, name: str, ll: np.ndarray, elpd: np.ndarray, k: np.ndarray, error: float) -> Any:
     n, good = len(ll), min(1.0 - 1.0 / np.log10(len(ll)), 0.7)
-    if (k > good).any():
-        warnings.warn(
-            f"loo: Pareto k of {int((k > good).sum())} of {len(k)} data is above {good:.2f} (largest {k.max():.2f}); the "
-            "estimate is not reliable. A better guide helps, or resample(idata), or neutra.",
-            stacklevel=3,
-        )
     if arviz_major() == 0:
         made = _elpd_data(container, name, ll, elpd, k, good)
         made["mcse"] = error

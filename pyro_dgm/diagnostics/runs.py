@@ -48,7 +48,7 @@ class Given(poutine.messenger.Messenger):
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
+            msg["value"] = self.values[msg["name"]]
             msg["infer"] = {k: v for k, v in msg["infer"].items() if k != "enumerate"}
 
 
