@@ -19,7 +19,7 @@ from pyro.ops.indexing import Vindex
 import pyro_dgm as dgm
 from pyro_dgm.diagnostics import from_posterior_samples
 from pyro_dgm.diagnostics.containers import has_group
-from tests.compat_cells import DATA, EVIDENCE, conjugate, exact_guide
+from tests.compat_cells import DATA, EVIDENCE, conjugate
 from tests.test_diagnostics import EFFECT, ERROR, eight_schools, export
 
 X = torch.tensor([0.3, 0.9, -0.5, 0.2, 1.1, 0.0, -1.2, 0.7, 2.0, -0.4])
@@ -437,12 +437,6 @@ def test_f2_memory():
         for name in whole[group].data_vars:
             np.testing.assert_allclose(whole[group][name], parts[group][name], rtol=1e-6, atol=1e-5)
     assert parts.posterior_predictive.effect.shape == (1, 300, 8)
-
-
-def test_exactness_does_not_depend_on_the_way_of_running():
-    for parallel in (True, False):
-        idata = export(conjugate, exact_guide(), DATA, parallel=parallel, num_samples=50)
-        np.testing.assert_allclose(idata.sample_stats.log_weight, EVIDENCE, atol=1e-3)
 
 
 def test_an_amortised_guide_with_local_latents():

@@ -82,9 +82,6 @@ class Page:
 
     def picture(self, path: str | Path) -> None:
         """Four panels: weights, evidence and its gap, Pareto k of each datum, predictive statistics."""
-        import matplotlib
-
-        matplotlib.use("Agg", force=False)
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(11, 7), layout="constrained")
@@ -177,6 +174,7 @@ def _evidence(page: Page, ax: Any) -> None:
     ax.set(
         yticks=[1, 0], yticklabels=["ELBO", "log evidence"], ylim=(-0.6, 1.6), xlabel="nats (bars: 2 standard errors)"
     )
+    ax.locator_params(axis="x", nbins=4)
     ax.set_title(f"gap {v.gap:.3f} nats: an estimate of KL(q||p)")
 
 
