@@ -56,7 +56,7 @@ def test_b1_eight_schools_dims(schools):
 def test_b3_draws_are_paired(schools):
     """B3: theta = mu + tau * eta in every draw; the predictive centre is that draw's theta."""
     p = schools.posterior
-    np.testing.assert_allclose(p.theta, p.mu + p.tau * p.eta, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(p.theta, p.mu + p.tau * p.eta, rtol=1e-5, atol=1e-5)
     rest = (schools.posterior_predictive.effect - p.theta).values[0] / ERROR.numpy()
     assert abs(rest.std() - 1.0) < 0.07 and abs(rest.mean()) < 0.1
 
@@ -65,7 +65,7 @@ def test_b4_loglik(schools):
     """B4: pointwise terms by the Normal's formula; lp is their sum plus the priors."""
     p = {k: torch.as_tensor(schools.posterior[k].values[0]) for k in ("mu", "tau", "eta", "theta")}
     ll = dist.Normal(p["theta"], ERROR).log_prob(EFFECT)
-    np.testing.assert_allclose(schools.log_likelihood.effect.values[0], ll, atol=1e-4)
+    np.testing.assert_allclose(schools.log_likelihood.effect.values[0], ll, rtol=1e-6, atol=1e-5)
     lp = ll.sum(-1) + dist.Normal(0, 5).log_prob(p["mu"]) + dist.HalfCauchy(5.0).log_prob(p["tau"])
     lp = lp + dist.Normal(0, 1).log_prob(p["eta"]).sum(-1)
     np.testing.assert_allclose(schools.sample_stats.lp.values[0], lp, atol=1e-3)
