@@ -141,6 +141,8 @@ def prediction(az, tree, again):
 
 def pictures(az, tree, page, result, folder):
     """E1: what a user calls on this line; every file holds a picture."""
+    from pyro_dgm.diagnostics.containers import build
+
     assert {"z"} <= set(az.summary(tree).index) and "z" in az.psense(tree)
     page.picture(folder / "page.png")
     assert (folder / "page.png").stat().st_size > 20_000
@@ -149,6 +151,10 @@ def pictures(az, tree, page, result, folder):
         "pair": lambda: az.plot_pair(tree, var_names=["z"]), "khat": lambda: az.plot_khat(result),
         "pit": lambda: az.plot_loo_pit(tree, var_names="x"), "prior": lambda: az.plot_prior_posterior(tree), "rank": lambda: az.plot_rank(tree),
     }  # fmt: skip
+    ranks = build(
+        {"prior_sbc": {"z": np.random.default_rng(0).random((1, 300))}}, {}, {}, {}
+    )  # as Calibration.container
+    drawn["sbc"] = lambda: az.plot_ecdf_pit(ranks)
     done = []
     for name, draw in drawn.items():
         draw().savefig(folder / f"{name}.png")

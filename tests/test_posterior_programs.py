@@ -609,3 +609,18 @@ def test_batch_dimensions_outside_of_plates():
     idata = export(model, AutoNormal(model), X[:3], check=False)
     mu = draws_of(idata, "mu")["mu"]
     np.testing.assert_allclose(idata.log_likelihood.x.values[0], dist.Normal(mu, 1.0).log_prob(X[:3]), atol=1e-5)
+
+
+def test_masked_data_of_a_subsampled_plate_under_vmap():
+    """The mask follows the index, the model does not broadcast: the right data are left out."""
+    keep = torch.tensor([True, True, False, True, False, True, True, False, True, True])
+
+    def model(x):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", 10, subsample_size=4) as i, poutine.mask(mask=keep[i]):
+            pyro.sample("x", dist.Normal(b.sum(), 1.0), obs=x[i])
+
+    idata = export(model, AutoNormal(model), X, coords={"data": list("abcdefghij")}, num_samples=40)
+    total = draws_of(idata, "b")["b"].sum(-1, keepdim=True)
+    np.testing.assert_allclose(idata.log_likelihood.x.values[0], dist.Normal(total, 1.0).log_prob(X[keep]), atol=1e-5)
+    assert "".join(idata.log_likelihood.x_seen.values) == "abdfgij"

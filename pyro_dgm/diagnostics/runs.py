@@ -295,17 +295,17 @@ class Runs:
             warnings.warn(NOT_VECTORIZED.format(str(error).strip().splitlines()[0]), stacklevel=2)
             self.how = "loop"
             return None
-        return self._assembled(values, log_probs, n)
+        masks = self._alone(fn, {k: v[0] for k, v in rows.items()} | index, _Options(())).masks
+        return self._assembled(values, log_probs, masks, n)
 
-    def _assembled(self, values: Draws, log_probs: Draws, n: int) -> Table:
+    def _assembled(self, values: Draws, log_probs: Draws, masks: Draws, n: int) -> Table:
         nodes, terms = self.prototype.nodes, {}
         for name, log_prob in log_probs.items():
             layout, data = self.layouts[name], is_data(nodes[name])
             joint = with_shape(log_prob, n, layout.batch, name) / subsampling_factor(nodes[name])
             terms[name] = Term(layout.axes, joint, joint if data else None, (name,) if data else ())
-        masks = {k: mask_of(nodes[k], self.layouts[k]) for k in values}
         shaped = {k: with_shape(v, n, self.layouts[k].shape, k) for k, v in values.items()}
-        return Table(shaped, terms, {k: m for k, m in masks.items() if m is not None})
+        return Table(shaped, terms, masks)
 
     def _plates_in(self, name: str, visited: Round) -> bool:
         return any(f.name in visited for f in plate_frames(self.prototype.nodes[name]))
