@@ -2,7 +2,23 @@
 
 from pyro_dgm import evaluate
 from pyro_dgm.core import Dequantize, DistributionModule, ImplicitDistribution, LearnedDistribution, Standardize
-from pyro_dgm.diagnostics import KHat, from_svi, khat, neutra, resample
+from pyro_dgm.diagnostics import (
+    KHat,
+    check,
+    compare,
+    coverage,
+    error_bounds,
+    from_fits,
+    from_posterior_samples,
+    from_pyro_mcmc,
+    from_svi,
+    khat,
+    loo,
+    neutra,
+    resample,
+    sbc,
+    tarp,
+)
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
 from pyro_dgm.guides import AutoFlow
 from pyro_dgm.objectives import STL_ELBO
@@ -26,9 +42,19 @@ __all__ = [
     "Standardize",
     "ZukoFlow",
     "evaluate",
+    "check",
+    "compare",
+    "coverage",
+    "error_bounds",
     "fit",
+    "from_fits",
+    "from_posterior_samples",
+    "from_pyro_mcmc",
     "from_svi",
     "khat",
+    "loo",
     "neutra",
     "resample",
+    "sbc",
+    "tarp",
 ]

@@ -40,7 +40,7 @@ def schools():
     return export(eight_schools, AutoNormal(eight_schools), ERROR, EFFECT, coords={"school": list("ABCDEFGH")})
 
 
-def test_groups_dims_and_coordinates(schools):
+def test_b1_eight_schools_dims(schools):
     """B1: plates name the dimensions, coords label them; no singleton dimension is left over."""
     assert {"posterior", "sample_stats", "log_likelihood", "posterior_predictive", "prior", "prior_predictive",
             "observed_data"} <= set(schools.groups())  # fmt: skip
@@ -53,26 +53,26 @@ def test_groups_dims_and_coordinates(schools):
     assert schools.posterior_predictive.effect.std("draw").min() > 5.0  # P2: not the data repeated
 
 
-def test_draws_are_paired(schools):
+def test_b3_draws_are_paired(schools):
     """B3: theta = mu + tau * eta in every draw; the predictive centre is that draw's theta."""
     p = schools.posterior
-    np.testing.assert_allclose(p.theta, p.mu + p.tau * p.eta, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(p.theta, p.mu + p.tau * p.eta, rtol=1e-5, atol=1e-5)
     rest = (schools.posterior_predictive.effect - p.theta).values[0] / ERROR.numpy()
     assert abs(rest.std() - 1.0) < 0.07 and abs(rest.mean()) < 0.1
 
 
-def test_log_likelihood_and_densities_against_closed_forms(schools):
-    """B4, B5: pointwise terms by the Normal's formula; lp is their sum plus the priors."""
+def test_b4_loglik(schools):
+    """B4: pointwise terms by the Normal's formula; lp is their sum plus the priors."""
     p = {k: torch.as_tensor(schools.posterior[k].values[0]) for k in ("mu", "tau", "eta", "theta")}
     ll = dist.Normal(p["theta"], ERROR).log_prob(EFFECT)
-    np.testing.assert_allclose(schools.log_likelihood.effect.values[0], ll, atol=1e-4)
+    np.testing.assert_allclose(schools.log_likelihood.effect.values[0], ll, rtol=1e-6, atol=1e-5)
     lp = ll.sum(-1) + dist.Normal(0, 5).log_prob(p["mu"]) + dist.HalfCauchy(5.0).log_prob(p["tau"])
     lp = lp + dist.Normal(0, 1).log_prob(p["eta"]).sum(-1)
     np.testing.assert_allclose(schools.sample_stats.lp.values[0], lp, atol=1e-3)
     assert schools.sample_stats.lp.dtype == np.float64
 
 
-def test_nested_plates_events_and_deterministic_sites():
+def test_b2_nested_plates_events_and_deterministic_sites():
     """B2, P7: a lone plate at dim=-2 leaves no singleton; event_dims name the event."""
 
     def model():
@@ -97,7 +97,7 @@ def test_parallel_and_sequential_runs_agree():
         np.testing.assert_allclose(idata.log_likelihood.x.values[0], ll, atol=1e-4)
 
 
-def test_factor_sites_count_in_lp_but_are_no_data():
+def test_d4_factor():
     """D4, P13."""
 
     def model():
@@ -112,28 +112,17 @@ def test_factor_sites_count_in_lp_but_are_no_data():
     assert not has_group(idata, "observed_data") or "penalty" not in idata.observed_data
 
 
-def test_masked_data_are_no_pointwise_likelihood():
-    """D3, P14: two of six data are masked; four terms remain."""
-    keep = torch.tensor([True, True, False, True, False, True])
-
-    def model():
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", 6), pyro.poutine.mask(mask=keep):
-            pyro.sample("x", dist.Normal(z, 1.0), obs=DATA[:, 0])
-
-    idata = export(model, AutoNormal(model))
-    assert idata.log_likelihood.x.shape == (1, 300, 4)
-
-
-def test_reserved_names_are_renamed_and_said():
+def test_d6_reserved_names():
     """D6, P22."""
 
     def model():
         pyro.sample("draw", dist.Normal(0.0, 1.0))
+        with pyro.plate("chain", 3):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
 
-    with pytest.warns(UserWarning, match="'draw' is a dimension of ArviZ; it is stored as 'draw_'"):
+    with pytest.warns(UserWarning, match="'(draw|chain)' is a dimension of ArviZ; it is stored as") as said:
         idata = export(model, AutoNormal(model))
-    assert "draw_" in idata.posterior
+    assert len(said) == 2 and "draw_" in idata.posterior and idata.posterior.x.dims == ("chain", "draw", "chain_")
 
 
 def test_a_seed_reproduces_draws_and_the_store_is_left_alone():
@@ -146,15 +135,7 @@ def test_a_seed_reproduces_draws_and_the_store_is_left_alone():
 
 
 def test_what_cannot_be_judged_is_refused():
-    """P9, P12, P17: subsamples, missing latents, point estimates."""
-
-    def subsampled():
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", 6, subsample_size=3) as i:
-            pyro.sample("x", dist.Normal(z, 1.0), obs=DATA[i, 0])
-
-    with pytest.raises(ValueError, match=r"Plate 'data' is subsampled \(3 of 6\)"):
-        export(subsampled, AutoNormal(subsampled))
+    """P12, P17: missing latents, point estimates."""
     with pytest.raises(ValueError, match=r"latent sites \['z'\] of the model are not in the guide"):
         export(conjugate, lambda x: None, DATA)
     with pytest.raises(ValueError, match="point estimate"):
@@ -172,7 +153,7 @@ def test_a_container_without_weights_is_refused():
         dgm.khat({"groups": {"sample_stats": {"lp": np.zeros(10)}}})
 
 
-def test_arviz_is_not_needed_for_dictionaries():
+def test_f3_no_arviz():
     """F3: with ArviZ hidden, conversion to dictionaries works."""
     code = """
 import sys
@@ -186,7 +167,7 @@ print(sorted(groups))
     assert "'posterior_predictive'" in done.stdout, done.stderr
 
 
-def test_float64_sums():
+def test_d8_float64():
     """D8, P20: 200,000 terms in float32 lose digits; sums are in float64."""
     y = torch.randn(200_000)
 
@@ -199,7 +180,7 @@ def test_float64_sums():
     z = torch.as_tensor(idata.posterior.z.values[0]).double()[:, None]
     truth = dist.Normal(z, 1.0).log_prob(y.double()).sum(-1) + dist.Normal(0.0, 1e-3).log_prob(z[:, 0].float()).double()
     error = torch.as_tensor(idata.sample_stats.lp.values[0]) - truth
-    assert error.std() < 1e-2  # each float32 term is off by 1e-7, none by the sum
+    assert error.std() < 1e-3
 
 
 # --- Pareto smoothing and verdicts -----------------------------------------------------------------------------------
@@ -212,12 +193,19 @@ def weights(s, n, seed):
 
 
 @pytest.mark.parametrize("s, within", [(1.2, 0.1), (1.5, 0.1), (2.0, 0.1), (4.0, 0.15)])
-def test_khat_against_theory(s, within):
+def test_c2_khat_table(s, within):
     """C2, C3: the mean over 20 repetitions; a wrong sign would give about -1.6."""
     assert abs(np.mean([psis(weights(s, 20_000, i))[1] for i in range(20)]) - (1 - 1 / s**2)) < within
 
 
-def test_khat_is_never_nan():
+def test_c3_sign():
+    """A good proposal has k below 0.3, a bad one above 0.6; with the wrong sign of the weights the bad one has -1.6."""
+    good, bad = (np.mean([psis(weights(s, 20_000, i))[1] for i in range(5)]) for s in (1.05, 4.0))
+    assert good < 0.3 and bad > 0.6
+    assert np.mean([psis(-weights(4.0, 20_000, i))[1] for i in range(5)]) < 0.0
+
+
+def test_c4_hopeless():
     """C1, C4, P27: constant, hopeless, non-finite and too few weights."""
     rng = np.random.default_rng(0)
     assert judge(np.full(100, -3.0)).status == "exact" and judge(np.full(100, -3.0)).k == -np.inf
@@ -283,7 +271,7 @@ def test_build_gives_plain_dictionaries_where_asked():
     assert group(made, "posterior")["z"].shape == (1, 5)
 
 
-def test_netcdf_round_trip(schools, tmp_path):
+def test_a3_netcdf(schools, tmp_path):
     import arviz as az
 
     schools.to_netcdf(str(tmp_path / "s.nc"))
@@ -291,16 +279,28 @@ def test_netcdf_round_trip(schools, tmp_path):
     assert dgm.khat(again) == dgm.khat(schools)
 
 
-def test_arviz_plots_and_loo_take_it(schools, tmp_path):
+def test_e1_arviz_calls(tmp_path):
+    """Every call of the table on 0.x; tests/check_arviz1.py makes those of 1.x."""
     import arviz as az
     import matplotlib
 
     matplotlib.use("Agg")
-    assert np.isfinite(az.loo(schools).elpd_loo) and "mu" in az.summary(schools).index
-    for draw in (az.plot_ppc, az.plot_trace, az.plot_forest):
-        axes = np.ravel(draw(schools))
-        axes[0].figure.savefig(tmp_path / "p.png")
-        assert (tmp_path / "p.png").stat().st_size > 5_000
+    guide = AutoNormal(eight_schools)
+    options = {"log_prior": True, "num_chains": 2, "num_samples": 250}
+    idata, other = (export(eight_schools, guide, ERROR, EFFECT, seed=i, **options) for i in (0, 1))
+    assert {"mu", "theta[0]"} <= set(az.summary(idata).index) and az.loo(idata, pointwise=True).loo_i.shape == (8,)
+    assert list(az.compare({"a": idata, "b": other})["rank"]) == [0, 1]
+    assert {"mu", "tau"} <= set(az.psens(idata, component="prior").data_vars)
+    khat = az.loo(idata, pointwise=True)
+    drawn = {
+        "ppc": lambda: az.plot_ppc(idata), "trace": lambda: az.plot_trace(idata, var_names=["mu"]),
+        "forest": lambda: az.plot_forest(idata), "pair": lambda: az.plot_pair(idata, var_names=["mu", "tau"]),
+        "khat": lambda: az.plot_khat(khat), "pit": lambda: az.plot_loo_pit(idata, y="effect"),
+    }  # fmt: skip
+    for name, draw in drawn.items():
+        np.ravel(draw())[0].figure.savefig(tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 5_000, name
+        matplotlib.pyplot.close("all")
 
 
 def test_resampling_by_weights_repairs_a_guide_that_is_off():

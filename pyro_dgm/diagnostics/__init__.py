@@ -1,8 +1,45 @@
 """Is the posterior right? Export to ArviZ, and verdicts."""
 
+from pyro_dgm.diagnostics.bounds import ErrorBounds, error_bounds
+from pyro_dgm.diagnostics.calibration import Calibration, coverage, sbc, tarp
+from pyro_dgm.diagnostics.check import Page, check
+from pyro_dgm.diagnostics.converters import (
+    compute_log_likelihood,
+    compute_log_prior,
+    from_posterior_samples,
+    from_pyro_mcmc,
+    sample_posterior_predictive,
+)
+from pyro_dgm.diagnostics.iterates import IterateMonitor
 from pyro_dgm.diagnostics.khat import KHat, khat
+from pyro_dgm.diagnostics.loo import compare, loo
 from pyro_dgm.diagnostics.neutra import neutra
+from pyro_dgm.diagnostics.posteriors import Refit
 from pyro_dgm.diagnostics.resample import resample
-from pyro_dgm.diagnostics.svi import from_svi
+from pyro_dgm.diagnostics.svi import from_fits, from_svi
 
-__all__ = ["KHat", "from_svi", "khat", "neutra", "resample"]
+__all__ = [
+    "Calibration",
+    "ErrorBounds",
+    "IterateMonitor",
+    "KHat",
+    "Page",
+    "Refit",
+    "check",
+    "compare",
+    "compute_log_likelihood",
+    "compute_log_prior",
+    "coverage",
+    "error_bounds",
+    "from_fits",
+    "from_posterior_samples",
+    "from_pyro_mcmc",
+    "from_svi",
+    "khat",
+    "loo",
+    "neutra",
+    "resample",
+    "sample_posterior_predictive",
+    "sbc",
+    "tarp",
+]

@@ -13,13 +13,11 @@ import numpy as np
 
 from pyro_dgm.core.psis import arviz_major
 
-__all__ = ["build", "group", "group_attrs", "has_group", "picked"]
+__all__ = ["build", "coords_of", "extended", "group", "group_attrs", "has_group", "picked"]
 
 Groups = dict[str, dict[str, np.ndarray]]
 
 _DATA_GROUPS = ("observed_data", "constant_data", "predictions_constant_data")
-_CLASSIC = ("posterior", "sample_stats", "log_likelihood", "posterior_predictive", "prior", "prior_predictive",
-            "predictions", *_DATA_GROUPS)  # fmt: skip
 
 
 def build(groups: Groups, dims: dict[str, list[str]], coords: dict[str, Any], attrs: dict[str, dict[str, Any]],
@@ -41,25 +39,57 @@ def build(groups: Groups, dims: dict[str, list[str]], coords: dict[str, Any], at
 def _inference_data(groups: Groups, dims: Any, coords: Any, attrs: dict[str, dict[str, Any]]) -> Any:
     import arviz as az
 
-    known = {g: v for g, v in groups.items() if g in _CLASSIC and v}
-    idata = az.from_dict(**known, dims=dims, coords=coords, save_warmup=True, attrs=attrs.get("/", {}))
-    others = {g: az.dict_to_dataset(v, dims=dims, coords=coords) for g, v in groups.items() if g not in _CLASSIC and v}
-    if others:
-        idata.add_groups(others)
-    for name, values in attrs.items():
-        if name != "/" and name in idata.groups():
-            idata[name].attrs.update(values)
-    return idata
+    data = {g: _dataset_of(g, v, dims, coords, attrs.get(g)) for g, v in groups.items() if v}
+    return az.InferenceData(attrs=attrs.get("/", {}), **data)
 
 
 def _tree(groups: Groups, dims: Any, coords: Any, attrs: dict[str, dict[str, Any]]) -> Any:
+    from xarray import DataTree
+
+    tree = DataTree.from_dict({g: _dataset_of(g, v, dims, coords, attrs.get(g)) for g, v in groups.items() if v})
+    tree.attrs.update(attrs.get("/", {}))
+    return tree
+
+
+def _dataset_of(name: str, values: dict[str, np.ndarray], dims: dict[str, list[str]], coords: Any, attrs: Any) -> Any:
+    """A group as an xarray dataset. ``dims["group/variable"]`` holds for one group, ``dims["variable"]`` for all."""
+    own = {k: dims.get(f"{name}/{k}", dims.get(k)) for k in values}
+    known = {k: v for k, v in own.items() if v is not None}
+    if arviz_major() == 0:
+        import arviz as az
+
+        return az.dict_to_dataset(
+            values, dims=known, coords=coords, attrs=attrs, default_dims=[] if name in _DATA_GROUPS else None
+        )
     import arviz_base
 
-    full = {g: v for g, v in groups.items() if v}
-    kept = {g: v for g, v in attrs.items() if g == "/" or g in full}
-    return arviz_base.from_dict(
-        full, dims=dims, pred_dims=dims, coords=coords, sample_dims=["chain", "draw"], attrs=kept
-    )
+    sample_dims = [] if name in _DATA_GROUPS else ["chain", "draw"]
+    return arviz_base.dict_to_dataset(values, dims=known, coords=coords, attrs=attrs, sample_dims=sample_dims)
+
+
+def extended(container: Any, groups: Groups, dims: dict[str, list[str]], coords: dict[str, Any]) -> Any:
+    """The container with more groups, changed in place; a group of the same name is replaced."""
+    if isinstance(container, dict):
+        container["groups"] |= groups
+        container["dims"] |= dims
+        return container
+    for name, values in groups.items():
+        data = _dataset_of(name, values, dims, coords_of(container) | coords, None)
+        if hasattr(type(container), "from_dict") and not hasattr(container, "add_groups"):
+            container[name] = type(container)(data)
+        else:
+            if name in container.groups():
+                del container[name]
+            container.add_groups({name: data})
+    return container
+
+
+def coords_of(container: Any) -> dict[str, Any]:
+    """Labels of all dimensions but chains and draws."""
+    if isinstance(container, dict):
+        return container["coords"]
+    data = [_dataset(container[g]) for g in _names(container)]
+    return {str(k): np.asarray(v) for d in data for k, v in d.coords.items() if k not in ("chain", "draw")}
 
 
 def has_group(container: Any, name: str) -> bool:
@@ -87,7 +117,7 @@ def group_attrs(container: Any, name: str) -> dict[str, Any]:
     """The attributes of a group."""
     if isinstance(container, dict):
         return container.get("attrs", {}).get(name, {})
-    return dict(container[name].attrs)
+    return dict(container.attrs if name == "/" else container[name].attrs)
 
 
 def picked(container: Any, groups: list[str], index: np.ndarray) -> Any:

@@ -1,220 +1,278 @@
-"""Draws of a model and a guide, paired: one guide trace, replayed for everything.
+"""A model and its posterior draws: everything that ArviZ reads belongs to the same draw.
 
-Latents, deterministic sites, log joint, log q, pointwise log-likelihood and predictive draws all belong to the same
-posterior draw. All draws run in one outer plate where the model allows it, otherwise one by one.
+Latents, deterministic sites, log joint, log q, pointwise log-likelihood and predictive draws are all made from one set of
+draws, whoever drew them: a guide, MCMC, or the user.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.util import prune_subsample_sites
-from torch import Tensor
+from pyro.infer.autoguide.guides import AutoCallable, AutoGuide, AutoGuideList
 
-from pyro_dgm.core.sites import is_computed, is_data, is_enumerable, latent_sites, observed_sites, plate_frames
-from pyro_dgm.core.vectorize import (
-    NOT_VECTORIZED,
-    enumerated,
-    how_to_vectorize,
-    log_probs,
-    per_draw,
-    plate_nesting,
-    together,
-)
+from pyro_dgm.core.distribution import ImplicitDistribution
+from pyro_dgm.core.sites import is_computed, is_data, is_enumerable, is_subsample, latent_sites, plate_frames
+from pyro_dgm.core.vectorize import NOT_VECTORIZED, How, Model, how_to_vectorize, plate_nesting
+from pyro_dgm.diagnostics.layout import subsampled
+from pyro_dgm.diagnostics.runs import Draws, Given, Runs, Table, rounds_of, stacked
+from pyro_dgm.diagnostics.terms import total
 
-__all__ = ["Program"]
-
-Model = Callable[..., Any]
+__all__ = ["Model", "Program"]
 
 
-class Redraw(poutine.messenger.Messenger):
-    """Draws observed data anew; deterministic and factor sites stay what they are."""
+class _Preset(poutine.messenger.Messenger):
+    """Finds subsampled plates whose index is an argument of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if is_data(msg):
-            msg["is_observed"], msg["value"] = False, None
+        if is_subsample(msg) and msg["value"] is not None and len(msg["value"]) < msg["fn"].size:
+            self.found.append(msg["name"])
 
 
 class Program:
-    """A model and a guide with their arguments, run for many draws.
+    """A model with its arguments, and either a guide or some draws.
 
     Args:
-        model, guide: Pyro programs.
-        args, kwargs: their arguments.
-        parallel: True, False, or "auto" (in one plate, if a check of three draws allows it).
+        model: a Pyro model.
+        guide: a Pyro guide; None where draws are given.
+        args, kwargs: arguments of both.
+        parallel: True, False, or "auto" (in one plate or by vmap, if a check of three draws allows it).
+        draws: ``{site: (n, *site)}`` of at least one draw, where there is no guide.
+        new: the arguments are others than those of the draws; latents that do not fit are left to the model.
 
     Raises:
-        ValueError: for subsampled plates and for latents that the guide lacks.
+        ValueError: for latents that guide or draws lack, and for subsampled plates whose rows cannot be visited.
     """
 
-    def __init__(self, model: Model, guide: Model, args: Any, kwargs: Any, parallel: bool | str = "auto") -> None:
+    def __init__(self, model: Model, guide: Model | None, args: Any, kwargs: Any, parallel: bool | str = "auto",
+                 draws: Draws | None = None, new: bool = False) -> None:  # fmt: skip
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        self._guided = self._trace(guide)
-        self.prototype = self._prototype()
-        self.nesting = plate_nesting(self.prototype)
-        self._refuse_subsamples()
-        self._refuse_missing_latents()
-        self.parallel = self._vectorizes() if parallel == "auto" else bool(parallel)
+        guided = self._trace(guide) if guide is not None else None
+        known = {k: v[0] for k, v in (draws or {}).items()}
+        self.prototype = self._prototype(_values(guided) if guided else known)
+        traces = [t for t in (self.prototype, guided) if t is not None]
+        rounds = rounds_of(traces)
+        if len(rounds) > 1:
+            self._refuse_data_without_index(rounds)
+        self.enumerable = [n for n, s in latent_sites(self.prototype) if is_enumerable(s)]
+        nesting = max(_nesting(t) for t in traces)
+        self.runs = Runs(model, args, kwargs, self.prototype, nesting, "loop", rounds)
+        self.guide_runs = Runs(guide, args, kwargs, guided, nesting, "loop", rounds) if guide and guided else None
+        draws = {k: v for k, v in (draws or {}).items() if not new or self.fits(k, v)}
+        if new:
+            nodes, free = self.prototype.nodes, [k for k in self.sites("latent") if k not in draws]
+            draws |= {k: nodes[k]["value"].expand(3, *nodes[k]["value"].shape) for k in free}
+        else:
+            self._refuse_missing_latents(guided.nodes if guided else draws)
+        self._choose(parallel, draws)
+
+    def fits(self, name: str, values: Any) -> bool:
+        """Whether values ``(n, *site)`` have the shape that the model's site has."""
+        return name in self.runs.layouts and tuple(values.shape[1:]) == tuple(self.runs.layouts[name].full_shape)
 
     def _trace(self, fn: Model) -> poutine.Trace:
         with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices=[]):
             return poutine.trace(fn).get_trace(*self.args, **self.kwargs)
 
-    def _prototype(self) -> poutine.Trace:
-        """One run of the model, for shapes and plates; sites that cannot be sampled take the guide's draw."""
+    def _prototype(self, known: Draws) -> poutine.Trace:
+        """One run of the model, for shapes and plates; sites that cannot be sampled take a draw that is known."""
         try:
             return self._trace(self.model)
         except NotImplementedError:
-            return self._trace(poutine.replay(self.model, trace=self._guided))
+            return self._trace(Given(known)(self.model))
 
-    def _refuse_subsamples(self) -> None:
-        for site in self.prototype.nodes.values():
-            if site["type"] != "sample":
-                continue
-            for f in site["cond_indep_stack"]:
-                if f.full_size is not None and f.full_size != f.size:
-                    raise ValueError(
-                        f"Plate '{f.name}' is subsampled ({f.size} of {f.full_size}). Weights of a subsample belong to "
-                        "another posterior: pass the full data, with subsample_size=None."
-                    )
-
-    def _refuse_missing_latents(self) -> None:
-        self.enumerable = [n for n, s in latent_sites(self.prototype) if is_enumerable(s)]
-        missing = [n for n in self.sites("latent") if n not in self._guided.nodes]
-        if missing:
+    def _refuse_data_without_index(self, rounds: list[Any]) -> None:
+        """A subsampled plate can be visited row by row only if the data follow its index."""
+        preset = _Preset()
+        self._trace(preset(self.model))
+        if preset.found:
             raise ValueError(
-                f"from_svi: latent sites {missing} of the model are not in the guide, so they would be drawn from the "
-                "prior. Add them to the guide; discrete ones can be summed out: infer={'enumerate': 'parallel'}."
+                f"Plate '{preset.found[0]}' is subsampled by subsample=, so its other rows cannot be reached. Pass the full "
+                "data and subsample_size=, and use the index that the plate gives."
+            )
+        index = [{k: i for k, (i, _) in visited.items()} for visited in rounds[:2]]
+        first, second = (self._trace(Given(i)(self.model)) for i in index)
+        for name, site in first.nodes.items():
+            plates = [f.name for f in plate_frames(site) if subsampled(f)] if is_data(site) else []
+            if plates and site["value"].data_ptr() == second.nodes[name]["value"].data_ptr():
+                raise ValueError(
+                    f"Plate '{plates[0]}' is subsampled, and the data of site '{name}' do not follow its index, so the "
+                    "other rows cannot be reached. Pass the full data and write obs=x[i] with the index i of the plate."
+                )
+
+    def _refuse_missing_latents(self, known: Any) -> None:
+        missing = [n for n in self.sites("latent") if n not in known]
+        if missing:
+            where = "the guide" if self.guide is not None else "the draws"
+            raise ValueError(
+                f"from_svi: latent sites {missing} of the model are not in {where}, so they would be drawn from the "
+                f"prior. Add them to {where}; discrete ones can be summed out: infer={{'enumerate': 'parallel'}}."
             )
 
-    def _vectorizes(self) -> bool:
-        drawn = self._trace(together(self.guide, 3, self.nesting))
-        shapes = {k: s["value"].shape for k, s in latent_sites(self._guided) if not s["infer"].get("is_auxiliary")}
-        values = {k: drawn.nodes[k]["value"] for k in shapes}
-        how, fault = how_to_vectorize(self.model, values, shapes, self.nesting, self.args, self.kwargs)
+    def _choose(self, parallel: bool | str, draws: Draws) -> None:
+        """How many draws are run at once, in the model and in the guide."""
+        if parallel != "auto":
+            self.runs.how = self._guide_how("plate" if parallel else "loop")
+            return
+        if self.guide_runs is not None:
+            few = self.guide_runs.run_round(3)
+            self._guide_how("plate" if _broadcasts(self.guide) else self._how(self.guide_runs, few))
+        else:
+            few = {k: self.runs.rows(k, v[:3], self.runs.rounds[0]) for k, v in draws.items() if k in self.runs.layouts}
+        self.runs.how = self._how(self.runs, {k: v for k, v in few.items() if k in self.sites("latent")})
+
+    def _guide_how(self, how: How) -> How:
+        if self.guide_runs is not None:
+            self.guide_runs.how = how
+        return how
+
+    def _how(self, runs: Runs, rows: Draws) -> How:
+        """``rows`` are a few draws of all latents, in the shape of single runs."""
+        nodes = runs.prototype.nodes
+        implicit = [k for k in runs.layouts if isinstance(nodes[k]["fn"], ImplicitDistribution)]
+        if not set(rows) - set(implicit):
+            return "plate"
+        if self.enumerable and len(runs.rounds) > 1 and runs is self.runs:
+            runs.refuse_sums_across_subsamples({k: v[:1] for k, v in rows.items()})
+        values = {k: runs.in_plate(k, v) for k, v in rows.items()}
+        shapes = {k: v.shape[1:] for k, v in rows.items()}
+        fn = poutine.block(runs.fn, hide=implicit) if implicit else runs.fn  # what has no density is not compared
+        how, fault = how_to_vectorize(fn, values, shapes, runs.nesting, self.args, self.kwargs)
+        if how != "loop":
+            how, fault = self._computes_alike(runs, rows, how) or (how, fault)
         if how == "loop":
-            warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=4)
-        return how == "plate"
+            warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=5)
+        return how
 
-    def guide_traces(self, n: int) -> list[poutine.Trace]:
-        """Traces of the guide for ``n`` draws, with log probabilities: one trace in parallel, or ``n``."""
-        traces = self._runs(self.guide, n)
-        with torch.no_grad():
-            for trace in traces:
-                trace.compute_log_prob()
-        return traces
+    def _computes_alike(self, runs: Runs, rows: Draws, how: How) -> tuple[How, str] | None:
+        """Another way and why, if deterministic sites of a few draws run together are not those of single runs."""
+        free = {k: runs.prototype.nodes[k]["value"] for k in self.enumerable if k in runs.layouts}
+        few = len(next(iter(rows.values())))
+        rows = rows | {k: v.expand(few, *v.shape) for k, v in free.items()}
+        single, fault = runs.computed(rows, "loop"), ""
+        ways: tuple[How, ...] = ("plate", "vmap") if how == "plate" else ("vmap",)
+        for way in ways:
+            try:
+                made = runs.computed(rows, way)
+                wrong = [
+                    k for k in single if not torch.allclose(made[k], single[k], rtol=1e-4, atol=1e-5, equal_nan=True)
+                ]
+                if not wrong:
+                    return None if way == how else (way, fault)
+                fault = f"deterministic site '{wrong[0]}' of draws run together differs from single runs"
+            except (RuntimeError, ValueError, IndexError) as error:
+                fault = str(error).splitlines()[0]
+        return "loop", fault
 
-    def joint(self, guide_traces: list[poutine.Trace], n: int) -> np.ndarray:
-        """Log joint of every draw; enumerable sites are summed out."""
-        model = enumerated(self.model, self.nesting + self.parallel)
-        runs = [self._runs(poutine.replay(model, trace=t), n if self.parallel else 1) for t in guide_traces]
-        return self.log_prob([trace for traces in runs for trace in traces], n)
+    def guided(self, n: int) -> Table:
+        """Draws of the guide, of all its sites, with their log densities."""
+        if self.guide_runs is None:
+            raise ValueError("This program has no guide.")
+        return self.guide_runs.run(n, score=True)
 
-    def replayed(self, guide_traces: list[poutine.Trace], n: int, *, redraw: bool = False) -> list[poutine.Trace]:
-        """The model's traces for these guide draws; with ``redraw`` the data are drawn from the likelihood."""
-        model = Redraw()(self.model) if redraw else self.model
-        runs = [self._runs(poutine.replay(model, trace=t), n if self.parallel else 1) for t in guide_traces]
-        return [trace for traces in runs for trace in traces]
+    def log_q(self, guided: Table, scored: Table, n: int) -> np.ndarray | None:
+        """Log density of the guide's draws, shape ``(n,)``; None if the guide has an implicit distribution.
 
-    def forward(self, n: int) -> list[poutine.Trace]:
-        """The model's traces from the prior, data included."""
-        return self._runs(Redraw()(self.model), n)
+        What the model masks is left out of the guide too: with ``obs_mask`` the latents of observed data mean nothing.
+        """
+        if any(isinstance(s["fn"], ImplicitDistribution) for s in self._guided_sites()):
+            return None
+        terms = dict(guided.terms)
+        for name, mask in scored.masks.items():
+            if name in self.sites("latent") and not bool(mask.all()):
+                self._refuse_joint_guides(name, terms)
+                for k in {name, f"{name}_unconstrained"} & set(terms):
+                    terms[k] = replace(terms[k], joint=terms[k].joint * mask)
+        return total(terms.values(), n).cpu().numpy()
 
-    def _runs(self, fn: Any, n: int) -> list[poutine.Trace]:
-        try:
-            with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
-                if self.parallel:
-                    return [poutine.trace(together(fn, n, self.nesting)).get_trace(*self.args, **self.kwargs)]
-                return [poutine.trace(fn).get_trace(*self.args, **self.kwargs) for _ in range(n)]
-        except torch.linalg.LinAlgError as error:
+    def _guided_sites(self) -> Iterator[dict[str, Any]]:
+        yield from (s for s in self.guide_runs.prototype.nodes.values() if s["type"] == "sample")  # type: ignore[union-attr]
+
+    def _refuse_joint_guides(self, name: str, terms: dict[str, Any]) -> None:
+        site = self.guide_runs.prototype.nodes[name]  # type: ignore[union-attr]
+        if isinstance(site["fn"], dist.Delta) and f"{name}_unconstrained" not in terms:
             raise ValueError(
-                f"from_svi: a matrix of the model could not be factorised for one of {n} draws. Add jitter to its diagonal "
-                f"(1e-6 of its scale), or work in float64. torch says: {str(error).splitlines()[0]}"
-            ) from error
+                f"from_svi: latent site '{name}' is masked in part, so its other values mean nothing, and "
+                f"{type(self.guide).__name__} has one density over all latents. Use a guide that has a site of its own for "
+                f"'{name}' (AutoNormal), or leave the missing data out of the model."
+            )
 
-    def log_prob(self, traces: list[poutine.Trace], n: int) -> np.ndarray:
-        """Total log probability of every draw, summed in float64, shape ``(n,)``."""
-        size = n if self.parallel else 1
-        with torch.no_grad():
-            rows = [per_draw(log_probs(prune_subsample_sites(t)), size, dtype=torch.float64) for t in traces]
-        return torch.cat(rows).cpu().numpy()
+    @property
+    def has_density(self) -> bool:
+        """Whether the model's joint density is known."""
+        sites = (s for s in self.prototype.nodes.values() if s["type"] == "sample")
+        return not any(isinstance(s["fn"], ImplicitDistribution) for s in sites)
 
-    def stack(self, traces: list[poutine.Trace], name: str, n: int, key: str = "value") -> np.ndarray:
-        """Values (or log probabilities) of a site, ``(n, *plates, *event)``, without singleton dimensions of no plate."""
-        shape = self.site_shape(name, key)
-        rows = [_with_shape(t.nodes[name][key], n if self.parallel else 1, shape, name) for t in traces]
-        return torch.cat(rows).detach().cpu().numpy()
+    def scored(self, draws: Draws, n: int, batch_size: int | None = None) -> Table:
+        """Terms of the log joint for given draws; enumerable sites are summed out."""
+        return self._over(draws, n, batch_size, keep=(), score=True, discrete="sum" if self.enumerable else None)
 
-    def site_shape(self, name: str, key: str) -> torch.Size:
-        site = self.prototype.nodes[name]
-        event_dim = 0 if site["infer"].get("_deterministic") else site["fn"].event_dim
-        batch, event = _split(site["value"].shape, event_dim)
-        owned = {f.dim for f in plate_frames(site)}
-        keep = [
-            n for i, n in enumerate(batch) if n != 1 or i - len(batch) in owned or site["infer"].get("_deterministic")
-        ]
-        return torch.Size([*keep, *(() if key == "log_prob" else event)])
+    def completed(self, draws: Draws, n: int, keep: Collection[str], batch_size: int | None = None) -> Table:
+        """Latent and deterministic sites for given draws; enumerable sites are drawn from their exact posterior."""
+        return self._over(draws, n, batch_size, keep=keep, discrete="draw" if self.enumerable else None)
 
-    def pointwise(self, traces: list[poutine.Trace], name: str, n: int) -> np.ndarray:
-        """Log-likelihood per datum, in nats; masked data are dropped, since they were not seen."""
-        values = self.stack(traces, name, n, key="log_prob").astype(np.float64)
-        mask = self.prototype.nodes[name]["mask"]
-        if not isinstance(mask, torch.Tensor) or bool(mask.all()):
-            return values
-        return values[:, np.broadcast_to(mask.cpu().numpy(), values.shape[1:])]
+    def redrawn(self, draws: Draws, n: int, keep: Collection[str], batch_size: int | None = None) -> Table:
+        """New data for given draws; enumerable sites that are not given are drawn as the model says."""
+        return self._over(draws, n, batch_size, keep=keep, redraw=True)
 
-    def observed(self) -> dict[str, np.ndarray]:
-        """The data, by site."""
-        nodes = self.prototype.nodes
-        shapes = {k: self.site_shape(k, "value") for k in self.sites("observed")}
-        return {k: nodes[k]["value"].detach().reshape(shape).cpu().numpy() for k, shape in shapes.items()}
+    def forward(self, n: int) -> Table:
+        """The model's sites from the prior, data included."""
+        return self.runs.run(n, redraw=True)
 
-    def as_traces(self, draws: dict[str, Tensor]) -> list[poutine.Trace]:
-        """Given draws ``{site: (S, *site)}`` as the traces a guide would have left."""
-        n = len(next(iter(draws.values())))
-        if not self.parallel:
-            return [_as_trace({k: v[i] for k, v in draws.items()}) for i in range(n)]
-        return [_as_trace({k: self._in_plate(k, v) for k, v in draws.items()})]
+    def _over(self, draws: Draws, n: int, batch_size: int | None, **options: Any) -> Table:
+        """The draws in batches of the given size, each run at once."""
+        kept = {k: v for k, v in draws.items() if k in self.runs.layouts}
+        if not kept:
+            return self.runs.run(n, **options)
+        parts = zip(*(v.split(batch_size or n) for v in kept.values()), strict=True)
+        batches = [dict(zip(kept, part, strict=True)) for part in parts]
+        return stacked([self.runs.run(len(next(iter(b.values()))), b, **options) for b in batches])
 
-    def _in_plate(self, name: str, value: Tensor) -> Tensor:
-        batch = value.dim() - 1 - self.prototype.nodes[name]["fn"].event_dim
-        return value.reshape(len(value), *(1,) * (self.nesting - batch), *value.shape[1:])
+    def array(self, table: Table, name: str) -> np.ndarray:
+        """A site's values, ``(n, *plates, *event)``."""
+        return table.values[name].cpu().numpy()
+
+    def observed(self, draws: Draws | None = None) -> dict[str, np.ndarray]:
+        """The data, by site; all rows of subsampled plates."""
+        if not self.runs.rounds[0]:
+            table = self.runs.of_prototype()
+        else:
+            first = {k: v[:1] for k, v in (draws or {}).items() if k in self.runs.layouts}
+            table = self.runs.run(1, first, keep=set(self.sites("observed")) | set(self.runs.latents))
+        return {k: table.values[k][0].cpu().numpy() for k in self.sites("observed")}
+
+    # What neutra asks of given draws; all of it follows from the methods above.
 
     def sites(self, kind: str) -> list[str]:
-        """Names of latent, deterministic or observed sites of the model."""
+        """Names of latent, deterministic or observed sites of the model; latents without the enumerable ones."""
         if kind == "latent":
             return [n for n, _ in latent_sites(self.prototype) if n not in self.enumerable]
         if kind == "observed":
-            return [n for n, _ in observed_sites(self.prototype)]
+            return [n for n, s in self.prototype.nodes.items() if is_data(s)]
         return [n for n, s in self.prototype.nodes.items() if is_computed(s)]
 
 
-def _as_trace(values: dict[str, Tensor]) -> poutine.Trace:
-    trace = poutine.Trace()
-    for name, value in values.items():
-        trace.add_node(
-            name, name=name, type="sample", is_observed=False, value=value, infer={}, fn=None, cond_indep_stack=()
-        )
-    return trace
+def _nesting(trace: poutine.Trace) -> int:
+    """Depth of the plates, and of batch dimensions that belong to none."""
+    sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not (is_subsample(s) or is_computed(s))]
+    return max(plate_nesting(trace), *(len(s["fn"].batch_shape) for s in sites), 0)
 
 
-def _split(shape: torch.Size, event_dim: int) -> tuple[torch.Size, torch.Size]:
-    return shape[: len(shape) - event_dim], shape[len(shape) - event_dim :]
+def _broadcasts(guide: Any) -> bool:
+    """Whether a guide is one of Pyro's own, which run in a plate; a list of guides may hold any function."""
+    parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
+    return all(isinstance(part, AutoGuide) and not isinstance(part, AutoCallable) for part in parts)
 
 
-def _with_shape(value: Tensor, n: int, shape: torch.Size, name: str) -> Tensor:
-    """A site's value as ``(n, *shape)``; a value that does not depend on the draws is repeated."""
-    if value.numel() == n * shape.numel():
-        return value.reshape(n, *shape)
-    if value.numel() == shape.numel():
-        return value.reshape(1, *shape).expand(n, *shape)
-    raise ValueError(
-        f"Site '{name}' has shape {tuple(value.shape)} for {n} draws, expected {n} times {tuple(shape)}. Its shape must "
-        "not depend on the draw, and its batch dimensions must belong to plates."
-    )
+def _values(trace: poutine.Trace) -> Draws:
+    return {k: s["value"] for k, s in trace.nodes.items() if s["type"] == "sample" and not is_subsample(s)}

@@ -18,7 +18,7 @@ from pyro_dgm.core.log_joint import LogJoint
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.diagnostics.draws import Model, Program
 from pyro_dgm.diagnostics.explore import pulled_back
-from pyro_dgm.diagnostics.svi import contained
+from pyro_dgm.diagnostics.groups import Wanted, product
 
 __all__ = ["neutra"]
 
@@ -40,7 +40,7 @@ def neutra(
 
     Groups: ``posterior``, ``log_likelihood``, ``posterior_predictive``, ``observed_data``, and ``sample_stats`` with
     ``lp`` (nats) and ``diverging``. Every chain starts at a draw of the guide. Enumerated sites
-    are summed out.
+    are summed out, and drawn afterwards.
 
     Args:
         model: a Pyro model.
@@ -75,10 +75,11 @@ def neutra(
             torch.manual_seed(seed)
         guide.get_transform(*args, **kwargs)
         draws, diverging = _chains(model, guide, args, kwargs, num_samples, warmup_steps, num_chains, progress)
-        program = Program(model, guide, args, kwargs)
-        groups = _groups(program, draws, num_samples * num_chains)
-    groups["sample_stats"]["diverging"] = diverging
-    return contained(program, groups, None, coords, {"guide": type(guide).__name__}, container, num_chains, "neutra")
+        program = Program(model, None, args, kwargs, draws=draws)
+        wanted, n = Wanted(coords=coords, container=container), num_samples * num_chains
+        made = product(program, draws, n, wanted, program.scored(draws, n))
+    made.groups["sample_stats"]["diverging"] = diverging
+    return made.container(program, wanted, {"guide": type(guide).__name__}, num_chains, "neutra")
 
 
 def _chains(model: Model, guide: Any, args: Any, kwargs: Any, n: int, warmup: int, chains: int, bar: bool) -> Any:
@@ -98,16 +99,3 @@ def _chains(model: Model, guide: Any, args: Any, kwargs: Any, n: int, warmup: in
         diverging[chain, mcmc.diagnostics()["divergences"]["chain 0"]] = True
         rows.append(mcmc.get_samples()["z"].detach())
     return guide.constrained(transform(torch.cat(rows))), diverging.reshape(-1).numpy()
-
-
-def _groups(program: Program, draws: dict[str, Tensor], n: int) -> dict[str, Any]:
-    traces = program.replayed(program.as_traces(draws), n)
-    redrawn = program.replayed(program.as_traces(draws), n, redraw=True)
-    names, observed = program.sites("latent") + program.sites("deterministic"), program.sites("observed")
-    return {
-        "posterior": {k: program.stack(traces, k, n) for k in names},
-        "sample_stats": {"lp": program.log_prob(traces, n)},
-        "log_likelihood": {k: program.pointwise(traces, k, n) for k in observed},
-        "posterior_predictive": {k: program.stack(redrawn, k, n) for k in observed},
-        "observed_data": program.observed(),
-    }

@@ -12,7 +12,7 @@ from pyro_dgm.diagnostics.containers import group, has_group, picked
 
 __all__ = ["resample"]
 
-_WEIGHTED = ("posterior", "sample_stats", "log_likelihood", "posterior_predictive")
+_WEIGHTED = ("posterior", "sample_stats", "log_likelihood", "log_prior", "posterior_predictive", "predictions")
 
 
 def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = None) -> Any:

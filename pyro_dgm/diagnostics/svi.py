@@ -1,8 +1,8 @@
-"""``from_svi``: a variational posterior as an ArviZ container, with what is needed to judge and correct it."""
+"""``from_svi`` and ``from_fits``: variational posteriors as an ArviZ container, with what is needed to judge them."""
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +12,13 @@ import torch
 from pyro.infer.autoguide import AutoDelta
 
 from pyro_dgm.core.psis import psis
-from pyro_dgm.core.sites import plate_frames
-from pyro_dgm.diagnostics.containers import build
 from pyro_dgm.diagnostics.draws import Model, Program
 from pyro_dgm.diagnostics.explore import explore
+from pyro_dgm.diagnostics.export import contained
+from pyro_dgm.diagnostics.groups import Wanted, product
 from pyro_dgm.diagnostics.khat import Exploration, judge
 
-__all__ = ["contained", "from_svi"]
-
-_RESERVED = ("chain", "draw")
+__all__ = ["contained", "from_fits", "from_svi"]
 
 
 def from_svi(
@@ -30,12 +28,19 @@ def from_svi(
     num_samples: int = 1000,
     model_kwargs: dict[str, Any] | None = None,
     log_likelihood: bool = True,
+    log_prior: bool = False,
     posterior_predictive: bool = True,
     prior: int = 500,
+    predictions: tuple[Any, ...] | None = None,
+    constant_data: dict[str, Any] | None = None,
+    sites: Sequence[str] | None = None,
     coords: dict[str, Any] | None = None,
     dims: dict[str, list[str]] | None = None,
+    extra_event_dims: dict[str, list[str]] | None = None,
     parallel: bool | str = "auto",
     check: bool = True,
+    batch_size: int | None = None,
+    num_chains: int = 1,
     seed: int | None = None,
     container: str = "auto",
 ) -> Any:
@@ -43,27 +48,39 @@ def from_svi(
 
     Groups: ``posterior`` (latents and deterministic sites), ``sample_stats`` (``lp`` = :math:`\log p(x, \theta)`,
     ``log_q``, ``log_weight`` = lp - log_q, in nats, summed in float64), ``log_likelihood`` (per datum),
-    ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``. Dimensions take the names of the
-    plates; ``infer={"event_dims": [...]}`` names a site's event dimensions. One chain of ``num_samples`` draws (R-hat
-    needs two: it is NaN). The attributes of ``sample_stats`` hold k-hat, ELBO, evidence and their errors.
+    ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``, and on demand ``log_prior``,
+    ``predictions``, ``constant_data``. Dimensions take the names of the plates; ``infer={"event_dims": [...]}`` names a
+    site's event dimensions. The attributes of ``sample_stats`` hold k-hat, ELBO, evidence and their errors.
+
+    A subsampled plate is visited row by row, a subsample at a time: all densities are those of the full data. Discrete
+    sites marked for enumeration are summed out of ``lp`` and ``log_likelihood``, and drawn from their exact posterior.
+    A guide with an implicit distribution has no ``log_q`` and no weights.
 
     Args:
         model, guide: Pyro programs.
         args, model_kwargs: their arguments, data included.
-        num_samples: posterior draws.
+        num_samples: posterior draws, in each chain.
         log_likelihood: whether to store it; it is ``num_samples`` times the number of data.
+        log_prior: whether to store the log density of every latent (``az.psens`` reads it).
         posterior_predictive: whether to draw new data for every posterior draw.
         prior: number of prior and prior-predictive draws; 0 for none.
+        predictions: ``(args, kwargs)``, new arguments of the model, for which to predict.
+        constant_data: inputs to keep beside the data, ``{name: array}``.
+        sites: which latents and deterministic sites to store; None for all. A VAE's local latents may be too many.
         coords: labels of dimensions (``{"school": names}``).
         dims: dimension names by variable, instead of the plates'.
+        extra_event_dims: event dimensions of sites that take no ``infer`` (deterministic ones).
         parallel: run all draws at once (True), one by one (False), or as a check allows ("auto").
         check: look around the draws by short Hamiltonian chains and for modes that they miss (autoguides over one vector;
             some 160 batched gradients of the model). :func:`~pyro_dgm.khat` uses what is found.
+        batch_size: draws that the model runs at once, for less memory; None for all. Predictive draws depend on it.
+        num_chains: into how many chains the draws are split. They are independent anyway: R-hat is one.
         seed: makes the draws reproducible, and leaves the global random state as it was.
         container: "auto" (what the installed ArviZ uses), "inferencedata", "datatree" or "dict" (needs no ArviZ).
 
     Raises:
-        ValueError: for subsampled plates, point-estimate guides, and latents of the model that the guide lacks.
+        ValueError: for point-estimate guides, latents that the guide lacks, subsampled plates whose data do not follow the
+            index, and masked latents under a guide with one joint density.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
@@ -76,24 +93,112 @@ def from_svi(
         >>> idata["log_likelihood"]["x"].dims
         ('chain', 'draw', 'item')
     """
-    _refuse_point_estimates(guide)
+    wanted = Wanted(log_likelihood, log_prior, posterior_predictive, prior, predictions, constant_data, sites, coords, dims,
+                    extra_event_dims, batch_size, container)  # fmt: skip
+    return _from_guides(
+        model, [guide], args, model_kwargs, num_samples * num_chains, wanted, num_chains, parallel, check, seed
+    )
+
+
+def from_fits(
+    guides: Sequence[Model],
+    model: Model,
+    *args: Any,
+    num_samples: int = 1000,
+    model_kwargs: dict[str, Any] | None = None,
+    log_likelihood: bool = True,
+    posterior_predictive: bool = True,
+    prior: int = 500,
+    coords: dict[str, Any] | None = None,
+    dims: dict[str, list[str]] | None = None,
+    parallel: bool | str = "auto",
+    batch_size: int | None = None,
+    seed: int | None = None,
+    container: str = "auto",
+) -> Any:
+    """Independent fits of one model as the chains of one container: R-hat then compares the fits.
+
+    The groups are those of :func:`from_svi`; every draw is weighted by the guide that made it, so the weights of all
+    chains together are those of one posterior. ``sample_stats`` has the attribute ``khat_by_chain``.
+
+    Args:
+        guides: fitted guides, each from its own start and seed.
+        model, args, model_kwargs: the model and its arguments.
+        num_samples: draws of each guide.
+        log_likelihood, posterior_predictive, prior, coords, dims, parallel, batch_size, seed, container: as in
+            :func:`from_svi`.
+
+    Raises:
+        ValueError: for an empty list, and as :func:`from_svi`.
+
+    Note:
+        R-hat near one says that the fits agree, not that they are right: mean fields from many starts agree on the same
+        too narrow posterior. Read it with :func:`~pyro_dgm.khat`.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
+        >>> def model(x):
+        ...     pyro.sample("x", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+        >>> fits = [dgm.AutoFlow(model, init_scale=s).setup(torch.tensor(0.0)) for s in (0.5, 1.0)]
+        >>> from_fits(fits, model, torch.tensor(0.0), num_samples=50, prior=0)["posterior"]["mu"].shape
+        (2, 50)
+    """
+    if not guides:
+        raise ValueError("from_fits: got an empty list of guides; expected one or more fitted guides.")
+    wanted = Wanted(log_likelihood, False, posterior_predictive, prior, coords=coords, dims=dims, batch_size=batch_size,
+                    container=container)  # fmt: skip
+    return _from_guides(model, guides, args, model_kwargs, num_samples, wanted, len(guides), parallel, False, seed)
+
+
+def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: Any, n: int, wanted: Wanted, chains: int,
+                 parallel: bool | str, check: bool, seed: int | None) -> Any:  # fmt: skip
+    kwargs = model_kwargs or {}
+    for guide in guides:
+        _refuse_point_estimates(guide)
     with torch.random.fork_rng(devices=[], enabled=seed is not None), pyro.get_param_store().scope(_store_state()):
-        if seed is not None:
-            torch.manual_seed(seed)
-        guide(*args, **(model_kwargs or {}))  # lazy guides find their structure
-        program = Program(model, guide, args, model_kwargs or {}, parallel)
-        groups = _posterior_groups(program, num_samples, log_likelihood, posterior_predictive)
-        groups |= _prior_groups(program, prior)
-        explored = explore(model, guide, args, model_kwargs or {}) if check else Exploration()
-    explored = replace(explored, correction=_correction(groups["posterior"], groups["sample_stats"]["log_weight"]))
-    groups["observed_data"] = program.observed()
-    attrs = {"guide": type(guide).__name__, **judge(groups["sample_stats"]["log_weight"], explored).attrs()}
-    return contained(program, groups, dims, coords, attrs, container)
+        _seed(seed)
+        for guide in guides:
+            guide(*args, **kwargs)  # lazy guides find their structure, by draws of their own
+        _seed(seed)
+        programs = [Program(model, guide, args, kwargs, parallel) for guide in guides]
+        program, total = programs[0], n * len(guides)
+        guided = [p.guided(n) for p in programs]
+        draws = {k: torch.cat([g.values[k] for g in guided]) for k in program.sites("latent")}
+        scored = program.scored(draws, total, wanted.batch_size)
+        made = product(program, draws, total, wanted, scored)
+        log_q = _log_q(programs, guided, scored, n)
+        weighted = log_q is not None and program.has_density
+        explored = explore(model, guides[0], args, kwargs) if check and weighted else Exploration()
+    stats, attrs = made.groups["sample_stats"], {"guide": type(guides[0]).__name__}
+    if log_q is not None:
+        stats["log_q"] = log_q
+    if weighted:
+        stats["log_weight"] = stats["lp"] - stats["log_q"]
+        attrs |= _verdict(made.groups["posterior"], stats["log_weight"], explored, len(guides))
+    return made.container(program, wanted, attrs, chains, "svi")
+
+
+def _seed(seed: int | None) -> None:
+    if seed is not None:
+        torch.manual_seed(seed)
+
+
+def _log_q(programs: list[Program], guided: list[Any], scored: Any, n: int) -> np.ndarray | None:
+    rows = [p.log_q(g, scored, n) for p, g in zip(programs, guided, strict=True)]
+    return None if any(r is None for r in rows) else np.concatenate([r for r in rows if r is not None])
+
+
+def _verdict(
+    posterior: dict[str, np.ndarray], log_weight: np.ndarray, explored: Exploration, fits: int
+) -> dict[str, Any]:
+    explored = replace(explored, correction=_correction(posterior, log_weight))
+    each = {"khat_by_chain": [judge(w).k for w in np.split(log_weight, fits)]} if fits > 1 else {}
+    return judge(log_weight, explored).attrs() | each
 
 
 def _correction(posterior: dict[str, np.ndarray], log_weight: np.ndarray) -> float:
     """Largest change of a mean when the draws are importance-weighted, in standard deviations of the draws."""
-    if len(log_weight) < 25:
+    if len(log_weight) < 25 or not posterior:
         return 0.0
     draws = np.concatenate([v.reshape(len(v), -1) for v in posterior.values()], -1).astype(np.float64)
     sd = draws.std(0)
@@ -105,94 +210,6 @@ def _store_state() -> Any:
     """A copy of the param store, so that reading a guide leaves the user's store as it was."""
     state = pyro.get_param_store().get_state()
     return {k: dict(v) for k, v in state.items()}
-
-
-def _posterior_groups(program: Program, n: int, log_likelihood: bool, predictive: bool) -> dict[str, Any]:
-    guide_traces = program.guide_traces(n)
-    traces = program.replayed(guide_traces, n)
-    lp = program.joint(guide_traces, n) if program.enumerable else program.log_prob(traces, n)
-    log_q = program.log_prob(guide_traces, n)
-    names = program.sites("latent") + program.sites("deterministic")
-    groups = {
-        "posterior": {k: program.stack(traces, k, n) for k in names},
-        "sample_stats": {"lp": lp, "log_q": log_q, "log_weight": lp - log_q},
-    }
-    if log_likelihood and program.enumerable:
-        warnings.warn(
-            f"from_svi: no log_likelihood, since {program.enumerable} are summed out over the whole data.", stacklevel=3
-        )
-    elif log_likelihood:
-        groups["log_likelihood"] = {k: program.pointwise(traces, k, n) for k in program.sites("observed")}
-    if predictive:
-        redrawn = program.replayed(guide_traces, n, redraw=True)
-        groups["posterior_predictive"] = {k: program.stack(redrawn, k, n) for k in program.sites("observed")}
-    return groups
-
-
-def _prior_groups(program: Program, n: int) -> dict[str, Any]:
-    if not n:
-        return {}
-    try:
-        traces = program.forward(n)
-    except NotImplementedError as error:
-        warnings.warn(f"from_svi: no prior draws, since a site cannot be sampled ({error}).", stacklevel=3)
-        return {}
-    names = program.sites("latent") + program.sites("deterministic")
-    return {
-        "prior": {k: program.stack(traces, k, n) for k in names},
-        "prior_predictive": {k: program.stack(traces, k, n) for k in program.sites("observed")},
-    }
-
-
-def contained(
-    program: Program, groups: dict[str, Any], dims: Any, coords: Any, attrs: dict[str, Any], container: str,
-    chains: int = 1, method: str = "svi",
-) -> Any:  # fmt: skip
-    """The groups as a container: names made safe, draws split into chains, plates as dimensions."""
-    named = _dims(program, groups) | (dims or {})
-    root = {"inference_library": "pyro", "inference_library_version": pyro.__version__, "inference_method": method}
-    renamed = {g: {_safe(k): v for k, v in group.items()} for g, group in groups.items()}
-    split = {
-        g: v if g == "observed_data" else {k: _by_chain(a, g, chains) for k, a in v.items()} for g, v in renamed.items()
-    }
-    all_attrs = {"/": root | {"creation_library": "pyro_dgm"}, "sample_stats": attrs}
-    return build(split, {_safe(k): v for k, v in named.items()}, coords or {}, all_attrs, container)
-
-
-def _by_chain(values: np.ndarray, group: str, chains: int) -> np.ndarray:
-    rows = 1 if group.startswith("prior") else chains
-    return values.reshape(rows, -1, *values.shape[1:])
-
-
-def _dims(program: Program, groups: dict[str, Any]) -> dict[str, list[str]]:
-    """Dimension names of all sites: plates, then ``event_dims``, then ArviZ's own numbering."""
-    named = {}
-    for name in {k for g in groups.values() for k in g} & set(program.prototype.nodes):
-        site = program.prototype.nodes[name]
-        plates = [] if site["fn"] is None else [_safe(f.name) for f in plate_frames(site)]
-        batch = len(program.site_shape(name, "log_prob"))
-        event = list(site["infer"].get("event_dims", []))
-        if len(plates) == batch and not site["infer"].get("_deterministic"):
-            named[name] = plates + (event or [f"{name}_dim_{i}" for i in range(site["fn"].event_dim)])
-        elif site["infer"].get("_deterministic"):
-            named[name] = _deterministic_dims(name, site, plates, event)
-    return named
-
-
-def _deterministic_dims(name: str, site: Any, plates: list[str], event: list[str]) -> list[str]:
-    sizes = [f.size for f in plate_frames(site)]
-    if list(site["value"].shape[: len(sizes)]) != sizes:
-        plates = []
-    rest = site["value"].dim() - len(plates)
-    return plates + (event if len(event) == rest else [f"{name}_dim_{i}" for i in range(rest)])
-
-
-def _safe(name: str) -> str:
-    """ArviZ loses a variable or dimension named ``chain`` or ``draw``."""
-    if name not in _RESERVED:
-        return name
-    warnings.warn(f"from_svi: '{name}' is a dimension of ArviZ; it is stored as '{name}_'.", stacklevel=5)
-    return f"{name}_"
 
 
 def _refuse_point_estimates(guide: Any) -> None:

@@ -1,0 +1,185 @@
+"""The groups of a container, from a program and posterior draws that someone made."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pyro_dgm.diagnostics.draws import Program
+from pyro_dgm.diagnostics.export import contained, likelihoods
+from pyro_dgm.diagnostics.runs import Draws, Table
+
+__all__ = ["Product", "Wanted", "data_arrays", "log_likelihoods", "predictions_of", "product"]
+
+Groups = dict[str, dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a container shall hold; the arguments of :func:`~pyro_dgm.from_svi` of the same names."""
+
+    log_likelihood: bool = True
+    log_prior: bool = False
+    posterior_predictive: bool = True
+    prior: int = 0
+    predictions: tuple[Any, ...] | None = None
+    constant_data: dict[str, Any] | None = None
+    sites: Sequence[str] | None = None
+    coords: dict[str, Any] | None = None
+    dims: dict[str, list[str]] | None = None
+    extra_event_dims: dict[str, list[str]] | None = None
+    batch_size: int | None = None
+    container: str = "auto"
+
+
+@dataclass
+class Product:
+    """Groups ``{group: {variable: (n, ...)}}`` with the dimension names and labels that plates do not give."""
+
+    groups: Groups
+    dims: dict[str, list[str]] = field(default_factory=dict)
+    coords: dict[str, Any] = field(default_factory=dict)
+
+    def container(self, program: Program, wanted: Wanted, attrs: dict[str, Any], chains: int, method: str) -> Any:
+        """The container that was asked for."""
+        dims, coords = self.dims | (wanted.dims or {}), self.coords | (wanted.coords or {})
+        return contained(
+            program, self.groups, dims, coords, attrs, wanted.container, chains, method, wanted.extra_event_dims
+        )
+
+
+def product(program: Program, draws: Draws, n: int, wanted: Wanted, scored: Table) -> Product:
+    """All groups but what only the maker of the draws knows (log q, divergences)."""
+    names = _kept(program, wanted.sites)
+    replayed = program.completed(draws, n, names, wanted.batch_size)
+    made = Product({"posterior": {k: program.array(replayed, k) for k in names}, "sample_stats": {}})
+    observed = program.observed(draws)
+    if program.has_density:
+        made.groups["sample_stats"]["lp"] = scored.total(n).cpu().numpy()
+    if wanted.log_likelihood:
+        log_likelihoods(program, made, scored, observed, wanted.coords or {})
+    if wanted.log_prior:
+        made.groups["log_prior"] = log_priors(program, scored)
+    if wanted.posterior_predictive:
+        complete = draws | {k: replayed.values[k] for k in program.enumerable if k in replayed.values}
+        redrawn = program.redrawn(complete, n, program.sites("observed"), wanted.batch_size)
+        made.groups["posterior_predictive"] = {k: program.array(redrawn, k) for k in program.sites("observed")}
+    if wanted.predictions is not None:
+        args, kwargs = _arguments(wanted.predictions)
+        sizes = {f.name: f.size for layout in program.runs.layouts.values() for f in layout.plates}
+        predicted = predictions_of(program.model, draws, args, kwargs, sizes, wanted.batch_size)[1]
+        made.groups |= predicted.groups
+        made.dims |= predicted.dims
+    made.groups |= _prior_groups(program, wanted.prior, names) | {"observed_data": observed}
+    if wanted.constant_data:
+        made.groups["constant_data"] = data_arrays(wanted.constant_data)
+    return made
+
+
+def _kept(program: Program, sites: Sequence[str] | None) -> list[str]:
+    names = program.sites("latent") + program.enumerable + program.sites("deterministic")
+    unknown = [k for k in sites or () if k not in names]
+    if unknown:
+        raise ValueError(
+            f"sites={list(sites or ())}: {unknown} are no latent or deterministic sites of the model; it has {names}."
+        )
+    return names if sites is None else [k for k in names if k in sites]
+
+
+def log_likelihoods(program: Program, made: Product, scored: Table, observed: Any, coords: dict[str, Any]) -> None:
+    """Add the pointwise log-likelihood; say which data have none."""
+    arrays, dims, labels = likelihoods(program, scored, observed, coords)
+    known = {k for term in scored.terms.values() if term.likelihood is not None for k in term.observed}
+    missing = [k for k in program.sites("observed") if k not in known]
+    if missing:
+        why = (
+            "a discrete site is summed out over all of their rows together"
+            if program.enumerable
+            else "they have no density"
+        )
+        warnings.warn(f"from_svi: no log_likelihood of {missing}, since {why}.", stacklevel=4)
+    if arrays:
+        made.groups["log_likelihood"] = arrays
+        made.dims |= dims
+        made.coords |= labels
+
+
+def log_priors(program: Program, scored: Table) -> dict[str, np.ndarray]:
+    """Log density of every latent given the sites before it, in nats."""
+    known = {k: scored.terms[k] for k in program.sites("latent") if k in scored.terms}
+    return {k: t.joint.double().cpu().numpy() for k, t in known.items()}
+
+
+def _prior_groups(program: Program, n: int, names: list[str]) -> Groups:
+    if not n:
+        return {}
+    try:
+        table = program.forward(n)
+    except NotImplementedError as error:
+        warnings.warn(f"from_svi: no prior draws, since a site cannot be sampled ({error}).", stacklevel=4)
+        return {}
+    data = program.sites("observed")
+    return {
+        "prior": {k: program.array(table, k) for k in names},
+        "prior_predictive": {k: program.array(table, k) for k in data},
+    }
+
+
+def predictions_of(model: Any, draws: Draws, args: Any, kwargs: Any, sizes: dict[str, int],
+                   batch_size: int | None) -> tuple[Program, Product]:  # fmt: skip
+    """What the model says for other arguments, given posterior draws, and those arguments.
+
+    Latents whose shape the new arguments change (local to new rows) are drawn anew, given the others. Plates of another
+    size than in ``sizes`` are new dimensions.
+    """
+    new = Program(model, None, args, kwargs, draws=draws, new=True)
+    anew = [k for k in new.sites("latent") if k in draws and not new.fits(k, draws[k])]
+    if anew:
+        warnings.warn(
+            f"predictions: latent sites {anew} have another shape for the new arguments, so they belong to new rows and are "
+            "drawn from the model given the other sites.",
+            stacklevel=4,
+        )
+    given = {k: v for k, v in draws.items() if new.fits(k, v)}
+    free = [k for k in new.sites("latent") + new.enumerable if k not in given]
+    names = free + new.sites("observed") + new.sites("deterministic")
+    table = new.redrawn(given, len(next(iter(draws.values()))), names, batch_size)
+    made = Product({"predictions": {k: new.array(table, k) for k in names}})
+    made.groups["predictions_constant_data"] = _named_tensors(new, args, kwargs)
+    for k in names:
+        layout = new.runs.layouts[k]
+        plates = [f.name if sizes.get(f.name, f.size) == f.size else f"{f.name}_new" for f in layout.plates]
+        if len(plates) == len(layout.batch):
+            made.dims[f"predictions/{k}"] = plates + [f"{k}_dim_{i}" for i in range(len(layout.event))]
+    return new, made
+
+
+def _arguments(predictions: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(predictions, tuple) and len(predictions) == 2 and isinstance(predictions[1], dict):
+        args = predictions[0] if isinstance(predictions[0], (tuple, list)) else None
+        if args is not None:
+            return tuple(args), predictions[1]
+    raise ValueError(
+        f"predictions={type(predictions).__name__}: expected (args, kwargs), the model's new arguments as a tuple and a "
+        "dictionary: predictions=((x_new,), {})."
+    )
+
+
+def _named_tensors(program: Program, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
+    """The tensors among the arguments, by the names of the model's parameters."""
+    try:
+        bound = inspect.signature(program.model).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        bound = dict(kwargs)
+    return data_arrays({k: v for k, v in bound.items() if isinstance(v, (Tensor, np.ndarray))})
+
+
+def data_arrays(data: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Tensors, arrays and numbers as arrays."""
+    return {k: v.detach().cpu().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in data.items()}

@@ -1,0 +1,104 @@
+"""Where the dimensions of a site belong: to draws, to plates, to the event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from torch import Size, Tensor
+
+from pyro_dgm.core.sites import plate_frames
+
+__all__ = ["Layout", "layout_of", "mask_of", "subsampled", "with_shape"]
+
+Site = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a site's value in one run, without singleton dimensions that no plate owns.
+
+    Attributes:
+        batch, event: the two parts of the shape.
+        plates: the plates' frames among the batch dimensions, outermost first.
+        axes: plate name -> its axis in a stack of draws ``(n, *batch, *event)``.
+    """
+
+    batch: Size
+    event: Size
+    plates: tuple[Any, ...]
+    axes: dict[str, int]
+
+    @property
+    def shape(self) -> Size:
+        return self.batch + self.event
+
+    @property
+    def full_shape(self) -> Size:
+        """The shape over all rows of subsampled plates."""
+        full = list(self.shape)
+        for frame in self.plates:
+            if subsampled(frame):
+                full[self.axes[frame.name] - 1] = frame.full_size
+        return Size(full)
+
+
+def layout_of(site: Site) -> Layout:
+    """The layout of a sample site; the value of a deterministic site starts with its plates, or has none."""
+    frames = plate_frames(site)
+    if site["infer"].get("_deterministic"):
+        return _deterministic(site["value"].shape, frames)
+    event_dim = site["fn"].event_dim
+    shape = torch.broadcast_shapes(site["value"].shape, site["fn"].shape())
+    batch, event = shape[: len(shape) - event_dim], shape[len(shape) - event_dim :]
+    owned = {f.dim: f for f in frames}
+    kept = [d for d in range(-len(batch), 0) if batch[d] != 1 or d in owned]
+    axes = {owned[d].name: 1 + i for i, d in enumerate(kept) if d in owned}
+    plates = tuple(owned[d] for d in kept if d in owned)
+    return Layout(Size(batch[d] for d in kept), event, plates, axes)
+
+
+def _deterministic(shape: Size, frames: list[Any]) -> Layout:
+    plates = tuple(frames) if list(shape[: len(frames)]) == [f.size for f in frames] else ()
+    n = len(plates)
+    return Layout(shape[:n], shape[n:], plates, {f.name: 1 + i for i, f in enumerate(plates)})
+
+
+def subsampled(frame: Any) -> bool:
+    """Whether a plate's frame holds fewer rows than the plate."""
+    return frame.full_size is not None and frame.full_size != frame.size
+
+
+def with_shape(value: Tensor, n: int, shape: Size, name: str) -> Tensor:
+    """A site's value as ``(n, *shape)``; a value that does not depend on the draws is repeated."""
+    if value.numel() == n * shape.numel():
+        return value.reshape(n, *shape)
+    if value.numel() == shape.numel():
+        return value.reshape(1, *shape).expand(n, *shape)
+    try:
+        return value.expand(n, *shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Site '{name}' has shape {tuple(value.shape)} for {n} draws, expected {n} times {tuple(shape)}. Its shape "
+            "must not depend on the draw, and its batch dimensions must belong to plates."
+        ) from error
+
+
+def mask_of(site: Site, layout: Layout) -> Tensor | None:
+    """Which data a site has, shape ``batch``, by ``poutine.mask``, ``obs_mask`` or ``.mask``; None for all of them."""
+    fn, mask = site["fn"], site["mask"]
+    own = fn._mask if isinstance(fn, MaskedDistribution) else None
+    masks = [m for m in (mask, own) if isinstance(m, Tensor)]
+    if not masks:
+        return None
+    together = masks[0] if len(masks) == 1 else masks[0] & masks[1]
+    return _first(together, layout.batch)
+
+
+def _first(mask: Tensor, batch: Size) -> Tensor:
+    """The mask of one draw; masks do not depend on the draw."""
+    if mask.numel() < batch.numel():
+        return mask.reshape(mask.shape[-len(batch) :]).expand(batch)
+    return mask.reshape(-1, *batch)[0]

@@ -1,0 +1,208 @@
+r"""Leave-one-out prediction from draws of a guide, corrected for the guide.
+
+The draws come from q, not from the posterior, so the weights that leave datum i out are
+:math:`w_i \propto p(y, \theta) / (q(\theta)\, p(y_i \mid \theta))`, Pareto-smoothed. ``az.loo`` takes draws for the
+posterior's own and gives, for guides of one model, whatever their errors make of it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from pyro_dgm.core.psis import arviz_major, psis
+from pyro_dgm.diagnostics.containers import build, group, group_attrs
+from pyro_dgm.diagnostics.khat import KHat, judge
+
+__all__ = ["compare", "loo"]
+
+_SMALL = 4.0  # nats; below it a difference of elpd is small and its error unreliable (Sivula et al. 2020)
+
+
+def loo(idata: Any, var_name: str | None = None, *, correct: bool = True) -> Any:
+    r"""Expected log predictive density by leave-one-out, in nats, as ArviZ's own ``ELPDData``.
+
+    :math:`\sum_i \log \sum_s w_{is}\, p(y_i \mid \theta_s)`. Draws of MCMC, of :func:`~pyro_dgm.neutra` and of
+    :func:`~pyro_dgm.resample` are the posterior's and go to ``az.loo``. The result has ``mcse`` beside ``se``: the error
+    by the finite number of draws, where ``se`` is the spread over data.
+
+    Args:
+        idata: a container with ``log_likelihood``.
+        var_name: which variable of it, if there are several.
+        correct: False takes the draws for the posterior's, as ``az.loo`` does.
+
+    Raises:
+        ValueError: without ``log_likelihood``, for several variables and no ``var_name``, or for draws of a guide without
+            ``log_q`` (a point estimate, an implicit guide) unless ``correct=False``.
+
+    Warns:
+        UserWarning: where Pareto k of some datum is above the threshold, or the verdict of :func:`~pyro_dgm.khat` is "bad":
+            the number is then not reliable, and biased by more than ``mcse``.
+
+    References:
+        | Magnusson et al. (2019), "Bayesian leave-one-out cross-validation for large data", PMLR 97.
+        | Vehtari, Gelman & Gabry (2017), "Practical Bayesian model evaluation", eq. 10.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> mu, y = 0.5 + 0.6 * rng.normal(size=(1, 4000)), np.array([0.2, 0.9, 0.4])  # q is off and too wide
+        >>> normal = lambda x, m, s: -0.5 * ((x - m) / s) ** 2 - np.log(s * np.sqrt(2 * np.pi))
+        >>> ll = normal(y, mu[..., None], 1.0)
+        >>> stats = {"lp": ll.sum(-1) + normal(mu, 0.0, 1.0), "log_q": normal(mu, 0.5, 0.6)}
+        >>> groups = {"posterior": {"mu": mu}, "sample_stats": stats, "log_likelihood": {"y": ll}}
+        >>> result = loo({"groups": groups, "dims": {}, "coords": {}, "attrs": {}})
+        >>> exact = sum(normal(y[i], (y.sum() - y[i]) / 3, (1 + 1 / 3) ** 0.5) for i in range(3))
+        >>> bool(abs(_elpd(result) - exact) < 0.02)
+        True
+    """
+    name, values = _chosen(idata, var_name)
+    container = build(**idata) if isinstance(idata, dict) else idata
+    if not correct or _is_posterior(idata):
+        return _plain(container, name)
+    stats = group(idata, "sample_stats")
+    if not {"lp", "log_q"} <= set(stats):
+        raise ValueError(
+            "loo: sample_stats has no log_q, so draws of the guide cannot be corrected (a guide without a density?). Make the "
+            "container with from_svi and a guide that has one, or accept the guide's error by loo(idata, correct=False)."
+        )
+    ll = values.reshape(stats["lp"].size, -1).astype(np.float64)
+    log_weight = (stats["lp"] - stats["log_q"]).reshape(-1)
+    elpd, k, error = _pointwise(ll, log_weight)
+    _warn(k, judge(log_weight), min(1.0 - 1.0 / np.log10(len(ll)), 0.7))
+    return _result(container, name, ll, elpd, k, error)
+
+
+def _is_posterior(idata: Any) -> bool:
+    """Whether draws are the posterior's own: by MCMC, or resampled."""
+    method = str(group_attrs(idata, "/").get("inference_method", "svi"))
+    return method in ("mcmc", "neutra") or bool(group_attrs(idata, "sample_stats").get("resampled", False))
+
+
+def _chosen(idata: Any, var_name: str | None) -> tuple[str, np.ndarray]:
+    ll = group(idata, "log_likelihood")
+    if var_name is None and len(ll) != 1:
+        raise ValueError(f"loo: log_likelihood has the variables {sorted(ll)}; say which by var_name=.")
+    if var_name is not None and var_name not in ll:
+        raise ValueError(f"loo: log_likelihood has no variable '{var_name}'; it has {sorted(ll)}.")
+    name = var_name or next(iter(ll))
+    return name, ll[name]
+
+
+def _pointwise(ll: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """elpd and Pareto k of every datum, and the Monte-Carlo error of the sum, by the delta method for weighted means."""
+    elpd, k, influence = np.empty(ll.shape[1]), np.empty(ll.shape[1]), np.zeros(len(ll))
+    for i, column in enumerate(ll.T):
+        weights, k[i] = psis(log_weight - column)
+        elpd[i] = np.logaddexp.reduce(weights + column)
+        influence += np.exp(weights) * np.expm1(column - elpd[i])
+    return elpd, k, float(np.sqrt((influence**2).sum()))
+
+
+def _warn(k: np.ndarray, verdict: KHat, good: float) -> None:
+    if (k > good).any():
+        fault = f"Pareto k of {int((k > good).sum())} of {len(k)} data is above {good:.2f} (largest {k.max():.2f})"
+    elif verdict.status == "bad":
+        fault = f"the guide is far from the posterior (ESS {verdict.ess:.0f} of {verdict.draws}, gap {verdict.gap:.2f} nats)"
+    else:
+        return
+    advice = "A better guide helps, or resample(idata), or neutra."
+    warnings.warn(f"loo: {fault}; the estimate is not reliable. {advice}", stacklevel=3)
+
+
+def _result(container: Any, name: str, ll: np.ndarray, elpd: np.ndarray, k: np.ndarray, error: float) -> Any:
+    n, good = len(ll), min(1.0 - 1.0 / np.log10(len(ll)), 0.7)
+    if arviz_major() == 0:
+        made = _elpd_data(container, name, ll, elpd, k, good)
+        made["mcse"] = error
+        return made
+    import arviz as az
+
+    stats = container["sample_stats"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = az.loo_approximate_posterior(container, stats["lp"], stats["log_q"], pointwise=True, var_name=name)
+    made.mcse, made.n_samples = error, n
+    return made
+
+
+def _elpd_data(container: Any, name: str, ll: np.ndarray, elpd: np.ndarray, k: np.ndarray, good: float) -> Any:
+    """What ``loo_approximate_posterior`` of ArviZ 1.x returns, in the container of 0.x."""
+    from arviz.stats.stats_utils import ELPDData
+
+    template = container["log_likelihood"][name].isel(chain=0, draw=0, drop=True)
+    pointwise = {"loo_i": elpd, "pareto_k": k}
+    arrays = {key: template.copy(data=v.reshape(template.shape)).rename(key) for key, v in pointwise.items()}
+    lppd = (np.logaddexp.reduce(ll, axis=0) - np.log(len(ll))).sum()
+    values = {
+        "elpd_loo": elpd.sum(), "se": float(np.sqrt(len(elpd) * elpd.var())), "p_loo": lppd - elpd.sum(),
+        "n_samples": len(ll), "n_data_points": len(elpd), "warning": bool((k > good).any()), **arrays, "scale": "log",
+        "good_k": good,
+    }  # fmt: skip
+    return ELPDData(data=list(values.values()), index=list(values))
+
+
+def _plain(container: Any, name: str) -> Any:
+    import arviz as az
+
+    made = az.loo(container, var_name=name, pointwise=True)
+    return made
+
+
+def compare(containers: dict[str, Any], var_name: str | None = None) -> Any:
+    """``az.compare`` of models by their corrected :func:`loo`: a table ranked by elpd, in nats.
+
+    Args:
+        containers: name -> container, or a result of :func:`loo`. All must hold the same data.
+        var_name: as in :func:`loo`.
+
+    Raises:
+        ValueError: for fewer than two models, and as :func:`loo`.
+
+    Warns:
+        UserWarning: where Pareto k is high, and where the best two differ by less than two standard errors or four nats:
+            then neither their order nor the stacking weights say that one is better.
+
+    References:
+        | Sivula, Magnusson, Matamoros & Vehtari (2020), "Uncertainty in Bayesian leave-one-out cross-validation based model
+          comparison", arXiv 2008.10296: below 4 nats the error of a difference is itself unreliable.
+    """
+    import arviz as az
+
+    if len(containers) < 2:
+        raise ValueError(f"compare: expected two or more models, got {list(containers)}.")
+    results = {k: v if _is_result(v) else loo(v, var_name) for k, v in containers.items()}
+    table = az.compare(results)
+    _warn_of_ties(table, results)
+    return table
+
+
+def _is_result(value: Any) -> bool:
+    return type(value).__name__.startswith("ELPDData")
+
+
+def _warn_of_ties(table: Any, results: dict[str, Any]) -> None:
+    first, second = results[table.index[0]], results[table.index[1]]
+    difference = _elpd(first) - _elpd(second)
+    gaps = _pointwise_of(first) - _pointwise_of(second)
+    error = float(np.sqrt(len(gaps) * gaps.var() + _mcse(first) ** 2 + _mcse(second) ** 2))
+    if difference < max(2.0 * error, _SMALL):
+        warnings.warn(
+            f"compare: '{table.index[0]}' and '{table.index[1]}' differ by {difference:.2f} +- {error:.2f} nats, which is not "
+            "resolved: their order and the weights do not say that one is better.",
+            stacklevel=3,
+        )
+
+
+def _elpd(result: Any) -> float:
+    return float(result["elpd_loo"] if arviz_major() == 0 else result.elpd)
+
+
+def _mcse(result: Any) -> float:
+    return float(getattr(result, "mcse", 0.0))
+
+
+def _pointwise_of(result: Any) -> np.ndarray:
+    return np.asarray(result["loo_i"] if arviz_major() == 0 else result.elpd_i).ravel()

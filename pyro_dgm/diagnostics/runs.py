@@ -1,0 +1,331 @@
+"""Many draws of one program: together in a plate, by ``torch.vmap``, or one by one; subsampled plates in whole rounds.
+
+A subsampled plate is run through all of its rows, a subsample at a time, with the global draws held fixed. What is outside
+of the plate counts once, what is inside counts row by row, so densities are those of the full data.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.discrete import infer_discrete
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pyro_dgm.core.sites import is_computed, is_data, is_subsample, latent_sites, plate_frames
+from pyro_dgm.core.vectorize import NOT_VECTORIZED, How, Model, enumerated, together
+from pyro_dgm.diagnostics.layout import Layout, layout_of, mask_of, subsampled, with_shape
+from pyro_dgm.diagnostics.terms import Term, is_scored, joined, subsampling_factor, terms_of, total
+
+__all__ = ["Given", "Redraw", "Runs", "Table", "rounds_of"]
+
+Draws = dict[str, Tensor]  # {site: (n, *site)}
+Round = dict[str, tuple[Tensor, Tensor]]  # plate -> its index in this round, and which positions of it are new
+
+
+class Redraw(poutine.messenger.Messenger):
+    """Draws observed data anew; deterministic and factor sites stay what they are."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if is_data(msg):
+            msg["is_observed"], msg["value"] = False, None
+
+
+class Given(poutine.messenger.Messenger):
+    """Gives latent sites (and the index of plates) their values; they are then not enumerated."""
+
+    def __init__(self, values: Draws) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+            msg["infer"] = {k: v for k, v in msg["infer"].items() if k != "enumerate"}
+
+
+class _OwnNoise(TorchFunctionMode):
+    """Under vmap, samplers whose arguments are the same for all draws refuse to give each draw its own noise.
+
+    A zero that belongs to the draw is added to their argument.
+    """
+
+    def __init__(self, zero: Tensor) -> None:
+        super().__init__()
+        self.zero = zero
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _SAMPLERS and isinstance(args[0], Tensor):
+            args = (args[0] + self.zero.to(args[0].dtype), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+_SAMPLERS = {"normal", "bernoulli", "poisson", "_standard_gamma", "_sample_dirichlet", "multinomial", "binomial",
+             "normal_", "uniform_", "exponential_", "cauchy_", "geometric_", "log_normal_", "bernoulli_"}  # fmt: skip
+
+
+@dataclass
+class Table:
+    """What n draws of a program leave behind.
+
+    Attributes:
+        values: by site, shape ``(n, *batch, *event)``.
+        terms: of the log density, by site.
+        masks: which data are there, shape ``batch``, for sites where not all are.
+    """
+
+    values: Draws = field(default_factory=dict)
+    terms: dict[str, Term] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+    def total(self, n: int) -> Tensor:
+        """Log density of every draw, in nats, summed in float64."""
+        return total(self.terms.values(), n)
+
+
+@dataclass(frozen=True)
+class _Options:
+    keep: Collection[str] | None = None
+    redraw: bool = False
+    score: bool = False
+    discrete: str | None = None
+
+    def keeps(self, name: str) -> bool:
+        return self.discrete != "sum" and (self.keep is None or name in self.keep)
+
+
+def stacked(tables: list[Table]) -> Table:
+    """Tables of different draws as one."""
+    first = tables[0]
+    if len(tables) == 1:
+        return first
+    values = {k: torch.cat([t.values[k] for t in tables]) for k in first.values}
+    terms = {k: joined([u.terms[k] for u in tables], torch.cat) for k in first.terms}
+    return Table(values, terms, first.masks)
+
+
+def rounds_of(traces: list[poutine.Trace]) -> list[Round]:
+    """Index rounds that visit every row of every subsampled plate; one empty round where none is subsampled.
+
+    The last round goes back to fill a whole subsample, whose size the model may fix; what was visited is not new.
+    """
+    _refuse_unplain(traces)
+    frames = {
+        f.name: f for t in traces for s in t.nodes.values() for f in s.get("cond_indep_stack", ()) if subsampled(f)
+    }
+    many = max((math.ceil(f.full_size / f.size) for f in frames.values()), default=1)
+    return [{f.name: _visited(f.full_size, f.size, i) for f in frames.values()} for i in range(many)]
+
+
+def _refuse_unplain(traces: list[poutine.Trace]) -> None:
+    """Subsamples that cannot be visited: of two plates at once, and of a plate that is a loop."""
+    for name, site in [item for t in traces for item in t.nodes.items()]:
+        frames = [f for f in site.get("cond_indep_stack", ()) if subsampled(f)]
+        if len(frames) > 1:
+            raise ValueError(
+                f"Site '{name}' lies in {len(frames)} subsampled plates ({', '.join(f.name for f in frames)}); only one can "
+                "be visited row by row. Pass the full data for the others, with subsample_size=None."
+            )
+        if frames and not frames[0].vectorized:
+            raise ValueError(
+                f"Site '{name}' lies in plate '{frames[0].name}', a loop over a subsample. Write it as `with pyro.plate(...) "
+                "as i:`, or pass the full data with subsample_size=None."
+            )
+
+
+def _visited(full: int, size: int, i: int) -> tuple[Tensor, Tensor]:
+    start = min(i * size, full - size)
+    index = torch.arange(start, start + size)
+    return index, torch.nonzero(index >= i * size)[:, 0]
+
+
+class Runs:
+    """A program with its arguments, run for many draws.
+
+    Args:
+        fn, args, kwargs: a model or a guide, and its arguments.
+        prototype: a trace of one run.
+        nesting: depth of the plates; draws go to the dimension left of them.
+        how: "plate", "vmap" or "loop".
+        rounds: of :func:`rounds_of`.
+    """
+
+    def __init__(self, fn: Model, args: Any, kwargs: Any, prototype: poutine.Trace, nesting: int, how: How,
+                 rounds: list[Round]) -> None:  # fmt: skip
+        self.fn, self.args, self.kwargs, self.prototype = fn, args, kwargs, prototype
+        self.nesting, self.how, self.rounds = nesting, how, rounds
+        sites = {k: s for k, s in prototype.nodes.items() if s["type"] == "sample" and not is_subsample(s)}
+        self.layouts: dict[str, Layout] = {k: layout_of(s) for k, s in sites.items()}
+        self.latents = [k for k, _ in latent_sites(prototype)]
+
+    def run(self, n: int, given: Draws | None = None, *, keep: Collection[str] | None = None, redraw: bool = False,
+            score: bool = False, discrete: str | None = None) -> Table:  # fmt: skip
+        """Run for n draws.
+
+        Args:
+            n: number of draws.
+            given: values of some latents, shape ``(n, *site)``; the others are drawn.
+            keep: sites whose values are kept; None for all.
+            redraw: draw data anew.
+            score: with the terms of the log density.
+            discrete: what happens to enumerable sites: None (drawn as the model says), "sum", or "draw" from their
+                exact posterior.
+        """
+        given, parts = dict(given or {}), []
+        for i, visited in enumerate(self.rounds):
+            part = self._round(n, given, visited, _Options(keep, redraw, score, discrete))
+            if i == 0 and len(self.rounds) > 1:
+                given |= {
+                    k: part.values[k] for k in self.latents if not self._plates_in(k, visited) and k in part.values
+                }
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else self._merged(parts)
+
+    def run_round(self, n: int) -> Draws:
+        """Draws of the latents in the first round, in the shape of single runs."""
+        table = self._round(n, {}, self.rounds[0], _Options())
+        shapes = {k: self.prototype.nodes[k]["value"].shape for k in self.latents}
+        return {k: table.values[k].reshape(n, *shape) for k, shape in shapes.items()}
+
+    def computed(self, rows: Draws, how: How) -> Draws:
+        """Values of the deterministic sites for a few draws of all latents, in the shape of single runs, run as told."""
+        names = [k for k in self.layouts if is_computed(self.prototype.nodes[k])]
+        index, n = {name: index for name, (index, _) in self.rounds[0].items()}, len(next(iter(rows.values())))
+        before, self.how = self.how, how
+        try:
+            return self._executed(self.fn, n, rows, index, _Options(names)).values if names else {}
+        finally:
+            self.how = before
+
+    def refuse_sums_across_subsamples(self, row: Draws) -> None:
+        """Score one draw of the latents in one round: it names the site that depends on a discrete one outside its plate."""
+        index = {name: index for name, (index, _) in self.rounds[0].items()}
+        self._alone(self.fn, {k: v[0] for k, v in row.items()} | index, _Options((), score=True, discrete="sum"))
+
+    def of_prototype(self) -> Table:
+        """The values of the prototype's run."""
+        return self._table(self.prototype, 1, _Options())
+
+    def _round(self, n: int, given: Draws, visited: Round, options: _Options) -> Table:
+        fn = Redraw()(self.fn) if options.redraw else self.fn
+        index = {name: index for name, (index, _) in visited.items()}
+        rows = {k: self.rows(k, v, visited) for k, v in given.items() if k in self.layouts}
+        return self._executed(fn, n, rows, index, options)
+
+    def _executed(self, fn: Model, n: int, rows: Draws, index: Draws, options: _Options) -> Table:
+        if self.how == "vmap":
+            table = self._by_vmap(fn, n, rows, index, options)
+            if table is not None:
+                return table
+        if self.how == "plate":
+            return self._together(fn, n, rows, index, options)
+        single = [self._alone(fn, {k: v[i] for k, v in rows.items()} | index, options) for i in range(n)]
+        return stacked(single)
+
+    def rows(self, name: str, value: Tensor, visited: Round) -> Tensor:
+        """The part of a full-size value that a round needs, in the shape of a single run: ``(n, *value)``."""
+        layout = self.layouts[name]
+        for plate, (index, _) in visited.items():
+            if plate in layout.axes:
+                value = value.index_select(layout.axes[plate], index.to(value.device))
+        return value.reshape(len(value), *self.prototype.nodes[name]["value"].shape)
+
+    def _together(self, fn: Model, n: int, rows: Draws, index: Draws, options: _Options) -> Table:
+        given = {k: self.in_plate(k, v) for k, v in rows.items()} | index
+        program = together(Given(given)(fn), n, self.nesting)
+        return self._traced(program, n, self.nesting + 1, options)
+
+    def in_plate(self, name: str, value: Tensor) -> Tensor:
+        """Values ``(n, *value)`` with the draws left of all plates."""
+        batch = value.dim() - 1 - self.prototype.nodes[name]["fn"].event_dim
+        return value.reshape(len(value), *(1,) * (self.nesting - batch), *value.shape[1:])
+
+    def _alone(self, fn: Model, values: Draws, options: _Options) -> Table:
+        return self._traced(Given(values)(fn), 1, self.nesting, options)
+
+    def _traced(self, program: Model, n: int, nesting: int, options: _Options) -> Table:
+        try:
+            if options.discrete == "draw":
+                program = infer_discrete(program, first_available_dim=-nesting - 1, temperature=1)
+            with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+                run = enumerated(program, nesting) if options.discrete == "sum" else program
+                trace = poutine.trace(run).get_trace(*self.args, **self.kwargs)
+                return self._table(trace, n, options)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"from_svi: a matrix of the model could not be factorised for one of {n} draws. Add jitter to its diagonal "
+                f"(1e-6 of its scale), or work in float64. torch says: {str(error).splitlines()[0]}"
+            ) from error
+
+    def _table(self, trace: poutine.Trace, n: int, options: _Options) -> Table:
+        table = Table(terms=terms_of(trace, n, self.layouts) if options.score else {})
+        for name, site in trace.nodes.items():
+            if name in self.layouts:
+                mask = mask_of(site, self.layouts[name])
+                table.masks |= {} if mask is None else {name: mask}
+                if options.keeps(name):
+                    table.values[name] = with_shape(site["value"], n, self.layouts[name].shape, name).detach()
+        return table
+
+    def _by_vmap(self, fn: Model, n: int, rows: Draws, index: Draws, options: _Options) -> Table | None:
+        """None, with a warning and for good, where a sampler of the program cannot run under vmap."""
+
+        def single(row: Draws, zero: Tensor) -> tuple[Draws, Draws]:
+            with _OwnNoise(zero):
+                trace = poutine.trace(Given(row | index)(fn)).get_trace(*self.args, **self.kwargs)
+            if options.score:
+                trace.compute_log_prob(is_scored)
+            sites = {k: s for k, s in trace.nodes.items() if k in self.layouts}
+            return {k: s["value"] for k, s in sites.items() if options.keeps(k)}, {
+                k: s["log_prob"] for k, s in sites.items() if "log_prob" in s
+            }
+
+        try:
+            with torch.no_grad(), pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
+                values, log_probs = torch.vmap(single, randomness="different")(rows, torch.zeros(n))
+        except RuntimeError as error:
+            warnings.warn(NOT_VECTORIZED.format(str(error).strip().splitlines()[0]), stacklevel=2)
+            self.how = "loop"
+            return None
+        masks = self._alone(fn, {k: v[0] for k, v in rows.items()} | index, _Options(())).masks
+        return self._assembled(values, log_probs, masks, n)
+
+    def _assembled(self, values: Draws, log_probs: Draws, masks: Draws, n: int) -> Table:
+        nodes, terms = self.prototype.nodes, {}
+        for name, log_prob in log_probs.items():
+            layout, data = self.layouts[name], is_data(nodes[name])
+            joint = with_shape(log_prob, n, layout.batch, name) / subsampling_factor(nodes[name])
+            terms[name] = Term(layout.axes, joint, joint if data else None, (name,) if data else ())
+        shaped = {k: with_shape(v, n, self.layouts[k].shape, k) for k, v in values.items()}
+        return Table(shaped, terms, masks)
+
+    def _plates_in(self, name: str, visited: Round) -> bool:
+        return any(f.name in visited for f in plate_frames(self.prototype.nodes[name]))
+
+    def _merged(self, parts: list[Table]) -> Table:
+        first = parts[0]
+        values = {k: self._joined([t.values[k] for t in parts], self.layouts[k].axes) for k in first.values}
+        terms = {
+            k: joined([t.terms[k] for t in parts], partial(self._joined, axes=first.terms[k].axes)) for k in first.terms
+        }
+        masks = {}
+        for k in first.masks:
+            axes = {plate: axis - 1 for plate, axis in self.layouts[k].axes.items()}
+            masks[k] = self._joined([t.masks[k] for t in parts], axes)
+        return Table(values, terms, masks)
+
+    def _joined(self, parts: list[Tensor], axes: dict[str, int]) -> Tensor:
+        """Rows of a subsampled plate, of all rounds; what lies in none is the first round's."""
+        for plate in self.rounds[0]:
+            if plate in axes:
+                axis, new = axes[plate], [visited[plate][1] for visited in self.rounds]
+                return torch.cat([p.index_select(axis, i.to(p.device)) for p, i in zip(parts, new, strict=True)], axis)
+        return parts[0]

@@ -1,0 +1,165 @@
+r"""Terms of a log joint, site by site, with enumerated sites summed out where they live.
+
+A discrete :math:`z_n` that is local to a row of a plate gives that row :math:`\log \sum_z p(z)\,p(y_n \mid z)`; what is
+observed in the row has the log-likelihood :math:`\log p(y_n, h_n) - \log p(h_n)`, with :math:`h_n` the row's other sites.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from opt_einsum import shared_intermediates
+from pyro import poutine
+from pyro.infer.traceenum_elbo import _get_common_scale
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
+from torch import Tensor
+
+from pyro_dgm.core.distribution import ImplicitDistribution
+from pyro_dgm.core.sites import is_computed, is_data, is_subsample
+from pyro_dgm.diagnostics.layout import Layout, subsampled, with_shape
+
+__all__ = ["Term", "is_scored", "joined", "subsampling_factor", "terms_of", "total"]
+
+Site = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the log joint for n draws.
+
+    Attributes:
+        axes: plate name -> axis of the tensors.
+        joint: its log density, shape ``(n, *batch)``, in nats.
+        likelihood: the part of it that is the log-likelihood of ``observed``; None where nothing is observed, or where
+            the sum over discrete sites runs over all data together.
+        observed: names of the observed sites in it.
+    """
+
+    axes: dict[str, int]
+    joint: Tensor
+    likelihood: Tensor | None
+    observed: tuple[str, ...]
+
+
+def joined(terms: list[Term], join: Callable[[list[Tensor]], Tensor]) -> Term:
+    """Parts of one term (other draws, or other rows of a plate) put together."""
+    pairs = [t.likelihood for t in terms if t.likelihood is not None]
+    return replace(terms[0], joint=join([t.joint for t in terms]), likelihood=join(pairs) if pairs else None)
+
+
+def is_scored(name: str, site: Site) -> bool:
+    """Whether a site has a density to add: no index of a plate, no deterministic site, no implicit distribution."""
+    if is_subsample(site) or is_computed(site):
+        return False
+    return not isinstance(site["fn"], ImplicitDistribution)
+
+
+def subsampling_factor(site: Site) -> float:
+    """By how much Pyro scales the site up because a plate around it is subsampled."""
+    factor = 1.0
+    for frame in site["cond_indep_stack"]:
+        factor *= frame.full_size / frame.size if subsampled(frame) else 1.0
+    return factor
+
+
+def terms_of(trace: poutine.Trace, n: int, layouts: dict[str, Layout]) -> dict[str, Term]:
+    """Terms of a trace of n draws (in a plate ``_draws``, or one draw), by site or joined names of summed-out sites."""
+    trace.compute_log_prob(is_scored)
+    sites = {k: s for k, s in trace.nodes.items() if s["type"] == "sample" and is_scored(k, s)}
+    groups = _enumerated_groups(trace, sites)
+    summed = {name for group in groups for name in group}
+    terms = {k: _plain(k, s, n, layouts[k]) for k, s in sites.items() if k not in summed}
+    for group in groups:
+        name, term = _summed(trace, {k: sites[k] for k in group}, n)
+        terms[name] = term
+    return terms
+
+
+def _plain(name: str, site: Site, n: int, layout: Layout) -> Term:
+    joint = with_shape(site["log_prob"], n, layout.batch, name) / subsampling_factor(site)
+    return Term(layout.axes, joint, joint if is_data(site) else None, (name,) if is_data(site) else ())
+
+
+def _enumerated_groups(trace: poutine.Trace, sites: dict[str, Site]) -> list[list[str]]:
+    """Names of sites that are connected through enumerated dimensions, one list per connected component."""
+    if all(s["infer"].get("_enumerate_dim") is None for s in sites.values()):
+        return []
+    for site in trace.nodes.values():  # the index of a plate needs an entry to be packed
+        site.setdefault("packed", {})
+    trace.pack_tensors()
+    plates = set(trace.plate_to_symbol.values())
+    groups: list[tuple[set[str], list[str]]] = []
+    for name, site in sites.items():
+        dims = set(site["packed"]["unscaled_log_prob"]._pyro_dims) - plates
+        touched = [g for g in groups if g[0] & dims]
+        if dims:
+            merged = (set.union(dims, *(g[0] for g in touched)), [k for g in touched for k in g[1]] + [name])
+            groups = [g for g in groups if g not in touched] + [merged]
+    return [names for _, names in groups]
+
+
+def _summed(trace: poutine.Trace, sites: dict[str, Site], n: int) -> tuple[str, Term]:
+    plates = set(trace.plate_to_symbol.values())
+    enumerated = {d for s in sites.values() for d in s["packed"]["unscaled_log_prob"]._pyro_dims} - plates
+    observed = tuple(k for k, s in sites.items() if is_data(s))
+    with shared_intermediates() as cache:
+        tree = contract_tensor_tree(_tree(trace, sites.values()), enumerated, cache=cache)
+        ((ordinal, (joint,)),) = tree.items()
+        rest = _tree(trace, [s for k, s in sites.items() if k not in observed])
+        there = {
+            d for s in sites.values() for d in s["packed"]["unscaled_log_prob"]._pyro_dims
+        }  # plates of size one are not
+        hidden = contract_to_tensor(rest, enumerated, target_ordinal=ordinal & there, cache=cache)
+    frames = _frames(trace, sites.values(), ordinal)
+    _refuse_sums_across_a_subsample(sites, frames)
+    scale = _get_common_scale([s["scale"] / subsampling_factor(s) for s in sites.values()])
+    joint, hidden = (_aligned(t, trace, frames, n) * scale for t in (joint, hidden))
+    local = bool(frames) and bool(observed)
+    axes = {f.name: 1 + i for i, f in enumerate(frames)}
+    return "_".join(observed or sites), Term(axes, joint, joint - hidden if local else None, observed)
+
+
+def _tree(trace: poutine.Trace, sites: Iterable[Site]) -> OrderedDict[Any, list[Tensor]]:
+    tree: OrderedDict[Any, list[Tensor]] = OrderedDict()
+    for site in sites:
+        ordinal = frozenset(trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized)
+        p = site["packed"]
+        tree.setdefault(ordinal, []).append(packed.scale_and_mask(p["unscaled_log_prob"], mask=p["mask"]))
+    return tree
+
+
+def _frames(trace: poutine.Trace, sites: Iterable[Site], ordinal: Any) -> tuple[Any, ...]:
+    frames = {f for s in sites for f in s["cond_indep_stack"] if f.vectorized and f.name != "_draws"}
+    return tuple(sorted((f for f in frames if trace.plate_to_symbol[f.name] in ordinal), key=lambda f: f.dim))
+
+
+def _aligned(term: Tensor, trace: poutine.Trace, frames: tuple[Any, ...], n: int) -> Tensor:
+    """A packed tensor as ``(n, *plates)``; dimensions that it lacks are repeated."""
+    wanted = [trace.plate_to_symbol.get("_draws", ""), *(trace.plate_to_symbol[f.name] for f in frames)]
+    dims = list(term._pyro_dims)  # type: ignore[attr-defined]
+    ordered = term.permute([dims.index(d) for d in wanted if d in dims])
+    for axis, d in enumerate(wanted):
+        if d not in dims:
+            ordered = ordered.unsqueeze(axis)
+    return ordered.expand(n, *(f.size for f in frames))
+
+
+def _refuse_sums_across_a_subsample(sites: dict[str, Site], frames: tuple[Any, ...]) -> None:
+    for name, site in sites.items():
+        for f in site["cond_indep_stack"]:
+            if subsampled(f) and f.name not in {g.name for g in frames}:
+                raise ValueError(
+                    f"Site '{name}' lies in the subsampled plate '{f.name}' and depends on a discrete site outside of it: "
+                    "the sum over that site needs all rows at once. Pass the full data, with subsample_size=None."
+                )
+
+
+def total(terms: Iterable[Term], n: int) -> Tensor:
+    """Sum of the terms by draw, in float64, shape ``(n,)``."""
+    rows = [t.joint.double().reshape(n, -1).sum(-1) for t in terms]
+    return torch.stack(rows).sum(0) if rows else torch.zeros(n, dtype=torch.float64)

@@ -1,0 +1,189 @@
+"""Calibration against a conjugate posterior and planted faults; bounds on errors; R-hat of iterates."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_dgm as dgm
+from pyro_dgm.diagnostics import IterateMonitor, Refit
+from pyro_dgm.diagnostics.containers import group, has_group
+
+PRIOR = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+POSTERIOR = torch.linalg.inv(torch.linalg.inv(PRIOR) + 2.0 * torch.eye(2))
+
+
+def model(x=None):
+    """A plane normal: t ~ N(0, PRIOR), x | t ~ N(t, I / 2)."""
+    t = pyro.sample("t", dist.MultivariateNormal(torch.zeros(2), PRIOR))
+    pyro.sample("x", dist.MultivariateNormal(t, 0.5 * torch.eye(2)), obs=x)
+
+
+class Amortised:
+    """The exact posterior for any x, with a planted fault: sd times ``scale``, mean off by ``bias`` sd."""
+
+    def __init__(self, scale=1.0, bias=0.0):
+        self.scale, self.bias = scale, bias
+
+    def condition(self, x):
+        loc = POSTERIOR @ (2.0 * x) + self.bias * POSTERIOR.diagonal().sqrt()
+        return Conditioned(dist.MultivariateNormal(loc, self.scale**2 * POSTERIOR))
+
+
+class Conditioned:
+    def __init__(self, q):
+        self.q = q
+
+    def sample(self, sample_shape):
+        return {"t": self.q.sample(sample_shape)}
+
+    def log_prob(self, values):
+        return self.q.log_prob(values["t"])
+
+
+def draws_only(posterior):
+    """The same posterior as a plain function, without a density."""
+    return lambda data: posterior.condition(**data).sample((199,))
+
+
+def test_e2_sbc():
+    """300 simulations x 199 draws: the exact posterior passes, three planted faults do not, and are called by name."""
+    exact = dgm.sbc(model, Amortised(), observed=["x"], seed=0)
+    assert exact.p_value > 0.01 and exact.calibrated and "No fault was found" in str(exact)
+    faults = {"narrow": Amortised(0.7), "wide": Amortised(1.4), "high": Amortised(1.0, 0.5)}
+    for name, posterior in faults.items():
+        result = dgm.sbc(model, posterior, observed=["x"], seed=0)
+        assert result.p_value < 1e-4 and f"draws are too {name}" in str(result), str(result)
+
+
+def test_sbc_keeps_its_level():
+    """40 runs of 60 simulations with the exact posterior: about 1 % are rejected; a test that rejects half would be seen."""
+    rejected = [
+        not dgm.sbc(model, Amortised(), observed=["x"], num_simulations=60, num_draws=39, seed=i).calibrated
+        for i in range(40)
+    ]
+    assert sum(rejected) <= 3
+
+
+def test_e3_coverage_and_tarp():
+    """Coverage sees a wrong scale at p < 1e-10, from the density or from the model's joint; TARP at p < 0.01."""
+    for posterior in (Amortised(), draws_only(Amortised())):
+        result = dgm.coverage(model, posterior, observed=["x"], seed=0)
+        assert result.calibrated and abs(result.covered(0.8)[0] - 0.8) < 4 * result.covered(0.8)[1]
+    for posterior in (Amortised(0.7), draws_only(Amortised(0.7))):
+        result = dgm.coverage(model, posterior, observed=["x"], seed=0)
+        assert result.p_value < 1e-10 and result.covered(0.8)[0] < 0.7 and "too small" in str(result)
+    assert "too large" in str(dgm.coverage(model, Amortised(1.4), observed=["x"], seed=0))
+    assert dgm.tarp(model, Amortised(), observed=["x"], seed=0).p_value > 0.01
+    assert dgm.tarp(model, Amortised(0.7), observed=["x"], seed=0).p_value < 0.01
+    far = lambda made: np.full_like(made.truth["t"], 10.0)  # from a corner, a bias changes every distance
+    assert dgm.tarp(model, Amortised(1.0, 0.5), observed=["x"], references=far, seed=0).p_value < 1e-4
+
+
+def test_a_guide_is_fitted_anew_to_every_simulation():
+    """An exact "fit" passes and leaves the store alone; a mean field, too narrow under correlation 0.97, does not."""
+    slope = torch.tensor([1.0, 0.95])
+
+    def plane(x=None):
+        t = pyro.sample("t", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal((t * slope).sum(-1), 0.2), obs=x)
+
+    precision = torch.eye(2) + slope[:, None] * slope / 0.04
+    exact, narrow = torch.linalg.inv(precision), torch.diag(1.0 / precision.diagonal())
+
+    def train(covariance):
+        def fit(conditioned):
+            x = pyro.poutine.trace(conditioned).get_trace().nodes["x"]["value"]
+            loc = pyro.param("loc", exact @ slope * x / 0.04)
+            return lambda: pyro.sample("t", dist.MultivariateNormal(loc, covariance))
+
+        return fit
+
+    results = [
+        dgm.sbc(plane, Refit(plane, train(c)), observed=["x"], num_simulations=80, num_draws=49, seed=0)
+        for c in (exact, narrow)
+    ]
+    assert results[0].calibrated and results[1].p_value < 1e-4 and not len(pyro.get_param_store())
+
+
+def test_wrong_arguments_of_calibration_are_explained():
+    with pytest.raises(ValueError, match=r"observed=\['z'\]: expected names of the model's data sites"):
+        dgm.sbc(model, Amortised(), observed=["z"], num_simulations=3)
+    with pytest.raises(ValueError, match=r"observed=\[\]: expected names"):
+        dgm.sbc(model, Amortised(), num_simulations=3)
+    with pytest.raises(TypeError, match="expected an object with .condition"):
+        dgm.sbc(model, 3, observed=["x"], num_simulations=3)
+    with pytest.raises(ValueError, match=r"The posterior returned \['u'\], none of which is a latent site"):
+        dgm.sbc(model, lambda data: {"u": torch.zeros(5)}, observed=["x"], num_simulations=3, num_draws=5)
+    with pytest.raises(ValueError, match=r"tarp: references has shape \(3,\), expected \(4, 2\)"):
+        dgm.tarp(model, Amortised(), observed=["x"], num_simulations=4, references=lambda made: np.zeros(3))
+
+
+def test_ranks_go_into_a_container():
+    result = dgm.sbc(model, Amortised(), observed=["x"], num_simulations=30, num_draws=19, seed=0)
+    made = result.container()
+    assert has_group(made, "prior_sbc") and group(made, "prior_sbc")["t"].shape == (1, 30, 2)
+    assert made["prior_sbc"].attrs["num_draws"] == 19
+
+
+# --- Bounds ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loc, scale", [(0.1, 1.0), (0.3, 0.9), (0.0, 0.8)])
+def test_error_bounds_hold_and_are_right(loc, scale):
+    """p = N(loc, scale^2), q = N(0, 1): D2 is known, and the bounds lie above the errors; half a bound, the fault, may not."""
+    x = np.random.default_rng(0).normal(size=(1, 100_000))
+    lw = -0.5 * ((x - loc) / scale) ** 2 - np.log(scale) + 0.5 * x**2
+    bounds = dgm.error_bounds({"groups": {"posterior": {"x": x}, "sample_stats": {"log_weight": lw}}})
+    v = scale**2
+    d2 = loc**2 / (2 - v) - np.log(scale) - 0.5 * np.log(2 - v)
+    kl = 0.5 * (1 / v - 1 + loc**2 / v) + np.log(scale)
+    assert abs(bounds.d2 - (d2 + 2 * kl)) < 0.02 + 0.05 * bounds.d2
+    assert abs(loc) <= bounds.mean["x"] < 3 * abs(loc) + 0.6 and 1 - scale <= bounds.sd["x"]
+
+
+def test_error_bounds_say_when_they_know_nothing():
+    x = np.random.default_rng(0).normal(size=(1, 4_000))
+    for s, words in ((4.0, "unknown"), (1.0, "small")):
+        groups = {"posterior": {"x": x}, "sample_stats": {"log_weight": 0.5 * x**2 * (1 - 1 / s**2)}}
+        bounds = dgm.error_bounds({"groups": groups})
+        assert bounds.verdict == words and words in str(bounds) and np.isinf(bounds.mean["x"]) == (s == 4.0)
+    with pytest.raises(ValueError, match="error_bounds: sample_stats has no log_weight"):
+        dgm.error_bounds({"groups": {"sample_stats": {}, "posterior": {}}})
+
+
+# --- Iterates ----------------------------------------------------------------------------------------------------------
+
+
+def test_iterates_of_an_optimisation():
+    """R-hat of SVI's iterates falls below 1.1 once it has converged, and their average is nearer the truth."""
+    x = torch.tensor([0.5, 1.0, 0.3])
+
+    def target(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 3):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    guide = pyro.infer.autoguide.AutoNormal(
+        target, init_loc_fn=pyro.infer.autoguide.init_to_value(values={"mu": torch.tensor(-3.0)})
+    )
+    svi = pyro.infer.SVI(target, guide, pyro.optim.Adam({"lr": 0.03}), pyro.infer.Trace_ELBO())
+    svi.loss(target, guide, x)
+    monitor, states = IterateMonitor(guide, window=400), []
+    for step in range(1_200):
+        svi.step(x)
+        monitor.record()
+        if step in (50, 399, 1_199):
+            states.append((max(monitor.rhat().values()), monitor.converged()))
+    assert states[0] == (np.inf, False) and states[1][0] > 1.5 and states[2][1]
+    last, mean = guide.locs.mu.item(), next(v for k, v in monitor.average().items() if k.startswith("locs")).item()
+    assert abs(mean - 0.45) < 0.15 and abs(mean - 0.45) < abs(last - 0.45) + 0.1
+
+
+def test_iterates_need_a_window():
+    with pytest.raises(ValueError, match="window=5; R-hat of iterates needs at least 20"):
+        IterateMonitor(window=5)
+    for read in (IterateMonitor().rhat, IterateMonitor().average):
+        with pytest.raises(ValueError, match="nothing was recorded"):
+            read()
