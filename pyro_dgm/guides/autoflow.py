@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
@@ -12,6 +13,7 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
 from pyro.params.param_store import param_with_module_name
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform, biject_to
 
@@ -150,9 +152,10 @@ class AutoFlow(AutoContinuous):
         self.setup(*args, **kwargs)
         if not self._posterior.affine.requires_grad:  # frozen by a bound's second pass: nothing to register
             return self._posterior()
-        if not pyro.settings.get("module_local_params"):
-            self._agree_with_param_store()
-        return self.posterior()
+        changed = not pyro.settings.get("module_local_params") and self._agree_with_param_store()
+        listened = changed or am_i_wrapped()  # an SVI that asks for parameters, say; they are not stated to nobody
+        with self._pyro_context if listened else nullcontext():
+            return self.posterior()
 
     def get_base_dist(self) -> Distribution:
         built = self._posterior.build(None)
@@ -168,8 +171,8 @@ class AutoFlow(AutoContinuous):
         built: Any = self._posterior.build(None)
         return compose([built.transform.inv, self._posterior.bijection(built)])
 
-    def _agree_with_param_store(self) -> None:
-        """Let a loaded param store fill an untouched guide; otherwise the guide's own values hold.
+    def _agree_with_param_store(self) -> bool:
+        """Let a loaded param store fill an untouched guide; otherwise the guide's own values hold. Whether they differed.
 
         Without this a guide keeps random weights after ``get_param_store().load`` and SVI trains orphans (pyro#1204).
         The whitening is no parameter, but is kept in the store as one, so that the store alone restores the guide.
@@ -177,7 +180,7 @@ class AutoFlow(AutoContinuous):
         store, posterior, prefix = pyro.get_param_store(), self._posterior, f"{self._pyro_name}.posterior"
         known = store._params.get(param_with_module_name(prefix, "components.0.affine"))
         if known is posterior.affine and self._registered == posterior.buffer_version():
-            return
+            return False
         fill = known is not None and posterior.version() == self._untouched
         if fill:
             posterior.grow(sum(k.startswith(f"{prefix}$$$components") and k.endswith(".affine") for k in store._params))
@@ -191,6 +194,7 @@ class AutoFlow(AutoContinuous):
         for name, buffer in buffers:
             store.setdefault(param_with_module_name(prefix, name), buffer.clone())
         self._registered = posterior.buffer_version()
+        return True
 
     @torch.no_grad()
     def draws(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
