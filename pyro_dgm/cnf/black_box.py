@@ -60,7 +60,7 @@ class BlackBoxField(VectorField):
             wanted = torch.is_grad_enabled()
             with torch.enable_grad():
                 x = x if x.requires_grad else x.detach().requires_grad_()
-                velocity = self.velocity(t.clamp(0.0, 1.0), x, context)
+                velocity = self.velocity(t, x, context)
                 vectors = self._basis(x) if probe is None else probe
                 (products,) = torch.autograd.grad(
                     velocity, x, vectors, create_graph=wanted, is_grads_batched=True, allow_unused=True

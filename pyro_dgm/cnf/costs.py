@@ -13,6 +13,7 @@ hjb        :math:`|\partial_t\Phi - \frac12|\nabla\Phi|^2|` Onken et al. (2021),
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def path_costs(
         rates, product = _with_product(motion, t, x, noise)
     else:
         rates, product = motion(t, x), x
-    each = {
+    each: dict[str, Any] = {
         "transport": lambda: 0.5 * rates.velocity.square().sum(-1),
         "kinetic": lambda: rates.velocity.square().mean(-1),
         "jacobian": lambda: product.square().mean(-1),

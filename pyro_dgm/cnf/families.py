@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from pyro.nn import PyroModule
@@ -94,11 +95,15 @@ class ContinuousFlow(NormalizingFlow):
         return dynamics
 
     def _adjoint_parameters(self, context: Tensor | None) -> list[Tensor]:
-        """Every tensor that a solve depends on: parameters, sampled Bayesian weights, the context."""
+        """Every tensor that the adjoint has to give a gradient to: parameters and the context."""
         if not self.solver.adjoint:
             return []
-        sampled = [getattr(m, n) for m in self.field.modules() if isinstance(m, PyroModule) for n in m._pyro_samples]
-        return [t for t in [*self.field.parameters(), *sampled, context] if t is not None and t.requires_grad]
+        if any(isinstance(m, PyroModule) and m._pyro_samples for m in self.field.modules()):
+            raise ValueError(
+                f"{self._name}: adjoint=True with sampled weights (PyroSample); the backward solve would draw them anew. "
+                "Use adjoint=False."
+            )
+        return [t for t in [*self.field.parameters(), context] if t is not None and t.requires_grad]
 
     def velocity(self, time: Tensor, u: Tensor, context: Tensor | None = None) -> Tensor:
         r""":math:`v(t, u; c)` for times ``(*batch, 1)`` and points ``(*batch, D)``, in the flow's units."""
@@ -122,7 +127,7 @@ class ContinuousFlow(NormalizingFlow):
             ValueError: for ``hjb`` of a field that is no gradient.
         """
         self.refuse_costs(costs)
-        built = self.build(context)
+        built: Any = self.build(context)
         to_event = self.bijection(built)
         u = x if to_event is None else to_event.inv(x)
         z, ladj, spent = self.solve(u, context, costs=costs)
@@ -143,31 +148,30 @@ class ContinuousFlow(NormalizingFlow):
         if not self.solver.controlled or not torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(point):
             return
         version = sum(p._version for p in self.field.parameters())
-        looked, changes, last = self.__dict__.get("_looked", (None, _EVERY, None))
+        looked, changes, last = self.__dict__.get("_looked", (None, 0, None))
         if version == last:
             return
-        changes += 1
-        if changes > _EVERY or looked is None:
-            self.__dict__["_looked"] = (self._points(point, context, sampling), 0, version)
-            self.solver.adapt(float(self._error().mean()), _WHILE_TRAINING)
-        else:
-            self.__dict__["_looked"] = (looked, changes, version)
+        changes += last is not None
+        if looked is None or changes >= _EVERY:
+            looked = (*self._points(point, context), sampling)
+        self.__dict__["_looked"] = (looked, changes % _EVERY, version)
+        if changes >= _EVERY:
+            self.solver.adapt(float(self._error(*looked).mean()), _WHILE_TRAINING)
 
     @torch.no_grad()
-    def _points(self, point: Tensor, context: Tensor | None, sampling: bool) -> tuple[Tensor, Tensor | None]:
-        """A few of the batch's points, at data's end, with their contexts."""
+    def _points(self, point: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A few of the batch's points with their contexts."""
         rows = point.shape[:-1].numel()
         index = torch.linspace(0, rows - 1, min(rows, _WATCHED), device=point.device).long()
-        some = point.reshape(rows, -1)[index]
         if context is not None:
             context = context.expand(*point.shape[:-1], -1).reshape(rows, -1)[index]
-        return (self._solve(some, context, sampling=True)[0] if sampling else some), context
+        return point.reshape(rows, -1)[index], context
 
     @torch.no_grad()
-    def _error(self) -> Tensor:
-        """``|log p_n - log p_2n|`` of the watched points."""
-        (u, context), _, _ = self.__dict__["_looked"]
+    def _error(self, u: Tensor, context: Tensor | None, sampling: bool = False) -> Tensor:
+        """``|log p_n - log p_2n|`` of points in the flow's units, or of the draws made from them."""
         n, scores = int(self.solver.steps), []
+        u = self._solve(u, context, True)[0] if sampling else u
         for steps in (n, 2 * n):
             z, ladj, _ = self._solve(u, context, False, steps=steps)
             scores.append(ladj - 0.5 * z.square().sum(-1))
@@ -182,7 +186,7 @@ class ContinuousFlow(NormalizingFlow):
             return
         for _ in range(8):
             before = int(self.solver.steps)
-            self.solver.adapt(float(self._error().quantile(0.95)), _SETTLED)
+            self.solver.adapt(float(self._error(*self.__dict__["_looked"][0]).quantile(0.95)), _SETTLED)
             if int(self.solver.steps) == before:
                 return
 
@@ -199,10 +203,7 @@ class ContinuousFlow(NormalizingFlow):
         """
         if self.solver.method not in ("rk4", "heun3", "midpoint", "euler"):
             raise ValueError(f"{self._name}: solver_error compares fixed grids; compare two tolerances instead.")
-        u, n = self.flow_units(x), int(self.solver.steps)
-        ends = [self._solve(u, context, False, steps=k)[:2] for k in (n, 2 * n)]
-        a, b = (ladj - 0.5 * z.square().sum(-1) for z, ladj in ends)
-        return (a - b).abs()
+        return self._error(self.flow_units(x), context)
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in super().__getstate__().items() if k != "_looked"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,8 @@ class SumField(VectorField):
         ValueError: if they differ in their features.
     """
 
+    fields: Any
+
     def __init__(self, *fields: VectorField) -> None:
         if len({(f.features, f.context_features) for f in fields}) != 1:
             raise ValueError(
@@ -85,12 +87,12 @@ class SumField(VectorField):
 
         def motion(t: Tensor, x: Tensor) -> Rates:
             rates = [m(t, x) for m in motions]
-            return Rates(sum(r.velocity for r in rates), sum(r.divergence for r in rates))  # type: ignore[arg-type]
+            return Rates(sum(r.velocity for r in rates), sum(r.divergence for r in rates))
 
         return motion
 
     def velocity(self, time: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
-        return sum(f.velocity(time, x, context) for f in self.fields)  # type: ignore[return-value]
+        return sum(f.velocity(time, x, context) for f in self.fields)
 
     def start_at_rest(self) -> None:
         for field in self.fields:
@@ -102,11 +104,8 @@ class SumField(VectorField):
 
 
 def time_features(t: Tensor) -> Tensor:
-    r"""The features :math:`(t, \cos k\pi t, \sin k\pi t)` of times in [0, 1], shape ``t.shape[:-1] + (7,)`` or ``(7,)``.
-
-    Times outside are clipped: adaptive solvers look beyond the end, where no field was trained.
-    """
-    t = (t if t.dim() else t[None]).clamp(0.0, 1.0)
+    r"""The features :math:`(t, \cos k\pi t, \sin k\pi t)` of times, shape ``t.shape[:-1] + (7,)`` or ``(7,)``."""
+    t = t if t.dim() else t[None]
     angle = t * _frequencies(t)
     return torch.cat([t, angle.cos(), angle.sin()], -1)
 

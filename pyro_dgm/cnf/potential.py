@@ -12,6 +12,7 @@ section 3.2).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +51,16 @@ class PotentialField(VectorField):
         self.quadratic = nn.Parameter(0.1 * torch.randn(min(10, features) if rank is None else rank, features))
         self.sizes = (width, width, features, 1)
         self.time = nn.Linear(1 + 2 * FREQUENCIES, sum(self.sizes))
-        self.context = MLP(context_features, sum(self.sizes), (64,)) if context_features else None
+        self.context: Any = MLP(context_features, sum(self.sizes), (64,)) if context_features else None
         with torch.no_grad():
             self.time.bias[:width] = 2.0 * torch.randn(width)
-            self.time.weight[width:] *= 0.3 / width**0.5
-            self.time.bias[width:] *= 0.3 / width**0.5
-            if self.context is not None:
-                self.context[-1].weight[width:] *= 0.3 / width**0.5
-                self.context[-1].bias[width:] *= 0.3 / width**0.5
+            for layer in self._outputs():
+                layer.weight[width:] *= 0.3 / width**0.5
+                layer.bias[width:] *= 0.3 / width**0.5
+
+    def _outputs(self) -> list[Any]:
+        """The linear layers whose outputs are summed into the potential's coefficients."""
+        return [self.time] + ([] if self.context is None else [list(self.context)[-1]])
 
     def bind(self, context: Tensor | None, probe: Tensor | None = None, hjb: bool = False) -> Motion:
         of_context = None if self.context is None else self.context(context)
@@ -97,7 +100,7 @@ class PotentialField(VectorField):
     def start_at_rest(self) -> None:
         width = self.sizes[0]
         self.quadratic.mul_(1e-4)
-        for layer in [self.time] + ([] if self.context is None else [self.context[-1]]):
+        for layer in self._outputs():
             layer.weight[width:] = 0.0
             layer.bias[width:] = 0.0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,14 +96,13 @@ class Solver(nn.Module):
     def _odeint(self, f: Dynamics, y: Tensor, t: Tensor, parameters: Sequence[Tensor], steps: int) -> Tensor:
         from torchdiffeq import odeint, odeint_adjoint
 
-        options: dict[str, Any] = {"norm": _largest_row}
+        options: dict[str, Any] = {"norm": _largest_row, "step_t": t[1:]}  # stop at the end, do not look beyond
+        backward: dict[str, Any] = {"step_t": t[:1]}
         if self.method in FIXED:
-            grid = torch.linspace(float(t[0]), float(t[1]), steps + 1, dtype=y.dtype, device=y.device)
-            options = {"grid_constructor": lambda f, y, t: grid}
+            options = backward = {"grid_constructor": partial(_even_grid, steps)}
         tolerance = max(self.tolerance, 10.0 * torch.finfo(y.dtype).eps)
         arguments: dict[str, Any] = {"method": self.method, "rtol": tolerance, "atol": tolerance, "options": options}
         if self.adjoint and torch.is_grad_enabled():
-            backward = {"grid_constructor": lambda f, y, t: grid.flip(0)} if self.method in FIXED else {}
             return odeint_adjoint(f, y, t, adjoint_params=tuple(parameters), adjoint_options=backward, **arguments)[-1]
         return odeint(f, y, t, **arguments)[-1]
 
@@ -135,6 +135,10 @@ _ADVICE = (
     "Usual causes: a diverged training (lower the learning rate), data far from the unit scale (standardise them), an "
     "activation with a kink, or parameters that are NaN."
 )
+
+
+def _even_grid(steps: int, f: Dynamics, y: Tensor, t: Tensor) -> Tensor:
+    return torch.linspace(float(t[0]), float(t[-1]), steps + 1, dtype=t.dtype, device=t.device)
 
 
 class _Counted:

@@ -12,6 +12,8 @@ and the bracket does not depend on the point.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -48,7 +50,7 @@ class TwoLayerField(VectorField):
         self.third = nn.Parameter(torch.randn(features, width) * 0.3 * width**-0.5)
         self.sizes = (width, width, width, width, features, 1)
         self.time = nn.Linear(1 + 2 * FREQUENCIES, sum(self.sizes))
-        self.context = MLP(context_features, sum(self.sizes), (width,)) if context_features else None
+        self.context: Any = MLP(context_features, sum(self.sizes), (width,)) if context_features else None
         with torch.no_grad():
             self.time.bias[2 * width : 4 * width] = 1.0  # gates are open
             self.time.weight[4 * width :] *= 0.1

@@ -52,7 +52,9 @@ def assert_density(q: Distribution, *, num_samples: int = 20_000, tolerance: flo
             f"num_samples (now {num_samples}), fewer dimensions, or another check."
         )
     if abs(total - 1.0) > 5.0 * error + 0.01:
-        raise ValueError(f"assert_density: {_name(q)} integrates to {total:.4g} +- {error:.2g}, expected 1: no density.")
+        raise ValueError(
+            f"assert_density: {_name(q)} integrates to {total:.4g} +- {error:.2g}, expected 1: no density."
+        )
     _check_map(q, tolerance)
     return total, error
 

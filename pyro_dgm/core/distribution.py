@@ -256,7 +256,7 @@ class LearnedDistribution(TorchDistribution):
         return base.log_prob(u) - bijection.log_abs_det_jacobian(u, value)
 
     def _constrain(self, base: Distribution, u: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
-        bijection = self._family.bijection(base)
+        bijection: Any = self._family.bijection(base)
         if bijection is None:
             return u, log_prob
         x, ladj = bijection.call_and_ladj(u)

@@ -110,7 +110,9 @@ def check_batch(name: str, family: DistributionModule, x: Tensor, context: Tenso
     """Refuse events and contexts that do not fit a family, or hold NaN."""
     shape, event = tuple(x.shape), tuple(family.event_shape)
     if x.dim() != 1 + len(event) or shape[1:] != event:
-        raise ValueError(f"{name}: data have shape {shape}, expected (N, {', '.join(map(str, event))}): rows of events.")
+        raise ValueError(
+            f"{name}: data have shape {shape}, expected (N, {', '.join(map(str, event))}): rows of events."
+        )
     if (context is None) != (family.context_features == 0):
         raise ValueError(
             f"{name}: {type(family).__name__} has context_features={family.context_features}, but the data hold "

@@ -72,14 +72,17 @@ class MaximumLikelihood(nn.Module):
         kinetic = (0.01 if continuous else 0.0) if kinetic is None else kinetic
         weights = {"transport": transport, "hjb": hjb, "kinetic": kinetic, "jacobian": jacobian}
         if any(w < 0.0 for w in weights.values()) or pretrain < 0:
-            raise ValueError(f"MaximumLikelihood: weights and pretrain must not be negative, got {weights}, {pretrain}.")
+            raise ValueError(
+                f"MaximumLikelihood: weights and pretrain must not be negative, got {weights}, {pretrain}."
+            )
         self.weights = {name: weight for name, weight in weights.items() if weight}
         if self.weights and not continuous:
             raise ValueError(
                 f"MaximumLikelihood: {', '.join(self.weights)} weigh the paths of a continuous flow; "
                 f"{type(family).__name__} has none. Leave them out, or use FFJORD or OTFlow."
             )
-        self.family, self.steps = family, pretrain
+        self.family: Any = family
+        self.steps = pretrain
         self._refuse_hjb_without_potential()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -92,7 +95,8 @@ class MaximumLikelihood(nn.Module):
 
     def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
         """Take the units from the data and match the flow, unless the family was trained before."""
-        if self.steps and standardize_once(self.family, batches) and isinstance(self.family, Transporting):
+        family = self.family
+        if self.steps and standardize_once(family, batches) and isinstance(family, Transporting):
             _match(self.family, batches, self.steps)
 
     def _refuse_hjb_without_potential(self) -> None:
@@ -106,7 +110,9 @@ def _match(family: DistributionModule, batches: Iterator[tuple[Any, ...]], steps
     parameters = [p for p in family.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr, betas=(0.9, 0.99), fused=True)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 30) * (0.1 + 0.45 * (1.0 + math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"] = (
+            lr * min(1.0, (step + 1) / 30) * (0.1 + 0.45 * (1.0 + math.cos(math.pi * step / steps)))
+        )
         optimizer.zero_grad(set_to_none=True)
         objective(*next(batches)).backward()
         optimizer.step()
