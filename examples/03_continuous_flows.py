@@ -61,9 +61,7 @@ def toys(smoke, out):
         axes[3].plot(track[..., 0], track[..., 1], lw=0.6, color="0.5")
         axes[3].plot(*track[0].T, ".", ms=3), axes[3].plot(*track[-1].T, ".", color="C1")
         score = -flow().log_prob(x)
-        print(
-            f"{make.__name__}: {score.mean():.3f} +- {score.std() / 2000**0.5:.3f} nats, {4 * flow.solver.steps} evaluations"
-        )
+        print(f"{make.__name__}: {score.mean():.3f} +- {score.std() / 2000**0.5:.3f} nats, {flow.solver.steps} steps")
     for ax, title in zip(grid[0], ("data", "density", "draws", "trajectories, noise to data"), strict=True):
         ax.set_title(title)
     figure.savefig(out / "continuous_toys.png", dpi=100)
@@ -71,12 +69,9 @@ def toys(smoke, out):
 
 def transport(smoke, out):
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.7), layout="constrained", sharex=True, sharey=True)
-    titles = {
-        "without a cost": {"kinetic": 0.0, "pretrain": 1},
-        "with transport and HJB cost": {"transport": 0.1, "hjb": 0.1, "pretrain": 1},
-    }
+    titles = {"without costs": {"kinetic": 0.0}, "with transport and HJB cost": {"transport": 0.1, "hjb": 0.1}}
     for ax, (title, costs) in zip(axes, titles.items(), strict=True):
-        flow = fitted(dgm.OTFlow(2), (eight_gaussians(5000),), smoke, **costs)
+        flow = fitted(dgm.OTFlow(2), (eight_gaussians(5000),), smoke, pretrain=1, **costs)
         track, cost = paths(flow, 100)
         ax.plot(track[..., 0], track[..., 1], lw=0.6, color="0.5"), ax.plot(*track[-1].T, ".", color="C1")
         ax.set_title(f"{title}: {cost:.2f}")
