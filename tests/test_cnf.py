@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyro_dgm as dgm
-from pyro_dgm.cnf import BlackBoxField, PotentialField, SolverError, SumField, TwoLayerField, VectorField
+from pyro_dgm.cnf import BlackBoxField, Plan, PotentialField, SolverError, SumField, TwoLayerField, VectorField
 from tests.compat_cells import DATA, EVIDENCE, conjugate
 
 
@@ -62,14 +62,16 @@ def test_the_hamilton_jacobi_rate_is_the_potentials_derivative_in_time():
     """grad_x of dPhi/dt equals d/dt of grad Phi; a residual of the wrong sign of time would differ."""
     field = PotentialField(3, 2, 8).double()
     x, c, t = torch.randn(5, 3).double().requires_grad_(), torch.randn(5, 2).double(), torch.tensor(0.4).double()
-    b, w, _, _ = field._modulation(t, field.context(c))
+    from pyro_dgm.cnf.field import time_features
+
+    b, w, _, _ = field._split(field.time(time_features(t)), field.context(c))
     z = x @ field.ridges.mT + b
     rate = field._rate(t, x, z, w * torch.tanh(z))
     (of_rate,) = torch.autograd.grad(rate.sum(), x)
     h = 1e-5
     moved = [field.velocity((t + s).expand(5, 1), x, c) for s in (h, -h)]
     torch.testing.assert_close(of_rate, -(moved[0] - moved[1]) / (2 * h), atol=1e-7, rtol=1e-6)
-    residual = field.bind(c, hjb=True)(t, x).hjb
+    residual = field.bind(c, Plan(hjb=True))(t, x).hjb
     torch.testing.assert_close(residual, (rate - 0.5 * field.velocity(t.expand(5, 1), x, c).square().sum(-1)).abs())
 
 
@@ -83,7 +85,7 @@ def test_random_probes_are_fixed_in_a_solve_and_unbiased():
     assert scores.std() > 0
     assert abs(scores.mean() - exact().log_prob(x)) < 5 * scores.std() / 300**0.5
     probe = flow.field.probe(x.expand(2, 3))
-    motion, t = flow.field.bind(None, probe), torch.tensor(0.5)
+    motion, t = flow.field.bind(None, Plan(probe=probe)), torch.tensor(0.5)
     assert probe.shape == (2, 2, 3) and torch.equal(motion(t, x.expand(2, 3))[1], motion(t, x.expand(2, 3))[1])
 
 
@@ -297,7 +299,7 @@ class Stretch(VectorField):
         super().__init__(features)
         self.rate = nn.Parameter(torch.tensor(rate))
 
-    def bind(self, context, probe=None, hjb=False):
+    def bind(self, context, plan=None):
         return lambda t, x: dgm.cnf.Rates(self.rate * x, self.features * self.rate.expand(x.shape[:-1]))
 
     def velocity(self, time, x, context):

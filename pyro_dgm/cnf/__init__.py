@@ -2,7 +2,7 @@
 
 from pyro_dgm.cnf.black_box import BlackBoxField
 from pyro_dgm.cnf.families import FFJORD, OTFlow
-from pyro_dgm.cnf.field import Rates, SumField, VectorField
+from pyro_dgm.cnf.field import Plan, Rates, SumField, VectorField
 from pyro_dgm.cnf.potential import PotentialField
 from pyro_dgm.cnf.solver import SolverError
 from pyro_dgm.cnf.two_layer import TwoLayerField
@@ -12,6 +12,7 @@ __all__ = [
     "BlackBoxField",
     "OTFlow",
     "PotentialField",
+    "Plan",
     "Rates",
     "SolverError",
     "SumField",

@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from pyro_dgm.cnf.field import Motion, Rates, VectorField
+from pyro_dgm.cnf.field import NOTHING_KNOWN, Motion, Plan, Rates, VectorField
 
 __all__ = ["BlackBoxField"]
 
@@ -55,7 +55,9 @@ class BlackBoxField(VectorField):
         self.scale = nn.Parameter(torch.ones(()))
         _warn_of_kinks(module)
 
-    def bind(self, context: Tensor | None, probe: Tensor | None = None, hjb: bool = False) -> Motion:
+    def bind(self, context: Tensor | None, plan: Plan = NOTHING_KNOWN) -> Motion:
+        probe = plan.probe
+
         def motion(t: Tensor, x: Tensor) -> Rates:
             wanted = torch.is_grad_enabled()
             with torch.enable_grad():

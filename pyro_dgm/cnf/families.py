@@ -16,7 +16,7 @@ from torch.distributions import Distribution, constraints
 
 from pyro_dgm.cnf.black_box import BlackBoxField
 from pyro_dgm.cnf.costs import COSTS, path_costs
-from pyro_dgm.cnf.field import VectorField
+from pyro_dgm.cnf.field import Plan, VectorField
 from pyro_dgm.cnf.potential import PotentialField
 from pyro_dgm.cnf.solver import Solver
 from pyro_dgm.cnf.transform import FlowMap
@@ -69,18 +69,19 @@ class ContinuousFlow(NormalizingFlow):
     def _solve(
         self, point: Tensor, context: Tensor | None, sampling: bool, costs: Sequence[str] = (), steps: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dynamics = self._dynamics(point, context, costs)
+        dynamics = self._dynamics(point, context, costs, steps)
         start, end = (0.0, 1.0) if sampling else (1.0, 0.0)
         state = torch.cat([point, point.new_zeros(*point.shape[:-1], 1 + len(costs))], -1)
         state = self.solver(dynamics, state, start, end, self._adjoint_parameters(context), steps)
         image, ladj, spent = state.split([self.features, 1, len(costs)], -1)
         return image, ladj.squeeze(-1), spent if sampling else -spent
 
-    def _dynamics(self, point: Tensor, context: Tensor | None, costs: Sequence[str]):  # noqa: ANN202
+    def _dynamics(self, point: Tensor, context: Tensor | None, costs: Sequence[str], steps: int | None):  # noqa: ANN202
         """The right-hand side for the state (point, log-determinant, costs)."""
-        probe, features = self.field.probe(point), self.features
+        features = self.features
         noise = torch.randn_like(point) if "jacobian" in costs else None
-        bind = partial(self.field.bind, context, probe, "hjb" in costs)
+        plan = Plan(self.solver.times(point, steps), self.field.probe(point), "hjb" in costs)
+        bind = partial(self.field.bind, context, plan)
         bound = None if self.solver.adjoint else bind()
 
         def dynamics(t: Tensor, state: Tensor) -> Tensor:

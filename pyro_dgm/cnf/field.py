@@ -9,14 +9,24 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core.upstream import PyroABCMeta
 
-__all__ = ["Motion", "Rates", "SumField", "VectorField", "time_features", "time_features_rate"]
+__all__ = [
+    "NOTHING_KNOWN",
+    "Motion",
+    "Plan",
+    "Rates",
+    "SumField",
+    "VectorField",
+    "at_times",
+    "time_features",
+    "time_features_rate",
+]
 
 FREQUENCIES = 3
 
@@ -29,7 +39,23 @@ class Rates(NamedTuple):
     hjb: Tensor | None = None
 
 
+class Plan(NamedTuple):
+    """What is known of a solve before it begins.
+
+    Attributes:
+        times: at which the field will be asked, where that is known, so that what depends on time is computed at once.
+        probe: of a stochastic trace, drawn once a solve.
+        hjb: whether the Hamilton-Jacobi residual is wanted.
+    """
+
+    times: Tensor | None = None
+    probe: Tensor | None = None
+    hjb: bool = False
+
+
+NOTHING_KNOWN = Plan()
 Motion = Callable[[Tensor, Tensor], Rates]
+T = TypeVar("T")
 
 
 class VectorField(nn.Module, metaclass=PyroABCMeta):
@@ -45,7 +71,7 @@ class VectorField(nn.Module, metaclass=PyroABCMeta):
         self.features, self.context_features = features, context_features
 
     @abstractmethod
-    def bind(self, context: Tensor | None, probe: Tensor | None = None, hjb: bool = False) -> Motion:
+    def bind(self, context: Tensor | None, plan: Plan = NOTHING_KNOWN) -> Motion:
         """The motion ``(t, x) -> Rates`` for a context; ``t`` is a scalar, ``x`` has shape ``(*sample, *batch, D)``."""
 
     @abstractmethod
@@ -82,8 +108,8 @@ class SumField(VectorField):
         super().__init__(fields[0].features, fields[0].context_features)
         self.fields = nn.ModuleList(fields)
 
-    def bind(self, context: Tensor | None, probe: Tensor | None = None, hjb: bool = False) -> Motion:
-        motions = [f.bind(context, probe) for f in self.fields]
+    def bind(self, context: Tensor | None, plan: Plan = NOTHING_KNOWN) -> Motion:
+        motions = [f.bind(context, plan) for f in self.fields]
 
         def motion(t: Tensor, x: Tensor) -> Rates:
             rates = [m(t, x) for m in motions]
@@ -120,3 +146,16 @@ def time_features_rate(t: Tensor) -> Tensor:
 
 def _frequencies(t: Tensor) -> Tensor:
     return math.pi * torch.arange(1, FREQUENCIES + 1, dtype=t.dtype, device=t.device)
+
+
+def at_times(stages: Callable[[Tensor], list[T]], times: Tensor | None) -> Callable[[Tensor], T]:
+    """What a field is at a time, out of a table made at once for all times of a solve; other times are computed singly."""
+    known: dict[float, T] = {}
+    if times is not None:
+        known = dict(zip((round(t, 5) for t in times.tolist()), stages(times), strict=True))
+
+    def stage(t: Tensor) -> T:
+        found = known.get(round(float(t), 5)) if known else None
+        return stages(t[None])[0] if found is None else found
+
+    return stage

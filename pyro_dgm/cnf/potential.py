@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
-from pyro_dgm.cnf.field import FREQUENCIES, Motion, Rates, VectorField, time_features, time_features_rate
+from pyro_dgm.cnf.field import (
+    FREQUENCIES,
+    NOTHING_KNOWN,
+    Motion,
+    Plan,
+    Rates,
+    VectorField,
+    at_times,
+    time_features,
+    time_features_rate,
+)
 from pyro_dgm.core import MLP
 
 __all__ = ["PotentialField"]
@@ -62,17 +72,19 @@ class PotentialField(VectorField):
         """The linear layers whose outputs are summed into the potential's coefficients."""
         return [self.time] + ([] if self.context is None else [list(self.context)[-1]])
 
-    def bind(self, context: Tensor | None, probe: Tensor | None = None, hjb: bool = False) -> Motion:
+    def bind(self, context: Tensor | None, plan: Plan = NOTHING_KNOWN) -> Motion:
         of_context = None if self.context is None else self.context(context)
         lengths, trace = self.ridges.square().sum(-1), self.quadratic.square().sum()
+        stage = at_times(lambda times: list(self.time(time_features(times[:, None])).unbind()), plan.times)
 
         def motion(t: Tensor, x: Tensor) -> Rates:
-            b, w, l, a = self._modulation(t, of_context)
-            z = linear(x, self.ridges) + b
+            b, w, l, a = self._split(stage(t), of_context)
+            z = linear(x, self.ridges, b) if of_context is None else linear(x, self.ridges) + b
             s = _tanh(z)
             gradient = self._gradient(x, w * s, l, a)
-            laplacian = ((1.0 - s * s) * (w * lengths)).sum(-1) + self.features * a.squeeze(-1) + trace
-            if not hjb:
+            curvature = (1.0 - s * s) @ (w * lengths) if of_context is None else ((1.0 - s * s) * (w * lengths)).sum(-1)
+            laplacian = curvature + self.features * a.squeeze(-1) + trace
+            if not plan.hjb:
                 return Rates(-gradient, -laplacian)
             residual = (self._rate(t, x, z, w * s) - 0.5 * gradient.square().sum(-1)).abs()
             return Rates(-gradient, -laplacian, residual)
@@ -80,11 +92,11 @@ class PotentialField(VectorField):
         return motion
 
     def velocity(self, time: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
-        b, w, l, a = self._modulation(time, None if self.context is None else self.context(context))
+        of_context = None if self.context is None else self.context(context)
+        b, w, l, a = self._split(self.time(time_features(time)), of_context)
         return -self._gradient(x, w * _tanh(linear(x, self.ridges) + b), l, a)
 
-    def _modulation(self, t: Tensor, of_context: Tensor | None) -> tuple[Tensor, ...]:
-        of_time = self.time(time_features(t))
+    def _split(self, of_time: Tensor, of_context: Tensor | None) -> tuple[Tensor, ...]:
         return (of_time if of_context is None else of_time + of_context).split(self.sizes, -1)
 
     def _gradient(self, x: Tensor, weighted: Tensor, l: Tensor, a: Tensor) -> Tensor:

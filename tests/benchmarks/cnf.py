@@ -310,7 +310,7 @@ def trace(arguments, chosen):
 class NoTrace(dgm.cnf.TwoLayerField):
     """The default field's velocity as in its motion (time is one number for all points), without the divergence."""
 
-    def bind(self, context, probe=None, hjb=False):
+    def bind(self, context, plan=None):
         def motion(t, x):
             velocity = self.velocity(t, x, context)
             return dgm.cnf.Rates(velocity, torch.zeros_like(velocity[..., 0]))
