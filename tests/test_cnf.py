@@ -478,7 +478,8 @@ def test_prior_under_nuts_laplace_and_svi():
         likelihood = dist.Normal(z[:, None], 0.5).log_prob(DATA).sum((1, 2))
         weights = (model.flow().log_prob(z) + likelihood - dist.Normal(0.0, 1.5).log_prob(z).sum(-1)).softmax(0)
     mean = weights @ z
-    mcmc = MCMC(NUTS(model), num_samples=30, warmup_steps=20, disable_progbar=True)
+    kernel = NUTS(model, step_size=0.15, adapt_step_size=False, adapt_mass_matrix=False, max_tree_depth=4)
+    mcmc = MCMC(kernel, num_samples=40, warmup_steps=5, disable_progbar=True)
     mcmc.run(DATA)
     draws = mcmc.get_samples()["z"]
     assert ((draws.mean(0) - mean).abs() < 5 * draws.std(0) / 10**0.5).all()

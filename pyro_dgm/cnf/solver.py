@@ -155,8 +155,10 @@ def _nodes(steps: int, device: torch.device) -> Tensor:
 
 
 def _grid(steps: int, f: Dynamics, y: Tensor, t: Tensor) -> Tensor:
+    """The nodes in the direction of ``t``; the adjoint of a solve from 1 to 0 runs in negative times."""
     nodes = _nodes(steps, t.device).to(t.dtype)
-    return nodes if t[0] < t[-1] else nodes.flip(0)
+    nodes = -nodes if min(t[0], t[-1]) < 0 else nodes
+    return nodes if (nodes[0] < nodes[-1]) == (t[0] < t[-1]) else nodes.flip(0)
 
 
 class _Counted:

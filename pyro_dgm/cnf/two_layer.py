@@ -96,7 +96,7 @@ class TwoLayerField(VectorField):
         coupling = second * (first @ third).mT * g0[:, None]
         second, third = second * g0[:, None], third * g1[:, None]
         b1, b2 = b1 - 0.5 * second.sum(-1), b2 - 0.5 * third.sum(-1)
-        columns = [c.unbind() for c in (b0, second, b1, third, b2, coupling, g1, a)]
+        columns = [c.unbind() for c in (b0, second, b1, third, b2, coupling, g1, a.squeeze(-1))]
         return [_Stage(first, *row) for row in zip(*columns, strict=True)]
 
     def velocity(self, time: Tensor, x: Tensor, context: Tensor | None) -> Tensor:

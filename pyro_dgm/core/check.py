@@ -34,8 +34,8 @@ def assert_density(q: Distribution, *, num_samples: int = 20_000, tolerance: flo
         The integral and its standard error.
 
     Raises:
-        ValueError: if one of the three fails (it says which, with the number), if the integral's error is above 0.1 so that
-            it shows nothing, or if ``q`` has a batch shape or no real-vector support.
+        ValueError: if one of the three fails (it says which, with the number); if fewer than 30 effective draws carry the
+            integral or its error is above 0.1, so that it shows nothing; if ``q`` has a batch shape or is not over vectors.
 
     Example:
         >>> import torch, pyro_dgm as dgm
@@ -45,11 +45,11 @@ def assert_density(q: Distribution, *, num_samples: int = 20_000, tolerance: flo
     """
     _refuse_unfit(q)
     with torch.no_grad():
-        total, error = _integral(q, num_samples)
-    if error > 0.1:
+        total, error, effective = _integral(q, num_samples)
+    if error > 0.1 or effective < 30:
         raise ValueError(
-            f"assert_density: the integral of {_name(q)} is {total:.3g} +- {error:.2g}: too uncertain to tell. Take more "
-            f"num_samples (now {num_samples}), fewer dimensions, or another check."
+            f"assert_density: the integral of {_name(q)} is {total:.3g} +- {error:.2g}, carried by {effective:.0f} effective "
+            f"draws: too uncertain to tell. Take more num_samples (now {num_samples}), or fewer dimensions."
         )
     if abs(total - 1.0) > 5.0 * error + 0.01:
         raise ValueError(
@@ -59,14 +59,15 @@ def assert_density(q: Distribution, *, num_samples: int = 20_000, tolerance: flo
     return total, error
 
 
-def _integral(q: Distribution, num_samples: int) -> tuple[float, float]:
-    """The integral of a density over vectors, and its standard error."""
+def _integral(q: Distribution, num_samples: int) -> tuple[float, float, float]:
+    """The integral of a density over vectors, its standard error, and how many draws effectively carry it."""
     draws = q.sample(torch.Size([2000]))
     scale = 1.3 * draws.std(0).clamp_min(1e-6)
     wide = StudentT(4.0, draws.mean(0), scale).to_event(1)
     x = wide.sample((num_samples,))
     ratios = torch.cat([(q.log_prob(part) - wide.log_prob(part)).double().exp() for part in x.split(4000)])
-    return float(ratios.mean()), float(ratios.std()) / num_samples**0.5
+    effective = float(ratios.sum() ** 2 / ratios.square().sum())
+    return float(ratios.mean()), float(ratios.std()) / num_samples**0.5, effective
 
 
 def _check_map(q: Any, tolerance: float) -> None:
