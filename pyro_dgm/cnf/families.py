@@ -18,7 +18,7 @@ from pyro_dgm.cnf.black_box import BlackBoxField
 from pyro_dgm.cnf.costs import COSTS, path_costs
 from pyro_dgm.cnf.field import Plan, VectorField
 from pyro_dgm.cnf.potential import PotentialField
-from pyro_dgm.cnf.solver import Solver
+from pyro_dgm.cnf.solver import FIXED, Solver
 from pyro_dgm.cnf.transform import FlowMap
 from pyro_dgm.cnf.two_layer import TwoLayerField
 from pyro_dgm.core import zuko
@@ -173,9 +173,11 @@ class ContinuousFlow(NormalizingFlow):
         """``|log p_n - log p_2n|`` of points in the flow's units, or of the draws made from them."""
         n, scores = int(self.solver.steps), []
         u = self._solve(u, context, True)[0] if sampling else u
-        for steps in (n, 2 * n):
-            z, ladj, _ = self._solve(u, context, False, steps=steps)
-            scores.append(ladj - 0.5 * z.square().sum(-1))
+        with torch.random.fork_rng(devices=[]):
+            for steps in (n, 2 * n):
+                torch.manual_seed(0)  # the same probes, where the trace is stochastic
+                z, ladj, _ = self._solve(u, context, False, steps=steps)
+                scores.append(ladj - 0.5 * z.square().sum(-1))
         return (scores[0] - scores[1]).abs()
 
     def settle(self, *args: object, **kwargs: object) -> None:
@@ -202,7 +204,7 @@ class ContinuousFlow(NormalizingFlow):
         Raises:
             ValueError: for adaptive steps, which have no n.
         """
-        if self.solver.method not in ("rk4", "heun3", "midpoint", "euler"):
+        if self.solver.method not in FIXED:
             raise ValueError(f"{self._name}: solver_error compares fixed grids; compare two tolerances instead.")
         return self._error(self.flow_units(x), context)
 
