@@ -71,7 +71,7 @@ def transport(smoke, out):
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.7), layout="constrained", sharex=True, sharey=True)
     titles = {"without costs": {"kinetic": 0.0}, "with transport and HJB cost": {"transport": 0.1, "hjb": 0.1}}
     for ax, (title, costs) in zip(axes, titles.items(), strict=True):
-        flow = fitted(dgm.OTFlow(2), (eight_gaussians(5000),), smoke, pretrain=1, **costs)
+        flow = fitted(dgm.OTFlow(2, hidden_features=128), (eight_gaussians(5000),), smoke, pretrain=1, **costs)
         track, cost = paths(flow, 100)
         ax.plot(track[..., 0], track[..., 1], lw=0.6, color="0.5"), ax.plot(*track[-1].T, ".", color="C1")
         ax.set_title(f"{title}: {cost:.2f}")
