@@ -1,7 +1,9 @@
 """Deep generative models for Pyro: flows, and the posteriors, fits and diagnostics that they make possible."""
 
 from pyro_dgm import evaluate
+from pyro_dgm.cnf import FFJORD, OTFlow
 from pyro_dgm.core import Dequantize, DistributionModule, ImplicitDistribution, LearnedDistribution, Standardize
+from pyro_dgm.core.check import assert_density
 from pyro_dgm.diagnostics import (
     KHat,
     check,
@@ -21,7 +23,7 @@ from pyro_dgm.diagnostics import (
 )
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
 from pyro_dgm.guides import AutoFlow
-from pyro_dgm.objectives import STL_ELBO
+from pyro_dgm.objectives import STL_ELBO, FlowMatching, MaximumLikelihood
 from pyro_dgm.train import FitDiverged, History, fit
 
 __version__ = "0.1.0"
@@ -30,13 +32,17 @@ __all__ = [
     "AutoFlow",
     "Dequantize",
     "DistributionModule",
+    "FFJORD",
     "FitDiverged",
+    "FlowMatching",
     "History",
     "ImplicitDistribution",
     "KHat",
     "LearnedDistribution",
     "MAF",
+    "MaximumLikelihood",
     "NSF",
+    "OTFlow",
     "RealNVP",
     "STL_ELBO",
     "Standardize",
@@ -46,6 +52,7 @@ __all__ = [
     "compare",
     "coverage",
     "error_bounds",
+    "assert_density",
     "fit",
     "from_fits",
     "from_posterior_samples",

@@ -38,6 +38,8 @@ FAMILIES = {
     "MAF": functools.partial(dgm.MAF, transforms=2, **small),
     "MAF-sampling": functools.partial(dgm.MAF, transforms=2, fast="sampling", **small),
     "NSF": functools.partial(dgm.NSF, transforms=2, **small),
+    "FFJORD": functools.partial(dgm.FFJORD, hidden_features=8, steps=6),
+    "OTFlow": functools.partial(dgm.OTFlow, hidden_features=16, steps=6),
     "zuko-NICE": of_zuko(zuko.flows.NICE, **small),
     "zuko-NSF": of_zuko(zuko.flows.NSF, transforms=2, **small),
     "zuko-NCSF": of_zuko(zuko.flows.NCSF, transforms=2, **small),
@@ -54,6 +56,8 @@ FAMILIES = {
 NOT_REPARAMETERISED = {"zuko-GMM"}
 # Families that invert by bisection or by an ODE solver: a round trip is exact to the solver only.
 APPROXIMATE = {
+    "FFJORD": 1e-3,
+    "OTFlow": 1e-3,
     "zuko-SOSPF": 1e-3,
     "zuko-BPF": 1e-3,
     "zuko-NAF": 1e-3,

@@ -165,7 +165,7 @@ def test_state_dict_round_trip(name):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("name", ["Gaussian", "RealNVP", "MAF-sampling", "NSF"])
+@pytest.mark.parametrize("name", ["Gaussian", "RealNVP", "MAF-sampling", "NSF", "FFJORD"])
 def test_copies_after_use_score_the_same(name, copied):
     """Copies of family and distribution work after draws, gradients and pyro.module, and leave the original alone."""
     import pyro

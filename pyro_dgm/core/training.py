@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Convergent", "Settling", "Startable"]
+from torch import Tensor
+
+from pyro_dgm.core.data import Standardize
+
+__all__ = ["Convergent", "Pretrainable", "Settling", "Standardizable", "Startable", "Transporting"]
 
 
 @runtime_checkable
@@ -13,6 +18,38 @@ class Startable(Protocol):
 
     def warm_start(self, *args: Any, **kwargs: Any) -> None:
         """Start from the data; does nothing on a module that was already trained."""
+
+
+@runtime_checkable
+class Pretrainable(Protocol):
+    """An objective with a cheaper one that brings its parameters near their end first."""
+
+    def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
+        """Train on as many of the endless batches as it takes; does nothing where that was done before."""
+
+
+@runtime_checkable
+class Standardizable(Protocol):
+    """A family that can take its units from data."""
+
+    standard: Standardize
+
+    def standardize(self, x: Tensor) -> Any:
+        """Fix the units to events ``(N, *event_shape)``."""
+
+
+@runtime_checkable
+class Transporting(Protocol):
+    """A family whose draws are carried along a velocity field from noise at time 0 to events at time 1."""
+
+    def velocity(self, time: Tensor, u: Tensor, context: Tensor | None = None) -> Tensor:
+        """The velocity, in the flow's units."""
+
+    def flow_units(self, x: Tensor) -> Tensor:
+        """Events as vectors in the flow's units."""
+
+    def score_and_costs(self, x: Tensor, context: Tensor | None, costs: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Log density of events, and what their paths cost."""
 
 
 @runtime_checkable

@@ -63,7 +63,7 @@ class NormalizingFlow(DistributionModule):
         Returns the flow itself. Do it once, before training; it is part of the ``state_dict``.
         """
         self.standard.loc.zero_(), self.standard.scale.fill_(1.0)
-        to_event = self.bijection(self.flow(None if not self.context_features else x.new_zeros(self.context_features)))
+        to_event = self.bijection(self.build(None if not self.context_features else x.new_zeros(self.context_features)))
         self.standard.fit((x if to_event is None else to_event.inv(x)).reshape(-1, self.features))
         return self
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_dgm.core.training import Convergent, Settling, Startable
+from pyro_dgm.core.training import Convergent, Pretrainable, Settling, Startable
 from pyro_dgm.train.batches import Batches, held_out_split, non_finite
 from pyro_dgm.train.checkpoint import load_checkpoint, save_checkpoint
 from pyro_dgm.train.history import History
@@ -120,6 +120,8 @@ def _prepare(objective: nn.Module, batches: Batches, saved: dict[str, Any] | Non
     for module in objective.modules():
         if isinstance(module, Startable):
             module.warm_start(*batches.example())
+        if isinstance(module, Pretrainable):
+            module.pretrain(iter(batches))
 
 
 def _take(objective: nn.Module, state: dict[str, Tensor]) -> None:
@@ -202,10 +204,10 @@ class _Run:
         self._record(value, rate, math.isfinite(norm))
 
     def _loss(self, batch: tuple[Any, ...]) -> Tensor:
-        """The objective; a matrix that cannot be factorised (a covariance of one particle) makes it NaN."""
+        """The objective; a matrix that cannot be factorised, or an equation that cannot be solved, makes it NaN."""
         try:
             return self.objective(*batch)
-        except torch.linalg.LinAlgError:
+        except (torch.linalg.LinAlgError, ArithmeticError):
             return torch.tensor(math.nan)
 
     def _set_rate(self) -> float:
