@@ -4,8 +4,9 @@ from pyro_dgm.core import DistributionModule, ImplicitDistribution, LearnedDistr
 from pyro_dgm.diagnostics import KHat, from_svi, khat, neutra, resample
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
 from pyro_dgm.guides import AutoFlow
-from pyro_dgm.objectives import STL_ELBO
+from pyro_dgm.objectives import IWAE_ELBO, STL_ELBO
 from pyro_dgm.train import FitDiverged, History, fit
+from pyro_dgm.vae import VAE
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "DistributionModule",
     "FitDiverged",
     "History",
+    "IWAE_ELBO",
     "ImplicitDistribution",
     "KHat",
     "LearnedDistribution",
@@ -22,6 +24,7 @@ __all__ = [
     "RealNVP",
     "STL_ELBO",
     "Standardize",
+    "VAE",
     "ZukoFlow",
     "fit",
     "from_svi",

@@ -3,11 +3,13 @@
 from pyro_dgm.core.data import Standardize
 from pyro_dgm.core.distribution import ImplicitDistribution, LearnedDistribution, NoDensityError, frozen
 from pyro_dgm.core.module import DistributionModule, compose
-from pyro_dgm.core.networks import MLP
+from pyro_dgm.core.networks import MLP, ConvDecoder, ConvEncoder, joined
 from pyro_dgm.core.upstream import zuko
 
 __all__ = [
     "MLP",
+    "ConvDecoder",
+    "ConvEncoder",
     "DistributionModule",
     "ImplicitDistribution",
     "LearnedDistribution",
@@ -15,5 +17,6 @@ __all__ = [
     "Standardize",
     "compose",
     "frozen",
+    "joined",
     "zuko",
 ]
