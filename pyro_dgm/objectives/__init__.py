@@ -1,6 +1,19 @@
 """What training minimises: modules that turn a batch into a scalar loss."""
 
 from pyro_dgm.objectives.iwae import IWAE_ELBO
+from pyro_dgm.objectives.latent_mmd import LatentMMD
+from pyro_dgm.objectives.penalised import Penalised
 from pyro_dgm.objectives.stl import STL_ELBO
+from pyro_dgm.objectives.total_correlation import TotalCorrelation
+from pyro_dgm.objectives.transformed import Transformed
+from pyro_dgm.objectives.weighted_kl import WeightedKL_ELBO
 
-__all__ = ["IWAE_ELBO", "STL_ELBO"]
+__all__ = [
+    "IWAE_ELBO",
+    "LatentMMD",
+    "Penalised",
+    "STL_ELBO",
+    "TotalCorrelation",
+    "Transformed",
+    "WeightedKL_ELBO",
+]
