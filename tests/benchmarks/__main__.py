@@ -6,7 +6,7 @@ import json
 import pathlib
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("name", choices=["overhead", "posteriordb", "scaling", "supports", "vae", "verdicts"])
+parser.add_argument("name", choices=["overhead", "posteriordb", "scaling", "supports", "vae", "vae_long", "verdicts"])
 parser.add_argument("--out", type=pathlib.Path)
 parser.add_argument("--only", nargs="*", help="a subset of the benchmark's rows")
 parser.add_argument("--limit", type=float, help="CPU seconds after which a NUTS row is stopped")
