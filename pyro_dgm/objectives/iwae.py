@@ -144,8 +144,7 @@ class IWAE_ELBO(Trace_ELBO):
 
     def _model_trace(self, model: Any, drawn: poutine.Trace, args: Any, kwargs: Any) -> poutine.Trace:
         nesting = int(self.max_plate_nesting)
-        replayed = poutine.replay(together(model, self.num_particles, nesting), trace=drawn)
-        run = enumerated(replayed, nesting + 1)
+        run = poutine.replay(enumerated(together(model, self.num_particles, nesting), nesting + 1), trace=drawn)
         trace = poutine.trace(run).get_trace(*args, **kwargs)
         for name, site in latent_sites(trace):
             if name not in drawn.nodes and not is_enumerable(site):

@@ -112,7 +112,7 @@ class STL_ELBO(Trace_ELBO):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-        run = enumerated(poutine.replay(model, trace=drawn), int(self.max_plate_nesting))
+        run = poutine.replay(enumerated(model, int(self.max_plate_nesting)), trace=drawn)
         model_trace = poutine.trace(run).get_trace(*args, **kwargs)
         _refuse_unmatched(model_trace, drawn)
         if is_validation_enabled():
