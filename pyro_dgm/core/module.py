@@ -134,12 +134,14 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         """Draw every PyroSample weight now, inside the trace; networks that run later reuse the values."""
         if not isinstance(self, PyroModule):
             return {}
-        return {
-            m._pyro_get_fullname(name): getattr(m, name)
-            for m in self.modules()
-            if isinstance(m, PyroModule)
-            for name in m._pyro_samples
-        }
+        context: Any = self._pyro_context
+        with context:
+            return {
+                m._pyro_get_fullname(name): getattr(m, name)
+                for m in self.modules()
+                if isinstance(m, PyroModule)
+                for name in m._pyro_samples
+            }
 
     @contextmanager
     def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:

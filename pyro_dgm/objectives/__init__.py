@@ -3,6 +3,7 @@
 from pyro_dgm.objectives.iwae import IWAE_ELBO
 from pyro_dgm.objectives.latent_mmd import LatentMMD
 from pyro_dgm.objectives.penalised import Penalised
+from pyro_dgm.objectives.semisupervised import SemiSupervised
 from pyro_dgm.objectives.stl import STL_ELBO
 from pyro_dgm.objectives.total_correlation import TotalCorrelation
 from pyro_dgm.objectives.transformed import Transformed
@@ -13,6 +14,7 @@ __all__ = [
     "LatentMMD",
     "Penalised",
     "STL_ELBO",
+    "SemiSupervised",
     "TotalCorrelation",
     "Transformed",
     "WeightedKL_ELBO",

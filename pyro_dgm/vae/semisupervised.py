@@ -25,8 +25,8 @@ class SemiSupervisedVAE(nn.Module):
     r"""A model/guide pair for ``TraceEnum_ELBO``, with a classifier in the guide.
 
     ``model(x, y)`` and ``guide(x, y)`` take labels of shape ``(N,)`` with -1 where there is none; labelled and unlabelled
-    rows may be mixed. The label never trains the classifier by the bound itself, so add ``classification``:
-    ``Penalised(TraceEnum_ELBO(max_plate_nesting=1)(vae.model, vae.guide), (weight, vae.classification))``.
+    rows may be mixed. The bound never shows the classifier a label, so train by ``objectives.SemiSupervised``, which adds
+    its likelihood.
 
     Args:
         prior: a family over the latent.
