@@ -191,7 +191,8 @@ class Encoder(nn.Module):
 
     def inputs(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         """The encoder's input: the flat data with zeros where nothing was seen, the mask, the context."""
-        dtype = next(self.posterior.parameters()).dtype
+        floats = (t.dtype for t in self.posterior.tensors() if t.is_floating_point())
+        dtype = next(floats, torch.get_default_dtype())
         n = len(self.event_shape)
         seen = x if mask is None else torch.where(mask, x, torch.zeros_like(x))
         parts = [p.flatten(x.dim() - n) if n else p.unsqueeze(-1) for p in (seen, mask) if p is not None]
