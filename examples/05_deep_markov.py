@@ -34,8 +34,6 @@ def pendulums(n, seed):
 
 
 class Model(nn.Module):
-    """Transition and emission."""
-
     def __init__(self):
         super().__init__()
         self.transition = dgm.vae.Conditional(LATENT, LATENT, self.small_step, hidden_features=(64,))
@@ -56,9 +54,7 @@ class Model(nn.Module):
                 pyro.sample(f"x_{t}", self.emission(z), obs=None if t >= x.shape[1] else x[:, t])
 
 
-class Guide(nn.Module):
-    """q(z_t | z_{t-1}, the series from t on), by a recurrent network that runs backwards."""
-
+class Guide(nn.Module):  # q(z_t | z_{t-1}, the series from t on), by a recurrent network that runs backwards
     def __init__(self):
         super().__init__()
         self.reader = nn.GRU(1, 32, batch_first=True)

@@ -37,8 +37,6 @@ def cells():
 
 
 class Model(nn.Module):
-    """Prior and decoder of a cell, and the shift of the second batch."""
-
     def __init__(self):
         super().__init__()
         self.prior, self.profile = dgm.vae.Mixture(LATENT, 8), dgm.core.MLP(LATENT, GENES, (64,))
@@ -55,8 +53,6 @@ class Model(nn.Module):
 
 
 class Guide(nn.Module):
-    """A Gaussian for the shift, an encoder of log counts and batch for the cells."""
-
     def __init__(self, model):
         super().__init__()
         self.shared = AutoNormal(poutine.block(model, expose=["shift"]), init_scale=0.05)
@@ -73,7 +69,6 @@ class Guide(nn.Module):
 
 
 def agreement(z, label):
-    """Share of cells whose nearest other cell has the same label."""
     distance = torch.cdist(z, z).fill_diagonal_(torch.inf)
     return float((label[distance.argmin(1)] == label).double().mean())
 

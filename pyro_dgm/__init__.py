@@ -1,5 +1,6 @@
 """Deep generative models for Pyro: flows, and the posteriors, fits and diagnostics that they make possible."""
 
+from pyro_dgm import evaluate
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, LearnedDistribution, Standardize
 from pyro_dgm.diagnostics import KHat, from_svi, khat, neutra, resample
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
@@ -26,6 +27,7 @@ __all__ = [
     "Standardize",
     "VAE",
     "ZukoFlow",
+    "evaluate",
     "fit",
     "from_svi",
     "khat",
