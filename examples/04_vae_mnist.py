@@ -51,11 +51,11 @@ def picture(vae, test, digits, side, path):
     with torch.no_grad():
         prior = vae.prior(classes)
         means = vae.decode(prior.sample(), classes).mean
-        q = vae.embed(test[:10], digits[:10])
-        again = vae.decode(q, digits[:10]).mean
+        again = vae.decode(vae.embed(test[:50], digits[:50]), digits[:50]).mean
     dgm.vae.plot_images(means.reshape(-1, side, side), 10, axes[0])
     axes[0].set_title("generated, one row per digit (means of the pixels)")
-    dgm.vae.plot_images(torch.cat([test[:10], again]).reshape(-1, side, side), 10, axes[1])
+    pairs = torch.stack([test[:50].reshape(5, 10, side, side), again.reshape(5, 10, side, side)], 1)
+    dgm.vae.plot_images(pairs.reshape(-1, side, side), 10, axes[1])
     axes[1].set_title("test images above their reconstructions")
     figure.savefig(path, dpi=150)
 

@@ -23,8 +23,10 @@ def plot_images(images: Tensor, columns: int = 10, ax: Any = None) -> Any:
         raise ValueError(f"plot_images: images have shape {tuple(images.shape)}, expected (N, H, W).")
     n, h, w = images.shape
     rows = -(-n // columns)
-    padded = torch.cat([images, images.new_zeros(rows * columns - n, h, w)]).cpu()
-    grid = padded.reshape(rows, columns, h, w).permute(0, 2, 1, 3).reshape(rows * h, columns * w)
+    gap = max(1, h // 14)
+    whole = torch.cat([images, images.new_zeros(rows * columns - n, h, w)]).cpu()
+    tiles = torch.nn.functional.pad(whole, (0, gap, 0, gap)).reshape(rows, columns, h + gap, w + gap)
+    grid = tiles.permute(0, 2, 1, 3).reshape(rows * (h + gap), columns * (w + gap))
     if ax is None:
         ax = plt.subplots(figsize=(0.5 * columns, 0.5 * rows * h / w), layout="constrained")[1]
     ax.imshow(grid.numpy(), cmap="gray_r", vmin=0.0, vmax=1.0, interpolation="nearest")

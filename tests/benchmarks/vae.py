@@ -121,7 +121,7 @@ def pythae_vae():
                 output_dir=tempfile.mkdtemp(), num_epochs=epochs, learning_rate=1e-3, no_cuda=True,
                 per_device_train_batch_size=BATCH, optimizer_cls="Adam",
             )  # fmt: skip
-            TrainingPipeline(training_config=config, model=self.vae)(Grey(x), log_output_dir=None)
+            TrainingPipeline(training_config=config, model=self.vae)(Grey(x))
 
         def as_vae(self):
             vae = ours()
