@@ -74,16 +74,20 @@ def check_data(event_shape: Size, x: Tensor, context: Tensor | None, mask: Tenso
         )
 
 
-def refuse_outside(likelihood: Any, x: Tensor | None, mask: Tensor | None = None) -> Tensor | None:
-    """Data must lie in the likelihood's support (asked while Pyro validates); x is returned."""
+def refuse_outside(likelihood: Any, x: Tensor | None, *, few: bool = False) -> Tensor | None:
+    """Data must lie in the likelihood's support (asked while Pyro validates); x is returned.
+
+    ``few`` looks at the first 32 rows, for the sake of the message: a learned likelihood checks all of them when it scores.
+    """
     if x is None or not is_validation_enabled():
         return x
-    if x.is_floating_point() and not bool(x.isfinite().all()):
+    seen = x[:32] if few else x
+    if seen.is_floating_point() and not bool(seen.isfinite().all()):
         raise ValueError(
             f"VAE: x holds {int((~x.isfinite()).sum())} NaN or infinite entries. Pass mask= (True where seen) and put any "
             "number into the unseen entries: x.nan_to_num()."
         )
-    if not bool(likelihood.support.check(x).all()):
+    if not bool(likelihood.support.check(seen).all()):
         raise ValueError(
             f"VAE: x lies outside the likelihood's support {likelihood.support}. {_advice(likelihood.support, x)}"
         )

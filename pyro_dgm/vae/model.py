@@ -154,7 +154,7 @@ class Decoder(nn.Module):
         refuse_width("likelihood", self.likelihood, self.inputs(z, context), f"the latent of {self.prior.features}")
         if mask is None or x is None:
             likelihood: Any = self.likelihood(self.inputs(z, context))
-            return likelihood, refuse_outside(likelihood, x)
+            return likelihood, refuse_outside(likelihood, x, few=True)
         return self._masked(x, self.inputs(z, context), mask)
 
     def _masked(self, x: Tensor, inputs: Tensor, mask: Tensor) -> tuple[Distribution, Tensor | None]:
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
         with torch.no_grad():
             valid = made.sample()
             valid = valid.reshape(-1, *x.shape)[0].to(x.dtype) if valid.shape != x.shape else valid.to(x.dtype)
-        filled = refuse_outside(made, torch.where(mask, x, valid), mask)
+        filled = refuse_outside(made, torch.where(mask, x, valid))
         return made.mask(mask).to_event(len(self.likelihood.event_shape)), filled
 
 

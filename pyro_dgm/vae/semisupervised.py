@@ -102,7 +102,7 @@ class _Model(nn.Module):
             inputs = joined(z, one_hot(label, self.classes).to(z.dtype))
             refuse_width("likelihood", self.likelihood, inputs, "the latent and the label")
             likelihood = self.likelihood(inputs)
-            return pyro.sample("x", likelihood, obs=refuse_outside(likelihood, x))
+            return pyro.sample("x", likelihood, obs=refuse_outside(likelihood, x, few=True))
 
 
 class _Guide(nn.Module):
