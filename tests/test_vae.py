@@ -150,11 +150,20 @@ def test_predictive_simulates_and_infers():
     assert ((posterior["z"].reshape(400, 5, LATENT).mean(0) - q.mean).abs() < 5 * error).all()
 
 
-def test_an_arviz_container_has_a_dimension_of_rows():
+def test_an_arviz_container_has_a_dimension_of_rows_and_is_made_in_batches():
+    """Rows are independent, so containers of batches are concatenated along the plate's dimension."""
+    import xarray
+
     vae, x = small(), torch.randn(8, D)
-    idata = dgm.from_svi(vae.model, vae.guide, x, num_samples=60, prior=0, check=False, container="inferencedata")
-    assert idata["posterior"]["z"].dims[2] == "data" and idata["posterior"]["z"].shape == (1, 60, 8, LATENT)
-    assert idata["log_likelihood"]["x"].shape == (1, 60, 8)
+    made = [
+        dgm.from_svi(
+            vae.model, vae.guide, x[i : i + 4], num_samples=30, prior=0, check=False, coords={"data": range(i, i + 4)}
+        )
+        for i in (0, 4)
+    ]
+    posterior = xarray.concat([m["posterior"] for m in made], dim="data")
+    assert posterior["z"].dims[2] == "data" and posterior["z"].shape == (1, 30, 8, LATENT)
+    assert posterior["data"].values.tolist() == list(range(8)) and made[1]["log_likelihood"]["x"].shape == (1, 30, 4)
 
 
 COUNTS = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 7.0]])
