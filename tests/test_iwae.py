@@ -175,6 +175,29 @@ def test_a_latent_outside_the_plate_is_drawn_once():
     assert exact - 0.1 < value < exact + 3 * error and loose < exact - 0.5
 
 
+def test_a_plate_of_shared_latents_beside_the_rows_is_drawn_once_too():
+    """Loadings in a plate of columns, latents in a subsampled plate of rows: the same value as in the full plate."""
+    torch.manual_seed(0)
+    x = torch.randn(20, 3)
+
+    def program(observe):
+        def run(index):
+            with pyro.plate("columns", 3, dim=-1):
+                w = pyro.sample("w", dist.Normal(0.3, 1.0 if observe else 0.7))
+            with pyro.plate("rows", 20, subsample=index, dim=-2):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0 if observe else 0.9))
+                if observe:
+                    with pyro.plate("columns_", 3, dim=-1):
+                        pyro.sample("x", dist.Normal(z * w, 1.0), obs=x[index])
+
+        return run
+
+    bound = dgm.IWAE_ELBO(10, max_plate_nesting=2)
+    full, error = repeated(lambda: -bound.loss(program(True), program(False), torch.arange(20)), 150)
+    part, part_error = repeated(lambda: -bound.loss(program(True), program(False), torch.randperm(20)[:5]), 300)
+    assert abs(full - part) < 4 * math.hypot(error, part_error) and part_error < 1.5
+
+
 def test_enumerated_sites_are_summed_out():
     """A mixture of two, evidence by hand; with one particle it is TraceEnum_ELBO's value."""
     torch.manual_seed(0)
@@ -249,11 +272,11 @@ def test_what_gives_no_bound_is_refused():
         dgm.IWAE_ELBO(4, max_plate_nesting=1).loss(outside, its_guide, x)
 
     def crossed():
-        rows, columns = pyro.plate("rows", 4, subsample_size=2, dim=-2), pyro.plate("columns", 3, dim=-1)
+        rows, columns = (pyro.plate(k, 4, subsample_size=2, dim=d) for k, d in (("rows", -2), ("columns", -1)))
         with rows:
             pyro.sample("a", dist.Normal(0.0, 1.0))
         with columns:
             pyro.sample("b", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match="share no plate, and .'rows'. are subsampled"):
+    with pytest.raises(ValueError, match="different subsampled plates, .'columns', 'rows'."):
         dgm.IWAE_ELBO(4).loss(crossed, crossed)

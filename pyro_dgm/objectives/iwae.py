@@ -194,14 +194,17 @@ class _Weights(NamedTuple):
 
 
 def _units(trace: poutine.Trace) -> Frames:
-    """The plates that all local latents share, outermost first; their slices are independent."""
+    """The plates that all local latents share, outermost first; their slices are independent.
+
+    Local are the latents in subsampled plates, or, where nothing is subsampled, in any plate.
+    """
     stacks = [[f for f in plate_frames(s) if f.name != "_draws"] for _, s in latent_sites(trace)]
-    local = [stack for stack in stacks if stack]
+    subsampled = sorted({f.name for stack in stacks for f in stack if f.full_size not in (None, f.size)})
+    local = [stack for stack in stacks if any(f.name in subsampled or not subsampled for f in stack)]
     units = tuple(f for f in local[0] if all(f in stack for stack in local)) if local else ()
-    subsampled = sorted({f.name for stack in local for f in stack if f.full_size not in (None, f.size)})
     if not units and subsampled:
         raise ValueError(
-            f"IWAE_ELBO: the latents share no plate, and {subsampled} are subsampled, so no bound per datum exists. Use "
+            f"IWAE_ELBO: latents lie in different subsampled plates, {subsampled}, so no bound per datum exists. Use "
             "STL_ELBO, or one plate around all local latents."
         )
     return units
