@@ -483,6 +483,10 @@ def test_bad_data_are_refused_with_what_to_do():
         vae.guide(x, None, torch.ones(4, D, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"context has shape \(3, 1\), expected \(4, features\)"):
         vae.guide(x, torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="got 4 rows, more than size=3"):
+        dgm.VAE(vae.prior, vae.likelihood, vae.posterior, size=3).guide(x)
+    with pytest.raises(ValueError, match="likelihood was built for 2 context features, but .* make 3"):
+        small(parts.bernoulli, extra=1).model(x, torch.zeros(4, 1))
     with pytest.raises(ValueError, match="VAE.guide: it needs the data x"):
         vae.guide()
     joint = dgm.VAE(parts.StandardNormal(LATENT), dgm.MAF(D, LATENT), parts.Conditional(LATENT, 2 * D, parts.normal))

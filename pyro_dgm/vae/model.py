@@ -44,8 +44,8 @@ class VAE(nn.Module):
             depend on each other), or ``x``, ``context`` and ``mask`` do not fit the families.
 
     Note:
-        With a mask, entries that were not seen may hold anything, but not NaN: the encoder gets zeros there, and the
-        likelihood skips them. A row without any seen entry is fine: its evidence is one.
+        With a mask, entries that were not seen may hold anything (``fit`` refuses NaN, so fill them): the encoder gets
+        zeros there, and the likelihood skips them. A row without any seen entry is fine: its evidence is one.
 
     Example:
         >>> import torch, pyro_dgm as dgm
@@ -151,11 +151,12 @@ class Decoder(nn.Module):
 
     def observation(self, x: Tensor | None, z: Tensor, context: Tensor | None, mask: Tensor | None) -> Any:
         """The distribution of x, without its unseen entries, and x with something valid in their place."""
-        refuse_width("likelihood", self.likelihood, self.inputs(z, context), f"the latent of {self.prior.features}")
+        inputs = self.inputs(z, context)
+        refuse_width("likelihood", self.likelihood, inputs, f"the latent of {self.prior.features}")
         if mask is None or x is None:
-            likelihood: Any = self.likelihood(self.inputs(z, context))
+            likelihood = self.likelihood(inputs)
             return likelihood, refuse_outside(likelihood, x, few=True)
-        return self._masked(x, self.inputs(z, context), mask)
+        return self._masked(x, inputs, mask)
 
     def _masked(self, x: Tensor, inputs: Tensor, mask: Tensor) -> tuple[Distribution, Tensor | None]:
         entries = getattr(self.likelihood, "entries", None)
@@ -223,6 +224,10 @@ def plate(rows: int, size: int | None) -> Any:
     """The plate of the data: these rows, as a part of ``size`` rows where a size is given."""
     if size is None or size == rows:
         return pyro.plate("data", rows, dim=-1)
+    if size < rows:
+        raise ValueError(
+            f"VAE: got {rows} rows, more than size={size}, the rows of all data. Build the VAE with size={rows}."
+        )
     return pyro.plate("data", size, subsample=torch.arange(rows), dim=-1)
 
 
