@@ -92,7 +92,7 @@ def main(steps, out):
     for i, ax in enumerate(axes):
         ax.plot(test[i, :, 0], "k.", ms=4, label="series")
         ax.fill_between(range(seen, TIMES), low[i], high[i], alpha=0.4, label="90 % of forecasts")
-        ax.set_xlabel("time")
+        ax.set(xlabel="time", ylabel="" if i else "angle")
     axes[0].legend(frameon=False, fontsize=8)
     out.mkdir(exist_ok=True)
     figure.savefig(out / "deep_markov.png", dpi=150)

@@ -2,7 +2,8 @@
 
 Trained for 20, 80 and 240 epochs (each a run of its own with its own learning-rate schedule; Burda et al. ran 3,280), with
 a standard-normal prior and with a MAF prior. Scores are K = 5,000 bounds on 500 random test images, the same for all, so
-that differences have small errors. ``--only "VAE 20"`` runs one; a run that is stopped goes on from ``/tmp``.
+that differences have small errors. ``--only "VAE 20"`` runs one; a run that is stopped goes on from its checkpoint in the
+temporary folder.
 """
 
 import pathlib
