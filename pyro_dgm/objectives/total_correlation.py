@@ -44,9 +44,9 @@ class TotalCorrelation(nn.Module):
         n = len(x)
         if n < 2:
             raise ValueError("TotalCorrelation: a batch of one row has no aggregated posterior; use larger batches.")
-        q = _coordinates(self.vae.posterior.build(self.vae.guide.inputs(x, context, mask)))
+        q = self.vae.encode(x, context, mask)
         z = q.rsample()
-        pairs = q.log_prob(z[:, None])  # (draw, component, coordinate)
+        pairs = _coordinates(q).log_prob(z[:, None])  # (draw, component, coordinate)
         log_n = _log_shares(n, self.size).to(z)
         joint = (pairs.sum(-1) + log_n).logsumexp(1)
         marginals = (pairs + log_n[..., None]).logsumexp(1).sum(-1)
@@ -59,11 +59,12 @@ def _log_shares(n: int, size: int) -> Tensor:
     return torch.full((n, n), others).fill_diagonal_(-math.log(size))
 
 
-def _coordinates(built: Any) -> Any:
+def _coordinates(q: Any) -> Any:
     """The distributions of the single coordinates."""
+    built = q._base()
     if not isinstance(built, torch.distributions.Independent) or built.reinterpreted_batch_ndims != 1:
         raise ValueError(
-            f"TotalCorrelation: a posterior of {type(built).__name__} does not separate into coordinates. Use a diagonal "
-            "one, vae.Conditional(..., vae.normal), or LatentMMD."
+            f"TotalCorrelation: {q!r} does not separate into coordinates. Use a diagonal posterior, vae.Conditional(..., "
+            "vae.normal), or LatentMMD."
         )
     return built.base_dist

@@ -16,7 +16,6 @@ from torch.nn.functional import one_hot
 
 from pyro_dgm.core import DistributionModule, joined
 from pyro_dgm.vae.checks import check_data, refuse_batch_norm, refuse_outside, refuse_width
-from pyro_dgm.vae.conditional import Conditional
 from pyro_dgm.vae.model import plate, register
 
 __all__ = ["SemiSupervisedVAE"]
@@ -33,7 +32,7 @@ class SemiSupervisedVAE(nn.Module):
         prior: a family over the latent.
         likelihood: a family over x whose context is the latent followed by the label, one-hot.
         posterior: a family over the latent whose context is the flat x followed by the label, one-hot.
-        classifier: ``Conditional((), features, categorical(classes))``.
+        classifier: a family over the label, ``Conditional((), features, categorical(classes))``.
         classes: number of labels; their prior is uniform.
 
     Raises:
@@ -61,7 +60,7 @@ class SemiSupervisedVAE(nn.Module):
         prior: DistributionModule,
         likelihood: DistributionModule,
         posterior: DistributionModule,
-        classifier: Conditional,
+        classifier: DistributionModule,
         classes: int,
     ) -> None:
         super().__init__()
@@ -74,14 +73,13 @@ class SemiSupervisedVAE(nn.Module):
     @torch.no_grad()
     def classify(self, x: Tensor) -> Tensor:
         """Label probabilities :math:`q(y|x)`, shape ``(N, classes)``."""
-        label: Any = self.guide.classifier.entries(x.flatten(1))
-        return label.probs
+        return self.guide.classifier(x.flatten(1))._base().probs
 
 
 class Classification(nn.Module):
     """Minus the classifier's log probability of the labels that are there, summed over rows, in nats."""
 
-    def __init__(self, classifier: Conditional) -> None:
+    def __init__(self, classifier: DistributionModule) -> None:
         super().__init__()
         self.classifier = classifier
 
@@ -108,7 +106,7 @@ class _Model(nn.Module):
 
 
 class _Guide(nn.Module):
-    def __init__(self, posterior: DistributionModule, classifier: Conditional, classes: int) -> None:
+    def __init__(self, posterior: DistributionModule, classifier: DistributionModule, classes: int) -> None:
         super().__init__()
         self.posterior, self.classifier, self.classes = posterior, classifier, classes
 
@@ -125,7 +123,7 @@ class _Guide(nn.Module):
 
     def _label(self, x: Tensor, y: Tensor | None) -> Any:
         """The classifier's law, and certainty where there is a label."""
-        guessed: Any = self.classifier.entries(x)
+        guessed = dist.Categorical(logits=self.classifier(x)._base().logits)
         if y is None:
             return guessed
         if y.shape != x.shape[:1] or y.is_floating_point() or int(y.min()) < -1 or int(y.max()) >= self.classes:
