@@ -23,8 +23,9 @@ from pyro_dgm.diagnostics import (
 )
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
 from pyro_dgm.guides import AutoFlow
-from pyro_dgm.objectives import STL_ELBO, FlowMatching, MaximumLikelihood
+from pyro_dgm.objectives import IWAE_ELBO, STL_ELBO, FlowMatching, MaximumLikelihood
 from pyro_dgm.train import FitDiverged, History, fit
+from pyro_dgm.vae import VAE
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "FitDiverged",
     "FlowMatching",
     "History",
+    "IWAE_ELBO",
     "ImplicitDistribution",
     "KHat",
     "LearnedDistribution",
@@ -46,6 +48,7 @@ __all__ = [
     "RealNVP",
     "STL_ELBO",
     "Standardize",
+    "VAE",
     "ZukoFlow",
     "evaluate",
     "check",

@@ -31,6 +31,19 @@ def of_zuko(flow, **options):
 
 small = {"hidden_features": (16, 16)}
 
+
+def conditional(features, context_features=0):
+    """A network in front of a Gaussian; without a context its parameters are free."""
+    shared = () if context_features else ("loc", "log_scale")
+    return dgm.vae.Conditional(features, context_features, dgm.vae.normal, hidden_features=(16,), shared=shared)
+
+
+def chain(features, context_features=0):
+    """One dimension after the other."""
+    parts = [conditional(1, context_features + i) for i in range(features)]
+    return dgm.vae.Chain(*parts, context_features=context_features)
+
+
 # name -> (features, context_features) -> family over real vectors
 FAMILIES = {
     "Gaussian": Gaussian,
@@ -40,6 +53,8 @@ FAMILIES = {
     "NSF": functools.partial(dgm.NSF, transforms=2, **small),
     "FFJORD": functools.partial(dgm.FFJORD, hidden_features=8, steps=6),
     "OTFlow": functools.partial(dgm.OTFlow, hidden_features=16, steps=6),
+    "Conditional": conditional,
+    "Chain": chain,
     "zuko-NICE": of_zuko(zuko.flows.NICE, **small),
     "zuko-NSF": of_zuko(zuko.flows.NSF, transforms=2, **small),
     "zuko-NCSF": of_zuko(zuko.flows.NCSF, transforms=2, **small),

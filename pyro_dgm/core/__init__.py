@@ -3,12 +3,14 @@
 from pyro_dgm.core.data import Dequantize, Standardize
 from pyro_dgm.core.distribution import ImplicitDistribution, LearnedDistribution, NoDensityError, frozen
 from pyro_dgm.core.module import DistributionModule, compose
-from pyro_dgm.core.networks import MLP
+from pyro_dgm.core.networks import MLP, ConvDecoder, ConvEncoder, joined
 from pyro_dgm.core.upstream import zuko
 
 __all__ = [
     "MLP",
     "Dequantize",
+    "ConvDecoder",
+    "ConvEncoder",
     "DistributionModule",
     "ImplicitDistribution",
     "LearnedDistribution",
@@ -16,5 +18,6 @@ __all__ = [
     "Standardize",
     "compose",
     "frozen",
+    "joined",
     "zuko",
 ]

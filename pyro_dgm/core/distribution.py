@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, constraints, kl_divergence, register_kl
 
 from pyro_dgm.core.shapes import as_shape, broadcast_batch, check_support, check_value_shape
 from pyro_dgm.core.upstream import zuko
@@ -138,9 +138,21 @@ class LearnedDistribution(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        raise NotImplementedError(f"{self._name}: a learned distribution has no closed-form mean; average draws.")
+        return self._moment("mean")
 
-    variance = mean
+    @property
+    def variance(self) -> Tensor:
+        return self._moment("variance")
+
+    def _moment(self, which: str) -> Tensor:
+        """A moment of the built distribution, where it is known and no bijection follows."""
+        base = self._expanded_base()
+        try:
+            if self._family.bijection(base) is None:
+                return getattr(base, which)
+        except (AttributeError, NotImplementedError):
+            pass
+        raise NotImplementedError(f"{self._name}: a learned distribution has no closed-form {which}; average draws.")
 
     def detach(self) -> LearnedDistribution:
         r"""The same distribution with parameters and context frozen: ``log_prob`` passes gradients to the value only.
@@ -347,3 +359,12 @@ class ImplicitDistribution(TorchDistribution):
             "deterministic (Generator.sample_site), train with Adversarial or Adversarial_ELBO, or compare draws; "
             "for a likelihood train a flow or a VAE."
         )
+
+
+@register_kl(LearnedDistribution, LearnedDistribution)
+def _kl(q: LearnedDistribution, p: LearnedDistribution) -> Tensor:
+    """The closed form of what the families built, where torch has one and no bijection follows."""
+    built_q, built_p = q._expanded_base(), p._expanded_base()
+    if q._family.bijection(built_q) is not None or p._family.bijection(built_p) is not None:
+        raise NotImplementedError(f"no closed-form KL of {q!r} to {p!r}")
+    return kl_divergence(built_q, built_p)

@@ -70,7 +70,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         """The distribution of the (unconstrained) event for a context of shape ``(*batch, context_features)``."""
 
     def forward(self, context: Tensor | None = None) -> LearnedDistribution:
-        return LearnedDistribution(self, check_context(self, context), _sampled_weights(self))
+        return LearnedDistribution(self, check_context(self, context), self.sampled_weights())
 
     def start_at_identity(self) -> DistributionModule:
         """Become the base distribution, where the family can (flows do); returns the family itself."""
@@ -138,9 +138,22 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
             support = constraints.real_vector
         return _flattened(support, len(built.event_shape), len(self.event_shape))
 
+    def sampled_weights(self) -> dict[str, Tensor]:
+        """Draw every PyroSample weight now, inside the trace; networks that run later reuse the values."""
+        if not isinstance(self, PyroModule):
+            return {}
+        context: Any = self._pyro_context
+        with context:
+            return {
+                m._pyro_get_fullname(name): getattr(m, name)
+                for m in self.modules()
+                if isinstance(m, PyroModule)
+                for name in m._pyro_samples
+            }
+
     @contextmanager
     def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Evaluate with these sampled values in the place of Bayesian weights (see ``_sampled_weights``)."""
+        """Evaluate with these sampled values in the place of Bayesian weights (see ``sampled_weights``)."""
         if not weights:
             yield
             return
@@ -202,15 +215,3 @@ def _flattened(support: constraints.Constraint, built_dim: int, event_dim: int) 
     while isinstance(base, constraints.independent):
         base = base.base_constraint
     return constraints.independent(base, event_dim) if event_dim else base
-
-
-def _sampled_weights(family: DistributionModule) -> dict[str, Tensor]:
-    """Draw every PyroSample weight now, inside the trace; networks that run later reuse the values."""
-    if not isinstance(family, PyroModule):
-        return {}
-    return {
-        m._pyro_get_fullname(name): getattr(m, name)
-        for m in family.modules()
-        if isinstance(m, PyroModule)
-        for name in m._pyro_samples
-    }

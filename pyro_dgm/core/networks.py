@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pyro_dgm.core.upstream import zuko
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "joined"]
 
 
 class MLP(nn.Sequential):
@@ -31,3 +32,81 @@ class MLP(nn.Sequential):
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__(*zuko.nn.MLP(in_features, out_features, hidden_features, activation=activation))
+
+
+class ConvEncoder(nn.Module):
+    r"""Three strided convolutions and a linear layer: ``(*batch, C * H * W) -> (*batch, out_features)``.
+
+    Images come flat, so that any number of batch dimensions can stand before them.
+
+    Args:
+        image_shape: ``(C, H, W)``, with H and W at least 8.
+        out_features: length of the result.
+        channels: of the first convolution; the next two have twice as many.
+
+    Example:
+        >>> ConvEncoder((1, 28, 28), 10)(torch.zeros(3, 5, 784)).shape
+        torch.Size([3, 5, 10])
+    """
+
+    def __init__(self, image_shape: Sequence[int], out_features: int, channels: int = 16) -> None:
+        super().__init__()
+        self.image_shape = _checked_image(image_shape)
+        c, h, w = self.image_shape
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(c, channels, 4, 2, 1), nn.SiLU(),
+            nn.Conv2d(channels, 2 * channels, 4, 2, 1), nn.SiLU(),
+            nn.Conv2d(2 * channels, 2 * channels, 3, 1, 1), nn.SiLU(), nn.Flatten(),
+        )  # fmt: skip
+        self.last = nn.Linear(2 * channels * (h // 4) * (w // 4), out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = x.reshape(-1, *self.image_shape)
+        return self.last(self.convolutions(images)).reshape(*x.shape[:-1], -1)
+
+
+class ConvDecoder(nn.Module):
+    r"""A linear layer and two transposed convolutions: ``(*batch, in_features) -> (*batch, C * H * W)``.
+
+    Args:
+        in_features: length of the latent.
+        image_shape: ``(C, H, W)`` of the result, with H and W multiples of 4; twice the channels for two parameters.
+        channels: of the last hidden layer.
+
+    Example:
+        >>> ConvDecoder(10, (1, 28, 28))(torch.zeros(3, 5, 10)).shape
+        torch.Size([3, 5, 784])
+    """
+
+    def __init__(self, in_features: int, image_shape: Sequence[int], channels: int = 16) -> None:
+        super().__init__()
+        c, h, w = _checked_image(image_shape)
+        if h % 4 or w % 4:
+            raise ValueError(f"ConvDecoder: height and width must be multiples of 4, got {h} x {w}. Pad the images.")
+        self.small = (2 * channels, h // 4, w // 4)
+        self.first = nn.Linear(in_features, 2 * channels * (h // 4) * (w // 4))
+        self.convolutions = nn.Sequential(
+            nn.SiLU(), nn.ConvTranspose2d(2 * channels, channels, 4, 2, 1),
+            nn.SiLU(), nn.ConvTranspose2d(channels, c, 4, 2, 1), nn.Flatten(),
+        )  # fmt: skip
+
+    def forward(self, z: Tensor) -> Tensor:
+        small = self.first(z).reshape(-1, *self.small)
+        return self.convolutions(small).reshape(*z.shape[:-1], -1)
+
+
+def _checked_image(shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(shape) != 3 or min(shape[1:]) < 8:
+        raise ValueError(f"image_shape must be (channels, height, width) of at least 8 x 8, got {tuple(shape)}.")
+    return (shape[0], shape[1], shape[2])
+
+
+def joined(*parts: Tensor | None) -> Tensor:
+    """The parts side by side in the last dimension, their batch dimensions broadcast; None is left out.
+
+    >>> joined(torch.zeros(4, 1, 2), torch.ones(3, 5), None).shape
+    torch.Size([4, 3, 7])
+    """
+    given = [p for p in parts if p is not None]
+    batch = torch.broadcast_shapes(*(p.shape[:-1] for p in given))
+    return torch.cat([p.expand(*batch, p.shape[-1]) for p in given], -1) if len(given) > 1 else given[0]

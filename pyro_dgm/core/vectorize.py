@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ __all__ = [
     "joint_in_plate",
     "joint_of_rows",
     "log_probs",
+    "packed_log_probs",
     "per_draw",
     "plate_nesting",
     "together",
@@ -58,22 +59,36 @@ def enumerated(fn: Model, nesting: int) -> Model:
 def log_probs(trace: poutine.Trace) -> list[Tensor]:
     """Log probabilities (with scales and masks) of all sample sites; enumerated sites are summed out."""
     trace.compute_log_prob()
-    sites = [s for s in trace.nodes.values() if s["type"] == "sample"]
-    if any(s["infer"].get("_enumerate_dim") is not None for s in sites):
-        return _marginal_log_probs(trace)
-    return [s["log_prob"] for s in sites]
+    if _has_enumerated(trace):
+        draws = next((trace.plate_to_symbol[n] for n in _DRAWS if n in trace.plate_to_symbol), "")
+        return [_draws_first(t, draws) for t in packed_log_probs(trace)]
+    return [s["log_prob"] for s in _sample_sites(trace)]
 
 
-def _marginal_log_probs(trace: poutine.Trace) -> list[Tensor]:
-    """Terms of the log joint after Pyro's sum-product over enumerated sites; draws first, or a scalar."""
+def packed_log_probs(trace: poutine.Trace) -> Iterator[Tensor]:
+    """The same terms with named dimensions (``term._pyro_dims``, symbols of ``trace.plate_to_symbol``)."""
+    trace.compute_log_prob()
     trace.pack_tensors()
+    if not _has_enumerated(trace):
+        yield from (s["packed"]["log_prob"] for s in _sample_sites(trace))
+        return
     plain, factors, _, sum_dims, scale = _compute_model_factors(trace, poutine.Trace())
     with shared_intermediates() as cache:
         summed = contract_tensor_tree(factors, sum_dims, cache=cache)
-    terms = [t for group in plain.values() for t in group]
-    terms += [packed.scale_and_mask(t, scale=scale) for group in summed.values() for t in group]
-    draws = next((trace.plate_to_symbol[n] for n in _DRAWS if n in trace.plate_to_symbol), "")
-    return [_draws_first(t, draws) for t in terms]
+    yield from (t for group in plain.values() for t in group)
+    for group in summed.values():
+        for t in group:
+            scaled = packed.scale_and_mask(t, scale=scale)
+            scaled._pyro_dims = t._pyro_dims
+            yield scaled
+
+
+def _sample_sites(trace: poutine.Trace) -> list[dict[str, Any]]:
+    return [s for s in trace.nodes.values() if s["type"] == "sample"]
+
+
+def _has_enumerated(trace: poutine.Trace) -> bool:
+    return any(s["infer"].get("_enumerate_dim") is not None for s in _sample_sites(trace))
 
 
 def _draws_first(term: Tensor, draws: str) -> Tensor:

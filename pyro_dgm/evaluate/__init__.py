@@ -26,15 +26,19 @@ from pyro_dgm.evaluate.score import JudgedScore, Score
 from pyro_dgm.evaluate.two_sample import energy_distance, mmd, sliced_wasserstein
 
 __all__ = [
+    "AIS",
+    "EvidenceBound",
     "JudgedScore",
     "ModeCoverage",
     "NeighbourCoverage",
     "Score",
     "active_units",
     "aggregated_posterior_gap",
+    "ais",
     "bits_per_dim",
     "c2st",
     "energy_distance",
+    "evidence_bound",
     "frechet_distance",
     "held_out_score",
     "interpolation",
@@ -52,3 +56,4 @@ __all__ = [
     "table",
     "traversal",
 ]
+from pyro_dgm.evaluate.evidence import AIS, EvidenceBound, ais, evidence_bound

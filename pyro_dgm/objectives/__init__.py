@@ -1,7 +1,25 @@
 """What training minimises: modules that turn a batch into a scalar loss."""
 
 from pyro_dgm.objectives.flow_matching import FlowMatching
+from pyro_dgm.objectives.iwae import IWAE_ELBO
+from pyro_dgm.objectives.latent_mmd import LatentMMD
 from pyro_dgm.objectives.likelihood import MaximumLikelihood
+from pyro_dgm.objectives.penalised import Penalised
+from pyro_dgm.objectives.semisupervised import SemiSupervised
 from pyro_dgm.objectives.stl import STL_ELBO
+from pyro_dgm.objectives.total_correlation import TotalCorrelation
+from pyro_dgm.objectives.transformed import Transformed
+from pyro_dgm.objectives.weighted_kl import WeightedKL_ELBO
 
-__all__ = ["STL_ELBO", "FlowMatching", "MaximumLikelihood"]
+__all__ = [
+    "FlowMatching",
+    "IWAE_ELBO",
+    "MaximumLikelihood",
+    "LatentMMD",
+    "Penalised",
+    "STL_ELBO",
+    "SemiSupervised",
+    "TotalCorrelation",
+    "Transformed",
+    "WeightedKL_ELBO",
+]

@@ -32,7 +32,7 @@ from pyro_dgm.core.psis import psis
 from pyro_dgm.core.sites import is_enumerable, latent_sites
 from pyro_dgm.core.vectorize import NOT_VECTORIZED, enumerated, how_to_vectorize, joint_of_rows, log_probs, per_draw
 
-__all__ = ["STL_ELBO"]
+__all__ = ["STL_ELBO", "parameters_of", "rescored"]
 
 _LOOPED_PARTICLES = 16
 
@@ -126,7 +126,7 @@ class STL_ELBO(Trace_ELBO):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-        run = enumerated(poutine.replay(model, trace=drawn), int(self.max_plate_nesting))
+        run = poutine.replay(enumerated(model, int(self.max_plate_nesting)), trace=drawn)
         model_trace = poutine.trace(run).get_trace(*args, **kwargs)
         _refuse_unmatched(model_trace, drawn)
         if is_validation_enabled():
@@ -174,7 +174,12 @@ class _STLModule(ELBOModule):
 
 def _scored_with_frozen_parameters(guide: Any, drawn: poutine.Trace, args: Any, kwargs: Any) -> poutine.Trace:
     """The guide run again through its own draws, with parameters held constant and draws live."""
-    with frozen(*(_leaves(drawn) or _parameters(guide))):
+    return rescored(guide, drawn, parameters_of(guide, drawn), args, kwargs)
+
+
+def rescored(guide: Any, drawn: poutine.Trace, constant: list[Tensor], args: Any, kwargs: Any) -> poutine.Trace:
+    """The guide run again through the draws of a trace, with no gradient towards ``constant``."""
+    with frozen(*constant):
         with poutine.block(), _quiet(guide):
             trace = poutine.trace(poutine.replay(guide, trace=drawn)).get_trace(*args, **kwargs)
         trace = prune_subsample_sites(trace)
@@ -195,6 +200,11 @@ def _quiet(guide: Any) -> Iterator[None]:
 
 def _latents(guide_trace: poutine.Trace) -> dict[str, Tensor]:
     return {k: s["value"] for k, s in latent_sites(guide_trace) if not s["infer"].get("is_auxiliary")}
+
+
+def parameters_of(guide: Any, trace: poutine.Trace) -> list[Tensor]:
+    """The leaf tensors behind a guide's densities: of its ``pyro.param`` statements, or those of the module."""
+    return _leaves(trace) or _parameters(guide)
 
 
 def _leaves(trace: poutine.Trace) -> list[Tensor]:

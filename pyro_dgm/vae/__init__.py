@@ -1,0 +1,60 @@
+"""Variational autoencoders: the model/guide pair, and families for its three places."""
+
+from pyro_dgm.vae.chain import Chain
+from pyro_dgm.vae.conditional import Conditional, Encoded
+from pyro_dgm.vae.impute import impute
+from pyro_dgm.vae.likelihoods import (
+    DiscretizedLogistic,
+    bernoulli,
+    categorical,
+    columns,
+    continuous_bernoulli,
+    discretized_logistic,
+    negative_binomial,
+    normal,
+    poisson,
+    zero_inflated_negative_binomial,
+    zero_inflated_poisson,
+)
+from pyro_dgm.vae.model import VAE
+from pyro_dgm.vae.pictures import (
+    plot_embedding,
+    plot_images,
+    plot_interpolation,
+    plot_reconstructions,
+    plot_traversal,
+)
+from pyro_dgm.vae.posteriors import FullRank
+from pyro_dgm.vae.priors import Mixture, StandardNormal, VampPrior
+from pyro_dgm.vae.refine import refine
+from pyro_dgm.vae.semisupervised import SemiSupervisedVAE
+
+__all__ = [
+    "VAE",
+    "Chain",
+    "Conditional",
+    "DiscretizedLogistic",
+    "Encoded",
+    "FullRank",
+    "Mixture",
+    "SemiSupervisedVAE",
+    "StandardNormal",
+    "VampPrior",
+    "bernoulli",
+    "categorical",
+    "columns",
+    "continuous_bernoulli",
+    "discretized_logistic",
+    "impute",
+    "negative_binomial",
+    "normal",
+    "plot_embedding",
+    "plot_images",
+    "plot_interpolation",
+    "plot_reconstructions",
+    "plot_traversal",
+    "poisson",
+    "refine",
+    "zero_inflated_negative_binomial",
+    "zero_inflated_poisson",
+]

@@ -1,0 +1,236 @@
+r"""Entries of a likelihood: raw network outputs to a distribution, for ``Conditional(event_shape, latent, make)``.
+
+Each takes unconstrained tensors and says in its arguments how they are read. Any function like these will do.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor
+from torch.distributions import Distribution, constraints
+
+__all__ = [
+    "DiscretizedLogistic",
+    "arguments_of",
+    "bernoulli",
+    "categorical",
+    "columns",
+    "continuous_bernoulli",
+    "discretized_logistic",
+    "negative_binomial",
+    "normal",
+    "poisson",
+    "zero_inflated_negative_binomial",
+    "zero_inflated_poisson",
+]
+
+
+def arguments_of(make: Callable[..., Distribution]) -> list[str]:
+    """The names of the raw tensors that an entry function takes."""
+    return list(getattr(make, "arguments", None) or inspect.signature(make).parameters)
+
+
+def bernoulli(logits: Tensor) -> Distribution:
+    """Binary entries. Grey levels are refused: binarise them anew at each step (``Transformed(bound, torch.bernoulli)``)."""
+    return dist.Bernoulli(logits=logits)
+
+
+def continuous_bernoulli(logits: Tensor) -> Distribution:
+    """Grey levels in [0, 1], with the normalising constant that cross-entropy on grey levels lacks."""
+    return dist.ContinuousBernoulli(logits=logits)
+
+
+def normal(loc: Tensor, log_scale: Tensor) -> Distribution:
+    """Real entries; put ``shared=("log_scale",)`` for one learned scale per entry instead of one per entry and datum."""
+    return dist.Normal(loc, log_scale.exp())
+
+
+def poisson(log_rate: Tensor) -> Distribution:
+    """Counts."""
+    return dist.Poisson(log_rate.exp())
+
+
+def negative_binomial(log_mean: Tensor, log_dispersion: Tensor) -> Distribution:
+    r"""Overdispersed counts with mean :math:`\mu` and variance :math:`\mu + \mu^2 / r`, :math:`r` = exp(log_dispersion)."""
+    return dist.NegativeBinomial(log_dispersion.exp(), logits=log_mean - log_dispersion)
+
+
+def zero_inflated_poisson(log_rate: Tensor, gate_logits: Tensor) -> Distribution:
+    """Counts with additional zeros, which have probability sigmoid(gate_logits)."""
+    return dist.ZeroInflatedPoisson(log_rate.exp(), gate_logits=gate_logits)
+
+
+def zero_inflated_negative_binomial(log_mean: Tensor, log_dispersion: Tensor, gate_logits: Tensor) -> Distribution:
+    """Overdispersed counts with additional zeros, which have probability sigmoid(gate_logits)."""
+    return dist.ZeroInflatedNegativeBinomial(
+        log_dispersion.exp(), logits=log_mean - log_dispersion, gate_logits=gate_logits
+    )
+
+
+class categorical:
+    """Entries in ``0 .. classes - 1``.
+
+    >>> categorical(3)(logit_0=torch.zeros(5), logit_1=torch.zeros(5), logit_2=torch.zeros(5)).batch_shape
+    torch.Size([5])
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.arguments = [f"logit_{k}" for k in range(classes)]
+
+    def __call__(self, **logits: Tensor) -> Distribution:
+        return dist.Categorical(logits=torch.stack([logits[k] for k in self.arguments], -1))
+
+
+class discretized_logistic:
+    """Entries in ``0 .. levels - 1`` with an order, such as grey levels; location and scale in units of half the range.
+
+    >>> discretized_logistic(256)(torch.zeros(5), torch.zeros(5)).mean
+    tensor([127.5000, 127.5000, 127.5000, 127.5000, 127.5000])
+    """
+
+    arguments = ("loc", "log_scale")
+
+    def __init__(self, levels: int = 256) -> None:
+        self.levels = levels
+
+    def __call__(self, loc: Tensor, log_scale: Tensor) -> Distribution:
+        half = 0.5 * (self.levels - 1)
+        return DiscretizedLogistic(half * (1.0 + loc), half * log_scale.exp(), self.levels)
+
+
+class DiscretizedLogistic(TorchDistribution):
+    r"""Levels with the mass of a logistic over unit bins.
+
+    .. math:: P(k) = \sigma((k + 0.5 - \mu) / s) - \sigma((k - 0.5 - \mu) / s)
+
+    The first and the last bin reach to infinity, so the masses sum to one. ``log_prob`` is in nats per entry; bits per
+    dimension are its negative mean over log 2.
+
+    Args:
+        loc, scale: of the logistic, in units of levels.
+        levels: the support is ``0 .. levels - 1``.
+
+    References:
+        | Salimans et al. (2017), "PixelCNN++", arXiv 1701.05517, eq. 2.
+
+    Example:
+        >>> d = DiscretizedLogistic(torch.tensor(3.0), torch.tensor(2.0), 8)
+        >>> bool((d.log_prob(torch.arange(8.0)).exp().sum() - 1.0).abs() < 1e-6)
+        True
+    """
+
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+
+    def __init__(self, loc: Tensor, scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
+        self.loc, self.scale = torch.broadcast_tensors(loc, scale)
+        self.levels = levels
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> Any:
+        return constraints.integer_interval(0, self.levels - 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """The location, kept inside the range (the mean of the logistic before its tails are cut)."""
+        return self.loc.clamp(0.0, self.levels - 1.0)
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> DiscretizedLogistic:
+        return DiscretizedLogistic(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels, False)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        u = torch.rand(self._extended_shape(Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device)
+        tiny = torch.finfo(u.dtype).tiny
+        return (self.loc + self.scale * torch.logit(u, eps=tiny)).round().clamp(0.0, self.levels - 1.0)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        above = (value + 0.5 - self.loc) / self.scale
+        below = (value - 0.5 - self.loc) / self.scale
+        first, last = value <= 0, value >= self.levels - 1
+        up = F.logsigmoid(above).masked_fill(last, 0.0)
+        down = F.logsigmoid(-below).masked_fill(first, 0.0)
+        between = torch.log(-torch.expm1(-1.0 / self.scale)).masked_fill(first | last, 0.0)
+        return up + down + between
+
+
+class columns:
+    """Columns of different kinds: one entry function per column, as in ``columns([normal, normal, poisson, bernoulli])``.
+
+    The arguments are as many as the longest kind has; a kind with fewer uses the first ones.
+
+    >>> make = columns([normal, poisson, bernoulli])
+    >>> make(torch.zeros(5, 3), torch.zeros(5, 3)).sample().shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, kinds: Sequence[Callable[..., Distribution]]) -> None:
+        self.kinds = [(kind, [i for i, k in enumerate(kinds) if k is kind]) for kind in dict.fromkeys(kinds)]
+        self.counts = [len(arguments_of(kind)) for kind, _ in self.kinds]
+        self.names = [arguments_of(kind) for kind, _ in self.kinds]
+        self.arguments = [f"raw_{i}" for i in range(max(self.counts))]
+
+    def __call__(self, *raw: Tensor, **named: Tensor) -> Distribution:
+        tensors = raw or tuple(named[k] for k in self.arguments)
+        parts = [
+            (kind(**{n: t[..., index] for n, t in zip(names, tensors, strict=False)}), index)
+            for (kind, index), names in zip(self.kinds, self.names, strict=True)
+        ]
+        return _Columns(parts, tensors[0].shape)
+
+
+class _ColumnSupport(constraints.Constraint):
+    """Each column in the support of its own kind."""
+
+    def __init__(self, parts: list[tuple[Distribution, list[int]]]) -> None:
+        self.parts: list[tuple[Any, list[int]]] = [(d.support, index) for d, index in parts]
+        self.is_discrete = any(s.is_discrete for s, _ in self.parts)
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        inside = torch.ones_like(value, dtype=torch.bool)
+        for support, index in self.parts:
+            inside[..., index] = support.check(value[..., index])
+        return inside
+
+
+class _Columns(TorchDistribution):
+    """Independent columns; the last batch dimension runs over them."""
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(self, parts: list[tuple[Distribution, list[int]]], shape: Size) -> None:
+        self.parts = parts
+        super().__init__(shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return _ColumnSupport(self.parts)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._filled([d.mean for d, _ in self.parts])
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> _Columns:
+        parts = [(d.expand((*batch_shape[:-1], len(index))), index) for d, index in self.parts]
+        return _Columns(parts, Size(batch_shape))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return self._filled([d.sample(Size(sample_shape)) for d, _ in self.parts])
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._filled([d.log_prob(value[..., index]) for d, index in self.parts])
+
+    def _filled(self, values: list[Tensor]) -> Tensor:
+        order = torch.tensor([i for _, index in self.parts for i in index], device=values[0].device)
+        return torch.cat([v.to(values[0].dtype) for v in values], -1)[..., order.argsort()]

@@ -1,0 +1,264 @@
+r"""The variational autoencoder: a model :math:`p(z)\,p(x \mid z)` and a guide :math:`q(z \mid x)` of three families.
+
+.. math:: \log p(x) \ge E_{q(z|x)}\big[\log p(x \mid z) + \log p(z) - \log q(z \mid x)\big]
+
+(Ruthotto & Haber 2021, section 4; Kingma & Welling 2014, arXiv 1312.6114).
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_dgm.core import DistributionModule, joined
+from pyro_dgm.vae.checks import check_data, refuse_batch_norm, refuse_mismatch, refuse_outside, refuse_width
+
+__all__ = ["VAE"]
+
+
+class VAE(nn.Module):
+    r"""A model/guide pair made of a prior, a likelihood and a posterior, for anything in Pyro that takes such a pair.
+
+    ``model(x, context, mask)`` samples ``z ~ prior(context)`` and observes ``x ~ likelihood([z, context])`` in a plate
+    ``data`` over the rows; ``guide`` with the same arguments samples ``z ~ posterior([x, mask, context])``. Without ``x``
+    the model simulates ``rows`` rows. Both are modules, so ``Trace_ELBO()(vae.model, vae.guide)``, ``SVI``,
+    ``Predictive``, ``NUTS`` and :func:`~pyro_dgm.fit` take them as they are.
+
+    Args:
+        prior: a family over the latent, with the context's features, or without a context.
+        likelihood: a family over ``x`` whose context is the (flat) latent, followed by the context if there is one.
+        posterior: a family over the latent whose context is the flat ``x``, followed by the mask (1 = seen) and by the
+            context where these are used.
+        size: rows of the whole data set, which scales a minibatch's terms to it; needed beside global latents. None
+            counts each call's rows once.
+
+    Raises:
+        ValueError: where the families do not fit each other, the networks hold batch normalisation (it makes rows
+            depend on each other), or ``x``, ``context`` and ``mask`` do not fit the families.
+
+    Note:
+        With a mask, entries that were not seen may hold anything (``fit`` refuses NaN, so fill them): the encoder gets
+        zeros there, and the likelihood skips them. A row without any seen entry is fine: its evidence is one.
+
+    Example:
+        >>> import torch, pyro_dgm as dgm
+        >>> vae = dgm.VAE(
+        ...     prior=dgm.vae.StandardNormal(2),
+        ...     likelihood=dgm.vae.Conditional(5, 2, dgm.vae.normal, shared=("log_scale",)),
+        ...     posterior=dgm.vae.Conditional(2, 5, dgm.vae.normal),
+        ... )
+        >>> x = torch.randn(100, 5)
+        >>> history = dgm.fit(dgm.STL_ELBO(1)(vae.model, vae.guide), x, max_steps=20, batch_size=25, progress=False)
+        >>> vae.generate(3).shape, vae.embed(x).shape
+        (torch.Size([3, 5]), torch.Size([100, 2]))
+    """
+
+    def __init__(
+        self,
+        prior: DistributionModule,
+        likelihood: DistributionModule,
+        posterior: DistributionModule,
+        *,
+        size: int | None = None,
+    ) -> None:
+        super().__init__()
+        refuse_mismatch(prior, likelihood, posterior)
+        for family in (prior, likelihood, posterior):
+            refuse_batch_norm(family)
+        self.model = Decoder(prior, likelihood, size)
+        self.guide = Encoder(posterior, likelihood.event_shape, size)
+
+    @property
+    def prior(self) -> DistributionModule:
+        """The family of the latent."""
+        return self.model.prior
+
+    @property
+    def likelihood(self) -> DistributionModule:
+        """The family of the data given the latent."""
+        return self.model.likelihood
+
+    @property
+    def posterior(self) -> DistributionModule:
+        """The family of the latent given the data."""
+        return self.guide.posterior
+
+    def encode(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Any:
+        """The posterior :math:`q(z|x)`, batch shape ``(N,)``."""
+        check_data(self.likelihood.event_shape, x, context, mask)
+        return self.posterior(self.guide.inputs(x, context, mask))
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Any:
+        """The distribution of data for latents of shape ``(*batch, *latent)``."""
+        return self.likelihood(self.model.inputs(z, context))
+
+    @torch.no_grad()
+    def generate(self, rows: int = 1, context: Tensor | None = None) -> Tensor:
+        """Draws of data, shape ``(rows, *event)``; with a context one row for each of its rows."""
+        prior = self.prior(context if self.prior.context_features else None)
+        z = prior.expand([rows if context is None else len(context)]).sample()
+        return self.decode(z, context).sample()
+
+    @torch.no_grad()
+    def embed(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, draws: int = 32) -> Tensor:
+        """The posterior mean of each row, shape ``(N, *latent)``; without a closed form the mean of seeded draws."""
+        q = self.encode(x, context, mask)
+        try:
+            return q.mean
+        except NotImplementedError:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return q.sample((draws,)).mean(0)
+
+    def log_joint(self, x: Tensor, z: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        r""":math:`\log p(x, z)` of each row, in nats; latents of shape ``(*batch, N, *latent)`` give ``(*batch, N)``."""
+        likelihood, x = self.model.observation(x, z, context, mask)
+        prior = self.prior(context if self.prior.context_features else None)
+        return prior.log_prob(z) + likelihood.log_prob(x)
+
+
+class Decoder(nn.Module):
+    """The Pyro model of a VAE; see :class:`VAE` for its arguments."""
+
+    def __init__(self, prior: DistributionModule, likelihood: DistributionModule, size: int | None) -> None:
+        super().__init__()
+        self.prior, self.likelihood, self.size = prior, likelihood, size
+
+    def forward(
+        self, x: Tensor | None = None, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1
+    ) -> Tensor:
+        if x is not None:
+            check_data(self.likelihood.event_shape, x, context, mask)
+        register("prior", self.prior)
+        register("likelihood", self.likelihood)
+        n = next((len(t) for t in (x, context) if t is not None), rows)
+        with self.likelihood.holding(self.likelihood.sampled_weights()), plate(n, self.size):
+            z = pyro.sample("z", self.prior(context if self.prior.context_features else None))
+            likelihood, x = self.observation(x, z, context, mask)
+            return pyro.sample("x", likelihood, obs=x)
+
+    def inputs(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """The likelihood's context: the flat latent and the context."""
+        flat = z.flatten(-len(self.prior.event_shape)) if self.prior.event_shape else z.unsqueeze(-1)
+        return joined(flat, context)
+
+    def observation(self, x: Tensor | None, z: Tensor, context: Tensor | None, mask: Tensor | None) -> Any:
+        """The distribution of x, without its unseen entries, and x with something valid in their place."""
+        inputs = self.inputs(z, context)
+        refuse_width("likelihood", self.likelihood, inputs, f"the latent of {self.prior.features}")
+        if mask is None or x is None:
+            likelihood = self.likelihood(inputs)
+            return likelihood, refuse_outside(likelihood, x, few=True)
+        return self._masked(x, inputs, mask)
+
+    def _masked(self, x: Tensor, inputs: Tensor, mask: Tensor) -> tuple[Distribution, Tensor | None]:
+        entries = getattr(self.likelihood, "entries", None)
+        if entries is None:
+            raise ValueError(
+                f"VAE: a mask needs a likelihood with independent entries, and {type(self.likelihood).__name__} is "
+                "joint. Use vae.Conditional as the likelihood."
+            )
+        made = entries(inputs)
+        with torch.no_grad():
+            valid = made.sample()
+            valid = valid.reshape(-1, *x.shape)[0].to(x.dtype) if valid.shape != x.shape else valid.to(x.dtype)
+        filled = refuse_outside(made, torch.where(mask, x, valid))
+        return made.mask(mask).to_event(len(self.likelihood.event_shape)), filled
+
+
+class Encoder(nn.Module):
+    """The Pyro guide of a VAE; see :class:`VAE` for its arguments."""
+
+    def __init__(self, posterior: DistributionModule, event_shape: torch.Size, size: int | None) -> None:
+        super().__init__()
+        self.posterior, self.event_shape, self.size = posterior, event_shape, size
+
+    def forward(
+        self, x: Tensor | None = None, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1
+    ) -> Tensor:
+        if x is None:
+            raise ValueError("VAE.guide: it needs the data x; to draw from the prior run Predictive without the guide.")
+        check_data(self.event_shape, x, context, mask)
+        register("posterior", self.posterior)
+        with plate(len(x), self.size):
+            return pyro.sample("z", self.posterior(self.inputs(x, context, mask)))
+
+    def inputs(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        """The encoder's input: the flat data with zeros where nothing was seen, the mask, the context."""
+        floats = (t.dtype for t in self.posterior.tensors() if t.is_floating_point())
+        dtype = next(floats, torch.get_default_dtype())
+        n = len(self.event_shape)
+        seen = x if mask is None else torch.where(mask, x, torch.zeros_like(x))
+        parts = [p.flatten(x.dim() - n) if n else p.unsqueeze(-1) for p in (seen, mask) if p is not None]
+        together = joined(*(p.to(dtype) for p in parts), context)
+        refuse_width("posterior", self.posterior, together, _described(parts, context))
+        return together
+
+    @torch.no_grad()
+    def settle(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1) -> None:
+        """Warn, once a fit has ended, where the posterior does not depend on the data (posterior collapse)."""
+        if len(x) < 10:
+            return
+        z = self.posterior(self.inputs(x[:1000], None if context is None else context[:1000],
+                                       None if mask is None else mask[:1000])).sample((16,))  # fmt: skip
+        z = z.flatten(2) if z.dim() > 2 else z.unsqueeze(-1)
+        between = z.mean(0).var(0) - z.var(0).mean(0) / len(z)  # the draws' own noise is taken off
+        active = int((between > 0.01).sum())
+        if active <= 0.1 * z.shape[-1]:
+            warnings.warn(
+                f"VAE: posterior collapse: {active} of {z.shape[-1]} latent units vary with the data (variance of "
+                "E[z|x] over the data above 0.01). Warm the KL term up (WeightedKL_ELBO(warmup_steps=...)), give it "
+                "free bits, or take a weaker decoder.",
+                stacklevel=2,
+            )
+
+
+def plate(rows: int, size: int | None) -> Any:
+    """The plate of the data: these rows, as a part of ``size`` rows where a size is given."""
+    if size is None or size == rows:
+        return pyro.plate("data", rows, dim=-1)
+    if size < rows:
+        raise ValueError(
+            f"VAE: got {rows} rows, more than size={size}, the rows of all data. Build the VAE with size={rows}."
+        )
+    return pyro.plate("data", size, subsample=torch.arange(rows), dim=-1)
+
+
+_count = itertools.count()
+_numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # families that have gone into Pyro's store
+
+
+def register(role: str, family: nn.Module) -> None:
+    """Put the parameters into Pyro's store, for ``SVI``; refuse a store that holds others under these names.
+
+    Each family has a number in its names, so that several VAEs do not meet. Parameters that are frozen for the moment
+    are left out.
+    """
+    name = f"vae.{role}{_number(family)}"
+    for key, value in family.named_parameters():
+        if value.requires_grad and pyro.param(f"{name}$$${key}", value, event_dim=value.dim()) is not value:
+            raise ValueError(
+                f"VAE: the param store holds another tensor under '{name}$$${key}', read from a file or left by an "
+                "earlier model, which would be trained instead. Call pyro.clear_param_store(); to save and load a VAE use "
+                "its state_dict."
+            )
+
+
+def _number(family: nn.Module) -> int:
+    if family not in _numbers:
+        _numbers[family] = next(_count)
+    return _numbers[family]
+
+
+def _described(parts: list[Tensor], context: Tensor | None) -> str:
+    names = [f"x of {parts[0].shape[-1]}"]
+    names += [f"its mask of {p.shape[-1]}" for p in parts[1:]]
+    names += [] if context is None else [f"a context of {context.shape[-1]}"]
+    return ", ".join(names)

@@ -1,0 +1,135 @@
+r"""A VAE with a label that is seen for some rows: :math:`p(y)\,p(z)\,p(x \mid z, y)`, :math:`q(y \mid x)\,q(z \mid x, y)`.
+
+For rows without a label the bound sums over the label, :math:`\sum_y q(y|x)(\mathcal L(x, y) - \log q(y|x))`; for rows with
+one it is :math:`\mathcal L(x, y)` (Kingma, Rezende, Mohamed & Welling 2014, arXiv 1406.5298, eqs. 6-8).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from pyro_dgm.core import DistributionModule, joined
+from pyro_dgm.vae.checks import check_data, refuse_batch_norm, refuse_outside, refuse_width
+from pyro_dgm.vae.model import plate, register
+
+__all__ = ["SemiSupervisedVAE"]
+
+
+class SemiSupervisedVAE(nn.Module):
+    r"""A model/guide pair for ``TraceEnum_ELBO``, with a classifier in the guide.
+
+    ``model(x, y)`` and ``guide(x, y)`` take labels of shape ``(N,)`` with -1 where there is none; labelled and unlabelled
+    rows may be mixed. The bound never shows the classifier a label, so train by ``objectives.SemiSupervised``, which adds
+    its likelihood.
+
+    Args:
+        prior: a family over the latent.
+        likelihood: a family over x whose context is the latent followed by the label, one-hot.
+        posterior: a family over the latent whose context is the flat x followed by the label, one-hot.
+        classifier: a family over the label, ``Conditional((), features, categorical(classes))``.
+        classes: number of labels; their prior is uniform.
+
+    Raises:
+        ValueError: for labels outside ``-1 .. classes - 1``, and whatever :class:`VAE` refuses.
+
+    Example:
+        >>> import pyro_dgm as dgm
+        >>> from pyro.infer import TraceEnum_ELBO
+        >>> vae = SemiSupervisedVAE(
+        ...     dgm.vae.StandardNormal(2),
+        ...     dgm.vae.Conditional(5, 2 + 3, dgm.vae.bernoulli),
+        ...     dgm.vae.Conditional(2, 5 + 3, dgm.vae.normal),
+        ...     dgm.vae.Conditional((), 5, dgm.vae.categorical(3)),
+        ...     classes=3,
+        ... )
+        >>> x, y = torch.ones(4, 5), torch.tensor([0, 2, -1, -1])
+        >>> bool(TraceEnum_ELBO(max_plate_nesting=1)(vae.model, vae.guide)(x, y) > 0)
+        True
+        >>> vae.classify(x).shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(
+        self,
+        prior: DistributionModule,
+        likelihood: DistributionModule,
+        posterior: DistributionModule,
+        classifier: DistributionModule,
+        classes: int,
+    ) -> None:
+        super().__init__()
+        for family in (prior, likelihood, posterior, classifier):
+            refuse_batch_norm(family)
+        self.model = _Model(prior, likelihood, classes)
+        self.guide = _Guide(posterior, classifier, classes)
+        self.classification = Classification(classifier)
+
+    @torch.no_grad()
+    def classify(self, x: Tensor) -> Tensor:
+        """Label probabilities :math:`q(y|x)`, shape ``(N, classes)``."""
+        return self.guide.classifier(x.flatten(1))._base().probs
+
+
+class Classification(nn.Module):
+    """Minus the classifier's log probability of the labels that are there, summed over rows, in nats."""
+
+    def __init__(self, classifier: DistributionModule) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        seen = y >= 0
+        return -(self.classifier(x.flatten(1)).log_prob(y.clamp(min=0)) * seen).sum()
+
+
+class _Model(nn.Module):
+    def __init__(self, prior: DistributionModule, likelihood: DistributionModule, classes: int) -> None:
+        super().__init__()
+        self.prior, self.likelihood, self.classes = prior, likelihood, classes
+
+    def forward(self, x: Tensor | None = None, y: Tensor | None = None, rows: int = 1) -> Tensor:
+        register("prior", self.prior)
+        register("likelihood", self.likelihood)
+        with plate(rows if x is None else len(x), None):
+            label = pyro.sample("y", dist.Categorical(torch.ones(self.classes) / self.classes))
+            z = pyro.sample("z", self.prior())
+            inputs = joined(z, one_hot(label, self.classes).to(z.dtype))
+            refuse_width("likelihood", self.likelihood, inputs, "the latent and the label")
+            likelihood = self.likelihood(inputs)
+            return pyro.sample("x", likelihood, obs=refuse_outside(likelihood, x, few=True))
+
+
+class _Guide(nn.Module):
+    def __init__(self, posterior: DistributionModule, classifier: DistributionModule, classes: int) -> None:
+        super().__init__()
+        self.posterior, self.classifier, self.classes = posterior, classifier, classes
+
+    def forward(self, x: Tensor, y: Tensor | None = None, rows: int = 1) -> Tensor:
+        check_data(x.shape[1:], x, None, None)
+        register("posterior", self.posterior)
+        register("classifier", self.classifier)
+        flat = x.flatten(1)
+        with plate(len(x), None):
+            label = pyro.sample("y", self._label(flat, y), infer={"enumerate": "parallel"})
+            inputs = joined(flat, one_hot(label, self.classes).to(flat.dtype))
+            refuse_width("posterior", self.posterior, inputs, "x and the label")
+            return pyro.sample("z", self.posterior(inputs))
+
+    def _label(self, x: Tensor, y: Tensor | None) -> Any:
+        """The classifier's law, and certainty where there is a label."""
+        guessed = dist.Categorical(logits=self.classifier(x)._base().logits)
+        if y is None:
+            return guessed
+        if y.shape != x.shape[:1] or y.is_floating_point() or int(y.min()) < -1 or int(y.max()) >= self.classes:
+            raise ValueError(
+                f"SemiSupervisedVAE: y has shape {tuple(y.shape)}, {y.dtype} and values {int(y.min())} to {int(y.max())}, "
+                f"expected ({len(x)},) integers from 0 to {self.classes - 1}, and -1 where there is no label."
+            )
+        certain = one_hot(y.clamp(min=0), self.classes).to(x.dtype)
+        return dist.Categorical(probs=torch.where((y >= 0)[:, None], certain, guessed.probs))
