@@ -1,4 +1,4 @@
-"""Deep generative models for Pyro: flows, and the posteriors, fits and diagnostics that they make possible."""
+"""Deep generative models for Pyro: flows, autoencoders, and the posteriors, fits and diagnostics that they make possible."""
 
 from pyro_dgm import evaluate
 from pyro_dgm.cnf import FFJORD, OTFlow

@@ -77,13 +77,18 @@ def test_the_bound_over_enumerated_sites_is_that_of_pyro():
 
 
 def test_a_fit_of_an_enumerated_model_gives_its_evidence():
-    """The exact evidence is an integral over one latent; the container has no log_likelihood and says so."""
+    """The exact evidence is an integral over one latent; the log-likelihood of a row is summed over its class."""
     grid = torch.linspace(-8.0, 8.0, 2001)[:, None]
     evidence = log_joint(summed_by_hand, X)(grid).logsumexp(0).item() + math.log(16.0 / 2000)
     guide = dgm.AutoFlow(config_enumerate(summed))
     dgm.fit(dgm.STL_ELBO()(summed, guide), X, max_steps=150, seed=0, progress=False)
-    with pytest.warns(UserWarning, match=r"no log_likelihood, since \['k'\]"):
-        verdict = dgm.khat(dgm.from_svi(summed, guide, X, num_samples=2000, seed=0, prior=10))
+    idata = dgm.from_svi(summed, guide, X, num_samples=2000, seed=0, prior=10)
+    loc, verdict = torch.as_tensor(idata["posterior"]["loc"].values[0]), dgm.khat(idata)
+    ends = dist.Normal(torch.stack([loc, loc + 2.0], -1)[:, None], 0.8)
+    by_hand = dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.7, 0.3])), ends).log_prob(X)
+    torch.testing.assert_close(
+        torch.as_tensor(idata["log_likelihood"]["x"].values[0]).float(), by_hand, atol=1e-4, rtol=1e-4
+    )
     assert verdict.log_evidence == pytest.approx(evidence, abs=0.02)
     assert verdict.status in ("good", "exact")
 

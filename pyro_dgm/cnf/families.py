@@ -28,7 +28,7 @@ __all__ = ["FFJORD", "ContinuousFlow", "OTFlow"]
 
 _EVERY = 20  # changes of the parameters between two looks at the number of steps
 _WATCHED = 128  # points on which they are compared
-_WHILE_TRAINING, _SETTLED = 1e-2, 6e-4  # nats between n and 2n steps
+_WHILE_TRAINING, _SETTLED = 1e-2, 2e-4  # nats between n and 2n steps
 
 
 class ContinuousFlow(NormalizingFlow):
@@ -181,7 +181,7 @@ class ContinuousFlow(NormalizingFlow):
         return (scores[0] - scores[1]).abs()
 
     def settle(self, *args: object, **kwargs: object) -> None:
-        """After training: take steps until nearly all densities of the last watched points agree to 6e-4 nats.
+        """After training: take steps until nearly all densities of the last watched points agree to 2e-4 nats.
 
         ``fit`` calls it; after a training loop of your own, call it yourself. Nothing happens where steps were given.
         """

@@ -60,8 +60,9 @@ def log_probs(trace: poutine.Trace) -> list[Tensor]:
     """Log probabilities (with scales and masks) of all sample sites; enumerated sites are summed out."""
     trace.compute_log_prob()
     if _has_enumerated(trace):
+        terms = list(packed_log_probs(trace))  # which names the dimensions
         draws = next((trace.plate_to_symbol[n] for n in _DRAWS if n in trace.plate_to_symbol), "")
-        return [_draws_first(t, draws) for t in packed_log_probs(trace)]
+        return [_draws_first(t, draws) for t in terms]
     return [s["log_prob"] for s in _sample_sites(trace)]
 
 

@@ -11,6 +11,7 @@ from pyro_dgm.evaluate.coverage import (
     precision_recall_density_coverage,
 )
 from pyro_dgm.evaluate.density import bits_per_dim, held_out_score, kl_divergence
+from pyro_dgm.evaluate.evidence import AIS, EvidenceBound, ais, evidence_bound
 from pyro_dgm.evaluate.features import frechet_distance, kernel_distance
 from pyro_dgm.evaluate.memorization import memorization
 from pyro_dgm.evaluate.pictures import interpolation, traversal
@@ -56,4 +57,3 @@ __all__ = [
     "table",
     "traversal",
 ]
-from pyro_dgm.evaluate.evidence import AIS, EvidenceBound, ais, evidence_bound

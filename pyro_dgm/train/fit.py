@@ -143,7 +143,9 @@ class _Run:
     ) -> None:  # fmt: skip
         self.objective, self.parameters, self.batches, self.limits = objective, parameters, batches, limits
         self.optimizer = (
-            torch.optim.Adam(parameters, lr, betas=(0.9, 0.99)) if optimizer is None else optimizer(parameters)
+            torch.optim.Adam(parameters, lr, betas=(0.9, 0.99), fused=True)
+            if optimizer is None
+            else optimizer(parameters)
         )
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.validation = validation

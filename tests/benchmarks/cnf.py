@@ -72,7 +72,7 @@ class Ours:
             first = train(dgm.FlowMatching(self.flow), self.flow.parameters(), draw, matching, 5e-3, after)
             if first[1] < matching:
                 return {"steps": first[0], "seconds": first[1]}
-        likelihood = dgm.MaximumLikelihood(self.flow, kinetic=0.01)
+        likelihood = dgm.MaximumLikelihood(self.flow)
         lr = 3e-3 if matching else 5e-3
         second = train(likelihood, self.flow.parameters(), draw, seconds - matching, lr, lambda u: after(u + matching))
         self.flow.settle()
