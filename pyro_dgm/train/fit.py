@@ -179,8 +179,13 @@ class _Run:
             found = non_finite(args)
             raise ValueError(
                 f"fit: the loss is {losses[0]} before the first step. "
-                + (f"Of the data, {found}. " if found else "The data are finite. ")
-                + "Clean the data, check that they lie in the likelihood's support, or start elsewhere (init_loc_fn)."
+                + (
+                    f"Of the data, {found}. "
+                    if found
+                    else f"The data are finite, the largest entry is {_largest(args):g}. "
+                )
+                + "Clean the data, check that they lie in the likelihood's support, bring what a network reads to the unit "
+                "scale (Standardize; the logarithm of counts), or start elsewhere (init_loc_fn)."
             )
 
     def _loop(self) -> None:
@@ -340,3 +345,8 @@ class _Run:
 
 def _smaller(a: int | None, b: int | None) -> int | None:
     return min((n for n in (a, b) if n is not None), default=None)
+
+
+def _largest(args: tuple[Any, ...]) -> float:
+    """The largest absolute entry of all tensors."""
+    return max((float(a.abs().max()) for a in args if isinstance(a, Tensor) and a.numel()), default=0.0)
