@@ -97,6 +97,7 @@ class STL_ELBO(Trace_ELBO):
         """The shortest way, for a guide that is one learned distribution over all latents: no trace of the guide."""
         if self._joint is None or self._joint.model is not model or self._joint.guide is not guide:
             self._joint = LogJoint(guide, model, args, kwargs)
+            _refuse_missing(self._joint.missing)
         latent = q.rsample((self.num_particles,))
         return self._joint.at(*args, **kwargs)(latent) - q.detach().log_prob(latent)
 
@@ -224,10 +225,13 @@ def _refuse_unmatched(model_trace: poutine.Trace, guide_trace: poutine.Trace) ->
                 f"STL_ELBO: guide site '{name}' ({type(site['fn']).__name__}) is not reparameterised, so it has no path "
                 "gradient. Enumerate it in the model, or use pyro.infer.Trace_ELBO or TraceEnum_ELBO."
             )
-    for name, site in latent_sites(model_trace):
-        if name not in guide_trace.nodes and not is_enumerable(site):
-            raise ValueError(
-                f"STL_ELBO: latent site '{name}' of the model is missing from the guide, so the result would be no "
-                "bound. Add it to the guide; a discrete site can be summed out: infer={'enumerate': 'parallel'}; for a "
-                "guide that was built with reparam= pass guide.target."
-            )
+    _refuse_missing([n for n, s in latent_sites(model_trace) if n not in guide_trace.nodes and not is_enumerable(s)])
+
+
+def _refuse_missing(names: list[str]) -> None:
+    if names:
+        raise ValueError(
+            f"STL_ELBO: latent site '{names[0]}' of the model is missing from the guide, so the result would be no "
+            "bound. Add it to the guide; a discrete site can be summed out: infer={'enumerate': 'parallel'}; for a "
+            "guide that was built with reparam= pass guide.target."
+        )
