@@ -112,7 +112,7 @@ class Adversarial(nn.Module):
             at_data, at_draws = square.chunk(2)
             penalty = 0.5 * (self.r1 * at_data.mean() + self.r2 * at_draws.mean())
         else:
-            logits, penalty = self.critic(rows, both), 0.0
+            logits, penalty = self.critic(rows, both), rows.new_zeros(())
         real, fake = logits.chunk(2)
         if self.gradient_penalty:
             penalty = penalty + self.gradient_penalty * self._lipschitz(x, draws, context)
@@ -180,7 +180,7 @@ def _has_density(family: DistributionModule) -> bool:
 
 
 def _refuse_mismatch(generator: DistributionModule, critic: Any) -> None:
-    pairs = {"event_shape": (generator.event_shape, critic.event_shape)}
+    pairs: dict[str, Any] = {"event_shape": (generator.event_shape, critic.event_shape)}
     pairs["context_features"] = (generator.context_features, critic.context_features)
     for what, (ours, its) in pairs.items():
         if ours != its:

@@ -185,6 +185,7 @@ class AdversarialRun:
             rows = validation if isinstance(validation, tuple | list) else (validation,)
             return tuple(v[:_JUDGED] for v in rows)
         with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             found: list[tuple[Any, ...]] = []
             for batch in itertools.islice(self.batches, 20):
                 found.append(batch)
