@@ -56,8 +56,13 @@ def adversarial(train, steps):
 
 
 def bound(estimate):
-    """The mean of estimated bounds over rows, as a score."""
-    return lambda x: evaluate.Score(*estimate(x).mean())
+    """Minus the mean over rows of lower bounds: what -log p(x) is at most."""
+
+    def score(x):
+        mean, error = estimate(x).mean()
+        return evaluate.Score(-mean, error)
+
+    return score
 
 
 def main(steps, out):
@@ -83,7 +88,7 @@ def main(steps, out):
     print(evaluate.table(reports))
     draws = {"held-out data": held_out[:40], "flow (MAF)": flow().sample((40,)), "continuous flow": cnf().sample((40,)),
              "VAE": vae.generate(40), "GAN": generator().sample((40,))}  # fmt: skip
-    figure, axes = plt.subplots(1, 5, figsize=(13, 2.2), layout="constrained")
+    figure, axes = plt.subplots(1, 5, figsize=(13, 1.5), layout="constrained")
     for ax, (name, x) in zip(axes, draws.items(), strict=True):
         dgm.vae.plot_images(x.detach().reshape(-1, 8, 8), 10, ax).set_title(name, fontsize=10)
     out.mkdir(exist_ok=True)
