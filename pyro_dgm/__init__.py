@@ -22,14 +22,15 @@ from pyro_dgm.diagnostics import (
     tarp,
 )
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
-from pyro_dgm.guides import AutoFlow
-from pyro_dgm.objectives import IWAE_ELBO, STL_ELBO, FlowMatching, MaximumLikelihood
+from pyro_dgm.guides import AutoFlow, ImplicitGuide
+from pyro_dgm.objectives import IWAE_ELBO, STL_ELBO, Adversarial_ELBO, FlowMatching, MaximumLikelihood
 from pyro_dgm.train import FitDiverged, History, fit
 from pyro_dgm.vae import VAE
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adversarial_ELBO",
     "AutoFlow",
     "Dequantize",
     "DistributionModule",
@@ -39,6 +40,7 @@ __all__ = [
     "History",
     "IWAE_ELBO",
     "ImplicitDistribution",
+    "ImplicitGuide",
     "KHat",
     "LearnedDistribution",
     "MAF",

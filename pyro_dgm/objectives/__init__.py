@@ -1,5 +1,6 @@
 """What training minimises: modules that turn a batch into a scalar loss."""
 
+from pyro_dgm.objectives.adversarial_elbo import Adversarial_ELBO
 from pyro_dgm.objectives.flow_matching import FlowMatching
 from pyro_dgm.objectives.iwae import IWAE_ELBO
 from pyro_dgm.objectives.latent_mmd import LatentMMD
@@ -12,6 +13,7 @@ from pyro_dgm.objectives.transformed import Transformed
 from pyro_dgm.objectives.weighted_kl import WeightedKL_ELBO
 
 __all__ = [
+    "Adversarial_ELBO",
     "FlowMatching",
     "IWAE_ELBO",
     "MaximumLikelihood",
