@@ -34,6 +34,7 @@ class Adversarial_ELBO(nn.Module):
         critic_steps: int = 4,
         critic_batch: int = 512,
         critic_lr: float = 2e-3,
+        informed: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.guide = model, guide
@@ -41,6 +42,7 @@ class Adversarial_ELBO(nn.Module):
         self.critic_steps, self.critic_batch, self.critic_lr = critic_steps, critic_batch, critic_lr
         self._critic = (critic,)
         self._joint = None
+        self.informed = informed
 
     def setup(self, *args: Any, **kwargs: Any):
         guide = self.guide.setup(*args, **kwargs)
@@ -52,7 +54,9 @@ class Adversarial_ELBO(nn.Module):
         else:
             prior = poutine.block(self.model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
             self.contrast = PriorContrast(ratio, LogJoint(guide, prior, args, kwargs))
-        self.optimizer = torch.optim.Adam(ratio.parameters(), self.critic_lr, betas=(0.5, 0.99))
+        self.contrast.joint, self.contrast.mid = (self._joint, None) if self.informed else (None, None)
+        self.contrast.slope = nn.Parameter(torch.zeros(()))
+        self.optimizer = torch.optim.Adam(self.contrast.parameters(), self.critic_lr, betas=(0.5, 0.99))
         return self
 
     def warm_start(self, *args, **kwargs):
@@ -66,6 +70,8 @@ class Adversarial_ELBO(nn.Module):
             self.average()
             for _ in range(self.critic_steps):
                 self.critic_step()
+        if self.informed and self.contrast.mid is None:
+            self.contrast.mid = torch.zeros(())
         theta = self.guide.get_posterior(*args, **kwargs).rsample((self.num_particles,))
         return (self.contrast(theta) - self._joint.at(*args, **kwargs)(theta)).mean()
 

@@ -37,13 +37,25 @@ class Contrast(nn.Module):
 
     def forward(self, theta: Tensor) -> Tensor:
         """The estimate, with gradients to theta alone."""
-        with frozen(*self.ratio.parameters()):
-            return self.reference().log_prob(theta) + self.ratio(self.whiten(theta))
+        with frozen(*self.parameters()):
+            return self.reference().log_prob(theta) + self.log_ratio(theta)
+
+    def log_ratio(self, theta):
+        if getattr(self, "joint", None) is None:
+            return self.ratio(self.whiten(theta))
+        f = self.joint(theta) - self.reference().log_prob(theta)
+        f = f - self.mid
+        f = 30.0 * torch.tanh(f / 30.0)
+        return self.slope * f + self.ratio(self.whiten(theta))
 
     def loss(self, theta: Tensor) -> Tensor:
         """The classifier's loss on draws of q and as many of r."""
         other = self.reference().sample((len(theta),))
-        return logistic_loss(self.ratio(self.whiten(theta)), self.ratio(self.whiten(other)))
+        if getattr(self, "joint", None) is not None:
+            with torch.no_grad():
+                f = (self.joint(theta) - self.reference().log_prob(theta)).median()
+                self.mid = f if self.mid is None else self.mid.lerp(f, 0.02)
+        return logistic_loss(self.log_ratio(theta), self.log_ratio(other))
 
 
 class AdaptiveContrast(Contrast):
