@@ -22,6 +22,7 @@ from pyro_dgm.diagnostics import (
     tarp,
 )
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
+from pyro_dgm.gan import Critic, Generator
 from pyro_dgm.guides import AutoFlow, ImplicitGuide
 from pyro_dgm.objectives import IWAE_ELBO, STL_ELBO, Adversarial_ELBO, FlowMatching, MaximumLikelihood
 from pyro_dgm.train import FitDiverged, History, fit
@@ -32,11 +33,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Adversarial_ELBO",
     "AutoFlow",
+    "Critic",
     "Dequantize",
     "DistributionModule",
     "FFJORD",
     "FitDiverged",
     "FlowMatching",
+    "Generator",
     "History",
     "IWAE_ELBO",
     "ImplicitDistribution",

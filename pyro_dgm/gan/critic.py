@@ -1,0 +1,116 @@
+r"""A critic: a network that gives one number for an event, the logit :math:`T(x; c)` of "it is data".
+
+The best critic of the classification losses is :math:`T = \log p(x) - \log q(x)` (Goodfellow et al. 2014, proposition 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from pyro_dgm.core import MLP, Standardize, joined
+from pyro_dgm.core.shapes import as_shape, check_value_shape
+
+__all__ = ["Critic"]
+
+_HIDDEN = (128, 128, 128)
+
+
+class Critic(nn.Module):
+    r"""Logits :math:`T(x; c)` of events, shape ``(*batch, *event_shape) -> (*batch,)``: no sigmoid at the end.
+
+    Args:
+        event_shape: an int or a shape; events are flattened before the network.
+        network: a module ``(*batch, D + context_features) -> (*batch, 1)`` or ``(*batch,)``. An int is the width of three
+            hidden layers; None is 128.
+        context_features: length of the context c.
+        spectral_norm: divide every linear and convolutional weight by its largest singular value (Miyato et al. 2018),
+            with torch's parametrisation.
+
+    Raises:
+        ValueError: for a value or context of another shape, or a network that returns anything but one number a row.
+
+    Note:
+        :meth:`standardize` (training calls it) brings its input to mean 0 and sd 1. No batch normalisation: it makes one
+        row's logit depend on the others, and a gradient penalty is then no longer one of single rows.
+
+    References:
+        | Goodfellow et al. (2014), arXiv 1406.2661. Miyato et al. (2018), arXiv 1802.05957.
+
+    Example:
+        >>> import torch, pyro_dgm as dgm
+        >>> dgm.Critic((8, 8), 32, context_features=3)(torch.zeros(5, 8, 8), torch.zeros(5, 3)).shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Iterable[int],
+        network: nn.Module | int | None = None,
+        context_features: int = 0,
+        spectral_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.event_shape, self.context_features = as_shape(event_shape), int(context_features)
+        self.standard = Standardize(self.event_shape.numel())
+        self.network = _as_network(network, self.event_shape.numel() + self.context_features)
+        _refuse_batch_norm(self.network)
+        if spectral_norm:
+            for layer in list(self.network.modules()):
+                if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d):
+                    nn.utils.parametrizations.spectral_norm(layer)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_value_shape("Critic", x, self.event_shape)
+        self._check_context(context)
+        flat = x.reshape(*x.shape[: x.dim() - len(self.event_shape)], -1)
+        if not self.standard.is_identity():
+            flat = self.standard(flat)
+        inputs = flat if context is None else joined(flat, context)
+        logits = self.network(inputs)
+        if logits.shape == inputs.shape[:-1] + (1,):
+            return logits.squeeze(-1)
+        if logits.shape != inputs.shape[:-1]:
+            raise ValueError(
+                f"Critic: the network returned shape {tuple(logits.shape)} for inputs of shape {tuple(inputs.shape)}, "
+                f"expected {(*inputs.shape[:-1], 1)}: one logit for each row."
+            )
+        return logits
+
+    @torch.no_grad()
+    def standardize(self, x: Tensor) -> Critic:
+        """Fix the units to data ``(N, *event_shape)``: each entry's own for vectors, one scale for all pixels of an image."""
+        flat = x.reshape(-1, self.event_shape.numel())
+        self.standard.fit(flat)
+        if len(self.event_shape) > 1:
+            self.standard.scale.fill_(flat.var(0).mean().sqrt())
+        return self
+
+    def _check_context(self, context: Tensor | None) -> None:
+        got = 0 if context is None else context.shape[-1] if context.dim() else "no"
+        if got != self.context_features:
+            raise ValueError(
+                f"Critic: context has {got} features, expected {self.context_features}. Build it with "
+                "Critic(..., context_features=...) and pass the same context as to the generator."
+            )
+
+
+def _as_network(network: nn.Module | int | None, inputs: int) -> nn.Module:
+    if isinstance(network, nn.Module):
+        return network
+    if network is None:
+        return MLP(inputs, 1, _HIDDEN)
+    if isinstance(network, int) and network >= 1:
+        return MLP(inputs, 1, (network,) * 3)
+    raise TypeError(f"Critic: network is {network!r}, expected a module, a positive width, or None.")
+
+
+def _refuse_batch_norm(network: nn.Module) -> None:
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"Critic: layer '{name}' is {type(module).__name__}, with which one row's logit depends on the other "
+                "rows of its batch. Use LayerNorm, or none."
+            )

@@ -1,0 +1,272 @@
+r"""A generator: noise pushed through a network, :math:`x = G_\theta(z; c) + \sigma \epsilon`.
+
+.. math:: z \sim p(z), \qquad \epsilon \sim N(0, I), \qquad p(x) = \int p(z)\, N(x \mid G_\theta(z), \sigma^2)\, dz
+
+(Goodfellow et al. 2014, arXiv 1406.2661; the output noise is that of Dieng et al. 2019, arXiv 1910.04302.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution, Independent, Normal, biject_to, constraints
+from torch.distributions.transforms import ReshapeTransform
+
+from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, compose, joined
+from pyro_dgm.core.module import whole_event
+from pyro_dgm.core.shapes import check_context
+
+__all__ = ["Generator"]
+
+_HIDDEN = (128, 128, 128)
+_FIRST_NOISE = 0.1  # of a learned noise, in standard deviations of the data
+_RANGES = {nn.Tanh: (-1.0, 1.0), nn.Sigmoid: (0.0, 1.0)}
+
+
+class Generator(DistributionModule):
+    r"""Implicit family :math:`x = T(\mu + s\,(G_\theta(z; c) + \sigma \epsilon))`: draws in one pass, no density of x.
+
+    :math:`\mu, s` are the data's units (set by :meth:`standardize`, which training calls) and T the bijection onto the
+    support. With :math:`\sigma > 0` the density :math:`p(x \mid z)` is known (:meth:`likelihood`), so that bounds of
+    :math:`\log p(x)` by importance weights and annealing are defined: ``evaluate.ais(generator, x)``. Without it draws
+    lie on a surface of the latent's dimension, and a critic tells them from data with certainty.
+
+    Args:
+        event_shape: an int or a shape.
+        network: a module ``(*batch, latent + context_features) -> (*batch, D)``, or ``(*batch, *event_shape)``. It must
+            take any number of batch dimensions. An int is the width of three hidden layers; None is 128. Where it ends
+            in ``Tanh`` or ``Sigmoid``, data are not standardised and must lie in that range.
+        base: the law of z: a family, a distribution (its tensors do not move with ``.to``), or the dimension of a
+            standard normal. None for dimension D, between 2 and 32.
+        context_features: length of the context c.
+        noise: :math:`\sigma` in standard deviations of the data; 0 for none. None learns one for each entry.
+        support: constraint of the event.
+
+    Raises:
+        ValueError: for negative noise, a network whose output is no event, data outside its range, a wrong context;
+            :meth:`likelihood` without noise.
+        NoDensityError: by ``log_prob`` of the distribution.
+
+    Note:
+        In a model, write ``x = generator.sample_site("x")``, not ``pyro.sample("x", generator())``: the first is exact
+        and works with every inference method, the second can only be simulated.
+
+    References:
+        | Goodfellow et al. (2014), arXiv 1406.2661. Dieng et al. (2019), "Prescribed GANs", arXiv 1910.04302.
+
+    Example:
+        >>> import torch, pyro_dgm as dgm
+        >>> generator = dgm.Generator((8, 8), 64, base=5)
+        >>> generator().sample((3,)).shape, generator.likelihood(torch.zeros(7, 5)).batch_shape
+        (torch.Size([3, 8, 8]), torch.Size([7]))
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Iterable[int],
+        network: nn.Module | int | None = None,
+        base: DistributionModule | Distribution | int | None = None,
+        context_features: int = 0,
+        *,
+        noise: float | None = None,
+        support: constraints.Constraint | None = None,
+    ) -> None:
+        super().__init__(event_shape, context_features, support=support)
+        if noise is not None and not 0.0 <= noise < float("inf"):
+            raise ValueError(f"Generator: noise is {noise}, expected a number >= 0, or None for a learned one.")
+        self.base = _as_family(max(2, min(self.features, 32)) if base is None else base)
+        self.network = _as_network(network, self.base.event_shape.numel() + context_features, self.features)
+        self.standard = Standardize(self.features)
+        self.noiseless = noise == 0.0
+        log_noise = torch.full((self.features,), _FIRST_NOISE if noise is None else noise or 1.0).log()
+        self.log_noise: Tensor
+        if noise is None:
+            self.log_noise = nn.Parameter(log_noise)
+        else:
+            self.register_buffer("log_noise", log_noise)
+
+    def build(self, context: Tensor | None) -> ImplicitDistribution:
+        base = self._latent(context)
+        support = self._support or constraints.independent(constraints.real, len(self.event_shape))
+        return ImplicitDistribution(
+            lambda z: self._draw(z, context), base, tuple(self.event_shape), support=support, name="Generator"
+        )
+
+    def forward(self, context: Tensor | None = None) -> ImplicitDistribution:  # type: ignore[override]
+        return self.build(check_context(self, context))
+
+    def push(self, z: Tensor, noise: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """The event made from latents ``(*batch, *latent)`` and standard normal noise ``(*batch, D)``; None for none."""
+        u = self.location(z, context)
+        if noise is not None and not self.noiseless:
+            u = torch.addcmul(u, self.sigma, noise)
+        return self._event(u)
+
+    def location(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """What the network makes of latents, flat and in standard units: shape ``(*batch, D)``."""
+        flat = z.reshape(*z.shape[: z.dim() - len(self.base.event_shape)], -1)
+        u = self.network(flat if context is None else joined(flat, context))
+        return u if u.shape[-1:] == (self.features,) and u.dim() == flat.dim() else self._flat(u, flat)
+
+    @property
+    def sigma(self) -> Tensor:
+        """The output noise of each entry in standard units, shape ``(D,)``; zeros without noise."""
+        return torch.zeros_like(self.log_noise) if self.noiseless else self.log_noise.exp()
+
+    def likelihood(self, z: Tensor, context: Tensor | None = None) -> Any:
+        r"""The distribution :math:`p(x \mid z, c)` for latents ``(*batch, *latent)``: a normal around G(z), on the support."""
+        if self.noiseless:
+            raise ValueError("Generator: noise=0, so p(x | z) is a point and has no density. Build it with noise=None.")
+        loc = self.location(z, check_context(self, context))
+        scale = self.standard.scale * self.sigma
+        normal = dist.Normal(self.standard.loc + self.standard.scale * loc, scale).to_event(1)
+        bijection = self._bijection()
+        return normal if bijection is None else dist.TransformedDistribution(normal, bijection)
+
+    def sample_site(self, name: str, context: Tensor | None = None, obs: Tensor | None = None) -> Tensor:
+        """Sample x inside a model: its noise is latent, x is computed; returns x of shape ``(*plates, *event)``.
+
+        The sites are ``name_latent`` (z), ``name_noise`` (epsilon, if there is output noise) and the deterministic site
+        ``name``. This is exact, and any inference method sees a standard normal latent. With ``obs`` the output noise is
+        the likelihood: ``name_latent`` and the observed site ``name`` with the density p(x | z).
+        """
+        context = check_context(self, context)
+        pyro.module(f"{name}_generator", self)
+        z = pyro.sample(f"{name}_latent", self._latent(context))
+        if obs is not None:
+            return pyro.sample(name, self.likelihood(z, context), obs=obs)
+        noise = None if self.noiseless else pyro.sample(f"{name}_noise", self._noise(context))
+        return pyro.deterministic(name, self.push(z, noise, context), event_dim=len(self.event_shape))
+
+    @torch.no_grad()
+    def standardize(self, x: Tensor) -> Generator:
+        """Fix the units to data ``(N, *event_shape)``: each entry's own for vectors, one scale for all pixels of an image.
+
+        Where the network ends in a bounded layer nothing is fixed, and data outside its range are refused.
+        """
+        bijection = self._bijection()
+        flat = (x if bijection is None else bijection.inv(x)).reshape(-1, self.features)
+        low, high = _RANGES.get(type(list(self.network.modules())[-1]), (-torch.inf, torch.inf))
+        if low > -torch.inf:
+            self._refuse_outside(flat, low, high)
+            return self
+        self.standard.fit(flat)
+        if len(self.event_shape) > 1:
+            self.standard.scale.fill_(flat.var(0).mean().sqrt())
+        return self
+
+    @property
+    def prior(self) -> DistributionModule:
+        """The family of z: with :attr:`model` what ``evaluate.ais`` asks of a VAE, so that it takes a generator too."""
+        return self.base
+
+    @property
+    def model(self) -> Generator:
+        """The generator itself; see :attr:`prior`."""
+        return self
+
+    def observation(self, x: Tensor, z: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Any:
+        """The distribution of rows given their latents, and the rows to score."""
+        if mask is not None:
+            raise ValueError("Generator: masks are not supported; score whole rows, or train a VAE.")
+        return self.likelihood(z, context), x
+
+    def _latent(self, context: Tensor | None) -> Any:
+        base = self.base(context if self.base.context_features else None)
+        return base if context is None or base.batch_shape else base.expand(context.shape[:-1])
+
+    def _noise(self, context: Tensor | None) -> Any:
+        normal = dist.Normal(torch.zeros_like(self.log_noise), 1.0).to_event(1)
+        return normal if context is None else normal.expand(context.shape[:-1])
+
+    def _draw(self, z: Tensor, context: Tensor | None) -> Tensor:
+        u = self.location(z, context)
+        return self._event(u if self.noiseless else torch.addcmul(u, self.sigma, torch.randn_like(u)))
+
+    def _event(self, u: Tensor) -> Tensor:
+        flat = torch.addcmul(self.standard.loc, self.standard.scale, u)
+        bijection = self._bijection()
+        return flat if bijection is None else bijection(flat)
+
+    def _bijection(self) -> Any:
+        """From the flat vector in the data's units to the event; None where they are the same."""
+        parts: list[Any] = []
+        if self.unconstrained_shape != Size((self.features,)):
+            parts.append(ReshapeTransform(Size((self.features,)), self.unconstrained_shape))
+        if self._support is not None:
+            parts.append(whole_event(biject_to(self._support), len(self.unconstrained_shape)))
+        return compose(parts)
+
+    def _flat(self, u: Tensor, z: Tensor) -> Tensor:
+        """A network's output as vectors, or an error where it is no event."""
+        batch, event = z.shape[:-1], self.unconstrained_shape
+        if u.shape in (batch + event, batch + Size((self.features,))):
+            return u.reshape(*batch, self.features)
+        raise ValueError(
+            f"Generator: the network returned shape {tuple(u.shape)} for latents of shape {tuple(z.shape)}, expected "
+            f"{tuple(batch + Size((self.features,)))} or {tuple(batch + event)} (event_shape "
+            f"{tuple(self.event_shape)}). A network of images must take any number of batch dimensions (core.ConvDecoder)."
+        )
+
+    def _refuse_outside(self, x: Tensor, low: float, high: float) -> None:
+        if x.min() < low or x.max() > high:
+            raise ValueError(
+                f"Generator: the data lie between {float(x.min()):.4g} and {float(x.max()):.4g}, but the network ends in "
+                f"{type(list(self.network.modules())[-1]).__name__}, whose range is {low:g} to {high:g}. Rescale the "
+                "data, or leave the last activation out (data are then standardised)."
+            )
+
+
+class _Fixed(DistributionModule):
+    """A distribution as a family without a context."""
+
+    def __init__(self, distribution: Distribution) -> None:
+        super().__init__(distribution.event_shape)
+        self.distribution = (distribution,)
+
+    def build(self, context: Tensor | None) -> Distribution:
+        return self.distribution[0]
+
+
+class _StandardNormal(DistributionModule):
+    """The standard normal; its origin is a buffer, which says dtype and device."""
+
+    zero: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.register_buffer("zero", torch.zeros(features))
+
+    def build(self, context: Tensor | None) -> Distribution:
+        normal = Normal(self.zero, torch.ones_like(self.zero), validate_args=False)
+        return Independent(normal, 1, validate_args=False)
+
+
+def _as_family(base: Any) -> DistributionModule:
+    if isinstance(base, DistributionModule):
+        return base
+    if isinstance(base, Distribution):
+        if base.batch_shape:
+            raise ValueError(
+                f"Generator: base has batch_shape {tuple(base.batch_shape)}, expected (). Use base.to_event("
+                f"{len(base.batch_shape)})."
+            )
+        return _Fixed(base)
+    if isinstance(base, int) and base >= 1:
+        return _StandardNormal(base)
+    raise TypeError(f"Generator: base is {base!r}, expected a family, a distribution, or a positive dimension.")
+
+
+def _as_network(network: nn.Module | int | None, inputs: int, outputs: int) -> nn.Module:
+    if isinstance(network, nn.Module):
+        return network
+    if network is None:
+        return MLP(inputs, outputs, _HIDDEN)
+    if isinstance(network, int) and network >= 1:
+        return MLP(inputs, outputs, (network,) * 3)
+    raise TypeError(f"Generator: network is {network!r}, expected a module, a positive width, or None.")
