@@ -160,7 +160,9 @@ def _platt(logit: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     for _ in range(30):
         share = torch.sigmoid(features @ w)
         hessian = features.T @ (features * (weight * share * (1.0 - share))[:, None])
-        step = torch.linalg.lstsq(hessian + 1e-9 * torch.eye(2).to(hessian), features.T @ (weight * (label - share))).solution
+        step = torch.linalg.lstsq(
+            hessian + 1e-9 * torch.eye(2).to(hessian), features.T @ (weight * (label - share))
+        ).solution
         w = w + step.clamp(-1.0, 1.0)
     return w if w.isfinite().all() and 0.0 < w[0] < 10.0 else start
 

@@ -39,8 +39,8 @@ class ImplicitGuide(VectorGuide):
 
     Args:
         model: a Pyro model with continuous latents; marked discrete ones are summed out.
-        network: ``network(in_features, out_features)`` makes a module from ``(*batch, D + noise_features)`` to ``(*batch, D)``;
-            or such a module. Its input is a whitened draw of the start beside noise.
+        network: a module from ``(*batch, D + noise_features)`` to ``(*batch, D)``, or a function
+            ``network(in_features, out_features)`` that makes one. Its input is a whitened draw of the start beside noise.
         noise_features: length of the additional noise; with none, the network moves every point of the start one way.
         init_loc_fn: where the posterior starts, as in Pyro's autoguides.
         init_scale: standard deviation of the start, in unconstrained units.
@@ -113,6 +113,20 @@ class ImplicitGuide(VectorGuide):
         log_weight = fitted_log_weights(gaussians, log_joint)
         kept = [i for i, w in enumerate(log_weight.exp().tolist()) if w >= _LEAST_WEIGHT]
         self._push.start_at(start.loc[kept], start.scale_tril[kept], log_weight[kept].log_softmax(0))
+
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+        """Latent vectors ``(n, D)``, with gradients to the network, and the modes that they belong to, ``(n,)``."""
+        push = self._push
+        noise = torch.randn(n, push.noise_features).to(push.loc)
+        return push(noise), push.mode(noise)
+
+    def log_weight(self) -> Tensor:
+        """Log probabilities of the modes, shape ``(modes,)``."""
+        return self._push.log_weight
+
+    def weigh(self, log_weight: Tensor) -> None:
+        """Set the probabilities of the modes."""
+        self._push.log_weight.copy_(log_weight)
 
     def score_by(self, log_density: Callable[[Tensor], Tensor] | None) -> None:
         """Let ``log_prob`` of the posterior be this estimate, for ``SVI`` with ``Trace_ELBO``; None takes it back."""
@@ -205,7 +219,9 @@ class Push(nn.Module):
 
     def version(self) -> int:
         """A number that grows with every change of a parameter, and differs once the start was set."""
-        return sum(t._version for t in self.parameters()) + 1000 * sum(t._version for t in self.buffers()) + id(self.loc)
+        return (
+            sum(t._version for t in self.parameters()) + 1000 * sum(t._version for t in self.buffers()) + id(self.loc)
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in ("loc", "scale_tril", "log_weight"):

@@ -1,11 +1,16 @@
-r"""Against what an implicit posterior is held to learn its density: :math:`\log q(\theta) \approx \log r(\theta) + T(\theta)`.
+r"""Against what an implicit posterior is held to learn its density.
 
-The ratio T is a classifier of draws of q against draws of a reference r, whose density is known. The nearer r is to q, the
-less is left to learn: with the prior as r it fails between 2 and 10 dimensions, with q's own moments it does not.
+.. math:: \log q(\theta) \approx \log r(\theta) + T(\theta), \qquad
+          T(\theta) = s\, h\big(\log p(x, \theta) - \log r(\theta)\big) + t_\psi(\theta)
+
+T is a classifier of draws of q against draws of a reference r, whose density is known. The nearer r is to q, the less is
+left to learn. The classifier reads the model's density beside the network t: where q is the posterior, :math:`s = 1` and a
+constant t are exact. (h is the identity up to some 30 nats, and bounded.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,44 +23,66 @@ from pyro_dgm.core.ratio import DensityRatio, logistic_loss
 
 __all__ = ["AdaptiveContrast", "Contrast", "PriorContrast"]
 
+_BOUND = 30.0  # nats, of what the classifier reads of the model's density
+Density = Callable[[Tensor], Tensor]
+
 
 class Contrast(nn.Module):
-    """Abstract: an estimate of log q over latent vectors, ``(*batch, D) -> (*batch,)``, in nats."""
+    """Abstract: an estimate of log q over latent vectors, in nats, and the classifier behind it.
 
-    ratio: DensityRatio
+    Args:
+        ratio: the network t, over whitened latent vectors.
+    """
+
+    middle: Tensor
+
+    def __init__(self, ratio: DensityRatio) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.slope = nn.Parameter(torch.zeros_like(ratio.calibrated[0]))
+        self.register_buffer("middle", torch.full_like(self.slope, torch.nan).detach())
 
     def reference(self) -> Any:
         """The reference r: it has ``sample((n,))`` and ``log_prob``."""
         raise NotImplementedError
 
     def whiten(self, theta: Tensor) -> Tensor:
-        """Latent vectors in the units of the reference, which the critic reads."""
+        """Latent vectors in the units of the reference, which the network reads."""
         raise NotImplementedError
 
     def follow(self, theta: Tensor, mode: Tensor, log_weight: Tensor, share: float) -> None:
-        """Let the reference follow draws of q."""
+        """Let the reference follow draws of q, where it does."""
 
-    def forward(self, theta: Tensor) -> Tensor:
-        """The estimate, with gradients to theta alone."""
+    def log_q(self, theta: Tensor, log_joint: Tensor) -> Tensor:
+        """The estimate at ``(N, D)``, with gradients to theta alone."""
         with frozen(*self.parameters()):
-            return self.reference().log_prob(theta) + self.log_ratio(theta)
+            log_r = self.reference().log_prob(theta)
+            return log_r + self.log_ratio(theta, log_joint - log_r)
 
-    def log_ratio(self, theta):
-        if getattr(self, "joint", None) is None:
-            return self.ratio(self.whiten(theta))
-        f = self.joint(theta) - self.reference().log_prob(theta)
-        f = f - self.mid
-        f = 30.0 * torch.tanh(f / 30.0)
-        return self.slope * f + self.ratio(self.whiten(theta))
+    def log_ratio(self, theta: Tensor, excess: Tensor) -> Tensor:
+        """T; ``excess`` is the log joint minus the reference's log density."""
+        return self.slope * self.read(excess) + self.ratio(self.whiten(theta))
 
-    def loss(self, theta: Tensor) -> Tensor:
+    def read(self, excess: Tensor) -> Tensor:
+        """What the classifier reads of the model's density: centred, and bounded."""
+        middle = self.middle.nan_to_num(0.0)
+        return _BOUND * torch.tanh((excess - middle) / _BOUND)
+
+    def loss(self, theta: Tensor, log_joint: Density) -> Tensor:
         """The classifier's loss on draws of q and as many of r."""
-        other = self.reference().sample((len(theta),))
-        if getattr(self, "joint", None) is not None:
-            with torch.no_grad():
-                f = (self.joint(theta) - self.reference().log_prob(theta)).median()
-                self.mid = f if self.mid is None else self.mid.lerp(f, 0.02)
-        return logistic_loss(self.log_ratio(theta), self.log_ratio(other))
+        excess, other, of_other = self.pairs(theta, log_joint)
+        middle = excess[excess.isfinite()].median() if excess.isfinite().any() else self.middle
+        self.middle.copy_(torch.where(self.middle.isnan(), middle, self.middle.lerp(middle, 0.02)))
+        return logistic_loss(self.log_ratio(theta, excess), self.log_ratio(other, of_other))
+
+    @torch.no_grad()
+    def pairs(self, theta: Tensor, log_joint: Density) -> tuple[Tensor, Tensor, Tensor]:
+        """The excess at draws of q; as many draws of r, and theirs."""
+        r = self.reference()
+        other = r.sample((len(theta),))
+        both = torch.cat([theta, other])
+        excess, of_other = (log_joint(both) - r.log_prob(both)).chunk(2)
+        return excess, other, of_other
 
 
 class AdaptiveContrast(Contrast):
@@ -65,60 +92,68 @@ class AdaptiveContrast(Contrast):
     scale_tril: Tensor
     log_weight: Tensor
 
-    def __init__(self, ratio: DensityRatio, loc: Tensor, scale_tril: Tensor, log_weight: Tensor) -> None:
-        super().__init__()
-        self.ratio = ratio
-        self.register_buffer("loc", loc.clone())
-        self.register_buffer("scale_tril", scale_tril.clone())
+    def __init__(self, ratio: DensityRatio, theta: Tensor, mode: Tensor, log_weight: Tensor) -> None:
+        super().__init__(ratio)
+        count, size = len(log_weight), theta.shape[-1]
+        self.register_buffer("loc", theta.new_zeros(count, size))
+        self.register_buffer("scale_tril", torch.eye(size).to(theta).repeat(count, 1, 1))
         self.register_buffer("log_weight", log_weight.clone())
+        self.follow(theta, mode, log_weight, 1.0)
 
     def reference(self) -> Any:
-        normal = MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
         if len(self.loc) == 1:
             return MultivariateNormal(self.loc[0], scale_tril=self.scale_tril[0], validate_args=False)
-        return MixtureSameFamily(Categorical(logits=self.log_weight), normal, validate_args=False)
+        normals = MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
+        choice = Categorical(logits=self.log_weight, validate_args=False)
+        return MixtureSameFamily(choice, normals, validate_args=False)
 
     def whiten(self, theta: Tensor) -> Tensor:
         loc, scale_tril = self._overall()
-        rows = (theta - loc).reshape(-1, len(loc))
-        return torch.linalg.solve_triangular(scale_tril, rows.mT, upper=False).mT.reshape(theta.shape)
+        return torch.linalg.solve_triangular(scale_tril, (theta - loc).mT, upper=False).mT
 
     def _overall(self) -> tuple[Tensor, Tensor]:
+        """Mean and root of the covariance of the whole mixture."""
         if len(self.loc) == 1:
             return self.loc[0], self.scale_tril[0]
         weight = self.log_weight.exp()[:, None]
         loc = (weight * self.loc).sum(0)
         off = self.loc - loc
-        covariance = (weight[..., None] * (self.scale_tril @ self.scale_tril.mT + off[:, :, None] * off[:, None])).sum(0)
-        return loc, torch.linalg.cholesky(covariance)
+        each = self.scale_tril @ self.scale_tril.mT + off[:, :, None] * off[:, None]
+        return loc, torch.linalg.cholesky((weight[..., None] * each).sum(0))
 
     @torch.no_grad()
     def follow(self, theta: Tensor, mode: Tensor, log_weight: Tensor, share: float) -> None:
         """Move the moments of every mode by ``share`` towards those of its draws."""
         self.log_weight.copy_(log_weight)
         for k in range(len(self.loc)):
-            rows = theta[mode == k] if len(self.loc) > 1 else theta
-            if len(rows) < 2 * theta.shape[-1] + 2:
+            rows = theta[mode == k]
+            if len(rows) < 2 * theta.shape[-1] + 2 or not rows.isfinite().all():
                 continue
-            old, centre = self.loc[k].clone(), rows.mean(0)
-            covariance = self.scale_tril[k] @ self.scale_tril[k].mT
-            self.loc[k] += share * (centre - old)
-            off = (centre - old)[:, None]
-            covariance = (1 - share) * covariance + share * rows.T.cov(correction=0) + share * (1 - share) * off @ off.T
-            root, fault = torch.linalg.cholesky_ex(covariance)
+            step = rows.mean(0) - self.loc[k]
+            old = self.scale_tril[k] @ self.scale_tril[k].mT
+            new = rows.T.cov().reshape(old.shape) + (1 - share) * step[:, None] * step
+            root, fault = torch.linalg.cholesky_ex((1 - share) * old + share * new)
+            self.loc[k] += share * step
             if not fault:
                 self.scale_tril[k] = root
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in ("loc", "scale_tril", "log_weight"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape[1:] == getattr(self, name).shape[1:]:
+                setattr(self, name, torch.empty_like(saved).to(self.loc))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class PriorContrast(Contrast):
-    """r is the model's prior: the classifier of the first papers, which few dimensions defeat."""
+    """r is the model's prior: the classifier of the first papers, which some ten dimensions defeat."""
 
     loc: Tensor
     scale: Tensor
 
     def __init__(self, ratio: DensityRatio, prior: LogJoint) -> None:
-        super().__init__()
-        self.ratio, self._prior = ratio, (prior,)
+        super().__init__(ratio)
+        self._prior = (prior,)
         draws = prior_draws(prior, 1000)
         self.register_buffer("loc", draws.median(0).values)
         self.register_buffer("scale", (draws.quantile(0.84, 0) - draws.quantile(0.16, 0)).div(2).clamp_min(1e-6))
@@ -134,10 +169,7 @@ class _Prior:
     """A model's prior over the latent vector."""
 
     def __init__(self, log_joint: LogJoint) -> None:
-        self.log_joint = log_joint
+        self.log_prob = log_joint
 
     def sample(self, shape: tuple[int]) -> Tensor:
-        return prior_draws(self.log_joint, shape[0])
-
-    def log_prob(self, theta: Tensor) -> Tensor:
-        return self.log_joint(theta.reshape(-1, theta.shape[-1])).reshape(theta.shape[:-1])
+        return prior_draws(self.log_prob, shape[0])
