@@ -1,10 +1,12 @@
 """What training minimises: modules that turn a batch into a scalar loss."""
 
 from pyro_dgm.objectives.adversarial_elbo import Adversarial_ELBO
+from pyro_dgm.objectives.ali import ALI
 from pyro_dgm.objectives.flow_matching import FlowMatching
 from pyro_dgm.objectives.iwae import IWAE_ELBO
 from pyro_dgm.objectives.latent_mmd import LatentMMD
 from pyro_dgm.objectives.likelihood import MaximumLikelihood
+from pyro_dgm.objectives.logistic import LogisticRegression
 from pyro_dgm.objectives.penalised import Penalised
 from pyro_dgm.objectives.semisupervised import SemiSupervised
 from pyro_dgm.objectives.stl import STL_ELBO
@@ -13,7 +15,9 @@ from pyro_dgm.objectives.transformed import Transformed
 from pyro_dgm.objectives.weighted_kl import WeightedKL_ELBO
 
 __all__ = [
+    "ALI",
     "Adversarial_ELBO",
+    "LogisticRegression",
     "FlowMatching",
     "IWAE_ELBO",
     "MaximumLikelihood",

@@ -25,11 +25,11 @@ from pyro_dgm.core.ratio import DensityRatio
 from pyro_dgm.core.training import Implicit
 from pyro_dgm.objectives.contrast import AdaptiveContrast, Contrast, PriorContrast
 from pyro_dgm.objectives.diagnosis import Diagnosis, diagnosed
+from pyro_dgm.objectives.players import Averages, descend
 
 __all__ = ["Adversarial_ELBO"]
 
 _FOLLOW = 0.05  # share by which the reference follows q at each critic step
-_AVERAGE = 0.01  # share by which the average of the guide's parameters follows them
 _LAST = 300  # critic steps after the guide's last
 
 
@@ -69,7 +69,7 @@ class Adversarial_ELBO(nn.Module):
         ...     pyro.sample("z", dist.Normal(0.0, 1.0))
         >>> guide = dgm.ImplicitGuide(model)
         >>> objective = dgm.Adversarial_ELBO(model, guide)
-        >>> history = dgm.fit(objective, max_steps=100, progress=False, seed=0)
+        >>> history = dgm.fit(objective, max_steps=10, progress=False, seed=0)
         >>> bool(abs(guide.draws(5000)["z"].std() - 1.0) < 0.1)
         True
     """
@@ -93,7 +93,7 @@ class Adversarial_ELBO(nn.Module):
         self.critic_steps, self.critic_batch, self.critic_lr = critic_steps, critic_batch, critic_lr
         self._critic = (critic,)
         self._joint: Any = None
-        self._averages: list[Tensor] = []
+        self._averages = Averages()
 
     def setup(self, *args: Any, **kwargs: Any) -> Adversarial_ELBO:
         """Create the guide's and the classifier's parameters; returns the objective."""
@@ -116,7 +116,7 @@ class Adversarial_ELBO(nn.Module):
             prior = poutine.block(self.model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
             self.contrast = PriorContrast(ratio, LogJoint(self.guide, prior, args, kwargs))
         self.critic_optimizer = torch.optim.Adam(self.contrast.parameters(), self.critic_lr, betas=(0.5, 0.99))
-        self._averages = []
+        self._averages = Averages()
 
     def warm_start(self, *args: Any, **kwargs: Any) -> None:
         """Start the guide at Gaussians, one for each mode that is found; a trained guide stays as it is."""
@@ -135,25 +135,19 @@ class Adversarial_ELBO(nn.Module):
         """The estimate of minus the ELBO; while gradients are recorded the classifier is trained first."""
         self.setup(*args, **kwargs)
         if torch.is_grad_enabled():
-            self._average()
+            self._averages.follow(self.guide.parameters())
             for _ in range(self.critic_steps):
                 self.critic_step(*args, **kwargs)
         return -self._log_weights(self.guide.draw(self.num_particles)[0]).mean()
 
     def critic_step(self, *args: Any, **kwargs: Any) -> float:
-        """One step of the classifier; a loss that is not finite is left out. Returns the loss (nats per pair)."""
+        """One step of the classifier; returns its loss (nats per pair)."""
         self.setup(*args, **kwargs)
         with torch.no_grad():
             theta, mode = self.guide.draw(self.critic_batch)
         self.contrast.follow(theta, mode, self.guide.log_weight(), _FOLLOW)
         with torch.enable_grad():
-            loss = self.contrast.loss(theta, self._joint)
-            self.critic_optimizer.zero_grad(set_to_none=True)
-            if loss.isfinite():
-                loss.backward()
-                self.critic_optimizer.step()
-        self.critic_optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+            return descend(self.critic_optimizer, self.contrast.loss(theta, self._joint))
 
     def attach(self, *args: Any, **kwargs: Any) -> Adversarial_ELBO:
         """Let the guide's ``log_prob`` be this estimate, for stock ``SVI`` with ``Trace_ELBO``; returns the objective."""
@@ -189,7 +183,7 @@ class Adversarial_ELBO(nn.Module):
 
     def settle(self, *args: Any, **kwargs: Any) -> None:
         """Give the guide its averaged parameters, weigh its modes anew, and warn of modes that it misses."""
-        self._take_averages()
+        self._averages.give(self.guide.parameters())
         for _ in range(_LAST):
             self.critic_step(*args, **kwargs)
         if len(self.guide.log_weight()) > 1:
@@ -214,31 +208,17 @@ class Adversarial_ELBO(nn.Module):
         if total.isfinite().all():
             self.guide.weigh(total.clamp_min(1e-6).log().log_softmax(0))
 
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Let the average of the guide's parameters follow them."""
-        now = list(self.guide.parameters())
-        if not self._averages:
-            self._averages = [p.detach().clone() for p in now]
-        for mean, p in zip(self._averages, now, strict=True):
-            mean.lerp_(p, _AVERAGE)
-
-    @torch.no_grad()
-    def _take_averages(self) -> None:
-        for mean, p in zip(self._averages, self.guide.parameters(), strict=False):
-            p.copy_(mean)
-
     def get_extra_state(self) -> dict[str, Any]:
         """What resuming needs besides tensors: the classifier's optimiser, and the averages."""
         if self._joint is None:
             return {}
-        return {"critic_optimizer": self.critic_optimizer.state_dict(), "averages": self._averages}
+        return {"critic_optimizer": self.critic_optimizer.state_dict(), "averages": self._averages.state()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take it back, once :meth:`setup` has been called."""
         if state and self._joint is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-            self._averages = [mean.clone() for mean in state["averages"]]
+            self._averages.load(state["averages"])
 
 
 def _fingerprint(guide: Any) -> tuple[int, float]:
