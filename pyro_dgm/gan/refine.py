@@ -139,17 +139,17 @@ def _nuts(generator: Any, ratio: DensityRatio, n: int) -> tuple[Tensor, float]:
     def model() -> None:
         pyro.factor("ratio", ratio(generator.sample_site("x")))
 
-    live = [p for p in generator.parameters() if p.requires_grad]
+    live, training = [p for p in generator.parameters() if p.requires_grad], generator.training
     try:
-        generator.requires_grad_(False)
+        generator.requires_grad_(False).eval()  # in training mode pyro.module warns of frozen parameters
         with pyro.get_param_store().scope():
-            kernel = NUTS(model, jit_compile=False)
-            chain = MCMC(kernel, num_samples=n, warmup_steps=max(100, n // 4), disable_progbar=True)
+            chain = MCMC(NUTS(model), num_samples=n, warmup_steps=max(60, n // 4), disable_progbar=True)
             chain.run()
             made = pyro.infer.Predictive(model, chain.get_samples(), return_sites=["x"], parallel=True)()["x"]
     finally:
         for p in live:
             p.requires_grad_(True)
+        generator.train(training)
     return made.reshape(n, *generator.event_shape).detach(), _accepted(chain)
 
 

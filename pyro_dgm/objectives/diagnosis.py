@@ -85,7 +85,7 @@ def diagnosed(contrast: Contrast, log_joint: Callable[[Tensor], Tensor], theta: 
         torch.cat([contrast.whiten(t), contrast.read(e)[:, None]], -1) for t, e in ((theta, excess), (other, of_other))
     )
     half = len(theta) // 2
-    ratio, _ = learn_ratio(q[:half], r[:half], max_steps=1500)
+    ratio, _ = learn_ratio(q[:half], r[:half], max_steps=1000)
     with torch.no_grad():
         trained = calibration(contrast.log_ratio(other, of_other))
         of_q, of_r = ratio(q[half:]), ratio(r[half:])

@@ -66,7 +66,9 @@ def conjugate(d):
 def fitted(model, kind, contrast, seed):
     pyro.clear_param_store()
     guide = dgm.AutoFlow(model) if kind == "AutoFlow" else dgm.ImplicitGuide(model)
-    objective = dgm.STL_ELBO()(model, guide) if kind == "AutoFlow" else dgm.Adversarial_ELBO(model, guide, contrast=contrast)
+    objective = (
+        dgm.STL_ELBO()(model, guide) if kind == "AutoFlow" else dgm.Adversarial_ELBO(model, guide, contrast=contrast)
+    )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         began = time.process_time()
@@ -99,7 +101,10 @@ def row(case, kind, seed):
     else:
         z = guide.draws(50_000)["z"]
         kl = float(kl_divergence(dist.MultivariateNormal(z.mean(0), z.T.cov()), exact))
-    print(f"{case:9s}{kind:15s}{seed:5d}{kl:9.4f}{elbo:10.3f}{log_z:9.3f}{left:7.3f}{history.steps:7d}{cpu:7.1f}  {verdict}", flush=True)
+    print(
+        f"{case:9s}{kind:15s}{seed:5d}{kl:9.4f}{elbo:10.3f}{log_z:9.3f}{left:7.3f}{history.steps:7d}{cpu:7.1f}  {verdict}",
+        flush=True,
+    )
     return {"case": case, "guide": kind, "seed": seed, "kl": kl, "elbo": elbo, "log_z": log_z, "left": left, "cpu": cpu}
 
 
