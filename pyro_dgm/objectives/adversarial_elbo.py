@@ -30,7 +30,8 @@ from pyro_dgm.objectives.players import Averages, descend
 __all__ = ["Adversarial_ELBO"]
 
 _FOLLOW = 0.05  # share by which the reference follows q at each critic step
-_LAST = 300  # critic steps after the guide's last
+_FIRST = 50  # critic steps before the guide's first
+_LAST = 150  # critic steps after the guide's last
 
 
 class Adversarial_ELBO(nn.Module):
@@ -128,7 +129,7 @@ class Adversarial_ELBO(nn.Module):
 
     def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
         """Let the classifier catch up with the guide before the first step."""
-        for _ in range(100):
+        for _ in range(_FIRST):
             self.critic_step(*next(batches))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
