@@ -34,6 +34,7 @@ from pyro_dgm.guides import AutoFlow, ImplicitGuide
 from pyro_dgm.objectives import (
     IWAE_ELBO,
     STL_ELBO,
+    Adversarial,
     Adversarial_ELBO,
     FlowMatching,
     LogisticRegression,
@@ -45,6 +46,7 @@ from pyro_dgm.vae import VAE
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adversarial",
     "Adversarial_ELBO",
     "AutoFlow",
     "Critic",

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_dgm.core.data import Standardize
 
-__all__ = ["Convergent", "Implicit", "Pretrainable", "Settling", "Standardizable", "Startable", "Transporting"]
+__all__ = [
+    "Alternating",
+    "Convergent",
+    "Implicit",
+    "Pretrainable",
+    "Settling",
+    "Standardizable",
+    "Startable",
+    "Transporting",
+]
 
 
 @runtime_checkable
@@ -86,3 +95,24 @@ class Implicit(Protocol):
 
     def score_by(self, log_density: Any) -> None:
         """Let an estimate stand in for the log density; None takes it back."""
+
+
+@runtime_checkable
+class Alternating(Protocol):
+    """An objective of two players with a loss each: the loop steps the one, then the other, and averages the second."""
+
+    lr: float
+    critic_steps: int
+    ema: float
+
+    def players(self) -> tuple[nn.Module, nn.Module]:
+        """The critic, which is stepped ``critic_steps`` times, and the generator, which is stepped once after that."""
+
+    def critic_loss(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The critic's loss, and its accuracy."""
+
+    def generator_loss(self, *batch: Tensor) -> Tensor:
+        """The generator's loss, without a gradient towards the critic."""
+
+    def quality(self, *held_out: Tensor) -> tuple[float, float]:
+        """How near the generator's draws are to held-out rows: energy distance, and coverage as a share of the expected."""

@@ -1,5 +1,6 @@
 """What training minimises: modules that turn a batch into a scalar loss."""
 
+from pyro_dgm.objectives.adversarial import Adversarial
 from pyro_dgm.objectives.adversarial_elbo import Adversarial_ELBO
 from pyro_dgm.objectives.ali import ALI
 from pyro_dgm.objectives.flow_matching import FlowMatching
@@ -15,6 +16,7 @@ from pyro_dgm.objectives.transformed import Transformed
 from pyro_dgm.objectives.weighted_kl import WeightedKL_ELBO
 
 __all__ = [
+    "Adversarial",
     "ALI",
     "Adversarial_ELBO",
     "LogisticRegression",

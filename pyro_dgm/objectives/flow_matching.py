@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.training import Standardizable, Transporting
 
-__all__ = ["FlowMatching", "standardize_once"]
+__all__ = ["FlowMatching", "check_batch", "first_rows", "standardize_once"]
 
 _BLOCK = 64  # rows among which noise is matched to data; the cost of a match grows with their cube
 _FIRST_ROWS = 10_000  # from which units are taken
@@ -131,7 +131,7 @@ def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ..
     """
     if not isinstance(family, Standardizable) or not family.standard.is_identity():
         return False
-    x, context = _rows(batches)
+    x, context = first_rows(batches)
     with torch.no_grad():
         before = family(context).log_prob(x).mean()
         family.standardize(x)
@@ -141,7 +141,7 @@ def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ..
     return False
 
 
-def _rows(batches: Iterator[tuple[Any, ...]]) -> tuple[Tensor, Tensor | None]:
+def first_rows(batches: Iterator[tuple[Any, ...]]) -> tuple[Tensor, Tensor | None]:
     """The first rows of the data, out of at most 20 batches."""
     found: list[tuple[Any, ...]] = []
     while len(found) < 20 and sum(len(batch[0]) for batch in found) < _FIRST_ROWS:

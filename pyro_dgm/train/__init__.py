@@ -1,6 +1,6 @@
 """Training."""
 
-from pyro_dgm.train.fit import FitDiverged, fit
-from pyro_dgm.train.history import History
+from pyro_dgm.train.fit import fit
+from pyro_dgm.train.history import FitDiverged, History
 
 __all__ = ["FitDiverged", "History", "fit"]

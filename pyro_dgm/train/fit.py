@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_dgm.core.training import Convergent, Pretrainable, Settling, Startable
+from pyro_dgm.core.training import Alternating, Convergent, Pretrainable, Settling, Startable
+from pyro_dgm.train.adversarial import AdversarialRun
 from pyro_dgm.train.batches import Batches, held_out_split, non_finite
 from pyro_dgm.train.checkpoint import load_checkpoint, save_checkpoint
-from pyro_dgm.train.history import History
+from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.parameters import owned_parameters
 from pyro_dgm.train.schedule import Limits, rate_at, round_length
 
@@ -29,20 +30,12 @@ _MAX_SKIPPED = 20  # consecutive non-finite steps before a fit gives up
 _CLIP = 10.0
 
 
-class FitDiverged(RuntimeError):
-    """The loss stayed non-finite. The best parameters were restored; ``history`` holds what happened."""
-
-    def __init__(self, message: str, history: History) -> None:
-        super().__init__(message)
-        self.history = history
-
-
 def fit(
     objective: nn.Module,
     data: Any = (),
     *,
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
-    lr: float = 5e-3,
+    lr: float | None = None,
     max_steps: int | None = None,
     max_epochs: int | None = None,
     max_seconds: float | None = None,
@@ -60,13 +53,14 @@ def fit(
     training goes in rounds of 300, 600 and 1,200 steps, each with a cosine schedule, until a round brings nothing; with
     ``max_steps``, ``max_epochs`` or ``max_seconds`` it is one such round. Gradients are clipped to norm 10. A
     non-finite step is left out; 20 in a row end the fit. Parameters of ``pyro.param`` and ``pyro.module`` statements
-    are trained too and stand in the param store afterwards.
+    are trained too and stand in the param store afterwards. An :class:`~pyro_dgm.Adversarial` objective has a loop of its
+    own: two optimisers, one round of 4,000 steps unless limited, the last averaged weights kept, no clipping.
 
     Args:
         objective: a module that turns a batch into a scalar loss, such as ``STL_ELBO()(model, guide)``.
         data: the objective's arguments: a tensor, a tuple, or a ``DataLoader``.
         optimizer: makes the optimiser from a list of parameters; None for Adam with betas (0.9, 0.99).
-        lr: peak learning rate, used where ``optimizer`` is None.
+        lr: peak learning rate, used where ``optimizer`` is None; None for 5e-3, or the objective's own.
         max_steps, max_epochs, max_seconds: limits; the first that is reached ends the fit.
         batch_size: rows per minibatch, taken from the first dimension of all tensors; None for full batches.
         validation: held-out arguments, or the fraction of rows to hold out; the best parameters are then those with
@@ -108,7 +102,9 @@ def fit(
         bar = tqdm(desc="warm start", unit="step", disable=not progress, mininterval=0.5)
         with bar, owned_parameters(objective, batches.example(), lambda: _prepare(objective, batches, saved)) as found:
             bar.set_description("fit", refresh=False)
-            run = _Run(objective, found, optimizer, lr, batches, limits, validation, patience, bar, checkpoint)
+            kind: Any = AdversarialRun if isinstance(objective, Alternating) else _Run
+            rate = lr or (objective.lr if isinstance(objective, Alternating) else 5e-3)
+            run = kind(objective, found, optimizer, rate, batches, limits, validation, patience, bar, checkpoint)
             return run.run(saved)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["History"]
+__all__ = ["FitDiverged", "History"]
 
 
 @dataclass
@@ -21,6 +21,10 @@ class History:
         best_loss: the smoothed (or held-out) loss there.
         stopped: why the fit ended.
         seconds: time in the loop.
+        critic_loss: the critic's loss of each step, where two players are trained; ``loss`` is then the generator's.
+        critic_accuracy: share of pairs of a datum and a draw that the critic ranks rightly, of each step.
+        quality: ``(step, energy distance, coverage)`` of the generator on held-out rows; coverage is a share of what
+            draws of the data's own law have.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -31,6 +35,9 @@ class History:
     best_loss: float = float("inf")
     stopped: str = ""
     seconds: float = 0.0
+    critic_loss: list[float] = field(default_factory=list)
+    critic_accuracy: list[float] = field(default_factory=list)
+    quality: list[tuple[int, float, float]] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -50,6 +57,8 @@ class History:
         ax = plt.subplots(figsize=(6, 3.5), layout="constrained")[1] if ax is None else ax
         ax.plot(range(1, self.steps + 1), self.loss, lw=0.5, alpha=0.5, label="loss of a step")
         ax.plot(range(1, self.steps + 1), _smooth(self.loss), label="mean of 50 steps")
+        if self.critic_loss:
+            ax.plot(range(1, self.steps + 1), _smooth(self.critic_loss), label="critic, mean of 50 steps")
         if self.validation:
             ax.plot(*zip(*self.validation, strict=True), "o-", ms=3, label="held out")
         ax.axvline(self.best_step, color="0.7", ls=":", label="kept")
@@ -59,6 +68,14 @@ class History:
         ax.set(xlabel="step", ylabel="loss (nats)")
         ax.legend(frameon=False)
         return ax
+
+
+class FitDiverged(RuntimeError):
+    """The loss stayed non-finite. The best parameters were restored; ``history`` holds what happened."""
+
+    def __init__(self, message: str, history: History) -> None:
+        super().__init__(message)
+        self.history = history
 
 
 def _smooth(loss: list[float], width: int = 50) -> list[float]:

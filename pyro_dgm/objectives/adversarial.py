@@ -1,0 +1,190 @@
+r"""Adversarial training: a critic learns to tell draws from data, and a generator to make draws that it takes for data.
+
+.. math:: \min_G \max_T\; E_x\, f(T(x)) + E_z\, g(T(G(z)))
+
+(Goodfellow et al. 2014, arXiv 1406.2661; Ruthotto & Haber 2021, section 5.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_dgm.core import DistributionModule, ImplicitDistribution, frozen
+from pyro_dgm.core.nearness import coverage_of, energy_of, expected_coverage
+from pyro_dgm.core.training import Standardizable
+from pyro_dgm.objectives.adversarial_losses import LOSSES, gradient_norms
+from pyro_dgm.objectives.flow_matching import check_batch, first_rows
+
+__all__ = ["Adversarial"]
+
+
+class Adversarial(nn.Module):
+    r"""Both losses of a generative adversarial network; :func:`~pyro_dgm.fit` steps the two players in turn.
+
+    ``fit(Adversarial(generator, critic), (x,), batch_size=256, max_steps=4000)`` is the whole recipe, with ``(x, context)``
+    for a conditional pair. It takes both players' units from the data, steps the critic ``critic_steps`` times and the
+    generator once, and at the end gives the generator the running average of its weights. ``History`` holds both losses
+    (``loss`` is the generator's), the critic's accuracy (share of pairs of a datum and a draw that it ranks rightly; 1/2
+    means that it cannot tell) and the quality: energy distance and coverage against held-out rows. A low coverage is
+    warned of, once.
+
+    Args:
+        generator: a :class:`~pyro_dgm.Generator`, or any family with pathwise draws, such as a flow (Flow-GAN).
+        critic: a :class:`~pyro_dgm.Critic` of the same event and context.
+        loss: ``"non-saturating"``, ``"relativistic"``, ``"wgan-gp"``, ``"hinge"``, ``"least-squares"`` or
+            ``"saturating"`` (for comparison).
+        r1, r2: weights of :math:`\frac12 E|\nabla T|^2` at data and at draws. None for 0.1 each (0 with ``"wgan-gp"``).
+        gradient_penalty: weight of :math:`E(|\nabla T| - 1)^2` between data and draws. None for 10 with ``"wgan-gp"``, else 0.
+        critic_steps: of the critic for one of the generator. None for 5 with ``"wgan-gp"``, else 1.
+        ema: decay of the running average of the generator's weights; 0 keeps the last weights.
+        likelihood: weight of :math:`-E \log q(x) / D` in the generator's loss, for families with a density.
+
+    Raises:
+        ValueError: for an unknown loss, negative weights, players that do not fit each other or the data, NaN, or a
+            likelihood of a generator without a density.
+
+    Note:
+        Neither loss says how good the draws are. Read ``history.quality``, and compare models by ``evaluate.c2st`` against
+        held-out data. Norms of gradients are taken for each row, in standard deviations of the data.
+
+    References:
+        | Goodfellow et al. (2014), arXiv 1406.2661. Gulrajani et al. (2017), arXiv 1704.00028 (gradient penalty).
+        | Mescheder et al. (2018), arXiv 1801.04406 (R1 and R2). Jolicoeur-Martineau (2018), arXiv 1807.00734.
+        | Grover et al. (2018), "Flow-GAN", arXiv 1705.08868.
+
+    Example:
+        >>> import torch, pyro_dgm as dgm
+        >>> x = 3.0 + torch.randn(1000, 1)
+        >>> gan = dgm.Adversarial(dgm.Generator(1, 16), dgm.Critic(1, 16))
+        >>> history = dgm.fit(gan, (x,), batch_size=100, max_steps=300, progress=False, seed=0)
+        >>> bool(abs(gan.generator().sample((4000,)).mean() - 3.0) < 0.3)
+        True
+    """
+
+    def __init__(
+        self,
+        generator: DistributionModule,
+        critic: nn.Module,
+        loss: str = "non-saturating",
+        *,
+        r1: float | None = None,
+        r2: float | None = None,
+        gradient_penalty: float | None = None,
+        critic_steps: int | None = None,
+        ema: float = 0.999,
+        likelihood: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if loss not in LOSSES:
+            raise ValueError(f"Adversarial: loss={loss!r}, expected one of {', '.join(map(repr, LOSSES))}.")
+        self.loss, usual = LOSSES[loss], LOSSES[loss]
+        self.r1 = usual.r1 if r1 is None else r1
+        self.r2 = usual.r2 if r2 is None else r2
+        self.gradient_penalty = usual.gradient_penalty if gradient_penalty is None else gradient_penalty
+        self.critic_steps = usual.critic_steps if critic_steps is None else critic_steps
+        self.ema, self.likelihood, self.lr = ema, likelihood, 2e-3
+        self._refuse_bad_settings()
+        _refuse_mismatch(generator, critic)
+        self.generator: Any = generator
+        self.critic: Any = critic
+        self._refuse_without_density()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The generator's loss for events ``(N, *event_shape)`` and contexts ``(N, context_features)``."""
+        check_batch("Adversarial", self.generator, x, context)
+        return self.generator_loss(x, context)
+
+    def players(self) -> tuple[nn.Module, nn.Module]:
+        return self.critic, self.generator
+
+    def critic_loss(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The critic's loss with its penalties, and the share of pairs of a datum and a draw that it ranks rightly."""
+        with torch.no_grad():
+            draws = self._draws(len(x), context)
+        rows = torch.cat([x, draws])
+        both = None if context is None else torch.cat([context, context])
+        if self.r1 or self.r2:
+            logits, square = gradient_norms(self.critic, rows, both, self.critic.standard.scale)
+            at_data, at_draws = square.chunk(2)
+            penalty = 0.5 * (self.r1 * at_data.mean() + self.r2 * at_draws.mean())
+        else:
+            logits, penalty = self.critic(rows, both), rows.new_zeros(())
+        real, fake = logits.chunk(2)
+        if self.gradient_penalty:
+            penalty = penalty + self.gradient_penalty * self._lipschitz(x, draws, context)
+        return self.loss.critic(real, fake) + penalty, (real > fake).float().mean()
+
+    def generator_loss(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The generator's loss; no gradient goes to the critic."""
+        with frozen(*self.critic.parameters()):
+            fake = self.critic(self._draws(len(x), context), context)
+            real = self.critic(x, context) if self.loss is LOSSES["relativistic"] else fake
+        loss = self.loss.generator(real, fake)
+        if not self.likelihood:
+            return loss
+        return loss - self.likelihood * self.generator(context).log_prob(x).mean() / x[0].numel()
+
+    @torch.no_grad()
+    def quality(self, x: Tensor, context: Tensor | None = None) -> tuple[float, float]:
+        """Energy distance of draws to rows, in the critic's units, and their coverage as a share of what is expected."""
+        draws = self._draws(len(x), context)
+        a, b = (self.critic.standard(r.reshape(len(r), -1)) for r in (x, draws))
+        if not b.isfinite().all():
+            return float("nan"), float("nan")
+        return energy_of(a, b), coverage_of(a, b) / expected_coverage(len(a))
+
+    def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
+        """Take both players' units from the data, unless they have some."""
+        x, context = first_rows(batches)
+        check_batch("Adversarial", self.generator, x, context)
+        for player in (self.generator, self.critic):
+            if isinstance(player, Standardizable) and player.standard.is_identity():
+                player.standardize(x)
+
+    def _draws(self, rows: int, context: Tensor | None) -> Tensor:
+        return self.generator().rsample((rows,)) if context is None else self.generator(context).rsample()
+
+    def _lipschitz(self, x: Tensor, draws: Tensor, context: Tensor | None) -> Tensor:
+        """Mean over rows of (norm of the gradient - 1)^2, at random points between a datum and a draw."""
+        share = torch.rand(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
+        between = torch.lerp(x, draws, share)
+        square = gradient_norms(self.critic, between, context, self.critic.standard.scale)[1]
+        return ((square + 1e-12).sqrt() - 1.0).square().mean()
+
+    def _refuse_bad_settings(self) -> None:
+        weights = {k: getattr(self, k) for k in ("r1", "r2", "gradient_penalty", "likelihood")}
+        if min(weights.values()) < 0.0:
+            raise ValueError(f"Adversarial: weights must not be negative, got {weights}.")
+        if self.critic_steps < 1 or not 0.0 <= self.ema < 1.0:
+            raise ValueError(
+                f"Adversarial: critic_steps={self.critic_steps} and ema={self.ema}, expected at least 1, and a decay "
+                "in [0, 1)."
+            )
+
+    def _refuse_without_density(self) -> None:
+        if self.likelihood and not _has_density(self.generator):
+            raise ValueError(
+                f"Adversarial: likelihood={self.likelihood}, but {type(self.generator).__name__} has no density. Leave "
+                "it out, or use a flow as the generator."
+            )
+
+
+def _has_density(family: DistributionModule) -> bool:
+    tensor = next(iter(family.tensors()))
+    context = tensor.new_zeros(family.context_features) if family.context_features else None
+    return not isinstance(family(context), ImplicitDistribution)
+
+
+def _refuse_mismatch(generator: DistributionModule, critic: Any) -> None:
+    pairs: dict[str, Any] = {"event_shape": (generator.event_shape, critic.event_shape)}
+    pairs["context_features"] = (generator.context_features, critic.context_features)
+    for what, (ours, its) in pairs.items():
+        if ours != its:
+            raise ValueError(
+                f"Adversarial: {what} of {type(generator).__name__} is {ours}, but of {type(critic).__name__} {its}; "
+                "they judge the same rows, so build both with the same."
+            )
