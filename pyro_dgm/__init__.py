@@ -2,7 +2,14 @@
 
 from pyro_dgm import evaluate
 from pyro_dgm.cnf import FFJORD, OTFlow
-from pyro_dgm.core import Dequantize, DistributionModule, ImplicitDistribution, LearnedDistribution, Standardize
+from pyro_dgm.core import (
+    DensityRatio,
+    Dequantize,
+    DistributionModule,
+    ImplicitDistribution,
+    LearnedDistribution,
+    Standardize,
+)
 from pyro_dgm.core.check import assert_density
 from pyro_dgm.diagnostics import (
     KHat,
@@ -22,9 +29,17 @@ from pyro_dgm.diagnostics import (
     tarp,
 )
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
-from pyro_dgm.gan import Critic, Generator
-from pyro_dgm.guides import AutoFlow
-from pyro_dgm.objectives import IWAE_ELBO, STL_ELBO, Adversarial, FlowMatching, MaximumLikelihood
+from pyro_dgm.gan import Critic, Generator, refine
+from pyro_dgm.guides import AutoFlow, ImplicitGuide
+from pyro_dgm.objectives import (
+    IWAE_ELBO,
+    STL_ELBO,
+    Adversarial,
+    Adversarial_ELBO,
+    FlowMatching,
+    LogisticRegression,
+    MaximumLikelihood,
+)
 from pyro_dgm.train import FitDiverged, History, fit
 from pyro_dgm.vae import VAE
 
@@ -32,8 +47,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adversarial",
+    "Adversarial_ELBO",
     "AutoFlow",
     "Critic",
+    "DensityRatio",
     "Dequantize",
     "DistributionModule",
     "FFJORD",
@@ -43,8 +60,10 @@ __all__ = [
     "History",
     "IWAE_ELBO",
     "ImplicitDistribution",
+    "ImplicitGuide",
     "KHat",
     "LearnedDistribution",
+    "LogisticRegression",
     "MAF",
     "MaximumLikelihood",
     "NSF",
@@ -68,6 +87,7 @@ __all__ = [
     "khat",
     "loo",
     "neutra",
+    "refine",
     "resample",
     "sbc",
     "tarp",

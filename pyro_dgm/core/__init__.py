@@ -4,6 +4,7 @@ from pyro_dgm.core.data import Dequantize, Standardize
 from pyro_dgm.core.distribution import ImplicitDistribution, LearnedDistribution, NoDensityError, frozen
 from pyro_dgm.core.module import DistributionModule, compose
 from pyro_dgm.core.networks import MLP, ConvDecoder, ConvEncoder, joined
+from pyro_dgm.core.ratio import DensityRatio
 from pyro_dgm.core.upstream import zuko
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Dequantize",
     "ConvDecoder",
     "ConvEncoder",
+    "DensityRatio",
     "DistributionModule",
     "ImplicitDistribution",
     "LearnedDistribution",

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.log_joint import LogJoint
+from pyro_dgm.core.log_joint import LogJoint, prior_draws
 
-__all__ = ["barrier", "other_basins", "spread"]
+__all__ = ["barrier", "other_basins", "spread", "uncovered"]
 
 
 def barrier(log_density: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:
@@ -44,3 +44,22 @@ def _ascend(log_joint: LogJoint, u: Tensor, scale: Tensor, steps: int = 60) -> T
         v.grad = -log_joint.value_and_grad(v.detach() * scale)[1] * scale
         optimizer.step()
     return v.detach() * scale
+
+
+def uncovered(
+    log_joint: LogJoint, u: Tensor, to_z: Callable[[Tensor], Tensor], density: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Other basins, as dense as the draws ``u``, with a valley between them and the nearest draws.
+
+    Valleys are looked for on straight lines of ``z = to_z(u)``, whose log density is given.
+    """
+    value = log_joint(u).detach()
+    ends = other_basins(log_joint, u[value.argmax()], prior_draws(log_joint, 256))
+    dense = [end for end in ends if float(log_joint(end[None])) > float(value.median()) - 6.0]
+    return [end for end in dense if _apart(density, to_z, end, u)]
+
+
+def _apart(density: Callable[[Tensor], Tensor], to_z: Callable[[Tensor], Tensor], end: Tensor, u: Tensor) -> bool:
+    near = u[((u - end) / u.std(0)).square().sum(-1).argsort()[:8]]
+    z_end = to_z(end[None])[0]
+    return all(barrier(density, z_end, z) > 1.0 for z in to_z(near))

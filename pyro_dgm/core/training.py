@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from pyro_dgm.core.data import Standardize
 
-__all__ = ["Alternating", "Convergent", "Pretrainable", "Settling", "Standardizable", "Startable", "Transporting"]
+__all__ = [
+    "Alternating",
+    "Convergent",
+    "Implicit",
+    "Pretrainable",
+    "Settling",
+    "Standardizable",
+    "Startable",
+    "Transporting",
+]
 
 
 @runtime_checkable
@@ -66,6 +75,26 @@ class Settling(Protocol):
 
     def settle(self, *args: Any, **kwargs: Any) -> None:
         """Set it; the parameters stay as they are."""
+
+
+@runtime_checkable
+class Implicit(Protocol):
+    """A guide over one latent vector that draws without a density; its noise may choose among modes."""
+
+    def setup(self, *args: Any, **kwargs: Any) -> Any:
+        """Create all parameters."""
+
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+        """Latent vectors ``(n, D)``, with gradients, and the modes that they belong to, ``(n,)``."""
+
+    def log_weight(self) -> Tensor:
+        """Log probabilities of the modes."""
+
+    def weigh(self, log_weight: Tensor) -> None:
+        """Set them."""
+
+    def score_by(self, log_density: Any) -> None:
+        """Let an estimate stand in for the log density; None takes it back."""
 
 
 @runtime_checkable

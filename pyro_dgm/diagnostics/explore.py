@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_dgm.core import frozen
-from pyro_dgm.core.basins import barrier, other_basins
-from pyro_dgm.core.log_joint import LogJoint, prior_draws, value_and_grad
+from pyro_dgm.core.basins import uncovered
+from pyro_dgm.core.log_joint import LogJoint, value_and_grad
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.core.vectorize import Model
 from pyro_dgm.diagnostics.khat import Exploration
@@ -51,9 +51,11 @@ def explore(model: Model, guide: Any, args: tuple[Any, ...], kwargs: dict[str, A
         try:
             transform = whole_event(guide.get_transform(*args, **kwargs), 1)
         except NotImplementedError:  # a mixture is no transform: no chains, and valleys are looked for in theta
-            return Exploration(other_modes=_other_modes(log_joint, lambda x: x, log_joint, u))
+            return Exploration(other_modes=len(uncovered(log_joint, u, lambda x: x, log_joint)))
         density = pulled_back(log_joint, transform)
-        found = _other_modes(log_joint, transform.inv, lambda z: value_and_grad(density, z)[0], u)
+        found = len(
+            uncovered(log_joint, u, transform.inv, lambda z: value_and_grad(density, z)[0])
+        )  # funnels are straight in z
         return Exploration(*_drift(density, transform, u), found)
 
 
@@ -100,20 +102,3 @@ def _leapfrog(density: Density, z: Tensor, p: Tensor, grad: Tensor, step: float,
         value, grad = value_and_grad(density, z)
         p = p + 0.5 * step * grad
     return z, p, (value, grad)
-
-
-def _other_modes(log_joint: LogJoint, to_z: Any, density: Density, u: Tensor) -> int:
-    """Other basins, as dense as the guide's draws, with a valley between them and the nearest draws.
-
-    Valleys are looked for on straight lines of z, where a funnel that the guide follows is straight.
-    """
-    value = log_joint(u).detach()
-    ends = other_basins(log_joint, u[value.argmax()], prior_draws(log_joint, 256))
-    dense = [end for end in ends if float(log_joint(end[None])) > float(value.median()) - 6.0]
-    return sum(_apart(density, to_z, end, u) for end in dense)
-
-
-def _apart(density: Density, to_z: Any, end: Tensor, u: Tensor) -> bool:
-    near = u[((u - end) / u.std(0)).square().sum(-1).argsort()[:8]]
-    z_end = to_z(end[None])[0]
-    return all(barrier(density, z_end, z) > 1.0 for z in to_z(near))

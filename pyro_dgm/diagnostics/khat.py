@@ -123,7 +123,10 @@ def khat(idata: Any) -> KHat:
     """
     stats = group(idata, "sample_stats")
     if "log_weight" not in stats:
-        raise ValueError("khat: sample_stats has no log_weight (log p - log q). Make the container with from_svi.")
+        raise ValueError(
+            "khat: sample_stats has no log_weight (log p - log q). Make the container with from_svi, of a guide with a density; "
+            "an implicit one is judged by Adversarial_ELBO(...).diagnose()."
+        )
     attrs = group_attrs(idata, "sample_stats")
     return judge(
         stats["log_weight"], Exploration(**{f.name: attrs[f.name] for f in fields(Exploration) if f.name in attrs})

@@ -1,5 +1,6 @@
 """Posteriors for any Pyro model."""
 
 from pyro_dgm.guides.autoflow import AutoFlow
+from pyro_dgm.guides.implicit import ImplicitGuide
 
-__all__ = ["AutoFlow"]
+__all__ = ["AutoFlow", "ImplicitGuide"]

@@ -11,32 +11,26 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import init_to_median
-from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
 from pyro.params.param_store import param_with_module_name
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Transform, biject_to
+from torch.distributions import Distribution, Independent, Transform
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
 from pyro_dgm.core.log_joint import LogJoint
-from pyro_dgm.core.sites import is_enumerable, latent_sites
 from pyro_dgm.flows.standard_normal import StandardNormal
 from pyro_dgm.guides.modes import Modes
 from pyro_dgm.guides.posterior import WhitenedPosterior
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.tailed import TailedCoupling
+from pyro_dgm.guides.vector import VectorGuide
 
 __all__ = ["AutoFlow"]
 
 _LEAST_WEIGHT = 1e-3  # of a mode, by the Gaussians of the start
 
 
-def _hidden(site: dict[str, Any]) -> bool:
-    """What the guide leaves to the model: data, subsamples and sites that are summed out."""
-    return prototype_hide_fn(site) or is_enumerable(site)
-
-
-class AutoFlow(AutoContinuous):
+class AutoFlow(VectorGuide):
     r"""Posterior :math:`q(\theta)` of all continuous latents of a model, by a flow in whitened coordinates.
 
     All latents are mapped to :math:`R^D` by ``biject_to`` of their supports and concatenated; the flow is over that
@@ -72,8 +66,6 @@ class AutoFlow(AutoContinuous):
         (torch.Size([]), 1)
     """
 
-    _prototype_hide_fn = staticmethod(_hidden)
-
     def __init__(
         self,
         model: Callable[..., Any],
@@ -84,25 +76,15 @@ class AutoFlow(AutoContinuous):
         reparam: Any = None,
     ) -> None:
         model = model if reparam is None else poutine.reparam(model, config=reparam)
-        super().__init__(model, init_loc_fn=_or_zero(init_loc_fn))
+        super().__init__(model, init_loc_fn=init_loc_fn)
         self._plain_model = (model,)
         self._make_family = (family or TailedCoupling,)
         self.init_scale = init_scale
         self._untouched: int | None = None
         self._registered: int | None = None
 
-    def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
-        """Read the model's structure and create all parameters, without a training step; returns the guide."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-        return self
-
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with torch.random.fork_rng(devices=[]):
-            _refuse_unfit_sites(self.model, args, kwargs)
-            super()._setup_prototype(*args, **kwargs)
-            with poutine.block():  # a plate's index is a sample site of its own
-                self._create_plates(*args, **kwargs)
+        super()._setup_prototype(*args, **kwargs)
         family = self._make_family[0](self.latent_dim).start_at_identity()
         self.posterior = Modes(WhitenedPosterior(family, self._init_loc().detach(), self.init_scale))
         self._untouched = int(self._posterior.version())
@@ -196,82 +178,10 @@ class AutoFlow(AutoContinuous):
         self._registered = posterior.buffer_version()
         return True
 
-    @torch.no_grad()
-    def draws(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Independent posterior draws of every latent, shape ``(num_samples, *site)``, in one pass."""
-        self.setup(*args, **kwargs)
-        return self.constrained(self._posterior().sample((num_samples,)))
-
-    def constrained(self, latent: Tensor) -> dict[str, Tensor]:
-        """Site values ``(S, *site)`` of unconstrained latent vectors ``(S, D)``."""
-        num_samples = len(latent)
-        nesting = max((-f.dim for f in self._prototype_frames.values()), default=0)
-        latent = latent.reshape(num_samples, *(1,) * nesting, -1)
-        values = {s["name"]: biject_to(s["fn"].support)(u) for s, u in self._unpack_latent(latent)}
-        return {k: v.reshape(num_samples, *self.prototype_trace.nodes[k]["value"].shape) for k, v in values.items()}
-
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Elementwise posterior medians, from 10,000 draws with a fixed seed, in the constrained space."""
-        return {k: v[0] for k, v in self.quantiles([0.5], *args, **kwargs).items()}
-
-    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Elementwise posterior quantiles, shape ``(len(quantiles), *site)``, from 10,000 draws with a fixed seed.
-
-        The Monte-Carlo error of a median is about 0.0125 posterior standard deviations. Elementwise medians of a
-        simplex need not sum to one.
-        """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            draws = self.draws(10_000, *args, **kwargs)
-        return {k: torch.quantile(v, torch.as_tensor(quantiles).to(v), dim=0) for k, v in draws.items()}
-
     def __getstate__(self) -> dict[str, Any]:
         for parameter in self.parameters():
             parameter.__dict__.pop("unconstrained", None)
         return {**self.__dict__, "_model": None, "_plain_model": None, "_make_family": None, "master": None}
-
-
-def _refuse_unfit_sites(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
-    for name, site in latent_sites(trace):
-        if is_enumerable(site):
-            continue
-        if site["fn"].support.is_discrete:
-            raise ValueError(
-                f"AutoFlow: site '{name}' is discrete ({type(site['fn']).__name__}); a flow posterior is continuous. "
-                "Have it summed out: infer={'enumerate': 'parallel'}, or pyro.infer.config_enumerate(model)."
-            )
-        _refuse_without_bijection(name, site["fn"])
-        for frame in site["cond_indep_stack"]:
-            if frame.full_size is not None and frame.full_size != frame.size:
-                raise ValueError(
-                    f"AutoFlow: latent site '{name}' lies in plate '{frame.name}', which is subsampled "
-                    f"({frame.size} of {frame.full_size}). One flow over all latents cannot follow a subsample: use "
-                    "the full plate, or an amortised guide for the local latents."
-                )
-
-
-def _refuse_without_bijection(name: str, fn: Any) -> None:
-    try:
-        biject_to(fn.support)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"AutoFlow: the support of site '{name}' ({type(fn).__name__}: {fn.support}) has no bijection from the real "
-            "numbers. Register one with torch.distributions.biject_to, or write the site as a transform of another."
-        ) from error
-
-
-def _or_zero(init_loc_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same initialisation; sites that cannot be sampled (ImproperUniform) start at 0 of the unconstrained space."""
-
-    def init(site: dict[str, Any]) -> Tensor:
-        try:
-            return init_loc_fn(site)
-        except NotImplementedError:
-            fn, to_support = site["fn"], biject_to(site["fn"].support)
-            return to_support(torch.zeros(to_support.inverse_shape(fn.shape())))
-
-    return init
 
 
 def _as_pyro(base: Any) -> Any:

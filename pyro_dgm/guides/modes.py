@@ -20,7 +20,7 @@ from torch.distributions import Distribution, Transform, constraints
 from pyro_dgm.core import DistributionModule, LearnedDistribution
 from pyro_dgm.guides.posterior import WhitenedPosterior
 
-__all__ = ["Modes"]
+__all__ = ["Modes", "fitted_log_weights"]
 
 
 class Modes(DistributionModule):
@@ -65,14 +65,7 @@ class Modes(DistributionModule):
     @torch.no_grad()
     def weigh(self, log_joint: Callable[[Tensor], Tensor], draws: int = 1024) -> Tensor:
         """Set the weights by 100 steps of EM on importance-weighted draws of all components; returns them."""
-        q = [component() for component in self.components]
-        x = torch.cat([c.sample((draws,)) for c in q])
-        each = torch.stack([c.log_prob(x) for c in q])
-        target = (log_joint(x) - each.logsumexp(0)).log_softmax(0)
-        log_weight = each.new_zeros(len(q)).log_softmax(0)
-        for _ in range(100):
-            share = (each + log_weight[:, None]).log_softmax(0)
-            log_weight = (share + target).logsumexp(1).clamp_min(-30.0).log_softmax(0)
+        log_weight = fitted_log_weights([component() for component in self.components], log_joint, draws)
         self.log_weight.copy_(log_weight)
         return log_weight.exp()
 
@@ -89,6 +82,19 @@ class Modes(DistributionModule):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         self.grow(state_dict.get(f"{prefix}log_weight", self.log_weight).numel())
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@torch.no_grad()
+def fitted_log_weights(q: Sequence[Any], log_joint: Callable[[Tensor], Tensor], draws: int = 1024) -> Tensor:
+    """Weights with which the distributions in ``q`` mix to the density, by 100 steps of EM on weighted draws of all."""
+    x = torch.cat([c.sample((draws,)) for c in q])
+    each = torch.stack([c.log_prob(x) for c in q])
+    target = (log_joint(x) - each.logsumexp(0)).log_softmax(0)
+    log_weight = each.new_zeros(len(q)).log_softmax(0)
+    for _ in range(100):
+        share = (each + log_weight[:, None]).log_softmax(0)
+        log_weight = (share + target).logsumexp(1).clamp_min(-30.0).log_softmax(0)
+    return log_weight
 
 
 class Mixture(Distribution):

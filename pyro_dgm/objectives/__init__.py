@@ -1,10 +1,13 @@
 """What training minimises: modules that turn a batch into a scalar loss."""
 
 from pyro_dgm.objectives.adversarial import Adversarial
+from pyro_dgm.objectives.adversarial_elbo import Adversarial_ELBO
+from pyro_dgm.objectives.ali import ALI
 from pyro_dgm.objectives.flow_matching import FlowMatching
 from pyro_dgm.objectives.iwae import IWAE_ELBO
 from pyro_dgm.objectives.latent_mmd import LatentMMD
 from pyro_dgm.objectives.likelihood import MaximumLikelihood
+from pyro_dgm.objectives.logistic import LogisticRegression
 from pyro_dgm.objectives.penalised import Penalised
 from pyro_dgm.objectives.semisupervised import SemiSupervised
 from pyro_dgm.objectives.stl import STL_ELBO
@@ -14,6 +17,9 @@ from pyro_dgm.objectives.weighted_kl import WeightedKL_ELBO
 
 __all__ = [
     "Adversarial",
+    "ALI",
+    "Adversarial_ELBO",
+    "LogisticRegression",
     "FlowMatching",
     "IWAE_ELBO",
     "MaximumLikelihood",

@@ -1,0 +1,247 @@
+r"""A posterior that is the law of a network's output: it can be sampled, and its density is only ever estimated.
+
+.. math:: \theta = \theta_0 + L_k\, g \odot f_\phi(\theta_0, \epsilon), \qquad
+          k \sim w, \quad \theta_0 \sim N(\mu_k, L_k L_k^\top), \quad \epsilon \sim N(0, I)
+
+At the start the gain :math:`g` is zero, and q is a mixture of the Gaussians that the warm start found, one for each mode:
+a network is continuous and cannot tear one blob of noise into two, so the modes come from the noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.distributions import MultivariateNormal, Normal
+from pyro.infer.autoguide import init_to_median
+from torch import Size, Tensor, nn
+
+from pyro_dgm.core import MLP, ImplicitDistribution
+from pyro_dgm.core.log_joint import LogJoint
+from pyro_dgm.guides.modes import fitted_log_weights
+from pyro_dgm.guides.start import find_start
+from pyro_dgm.guides.vector import VectorGuide
+
+__all__ = ["EstimatedDensity", "ImplicitGuide"]
+
+_LEAST_WEIGHT = 1e-3  # of a mode, by the Gaussians of the start
+
+
+class ImplicitGuide(VectorGuide):
+    r"""Posterior :math:`q(\theta)` of all continuous latents: the law of a network's output, without a density.
+
+    Any network will do, since nothing has to be inverted. It needs :class:`~pyro_dgm.Adversarial_ELBO`, whose learned ratio
+    stands in for the density; a flow (:class:`~pyro_dgm.AutoFlow`) is cheaper, has a density, and can be judged by
+    ``khat``: take it unless the posterior defeats it. After training ``sample``, ``Predictive``, ``from_svi`` (draws, no
+    weights) work.
+
+    Args:
+        model: a Pyro model with continuous latents; marked discrete ones are summed out.
+        network: a module from ``(*batch, D + noise_features)`` to ``(*batch, D)``, or a function
+            ``network(in_features, out_features)`` that makes one. Its input is a whitened draw of the start beside noise.
+        noise_features: length of the additional noise; with none, the network moves every point of the start one way.
+        init_loc_fn: where the posterior starts, as in Pyro's autoguides.
+        init_scale: standard deviation of the start, in unconstrained units.
+
+    Raises:
+        ValueError: as :class:`~pyro_dgm.AutoFlow` for sites that do not fit; for a network of another output length.
+
+    References:
+        | Mescheder, Nowozin & Geiger (2017), "Adversarial variational Bayes", arXiv 1701.04722.
+        | Huszar (2017), "Variational inference using implicit distributions", arXiv 1702.08235.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        >>> guide = dgm.ImplicitGuide(model).setup()
+        >>> guide.draws(5)["z"].shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        network: Callable[[int, int], nn.Module] | nn.Module = MLP,
+        *,
+        noise_features: int = 4,
+        init_loc_fn: Callable[..., Tensor] = init_to_median,
+        init_scale: float = 0.1,
+    ) -> None:
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self._plain_model, self._make_network = (model,), (network,)
+        self.noise_features, self.init_scale = noise_features, init_scale
+        self._scored_by: tuple[Callable[[Tensor], Tensor]] | None = None
+        self._untouched: int | None = None
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        size, loc = self.latent_dim, self._init_loc().detach()
+        made = self._make_network[0]
+        network = made if isinstance(made, nn.Module) else made(size + self.noise_features, size)
+        _check_network(network.to(loc), size + self.noise_features, size)
+        self.push = Push(network, loc, self.init_scale, self.noise_features)
+        self._untouched = self._push.version()
+
+    @property
+    def target(self) -> Callable[..., Any]:
+        """The model whose posterior this is."""
+        return self._plain_model[0]
+
+    @property
+    def _push(self) -> Any:
+        """The network without the ``pyro.module`` statement that reading the attribute makes."""
+        return self._modules["push"]
+
+    @property
+    def modes(self) -> int:
+        """The number of separated modes among which the noise chooses."""
+        return len(self._push.loc)
+
+    def warm_start(self, *args: Any, **kwargs: Any) -> None:
+        """Start at the Gaussians of :func:`~pyro_dgm.guides.start.find_start`; a trained guide stays as it is."""
+        self.setup(*args, **kwargs)
+        if self._push.version() != self._untouched:
+            return
+        log_joint = LogJoint(self, self.target, args, kwargs)
+        if log_joint.missing:
+            return
+        start = find_start(log_joint)
+        gaussians = [MultivariateNormal(m, scale_tril=s) for m, s in zip(start.loc, start.scale_tril, strict=True)]
+        log_weight = fitted_log_weights(gaussians, log_joint)
+        kept = [i for i, w in enumerate(log_weight.exp().tolist()) if w >= _LEAST_WEIGHT]
+        self._push.start_at(start.loc[kept], start.scale_tril[kept], log_weight[kept].log_softmax(0))
+
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+        """Latent vectors ``(n, D)``, with gradients to the network, and the modes that they belong to, ``(n,)``."""
+        push = self._push
+        noise = torch.randn(n, push.noise_features).to(push.loc)
+        return push(noise), push.mode(noise)
+
+    def log_weight(self) -> Tensor:
+        """Log probabilities of the modes, shape ``(modes,)``."""
+        return self._push.log_weight
+
+    def weigh(self, log_weight: Tensor) -> None:
+        """Set the probabilities of the modes."""
+        self._push.log_weight.copy_(log_weight)
+
+    def score_by(self, log_density: Callable[[Tensor], Tensor] | None) -> None:
+        """Let ``log_prob`` of the posterior be this estimate, for ``SVI`` with ``Trace_ELBO``; None takes it back."""
+        self._scored_by = None if log_density is None else (log_density,)
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> ImplicitDistribution:
+        self.setup(*args, **kwargs)
+        push = self.push  # a pyro.module statement, where the guide is being traced
+        base = Normal(self._push.loc.new_zeros(()), 1.0).expand([push.noise_features]).to_event(1)
+        if self._scored_by is None:
+            return ImplicitDistribution(push, base, self.latent_dim, name="ImplicitGuide")
+        return EstimatedDensity(push, base, self.latent_dim, self._scored_by[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        for parameter in self.parameters():
+            parameter.__dict__.pop("unconstrained", None)
+        return {**self.__dict__, "_model": None, "_plain_model": None, "_make_network": None, "_scored_by": None,
+                "master": None}  # fmt: skip
+
+
+class EstimatedDensity(ImplicitDistribution):
+    """An implicit law whose ``log_prob`` is an **estimate**, by a learned ratio without gradients to its parameters.
+
+    It is no density: it need not integrate to one. Diagnostics treat the law as implicit, and take no weights from it.
+    """
+
+    def __init__(self, push: Any, base: Any, features: int, log_density: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(push, base, features, name="ImplicitGuide")
+        self._log_density = log_density
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> EstimatedDensity:
+        base = self._base.expand(Size(batch_shape))
+        return EstimatedDensity(self._push, base, self.event_shape.numel(), self._log_density)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._log_density(value)
+
+
+class Push(nn.Module):
+    """Noise ``(*batch, D + noise + 1)`` to latent vectors ``(*batch, D)``; the last noise chooses the mode.
+
+    Args:
+        network: the map f.
+        loc: the centre, shape ``(D,)``.
+        scale: the standard deviation at the start.
+        extra: length of the additional noise.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+    log_weight: Tensor
+
+    def __init__(self, network: nn.Module, loc: Tensor, scale: float, extra: int) -> None:
+        super().__init__()
+        self.network, self.extra, self.noise_features = network, extra, len(loc) + extra + 1
+        self.gain = nn.Parameter(loc.new_zeros(len(loc)))
+        self.register_buffer("loc", loc.clone()[None])
+        self.register_buffer("scale_tril", scale * torch.eye(len(loc)).to(loc)[None])
+        self.register_buffer("log_weight", loc.new_zeros(1))
+
+    def forward(self, noise: Tensor) -> Tensor:
+        e, extra, _ = noise.split([self.loc.shape[-1], self.extra, 1], -1)
+        k = self.mode(noise)
+        start = self.loc[k] + self._scaled(k, e)
+        centre, spread = self._moments()
+        inputs = torch.cat([(start - centre) / spread, extra], -1)
+        return start + self._scaled(k, self.gain * self.network(inputs))
+
+    def mode(self, noise: Tensor) -> Tensor:
+        """The mode that the noise chooses, shape ``(*batch,)``."""
+        share = 0.5 * (1.0 + torch.erf(noise[..., -1] / math.sqrt(2.0)))
+        return torch.bucketize(share, self.log_weight.exp().cumsum(0)[:-1])
+
+    def _scaled(self, k: Tensor, e: Tensor) -> Tensor:
+        if len(self.loc) == 1:
+            return e @ self.scale_tril[0].mT
+        return (self.scale_tril[k] @ e[..., None])[..., 0]
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the start."""
+        weight = self.log_weight.exp()[:, None]
+        centre = (weight * self.loc).sum(0)
+        variance = self.scale_tril.square().sum(-1) + (self.loc - centre).square()
+        return centre, (weight * variance).sum(0).sqrt()
+
+    @torch.no_grad()
+    def start_at(self, loc: Tensor, scale_tril: Tensor, log_weight: Tensor) -> None:
+        """Make the start a mixture of these Gaussians."""
+        self.loc, self.scale_tril, self.log_weight = loc.clone(), scale_tril.clone(), log_weight.clone()
+
+    def version(self) -> int:
+        """A number that grows with every change of a parameter, and differs once the start was set."""
+        return (
+            sum(t._version for t in self.parameters()) + 1000 * sum(t._version for t in self.buffers()) + id(self.loc)
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in ("loc", "scale_tril", "log_weight"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape[1:] == getattr(self, name).shape[1:]:
+                setattr(self, name, torch.empty_like(saved).to(self.gain))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _check_network(network: nn.Module, in_features: int, out_features: int) -> None:
+    parameter = next(network.parameters(), torch.zeros(()))
+    try:
+        shape = tuple(network(torch.zeros(3, in_features).to(parameter)).shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"ImplicitGuide: the network does not take rows of {in_features} numbers (the latents' dimension plus "
+            f"noise_features). Pass a function of (in_features, out_features). torch says: {error}"
+        ) from error
+    if shape != (3, out_features):
+        raise ValueError(
+            f"ImplicitGuide: the network turned (3, {in_features}) into {shape}, expected (3, {out_features}): the model has "
+            f"{out_features} unconstrained latents. Pass a function of (in_features, out_features), such as MLP."
+        )
