@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_dgm.core.files import load_checkpoint, save_checkpoint
 from pyro_dgm.core.training import Convergent, Pretrainable, Settling, Startable
 from pyro_dgm.train.batches import Batches, held_out_split, non_finite
-from pyro_dgm.train.checkpoint import load_checkpoint, save_checkpoint
 from pyro_dgm.train.history import History
 from pyro_dgm.train.parameters import owned_parameters
 from pyro_dgm.train.schedule import Limits, rate_at, round_length
