@@ -22,7 +22,7 @@ from pyro_dgm.core.handlers import Given, Redraw
 from pyro_dgm.core.sites import is_drawn
 from pyro_dgm.core.vectorize import How, together
 
-__all__ = ["Part", "Program", "run_job", "run_whole_job"]
+__all__ = ["Part", "Program", "random_state", "run_job", "run_whole_job"]
 
 _ONE_AT_A_TIME = threading.Lock()  # Pyro's handlers and torch's random state belong to the process, not to a thread
 _BLOCK = 1_000
@@ -34,14 +34,15 @@ class Part:
     """Consecutive simulations.
 
     Attributes:
-        start: number of the first.
+        start, count: number of the first, and how many.
         values: ``{site: [value or None, ...]}`` one by one, or ``{site: (m, *site)}`` of a vectorised run.
-        faults: what is wrong with each, None for nothing.
+        faults: what is wrong, by number, for those that failed.
     """
 
     start: int
+    count: int
     values: dict[str, Any]
-    faults: list[str | None]
+    faults: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Program:
         event_dims: how many of a site's dimensions belong to its event.
         nesting: depth of the plates.
         how: "plate" or "loop".
+        redraw: draw data that the arguments give anew.
         propose: gives ``n`` draws of some latents, where they do not come from the prior.
     """
 
@@ -63,6 +65,7 @@ class Program:
     event_dims: dict[str, int]
     nesting: int = 0
     how: How = "loop"
+    redraw: bool = True
     propose: Callable[[Program, int], dict[str, Tensor]] | None = None
 
     @property
@@ -81,7 +84,7 @@ class Program:
         values = given or {}
         if n is not None:
             values = {k: self.in_plate(k, v) for k, v in values.items()}
-        model = Given(values)(Redraw()(self.model))
+        model = Given(values)(Redraw()(self.model) if self.redraw else self.model)
         with torch.no_grad(), poutine.block():
             run = model if n is None else together(model, n, self.nesting)
             return poutine.trace(run).get_trace(*self.args, **self.kwargs)
@@ -98,11 +101,10 @@ class Program:
 
 def run_job(program: Program, start: int, stop: int, seed: int) -> Iterator[Part]:
     """Simulations ``start`` to ``stop``, block by block; the process's random state is left as it was."""
-    with _ONE_AT_A_TIME:
+    with _ONE_AT_A_TIME, random_state(seed):
         for first in range(start, stop, program.block):
-            with _random_state(seed, first):
-                part = _block(program, first, min(program.block, stop - first), seed)
-            yield part
+            _set_state(seed, first)
+            yield _block(program, first, min(program.block, stop - first), seed)
 
 
 def run_whole_job(program: Program, start: int, stop: int, seed: int) -> list[Part]:
@@ -122,21 +124,24 @@ def _block(program: Program, first: int, n: int, seed: int) -> Part:
 
 def _together(program: Program, first: int, n: int, given: dict[str, Tensor]) -> Part:
     values = program.rows(program.trace(n, given), n)
-    bad = {k: ~v.reshape(n, -1).isfinite().all(1) for k, v in values.items()}
-    faults = [next((f"site '{k}' is not finite" for k, b in bad.items() if b[i]), None) for i in range(n)]
-    return Part(first, values, faults)
+    faults: dict[int, str] = {}
+    for k, v in values.items():
+        bad = ~v.reshape(n, -1).isfinite().all(1)
+        faults = {first + i: f"site '{k}' is not finite" for i in torch.nonzero(bad)[:, 0].tolist()} | faults
+    return Part(first, n, values, faults)
 
 
 def _one_by_one(program: Program, first: int, n: int, seed: int, given: dict[str, Tensor]) -> Part:
     values: dict[str, list[Tensor | None]] = {k: [] for k in program.shapes}
-    faults: list[str | None] = []
+    faults: dict[int, str] = {}
     for i in range(n):
-        with _random_state(seed, first + i, enabled=n > 1):
-            row, fault = _single(program, {k: v[i] for k, v in given.items()})
-        faults.append(fault)
+        if n > 1:
+            _set_state(seed, first + i)
+        row, fault = _single(program, {k: v[i] for k, v in given.items()})
+        faults |= {first + i: fault} if fault else {}
         for k in values:
             values[k].append(row.get(k))
-    return Part(first, values, faults)
+    return Part(first, n, values, faults)
 
 
 def _single(program: Program, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
@@ -152,20 +157,24 @@ def _single(program: Program, given: dict[str, Tensor]) -> tuple[dict[str, Tenso
 
 
 @contextmanager
-def _random_state(seed: int, index: int, *, enabled: bool = True) -> Iterator[None]:
-    """Random states of torch, numpy and Python that belong to one number of one seed, for as long as it lasts."""
-    if not enabled:
-        yield
-        return
+def random_state(seed: int) -> Iterator[None]:
+    """Random numbers of torch, numpy and Python from a seed; afterwards they go on as before."""
     before = get_rng_state()
-    state = _scrambled(seed + index)
-    torch.manual_seed(state)
-    random.seed(state)
-    np.random.seed(state)
+    _set_state(seed, 0)
     try:
         yield
     finally:
         set_rng_state(before)
+
+
+def _set_state(seed: int, index: int) -> None:
+    """The random state that belongs to one simulation, or block, of a seed."""
+    state = _scrambled(_scrambled(seed) + index)  # neighbouring seeds share nothing
+    torch.default_generator.manual_seed(state)  # torch.manual_seed is slow, and queues a call for every absent device
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(state)
+    random.seed(state)
+    np.random.seed(state)
 
 
 def _scrambled(x: int) -> int:

@@ -6,23 +6,25 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, as_completed
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 from tqdm.auto import tqdm
 
 from pyro_dgm.core.sites import is_data, is_drawn, is_factor, is_subsample
 from pyro_dgm.core.vectorize import NOT_VECTORIZED, plate_nesting
-from pyro_dgm.simulation.agree import fault_of_plate
-from pyro_dgm.simulation.program import Part, Program, run_job, run_whole_job
+from pyro_dgm.simulation.agree import TOO_FEW, fault_of_plate
+from pyro_dgm.simulation.program import Part, Program, random_state, run_job, run_whole_job
 from pyro_dgm.simulation.simulations import Simulations
 from pyro_dgm.simulation.store import Store, manifest
 
 __all__ = ["simulate"]
+
+_ATTEMPTS = 20
 
 
 def simulate(
@@ -33,7 +35,8 @@ def simulate(
     r"""Draw ``n`` times from :math:`p(\theta) \, p(x \mid \theta)`: all latents and all data of a Pyro model.
 
     Many draws are made in one run, in a plate left of all others, if a check of single runs allows it; otherwise one by
-    one, with a warning. Simulations that raise an error or give a value that is not finite are counted and left out.
+    one, with a warning. Simulations that raise an error or give a value that is not finite are counted and left out; a run
+    of many draws that raises one is made again draw by draw, so errors rarer than one in 1,000 are counted too few times.
 
     Args:
         model: a Pyro model. Data that it gets as arguments are drawn anew.
@@ -72,25 +75,29 @@ def simulate(
     """
     if not isinstance(num_simulations, int) or num_simulations < 1:
         raise ValueError(f"simulate: num_simulations={num_simulations}, expected at least 1.")
-    settings = _Prepared(model, args, model_kwargs or {}, observed)
+    settings = _Prepared(model, args, model_kwargs or {}, observed, num_simulations)
     folder = Path(path) if path is not None else None
     seed = _begun_seed(folder, settings, num_simulations, seed)
     program = settings.program
     store = Store(num_simulations, settings.kinds, folder, program.how == "loop")
     jobs = _jobs(store.missing().tolist(), max(batch_size or 1, program.block), num_simulations, program.block)
-    settings.refuse_non_finite_prior(seed)
+    if jobs:
+        settings.refuse_non_finite_prior(seed)
     with tqdm(desc="simulate", total=num_simulations, disable=not progress, mininterval=0.5) as bar:
         bar.update(num_simulations - len(store.missing()))
-        for part in _parts(program, jobs, seed, executor):
-            store.write(part)
-            bar.update(len(part.faults))
+        with closing(_parts(program, jobs, seed, executor)) as parts:
+            for part in parts:
+                store.write(part)
+                bar.update(part.count)
     return _finished(store, settings.observed, args, seed)
 
 
 class _Prepared:
     """A model that was run once: its sites, what is wrong with them, and the way many draws are made."""
 
-    def __init__(self, model: Callable[..., Any], args: Any, kwargs: Any, observed: Sequence[str] | str) -> None:
+    def __init__(
+        self, model: Callable[..., Any], args: Any, kwargs: Any, observed: Sequence[str] | str, n: int
+    ) -> None:
         once = Program(model, args, kwargs, {}, {})
         trace = _first_run(once)
         nodes = {k: s for k, s in trace.nodes.items() if is_drawn(s)}
@@ -101,14 +108,15 @@ class _Prepared:
         events = {k: s["fn"].event_dim for k, s in nodes.items()}
         nesting = max([plate_nesting(trace), *(len(s["fn"].batch_shape) for s in nodes.values())])
         self.program = Program(model, args, kwargs, shapes, events, nesting, "plate")
-        fault = fault_of_plate(self.program)
-        if fault:
+        fault = fault_of_plate(self.program, n)
+        if fault and fault != TOO_FEW:
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=3)
+        if fault:
             self.program = replace(self.program, how="loop")
 
     def refuse_non_finite_prior(self, seed: int) -> None:
         """Look at the first block: latents that depend on no other must be finite."""
-        part = next(iter(run_job(self.program, 0, self.program.block, seed)))
+        (part,) = run_whole_job(self.program, 0, self.program.block, seed)
         for name in [k for k in _roots(self.program) if k in part.values and k not in self.observed]:
             values = [v for v in part.values[name] if v is not None]
             bad = sum(not bool(v.isfinite().all()) for v in values)
@@ -121,14 +129,22 @@ class _Prepared:
 
 
 def _first_run(program: Program) -> Any:
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return program.trace()
-    except NotImplementedError as error:
-        raise ValueError(
-            f"simulate: a site of the model cannot be sampled ({error or 'no sampler'}). A simulation starts from a proper "
-            "prior: replace ImproperUniform and the like."
-        ) from error
+    """A run that does not fail, of a few."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            with random_state(attempt):
+                return program.trace()
+        except NotImplementedError as error:
+            raise ValueError(
+                f"simulate: a site of the model cannot be sampled ({error or 'no sampler'}). A simulation starts from a "
+                "proper prior: replace ImproperUniform and the like."
+            ) from error
+        except Exception as error:
+            last = error
+    raise ValueError(
+        f"simulate: the model failed in each of {_ATTEMPTS} runs. Call it once with the same arguments and no data to see "
+        f"where. The last error: {type(last).__name__}: {last}"
+    ) from last
 
 
 def _observed(
@@ -136,8 +152,7 @@ def _observed(
 ) -> tuple[str, ...]:
     """The names of the data sites."""
     names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
-    with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices=[]):
-        given = [k for k, s in poutine.trace(model).get_trace(*args, **kwargs).nodes.items() if is_data(s)]
+    given = [k for k, s in _first_run(Program(model, args, kwargs, {}, {}, redraw=False)).nodes.items() if is_data(s)]
     names = names or tuple(given)
     unknown = [k for k in names if k not in nodes]
     if unknown or not names:
@@ -170,7 +185,7 @@ def _refuse_what_no_draw_follows(trace: Any) -> None:
 def _roots(program: Program) -> list[str]:
     """Latents that depend on no other."""
     try:
-        with torch.random.fork_rng(devices=[]):
+        with random_state(0):
             parents = get_dependencies(program.model, program.args, program.kwargs)["prior_dependencies"]
         return [k for k in program.shapes if not set(parents.get(k, {})) - {k}]
     except Exception:  # what is asked of the model is more than a run
@@ -211,7 +226,8 @@ def _parts(program: Program, jobs: list[tuple[int, int]], seed: int, executor: E
     """Parts as they come; a bounded number of tasks waits at the executor."""
     if executor is None:
         for start, stop in jobs:
-            yield from run_job(program, start, stop, seed)
+            with closing(run_job(program, start, stop, seed)) as parts:
+                yield from parts
         return
     futures = [executor.submit(run_whole_job, program, start, stop, seed) for start, stop in jobs]
     try:

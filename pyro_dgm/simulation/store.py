@@ -59,14 +59,16 @@ class Store:
 
     def write(self, part: Part) -> None:
         """Keep a part; then mark it as done."""
-        rows = slice(part.start, part.start + len(part.faults))
+        rows = slice(part.start, part.start + part.count)
         for name, values in part.values.items():
             if isinstance(values, Tensor):
                 self.values[name][rows] = values
             else:
                 self._write_each(name, part.start, values)
-        self._note({part.start + i: f for i, f in enumerate(part.faults) if f})
-        self.status[rows] = torch.tensor([_LEFT_OUT if f else _GOOD for f in part.faults], dtype=torch.uint8)
+        self._note(part.faults)
+        marks = torch.full((part.count,), _GOOD, dtype=torch.uint8)
+        marks[[i - part.start for i in part.faults]] = _LEFT_OUT
+        self.status[rows] = marks
 
     def _note(self, faults: dict[int, str]) -> None:
         self.faults |= faults
