@@ -303,3 +303,59 @@ def test_numbers_of_dimensions_must_agree():
 
     with pytest.raises(ValueError, match="'y' has . dimensions in one simulation"), pytest.warns(UserWarning):
         drawn(model, 20)
+
+
+# --- Proposals ----------------------------------------------------------------------------------------------------------
+
+
+class Ball:
+    """A posterior: a plane normal around (3, 0)."""
+
+    def __init__(self, scale=0.5, name="t"):
+        self.q, self.name = dist.Normal(torch.tensor([3.0, 0.0]), scale).to_event(1), name
+
+    def sample(self, shape):
+        return {self.name: self.q.sample(shape)}
+
+    def log_prob(self, values):
+        return self.q.log_prob(values[self.name])
+
+
+def boxed(y=None):
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    t = pyro.sample("t", dist.Uniform(torch.full((2,), -10.0), 10.0).to_event(1))
+    pyro.sample("y", dist.Normal(t, scale[..., None]).to_event(1), obs=y)
+
+
+def boxed_one_by_one(y=None):
+    pyro.sample("k", dist.Normal(0.0, float(pyro.sample("j", dist.HalfNormal(1.0)))))
+    boxed(y)
+
+
+@pytest.mark.filterwarnings("ignore:The model cannot run many draws")
+@pytest.mark.parametrize("model, n", [(boxed, 4_000), (boxed_one_by_one, 100)])
+def test_a_proposal_draws_the_prior_inside_its_region(model, n):
+    """The region is a disc of radius 0.5 sqrt(2 log 1e4) = 2.146, 3.6 % of the box; in it t is uniform: E r^2 = R^2 / 2.
+
+    A proposal that draws from the posterior itself, the fault, has E r^2 = 0.5.
+    """
+    sims = drawn(model, n, proposal=Ball())
+    r2 = (sims["t"] - torch.tensor([3.0, 0.0])).square().sum(-1)
+    assert r2.max() < 2.146**2 * 1.15
+    assert (r2.mean() - 2.146**2 / 2).abs() < 5 * r2.std() / n**0.5 + 0.15
+    assert abs(sims.acceptance - 0.0362) < 0.004 + 5 * 0.0362 / n**0.5 and "of the prior accepted" in repr(sims)
+    z = (sims["y"] - sims["t"]) / sims["scale"][:, None]
+    assert (z.square().mean() - 1.0).abs() < 5 * (2.0 / z.numel()) ** 0.5  # the scale that came before t belongs to it
+
+
+def test_proposals_end():
+    with pytest.raises(ValueError, match=r"of 1,000,000 prior draws \d+ lie where .*acceptance"):
+        drawn(boxed, 1_000, proposal=Ball(0.01))
+    with pytest.raises(TypeError, match="proposal=function has no sample and log_prob"):
+        drawn(boxed, proposal=lambda: 0)
+    with pytest.raises(ValueError, match=r"the proposal draws \['u'\], which are no latents"):
+        drawn(boxed, proposal=Ball(name="u"))
+    many = Ball()
+    many.log_prob = lambda values: torch.zeros(10_000, 3)
+    with pytest.raises(ValueError, match="not for many"):
+        drawn(boxed, proposal=many)

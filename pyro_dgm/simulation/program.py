@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,12 +37,14 @@ class Part:
         start, count: number of the first, and how many.
         values: ``{site: [value or None, ...]}`` one by one, or ``{site: (m, *site)}`` of a vectorised run.
         faults: what is wrong, by number, for those that failed.
+        tried: how many draws of a proposal were tried.
     """
 
     start: int
     count: int
     values: dict[str, Any]
     faults: dict[int, str]
+    tried: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Program:
         nesting: depth of the plates.
         how: "plate" or "loop".
         redraw: draw data that the arguments give anew.
-        propose: gives ``n`` draws of some latents, where they do not come from the prior.
+        propose: gives ``n`` draws of some latents, and how many it tried, where they do not come from the prior.
     """
 
     model: Callable[..., Any]
@@ -66,7 +68,7 @@ class Program:
     nesting: int = 0
     how: How = "loop"
     redraw: bool = True
-    propose: Callable[[Program, int], dict[str, Tensor]] | None = None
+    propose: Callable[[Program, int], tuple[dict[str, Tensor], int]] | None = None
 
     @property
     def block(self) -> int:
@@ -99,7 +101,7 @@ class Program:
         return value.reshape(len(value), *(1,) * (self.nesting - batch), *value.shape[1:])
 
 
-def run_job(program: Program, start: int, stop: int, seed: int) -> Iterator[Part]:
+def run_job(program: Program, start: int, stop: int, seed: int) -> Generator[Part]:
     """Simulations ``start`` to ``stop``, block by block; the process's random state is left as it was."""
     with _ONE_AT_A_TIME, random_state(seed):
         for first in range(start, stop, program.block):
@@ -113,7 +115,13 @@ def run_whole_job(program: Program, start: int, stop: int, seed: int) -> list[Pa
 
 
 def _block(program: Program, first: int, n: int, seed: int) -> Part:
-    given = program.propose(program, n) if program.propose else {}
+    given, tried = program.propose(program, n) if program.propose else ({}, 0)
+    part = _drawn(program, first, n, seed, given)
+    part.tried = tried
+    return part
+
+
+def _drawn(program: Program, first: int, n: int, seed: int, given: dict[str, Tensor]) -> Part:
     if program.how == "plate":
         try:
             return _together(program, first, n, given)

@@ -30,6 +30,7 @@ class Simulations(Mapping[str, Tensor]):
         reasons: why, and how many each.
         args: the model's arguments.
         seed: from which they can be drawn again.
+        acceptance: share of prior draws that a proposal accepted; None where there was none.
 
     Raises:
         ValueError: where the first dimensions differ, or a mask or an observed name has no site.
@@ -44,11 +45,12 @@ class Simulations(Mapping[str, Tensor]):
 
     def __init__(self, values: Mapping[str, Tensor], observed: Any, *, mask: Mapping[str, Tensor] | None = None,
                  failed: Tensor | None = None, reasons: Mapping[str, int] | None = None, args: tuple[Any, ...] = (),
-                 seed: int | None = None) -> None:  # fmt: skip
+                 seed: int | None = None, acceptance: float | None = None) -> None:  # fmt: skip
         self._values, self.mask = dict(values), dict(mask or {})
         self.observed = tuple(observed)
         self.failed = torch.zeros(0, dtype=torch.long) if failed is None else failed
         self.reasons, self.args, self.seed = dict(reasons or {}), tuple(args), seed
+        self.acceptance = acceptance
         self._refuse_bad()
 
     def _refuse_bad(self) -> None:
@@ -94,12 +96,14 @@ class Simulations(Mapping[str, Tensor]):
         site = lambda k: f"{k} {tuple(self._values[k].shape[1:])}{' masked' if k in self.mask else ''}"  # noqa: E731
         parts = [site(k) for k in self.latents] + [f"observed {site(k)}" for k in self.observed]
         left_out = f"; {len(self.failed)} failed and left out" if len(self.failed) else ""
-        return f"Simulations({len(self):,}: {', '.join(parts)}{left_out})"
+        accepted = "" if self.acceptance is None else f"; {self.acceptance:.2g} of the prior accepted"
+        return f"Simulations({len(self):,}: {', '.join(parts)}{left_out}{accepted})"
 
     def save(self, path: str | Path) -> None:
         """Write everything but the model's arguments to one file, whole or not at all."""
         state = {"values": {k: v.clone() for k, v in self._values.items()}, "mask": self.mask, "failed": self.failed}
-        save_checkpoint(path, state | {"observed": list(self.observed), "reasons": self.reasons, "seed": self.seed})
+        state |= {"observed": list(self.observed), "reasons": self.reasons, "seed": self.seed}
+        save_checkpoint(path, state | {"acceptance": self.acceptance})
 
     @classmethod
     def load(cls, path: str | Path) -> Simulations:

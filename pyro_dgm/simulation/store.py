@@ -40,6 +40,7 @@ class Store:
         self.files = {k: f"site-{i}" for i, k in enumerate(sites)}
         self.faults = self._known_faults()
         self.status = self._array("status", Size((n,)), torch.uint8)
+        self.tried = self._array("tried", Size((n,)), torch.int64)
         self.values = {k: self._array(self.files[k], Size((n, *s)), d) for k, (s, d) in sites.items()}
         with_axes = [k for k, (s, _) in sites.items() if sized and len(s)]
         self.sizes = {
@@ -65,6 +66,7 @@ class Store:
                 self.values[name][rows] = values
             else:
                 self._write_each(name, part.start, values)
+        self.tried[part.start] = part.tried
         self._note(part.faults)
         marks = torch.full((part.count,), _GOOD, dtype=torch.uint8)
         marks[[i - part.start for i in part.faults]] = _LEFT_OUT
@@ -130,8 +132,18 @@ class Store:
         for name, sizes in self.sizes.items():
             values[name], there = _cropped(values[name], sizes[good].long())
             mask |= {} if there is None else {name: there}
-        failed = torch.nonzero(self.status == _LEFT_OUT)[:, 0]
-        return Simulations(values, observed, mask=mask, failed=failed, reasons=self.reasons(), args=args, seed=seed)
+        failed, tried = torch.nonzero(self.status == _LEFT_OUT)[:, 0], int(self.tried.sum())
+        acceptance = self.n / tried if tried else None
+        return Simulations(
+            values,
+            observed,
+            mask=mask,
+            failed=failed,
+            reasons=self.reasons(),
+            args=args,
+            seed=seed,
+            acceptance=acceptance,
+        )
 
 
 def _cropped(values: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor | None]:
