@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_dgm.core.training import Convergent, Pretrainable, Settling, Startable
-from pyro_dgm.train.batches import Batches, held_out_split, non_finite
+from pyro_dgm.train.batches import Batches, held_out_split, named_tensors, non_finite
 from pyro_dgm.train.checkpoint import load_checkpoint, save_checkpoint
 from pyro_dgm.train.history import History
 from pyro_dgm.train.parameters import owned_parameters
@@ -64,7 +64,7 @@ def fit(
 
     Args:
         objective: a module that turns a batch into a scalar loss, such as ``STL_ELBO()(model, guide)``.
-        data: the objective's arguments: a tensor, a tuple, or a ``DataLoader``.
+        data: the objective's arguments: a tensor, a tuple, a mapping of tensors (one argument), or a ``DataLoader``.
         optimizer: makes the optimiser from a list of parameters; None for Adam with betas (0.9, 0.99).
         lr: peak learning rate, used where ``optimizer`` is None.
         max_steps, max_epochs, max_seconds: limits; the first that is reached ends the fit.
@@ -301,7 +301,7 @@ class _Run:
     def _diverged(self) -> None:
         history, args = self.history, self.batches.example()
         finite = [v for v in history.loss if math.isfinite(v)]
-        scale = ", ".join(f"{float(a.std()):.3g}" for a in args if isinstance(a, Tensor) and a.is_floating_point())
+        scale = ", ".join(f"{float(a.std()):.3g}" for _, a in named_tensors(args) if a.is_floating_point())
         history.stopped = "diverged"
         raise FitDiverged(
             f"fit: loss or gradient was not finite for {self.lost} steps up to step {history.steps} (last finite loss "
@@ -349,4 +349,4 @@ def _smaller(a: int | None, b: int | None) -> int | None:
 
 def _largest(args: tuple[Any, ...]) -> float:
     """The largest absolute entry of all tensors."""
-    return max((float(a.abs().max()) for a in args if isinstance(a, Tensor) and a.numel()), default=0.0)
+    return max((float(a.abs().max()) for _, a in named_tensors(args) if a.numel()), default=0.0)
