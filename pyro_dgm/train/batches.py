@@ -71,7 +71,13 @@ def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[A
 
 def _as_args(data: Any) -> tuple[Any, ...]:
     args = tuple(data) if isinstance(data, tuple | list) else (data,)
-    return tuple(dict(a) if isinstance(a, Mapping) else a for a in args)
+    return tuple(_as_dict(a) if isinstance(a, Mapping) else a for a in args)
+
+
+def _as_dict(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping as a dictionary; masks that it has as an attribute (simulations of ragged plates) under "mask"."""
+    masks = getattr(data, "mask", None)
+    return {k: data[k] for k in data} | ({"mask": dict(masks)} if masks else {})
 
 
 def _picked(args: tuple[Any, ...], index: Tensor) -> tuple[Any, ...]:
@@ -90,6 +96,14 @@ def named_tensors(args: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
     for i, a in enumerate(args):
         entries = {f"'{k}'": v for k, v in a.items()} if isinstance(a, Mapping) else {f"argument {i}": a}
         yield from ((name, value) for name, value in entries.items() if isinstance(value, Tensor))
+
+
+def row_count(data: Any) -> int | None:
+    """Rows of the data, where they are tensors with one first dimension."""
+    if isinstance(data, DataLoader):
+        return None
+    sizes = {a.shape[0] for _, a in named_tensors(_as_args(data)) if a.dim()}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _rows(args: tuple[Any, ...]) -> int:
