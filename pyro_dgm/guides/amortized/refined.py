@@ -178,7 +178,7 @@ def _warn(k: float, ess: float, steps: int, accepted: dict[str, float]) -> None:
     if k < _BAD:
         return
     after = (
-        f"The draws come from {steps} steps of Markov chains ({', '.join(f'{n} accepted {a:.1%}' for n, a in accepted.items())}); "
+        f"The draws come from {steps} steps of chains ({', '.join(f'{n} accepted {a:.1%}' for n, a in accepted.items())}); "
         "a mode that the guide misses is still missed."
         if steps
         else "They were not moved by chains: pass steps=200."
