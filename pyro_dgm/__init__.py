@@ -24,6 +24,7 @@ from pyro_dgm.diagnostics import (
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
 from pyro_dgm.guides import AmortizedGuide, AutoFlow
 from pyro_dgm.objectives import IWAE_ELBO, STL_ELBO, FlowMatching, ForwardKL, MaximumLikelihood
+from pyro_dgm.simulation import Simulations, simulate
 from pyro_dgm.train import FitDiverged, History, fit
 from pyro_dgm.vae import VAE
 
@@ -49,6 +50,7 @@ __all__ = [
     "OTFlow",
     "RealNVP",
     "STL_ELBO",
+    "Simulations",
     "Standardize",
     "VAE",
     "ZukoFlow",
@@ -68,5 +70,6 @@ __all__ = [
     "neutra",
     "resample",
     "sbc",
+    "simulate",
     "tarp",
 ]
