@@ -30,7 +30,7 @@ class ResidualSpline(DistributionModule):
     Args:
         features: D.
         context_features: length of the context.
-        transforms: spline layers; None for 5, or 2 in one dimension.
+        transforms: spline layers; None for 5, or 1 in one dimension.
         hidden_features: of the splines' conditioners and of the network of place and width.
     """
 
@@ -45,7 +45,7 @@ class ResidualSpline(DistributionModule):
         hidden_features: Sequence[int] = (64, 64),
     ) -> None:
         super().__init__(features, context_features)
-        layers = (5 if features > 1 else 2) if transforms is None else transforms
+        layers = (5 if features > 1 else 1) if transforms is None else transforms
         self.spline = NSF(features, context_features, transforms=layers, hidden_features=hidden_features)
         self.spline.start_at_identity()
         self.affine = MLP(context_features, 2 * features, hidden_features)

@@ -18,7 +18,7 @@ from pyro_dgm.guides.amortized.family import ResidualSpline
 from pyro_dgm.guides.amortized.streams import Stream
 from pyro_dgm.guides.amortized.structure import Site
 from pyro_dgm.guides.amortized.truncation import Truncated, acceptance
-from pyro_dgm.guides.amortized.units import Units
+from pyro_dgm.guides.amortized.units import Moments, Units
 
 __all__ = ["Drawn", "Group", "logits_of", "one_hot"]
 
@@ -79,9 +79,9 @@ class Group(nn.Module):
                   for d in earlier]  # fmt: skip
         return joined(*parts)
 
-    def encode(self, values: dict[str, Tensor]) -> tuple[Tensor | None, Tensor, Tensor]:
+    def encode(self, values: dict[str, Tensor], prior: Moments) -> tuple[Tensor | None, Tensor, Tensor]:
         """Continuous values in the flow's units (None without any), their log-determinant, and what later groups see."""
-        u, log_det = self.units.flatten(values) if self.units else (None, torch.zeros(()))
+        u, log_det = self.units.flatten(values, prior) if self.units else (None, torch.zeros(()))
         return u, log_det, self.seen(u, values)
 
     def seen(self, u: Tensor | None, values: dict[str, Tensor]) -> Tensor:
@@ -98,9 +98,9 @@ class Group(nn.Module):
             seen = joined(seen, one_hot(site, values[site.name]))
         return total
 
-    def log_prob(self, values: dict[str, Tensor], context: Tensor, mass: Tensor | None) -> Tensor:
+    def log_prob(self, values: dict[str, Tensor], context: Tensor, mass: Tensor | None, prior: Moments) -> Tensor:
         """Log density of values ``(*batch, *event)``, shape ``(*batch)``; ``mass`` is the flow's share in its box."""
-        u, log_det, _ = self.encode(values)
+        u, log_det, _ = self.encode(values, prior)
         discrete = self.log_prob_discrete(values, context, u)
         if u is None:
             return discrete
@@ -115,12 +115,12 @@ class Group(nn.Module):
         """Share of the flow in its box, and its standard error; shapes of the context's batch."""
         return acceptance(self.family(context), self.units)
 
-    def sample(self, context: Tensor, shape: Size) -> tuple[dict[str, Tensor], Tensor]:
+    def sample(self, context: Tensor, shape: Size, prior: Moments) -> tuple[dict[str, Tensor], Tensor]:
         """Values of every site and what later groups see; draws have ``shape + batch``."""
         u, values = None, {}
         if self.units is not None:
             u = self.distribution(context).sample(shape)
-            values = self.units.unflatten(u)[0]
+            values = self.units.unflatten(u, prior)[0]
         seen = joined(context.expand(*shape, *context.shape), u)
         for head, site in zip(self.heads, self.discrete, strict=True):
             drawn = _categorical(head, seen, site).sample()

@@ -19,9 +19,11 @@ from pyro_dgm.core import DistributionModule
 from pyro_dgm.guides.amortized.arguments import Arguments, covariate_sites
 from pyro_dgm.guides.amortized.group import Drawn, Group
 from pyro_dgm.guides.amortized.posterior import ConditionedGuide
+from pyro_dgm.guides.amortized.prior_units import PriorUnits
 from pyro_dgm.guides.amortized.streams import Stream, Streams
 from pyro_dgm.guides.amortized.structure import Site, read
 from pyro_dgm.guides.amortized.traced import traced
+from pyro_dgm.guides.amortized.units import Moments
 
 __all__ = ["AmortizedGuide"]
 
@@ -94,6 +96,7 @@ class AmortizedGuide(nn.Module):
         with torch.random.fork_rng(devices=[]):
             self.structure = read(model, observed, tuple(args), dict(kwargs or {}))
             self.covariates = covariate_sites(self.arguments, covariates, self.structure)
+            self.prior = PriorUnits(self.arguments, self.structure, self.covariates)
             self.streams = Streams(self.structure, self.covariates, _by_site(encoder, observed))
             self.groups: Any = nn.ModuleList(self._groups(family, bounds))
         self.standardized: Tensor
@@ -140,9 +143,12 @@ class AmortizedGuide(nn.Module):
         if self.standardized:
             return
         self.streams.fit(batch)
+        known: dict[str, Tensor] = {}
         for group in self.groups:
             if group.units is not None:
-                group.units.fit(self._laid(group, batch, 1), self._mask(group, batch, 1))
+                values = self._laid(group, batch, 1)
+                group.units.fit(values, self._mask(group, batch, 1), self.prior.of(group.sites, known, batch))
+                known |= values
         for group, u, context, _, _, mask in self.pieces(batch):
             if u is not None and hasattr(group.family, "regress"):
                 rows = torch.ones(u.shape[:-1], dtype=torch.bool) if mask is None else mask.expand(u.shape[:-1])
@@ -154,11 +160,12 @@ class AmortizedGuide(nn.Module):
         """``(group, u, context, log_det, values, mask)`` of every group for a batch of simulations."""
         self.arguments.refuse_lacking(batch, self.structure, self.covariates)
         streams, earlier = self.streams(batch, 1), list[Drawn]()
-        out: list[Any] = []
+        out, known = list[Any](), dict[str, Tensor]()
         for group in self.groups:
             values, mask = self._laid(group, batch, 1), self._mask(group, batch, 1)
             context = group.context(streams, earlier)
-            u, log_det, seen = group.encode(values)
+            u, log_det, seen = group.encode(values, self.prior.of(group.sites, known, batch))
+            known |= values
             out.append((group, u, context, log_det, values, mask))
             earlier = [*earlier, Drawn(group.plates, seen, mask)]
         return out
@@ -166,10 +173,12 @@ class AmortizedGuide(nn.Module):
     def draw(self, data: Mapping[str, Any], lead: int, shape: Size) -> dict[str, Tensor]:
         """Draws ``{site: (*shape, *lead, *site)}`` for data with ``lead`` leading dimensions."""
         streams, earlier = self.streams(data, lead), list[Drawn]()
-        out: dict[str, Tensor] = {}
+        out, known = dict[str, Tensor](), dict[str, Tensor]()
         for i, group in enumerate(self.groups):
             context = self._stretched(group.context(streams, earlier), group, data, lead)
-            values, seen = group.sample(context, Size() if i else shape)  # later contexts have the draws before them
+            prior = self.prior.of(group.sites, known, data)
+            values, seen = group.sample(context, Size() if i else shape, prior)  # later contexts hold draws
+            known |= values
             earlier = [*earlier, Drawn(group.plates, seen)]
             out |= {s.name: self._bare(s, values[s.name]) for s in group.sites}
         return {s.name: out[s.name] for s in self.structure.latents}
@@ -179,11 +188,14 @@ class AmortizedGuide(nn.Module):
         site = self.structure.latents[0]
         all_lead = values[site.name].dim() - site.depth - len(site.event_shape)
         streams, earlier, total = self.streams(data, lead), list[Drawn](), torch.zeros(())
+        known: dict[str, Tensor] = {}
         for group, mass in zip(self.groups, masses, strict=True):
             laid, mask = self._laid(group, values, all_lead), self._mask(group, data, lead)
             context = group.context(streams, earlier)
-            earlier = [*earlier, Drawn(group.plates, group.encode(laid)[2])]
-            term = group.log_prob(laid, context, mass)
+            prior = self.prior.of(group.sites, known, data)
+            earlier = [*earlier, Drawn(group.plates, group.encode(laid, prior)[2])]
+            term = group.log_prob(laid, context, mass, prior)
+            known |= laid
             term = term if mask is None else torch.where(mask, term, torch.zeros_like(term))
             total = total + term.reshape(*term.shape[:all_lead], -1).sum(-1)
         return total
@@ -200,7 +212,8 @@ class AmortizedGuide(nn.Module):
         out: dict[str, Tensor] = {}
         for group in self.groups:
             context = self._stretched(group.context(streams, earlier), group, data, 0)
-            values, seen = traced(group, _trimmed(context, group.sites[0].depth), self._plates(group, data))
+            prior = _without_lead(self.prior.of(group.sites, {k: self._wide(v, k) for k, v in out.items()}, data))
+            values, seen = traced(group, _trimmed(context, group.sites[0].depth), self._plates(group, data), prior)
             earlier = [*earlier, Drawn(group.plates, seen)]
             out |= values
         return {s.name: out[s.name] for s in self.structure.latents}
@@ -238,6 +251,12 @@ class AmortizedGuide(nn.Module):
         lead, own = batch[: len(batch) - self.structure.nesting], batch[len(batch) - site.depth :]
         return value.reshape([*lead, *own, *site.event_shape])
 
+    def _wide(self, value: Tensor, name: str) -> Tensor:
+        """A traced value with all plate dimensions of the model."""
+        site = next(s for s in self.structure.latents if s.name == name)
+        lacking = max(0, self.structure.nesting - (value.dim() - len(site.event_shape)))
+        return value.reshape([1] * lacking + list(value.shape))
+
     def _sizes(self, group: Group, data: Mapping[str, Any], lead: int = 0) -> dict[str, int]:
         """Size of each plate of a group: of the data in it, or of the prototype where it holds none."""
         sizes = {p: self.structure.plates[p][1] for p in group.plates}
@@ -260,6 +279,12 @@ def _trimmed(context: Tensor, depth: int) -> Tensor:
     """Without leading dimensions of size 1 beyond the group's own."""
     extra = context.shape[: context.dim() - depth - 1]
     return context.reshape(context.shape[len(extra) :]) if all(n == 1 for n in extra) else context
+
+
+def _without_lead(prior: Moments) -> Moments:
+    """Moments of a run without particles stand without a dimension for them: leading dimensions of size 1 broadcast."""
+    drop = lambda m: m.squeeze(0) if m.shape[:1] == (1,) else m  # noqa: E731
+    return {k: (drop(a), drop(b)) for k, (a, b) in prior.items()}
 
 
 def _by_site(encoder: Any, observed: list[str]) -> dict[str, nn.Module]:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from pyro_dgm.core.networks import joined
 from pyro_dgm.guides.amortized.group import Group, logits_of, one_hot
+from pyro_dgm.guides.amortized.units import Moments
 
 __all__ = ["traced"]
 
 _AUXILIARY = {"is_auxiliary": True}
 
 
-def traced(group: Group, context: Tensor, plates: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor]:
+def traced(group: Group, context: Tensor, plates: Sequence[Any], prior: Moments) -> tuple[dict[str, Tensor], Tensor]:
     """Values of the group's sites, and what later groups see, drawn inside its plates."""
     values: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -27,7 +28,7 @@ def traced(group: Group, context: Tensor, plates: Sequence[Any]) -> tuple[dict[s
         u = None
         if group.units is not None:
             u = pyro.sample(f"_flow_{group.sites[0].name}", group.distribution(context), infer=_AUXILIARY)
-            at, log_dets = group.units.unflatten(u)
+            at, log_dets = group.units.unflatten(u, prior)
             for site in group.continuous:
                 delta = dist.Delta(at[site.name], -log_dets[site.name], event_dim=len(site.event_shape))
                 values[site.name] = pyro.sample(site.name, delta)

@@ -19,7 +19,9 @@ from torch.distributions.transforms import Transform
 from pyro_dgm.core import Standardize
 from pyro_dgm.guides.amortized.structure import Site
 
-__all__ = ["Units", "box_of"]
+__all__ = ["Moments", "Units", "box_of"]
+
+Moments = dict[str, tuple[Tensor, Tensor]]
 
 
 class NormalCdf(Transform):
@@ -102,30 +104,40 @@ class Units(nn.Module):
         x = (u * self.standard.scale + self.standard.loc).clamp(self.low + gap, self.high - gap)
         return self.standard(x)
 
-    def flatten(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Values ``(*batch, *event)`` as ``u`` of shape ``(*batch, D)``, and the log-determinant of the map to ``u``."""
-        x, log_det = self._unconstrained(values)
+    def flatten(self, values: dict[str, Tensor], prior: Moments | None = None) -> tuple[Tensor, Tensor]:
+        """Values ``(*batch, *event)`` as ``u`` of shape ``(*batch, D)``, and the log-determinant of the map to ``u``.
+
+        ``prior`` holds mean and sd of real sites, in whose units they are seen.
+        """
+        x, log_det = self._unconstrained(values, prior or {})
         return self.standard(x), log_det - self.standard.scale.log().sum()
 
-    def unflatten(self, u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def unflatten(self, u: Tensor, prior: Moments | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The inverse; per site the log-determinant of its part of the map from ``u``, shape ``(*batch)``."""
         x, values, log_dets = u * self.standard.scale + self.standard.loc, {}, {}
         scales = self.standard.scale.log().split(self.widths)
         for site, part, scale in zip(self.sites, x.split(self.widths, -1), scales, strict=True):
             value, log_det = self._to_site(site, part)
+            if site.name in (prior or {}):
+                value, log_det = _from_prior(site, value, log_det, *prior[site.name])  # type: ignore[index]
             values[site.name], log_dets[site.name] = value, log_det + scale.sum()
         return values, log_dets
 
-    def fit(self, values: dict[str, Tensor], mask: Tensor | None = None) -> None:
+    def fit(self, values: dict[str, Tensor], mask: Tensor | None, prior: Moments) -> None:
         """Take mean and standard deviation from simulated values."""
-        x, _ = self._unconstrained(values)
+        x, _ = self._unconstrained(values, prior)
         rows = x.reshape(-1, self.features) if mask is None else x[mask.expand(x.shape[:-1])]
         self.standard.fit(rows)
 
-    def _unconstrained(self, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _unconstrained(self, values: dict[str, Tensor], prior: Moments) -> tuple[Tensor, Tensor]:
         parts, total = [], torch.zeros(())
         for site in self.sites:
-            part, log_det = self._from_site(site, values[site.name])
+            value = values[site.name]
+            if site.name in prior:
+                loc, scale = prior[site.name]
+                value, log_det = (value - loc) / scale, _summed(site, -scale.log().expand(value.shape))
+                total = total + log_det
+            part, log_det = self._from_site(site, value)
             parts.append(part)
             total = total + log_det
         return torch.cat(parts, -1), total
@@ -156,6 +168,15 @@ class Units(nn.Module):
         if box is None:
             return torch.full((width,), -math.inf), torch.full((width,), math.inf)
         return box[0].reshape(-1), box[1].reshape(-1)
+
+
+def _summed(site: Site, terms: Tensor) -> Tensor:
+    return terms.reshape([*terms.shape[: terms.dim() - len(site.event_shape)], -1]).sum(-1)
+
+
+def _from_prior(site: Site, z: Tensor, log_det: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    value = loc + scale * z
+    return value, log_det + _summed(site, scale.log().expand(value.shape))
 
 
 def _bijection(site: Site, like: Tensor) -> Transform:
