@@ -22,8 +22,8 @@ from pyro_dgm.diagnostics import (
     tarp,
 )
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
-from pyro_dgm.guides import AutoFlow
-from pyro_dgm.objectives import IWAE_ELBO, STL_ELBO, FlowMatching, MaximumLikelihood
+from pyro_dgm.guides import AmortizedGuide, AutoFlow
+from pyro_dgm.objectives import IWAE_ELBO, STL_ELBO, FlowMatching, ForwardKL, MaximumLikelihood
 from pyro_dgm.simulation import Simulations, simulate
 from pyro_dgm.train import FitDiverged, History, fit
 from pyro_dgm.vae import VAE
@@ -31,12 +31,14 @@ from pyro_dgm.vae import VAE
 __version__ = "0.1.0"
 
 __all__ = [
+    "AmortizedGuide",
     "AutoFlow",
     "Dequantize",
     "DistributionModule",
     "FFJORD",
     "FitDiverged",
     "FlowMatching",
+    "ForwardKL",
     "History",
     "IWAE_ELBO",
     "ImplicitDistribution",

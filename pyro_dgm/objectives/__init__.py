@@ -1,6 +1,7 @@
 """What training minimises: modules that turn a batch into a scalar loss."""
 
 from pyro_dgm.objectives.flow_matching import FlowMatching
+from pyro_dgm.objectives.forward_kl import ForwardKL
 from pyro_dgm.objectives.iwae import IWAE_ELBO
 from pyro_dgm.objectives.latent_mmd import LatentMMD
 from pyro_dgm.objectives.likelihood import MaximumLikelihood
@@ -13,6 +14,7 @@ from pyro_dgm.objectives.weighted_kl import WeightedKL_ELBO
 
 __all__ = [
     "FlowMatching",
+    "ForwardKL",
     "IWAE_ELBO",
     "MaximumLikelihood",
     "LatentMMD",
