@@ -250,7 +250,9 @@ def _ecdfs(method: str, pit: dict[str, np.ndarray]) -> Any:
     import matplotlib.pyplot as plt
     from scipy.stats import uniform
 
-    columns = [(k, v.reshape(len(v), -1)[:, i]) for k, v in pit.items() for i in range(v[0].size)][:_PANELS]
+    columns = [(f"{k}{list(i) or ''}", v[(slice(None), *i)]) for k, v in pit.items() for i in np.ndindex(*v.shape[1:])][
+        :_PANELS
+    ]
     across = min(len(columns), 4)
     down = -(-len(columns) // across)
     figure, axes = plt.subplots(down, across, figsize=(3.2 * across, 2.6 * down), squeeze=False, layout="constrained")
