@@ -9,7 +9,17 @@ from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine import Trace
 
-__all__ = ["is_computed", "is_data", "is_enumerable", "is_subsample", "latent_sites", "observed_sites", "plate_frames"]
+__all__ = [
+    "is_computed",
+    "is_data",
+    "is_drawn",
+    "is_enumerable",
+    "is_factor",
+    "is_subsample",
+    "latent_sites",
+    "observed_sites",
+    "plate_frames",
+]
 
 Site = dict[str, Any]
 
@@ -44,7 +54,17 @@ def is_data(site: Site) -> bool:
     """Whether an observed site holds data: neither computed nor ``pyro.factor`` nor a subsample."""
     if site["type"] != "sample" or not site["is_observed"] or is_subsample(site):
         return False
-    return not is_computed(site) and type(site["fn"]).__name__ != "Unit"
+    return not is_computed(site) and not is_factor(site)
+
+
+def is_factor(site: Site) -> bool:
+    """Whether the site is a ``pyro.factor``, which changes the density and draws nothing."""
+    return site["type"] == "sample" and type(site["fn"]).__name__ == "Unit"
+
+
+def is_drawn(site: Site) -> bool:
+    """Whether a run draws the site when it simulates: latents, and data in the place of those that are given."""
+    return site["type"] == "sample" and not (is_computed(site) or is_subsample(site) or is_factor(site))
 
 
 def observed_sites(trace: Trace) -> Iterator[tuple[str, Site]]:

@@ -14,8 +14,8 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_dgm.core.files import save_checkpoint
 from pyro_dgm.train.batches import Batches
-from pyro_dgm.train.checkpoint import save_checkpoint
 from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.schedule import Limits, rate_at
 
