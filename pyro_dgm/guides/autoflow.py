@@ -19,7 +19,7 @@ from torch.distributions import Distribution, Independent, Transform, biject_to
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
 from pyro_dgm.core.log_joint import LogJoint
-from pyro_dgm.core.sites import is_enumerable, latent_sites
+from pyro_dgm.core.sites import is_enumerable, latent_sites, refuse_implicit
 from pyro_dgm.flows.standard_normal import StandardNormal
 from pyro_dgm.guides.modes import Modes
 from pyro_dgm.guides.posterior import WhitenedPosterior
@@ -233,6 +233,7 @@ class AutoFlow(AutoContinuous):
 
 def _refuse_unfit_sites(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+    refuse_implicit("AutoFlow", trace)
     for name, site in latent_sites(trace):
         if is_enumerable(site):
             continue
