@@ -9,6 +9,8 @@ from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine import Trace
 
+from pyro_dgm.core.distribution import ImplicitDistribution
+
 __all__ = [
     "is_computed",
     "is_data",
@@ -19,6 +21,7 @@ __all__ = [
     "latent_sites",
     "observed_sites",
     "plate_frames",
+    "refuse_implicit",
 ]
 
 Site = dict[str, Any]
@@ -77,3 +80,18 @@ def observed_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
 def plate_frames(site: Site) -> list[Any]:
     """The vectorised plates of a site, outermost (most negative dim) first."""
     return sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda f: f.dim)
+
+
+def refuse_implicit(who: str, trace: Trace) -> None:
+    """Refuse a latent or observed site without a density before any step is made: its score would fail later."""
+    for name, site in [*latent_sites(trace), *observed_sites(trace)]:
+        fn = site["fn"]
+        while not isinstance(fn, ImplicitDistribution) and hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        if isinstance(fn, ImplicitDistribution):
+            kind = "observed" if site["is_observed"] else "latent"
+            raise ValueError(
+                f"{who}: {kind} site '{name}' is a {fn!r} without a density. Write x = generator.sample_site('{name}'"
+                f"{', obs=...' if kind == 'observed' else ''}) instead: its noise is then the latent and everything works; "
+                "or learn the density ratio with Adversarial_ELBO."
+            )
