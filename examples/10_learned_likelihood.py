@@ -101,7 +101,6 @@ def main(steps, draws, out):
         low, high = d["log_rate"].quantile(0.05, 0), d["log_rate"].quantile(0.95, 0)
         print(f"{name:24s} mu {d['mu'].mean():.2f} (sd {d['mu'].std():.2f}), tau {d['tau'].mean():.2f}, "
               f"{int(((low < truth) & (truth < high)).sum())} of 8 truths in their 90 % intervals")  # fmt: skip
-    print("picture:", out / "learned_likelihood.png")
 
 
 if __name__ == "__main__":
