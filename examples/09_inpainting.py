@@ -67,14 +67,13 @@ def amortised(generator, operator, steps):
 
 def picture(rows, path):
     figure, axes = plt.subplots(len(rows), 4, figsize=(6.4, 1.75 * len(rows)), layout="constrained")
-    for ax_row, (name, (truth, seen, draws)) in zip(axes, rows.items(), strict=True):
+    for i, (name, (truth, seen, draws)) in enumerate(rows.items()):
         images = {"truth": truth, "measured": seen, "posterior mean": draws.mean(0), "posterior sd": draws.std(0)}
-        for ax, (title, image) in zip(ax_row, images.items(), strict=True):
+        for ax, (title, image) in zip(axes[i], images.items(), strict=True):
             ax.imshow(image, cmap="gray" if "sd" not in title else "magma", vmin=0, vmax=0.35 if "sd" in title else 1)
             ax.set(xticks=[], yticks=[])
-            if ax_row is axes[0]:
-                ax.set_title(title, fontsize=9)
-        ax_row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=8)
+            ax.set_title(title if i == 0 else "", fontsize=9)
+        axes[i, 0].set_ylabel(name.replace(", ", ",\n"), fontsize=8)
     figure.savefig(path, dpi=150)
 
 

@@ -1,7 +1,7 @@
 """A likelihood learned from a simulator, one datum at a time, inside a hierarchy that the simulator knows nothing of.
 
-The simulator counts decays through a noisy detector with a dead time; its density is not written down. A conditional flow
-learns p(x | rate) from simulations, and stands in a plate for each group's data. Beside it: a ratio by logistic regression.
+A detector counts decays; its density is not written down. A conditional flow learns p(x | rate) from simulations, and stands in
+a plate for each group's data. Beside it: a ratio by logistic regression.
 """
 
 import argparse
@@ -79,13 +79,13 @@ def picture(flow, found, truth, path):
         )
     left.set(xlabel="x, log time", ylabel="density", title="Simulations and the learned likelihood")
     left.legend(frameon=False)
-    at = np.arange(len(truth))
     for i, (name, draws) in enumerate(found.items()):
         low, mid, high = np.quantile(draws["log_rate"].numpy(), [0.05, 0.5, 0.95], axis=0)
-        right.errorbar(at + 0.2 * (i - 1), mid, [mid - low, high - mid], fmt="o", ms=3, label=name)
-    right.plot(at, truth, "k_", ms=18, label="truth")
+        right.errorbar(np.arange(8) + 0.2 * (i - 1), mid, [mid - low, high - mid], fmt="o", ms=3, label=name)
+    right.plot(np.arange(8), truth, "k_", ms=18, label="truth")
     right.set(xlabel="group", ylabel="log rate (90 % interval)", title="Inside a hierarchy")
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=7, ncols=2, loc="upper center")
+    right.set_ylim(top=right.get_ylim()[1] + 0.8)
     figure.savefig(path, dpi=150)
 
 
