@@ -1,7 +1,6 @@
 """A likelihood learned from a simulator, one datum at a time, inside a hierarchy that the simulator knows nothing of.
 
-The simulator counts decays through a noisy detector with a dead time; its density is not written down. A conditional flow
-learns p(x | rate) from simulations, and stands in a plate for each group's data. Beside it: a ratio by logistic regression.
+A detector counts decays. A conditional flow learns p(x | rate), which nobody wrote down; beside it a ratio learns it too.
 """
 
 import argparse
@@ -79,29 +78,28 @@ def picture(flow, found, truth, path):
         )
     left.set(xlabel="x, log time", ylabel="density", title="Simulations and the learned likelihood")
     left.legend(frameon=False)
-    at = np.arange(len(truth))
     for i, (name, draws) in enumerate(found.items()):
         low, mid, high = np.quantile(draws["log_rate"].numpy(), [0.05, 0.5, 0.95], axis=0)
-        right.errorbar(at + 0.2 * (i - 1), mid, [mid - low, high - mid], fmt="o", ms=3, label=name)
-    right.plot(at, truth, "k_", ms=18, label="truth")
+        right.errorbar(np.arange(len(truth)) + 0.2 * (i - 1), mid, [mid - low, high - mid], fmt="o", ms=3, label=name)
+    right.plot(np.arange(len(truth)), truth, "k_", ms=18, label="truth")
     right.set(xlabel="group", ylabel="log rate (90 % interval)", title="Inside a hierarchy")
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=7, ncols=2, loc="upper center")
+    right.set_ylim(top=right.get_ylim()[1] + 0.8)
     figure.savefig(path, dpi=150)
 
 
-def main(steps, draws, out):
+def main(steps, draws, groups, out):
     pyro.set_rng_seed(0)
     flow, ratio = learn(steps or 800)
-    truth = 0.8 + 0.5 * torch.randn(8)
-    x = simulator(truth.expand(4, 8))
+    truth = 0.8 + 0.5 * torch.randn(groups)
+    x = simulator(truth.expand(4, groups))
     found = posteriors({"likelihood": flow, "ratio": ratio}, x, steps, draws)
     out.mkdir(exist_ok=True)
     picture(flow, found, truth, out / "learned_likelihood.png")
     for name, d in found.items():
         low, high = d["log_rate"].quantile(0.05, 0), d["log_rate"].quantile(0.95, 0)
         print(f"{name:24s} mu {d['mu'].mean():.2f} (sd {d['mu'].std():.2f}), tau {d['tau'].mean():.2f}, "
-              f"{int(((low < truth) & (truth < high)).sum())} of 8 truths in their 90 % intervals")  # fmt: skip
-    print("picture:", out / "learned_likelihood.png")
+              f"{int(((low < truth) & (truth < high)).sum())} of {groups} truths in their 90 % intervals")  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -109,4 +107,4 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     arguments = parser.parse_args()
-    main(15 if arguments.smoke else None, 20 if arguments.smoke else 500, arguments.out)
+    main(*((15, 20, 3) if arguments.smoke else (None, 500, 8)), arguments.out)

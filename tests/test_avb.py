@@ -104,7 +104,7 @@ def test_a_critic_with_swapped_labels_is_flagged(normal_case):
 def test_the_prior_as_contrast_is_flagged_in_ten_dimensions():
     """No ratio of a posterior to its prior can be learned there; the adaptive contrast passes (tests/benchmarks/avb.py)."""
     model = conjugate(10)[0]
-    _, objective = fitted(model, 30, contrast="prior", critic_steps=2)
+    _, objective = fitted(model, 30, contrast="prior", critic_steps=2, critic_batch=128)
     found = objective.diagnose(num_samples=3000, seed=0)
     assert not found.ok and found.c2st > 0.9
 
@@ -153,7 +153,7 @@ def test_resuming_is_bit_identical(tmp_path, normal_case):
     def run(path=None, stop=None):
         pyro.clear_param_store()
         guide = dgm.ImplicitGuide(model)
-        objective = Stops(model, guide)
+        objective = Stops(model, guide, critic_steps=1, critic_batch=64)
         objective.stop = stop
         dgm.fit(objective, max_steps=6, checkpoint=path, progress=False, seed=3)
         return torch.cat([p.detach().reshape(-1) for p in objective.parameters()])
