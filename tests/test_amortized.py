@@ -210,8 +210,8 @@ def test_a_hierarchy_of_ragged_groups_against_the_grid():
     """Planted fault: local effects in plain units (PriorUnits that find no site) give ESS below 5 % after this training."""
     guide = dgm.AmortizedGuide(bench.hierarchy, ["y"], args=(torch.ones(16),), covariates=["sigma"])
     assert [s.name for s in guide.prior.sites] == ["theta"]
-    dgm.fit(dgm.ForwardKL(guide, batch_size=64, inputs=bench.inputs), max_steps=250, progress=False, seed=0)
-    found = bench.compared(guide, 4, sets=2, draws=2000)
+    dgm.fit(dgm.ForwardKL(guide, batch_size=64, inputs=bench.inputs), max_steps=150, progress=False, seed=0)
+    found = bench.compared(guide, 4, sets=1, draws=1000)
     assert found["ess"] > 0.1
     assert (
         max(found["refined |mean error| / sd"]) < 0.15 and max(abs(r - 1.0) for r in found["refined sd ratio"]) < 0.15
@@ -245,8 +245,8 @@ class Narrow:
 def test_calibration_accepts_the_guide_and_rejects_a_narrow_one(model):
     """The planted fault is the test: standard deviations times 0.7."""
     name = "y" if model is groups else "x"
-    guide = trained(model, 400, [name], seed=1)
-    options = {"observed": [name], "num_simulations": 400, "num_draws": 99, "seed": 0}
+    guide = trained(model, 250, [name], seed=1)
+    options = {"observed": [name], "num_simulations": 250, "num_draws": 99, "seed": 0}
     assert dgm.sbc(model, Narrow(guide, 1.0), **options).p_value > 1e-3
     assert dgm.sbc(model, Narrow(guide, 0.7), **options).p_value < 1e-4
 
@@ -256,10 +256,8 @@ KILLED = """
     from tests.test_amortized import normal
     torch.set_num_threads(1)
     sims = dgm.simulate(normal, 1000, observed=("x",), seed=0, progress=False)
-    guide = dgm.AmortizedGuide(normal, ["x"])
     torch.manual_seed(0)
-    for p in guide.parameters():
-        p.data = p.data if p.dim() < 2 else torch.randn_like(p) / p.shape[1] ** 0.5
+    guide = dgm.AmortizedGuide(normal, ["x"])
     objective = dgm.ForwardKL(guide)
     if {slow}:
         inner = objective.forward

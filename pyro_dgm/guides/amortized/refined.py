@@ -27,6 +27,7 @@ from pyro_dgm.core.psis import psis
 __all__ = ["Refined", "refine"]
 
 _BAD = 0.7  # Pareto k from which on weights do not repair the draws
+_EQUAL = 0.98  # share of effective draws above which weights are as good as equal
 _FRESH_EVERY = 20  # steps; a fresh draw asks the flow three times, a difference only the model
 
 
@@ -55,8 +56,8 @@ class Refined:
 
     @property
     def good(self) -> bool:
-        """Whether importance weights alone carry the draws (k-hat below 0.7)."""
-        return self.khat < _BAD
+        """Whether importance weights alone carry the draws: k-hat below 0.7, or weights that hardly differ at all."""
+        return _carried(self.khat, self.ess / self.proposed)
 
     def __str__(self) -> str:
         chains = "".join(f", {k} accepted {v:.0%}" for k, v in self.acceptance.items())
@@ -88,7 +89,7 @@ def refine(
     state = _State(u[index], lp[index].double())
     accepted = _chains(state, sample, log_q, log_p, steps) if steps and n > 3 else {}
     moved = float((state.u != u[index]).any(-1).double().mean())
-    _warn(k, ess, steps, accepted)
+    _warn(k, ess, proposals, steps, accepted)
     return Refined(unpack(state.u), k, ess, proposals, evidence, math.hypot(error, constant_error), accepted, moved)
 
 
@@ -165,8 +166,13 @@ def _stratified(weight: np.ndarray, n: int) -> np.ndarray:
     return index[torch.randperm(n).numpy()]
 
 
-def _warn(k: float, ess: float, steps: int, accepted: dict[str, float]) -> None:
-    if k < _BAD:
+def _carried(k: float, effective: float) -> bool:
+    """Of weights within some per cent of each other even a heavy tail moves nothing."""
+    return k < _BAD or effective > _EQUAL
+
+
+def _warn(k: float, ess: float, proposals: int, steps: int, accepted: dict[str, float]) -> None:
+    if _carried(k, ess / proposals):
         return
     after = (
         f"The draws come from {steps} steps of chains ({', '.join(f'{n} accepted {a:.1%}' for n, a in accepted.items())}); "
