@@ -68,7 +68,7 @@ def main(smoke, out):
     print(f"{history.steps} steps, held-out loss {history.best_loss:.3f} nats (prior {(HIGH - LOW).log().sum():.3f})")
     draws = 19 if smoke else 199
     result = dgm.sbc(None, guide, simulations=held_out, num_draws=draws, seed=0)
-    cover = dgm.coverage(None, guide, simulations=held_out, num_draws=draws, seed=0)
+    cover = dgm.coverage(None, guide, simulations=held_out[: 3 if smoke else 300], num_draws=draws, seed=0)
     result.picture(out / "ricker_sbc.png")
     picture(result, held_out["theta"], guide.condition(y=held_out["y"]), out / "ricker.png")
     print(result, cover, sep="\n")
