@@ -90,12 +90,12 @@ class Batched(Amortised):
         Batched.asked += 1
         loc = 2.0 * x @ POSTERIOR + self.bias * POSTERIOR.diagonal().sqrt()
         q = dist.MultivariateNormal(loc, self.scale**2 * POSTERIOR)
-        return Many(q)
+        return Many(q, x.dim() - 1)
 
 
 class Many:
-    def __init__(self, q):
-        self.q = q
+    def __init__(self, q, lead):
+        self.q, self.lead = q, lead
 
     def sample(self, shape):
         return {"t": self.q.sample(shape)}
@@ -104,32 +104,40 @@ class Many:
         return self.q.log_prob(values["t"])
 
 
-class Mixing(Batched):
-    """Right for one data set; for many it takes their mean."""
-
-    def condition(self, x):
-        return super().condition(x.mean(0).expand(len(x), 2) if x.dim() > 1 else x)
-
-
 @pytest.fixture(scope="module")
 def held_out():
     return dgm.simulate(model, 300, observed=["x"], seed=7, progress=False)
 
 
 def test_calibration_on_given_simulations(held_out):
-    """The exact posterior passes all three, sd x 0.7 fails sbc and coverage at p < 1e-4; three calls serve 300 data sets."""
+    """The exact posterior passes all three, sd x 0.7 fails sbc and coverage at p < 1e-4; one call serves 300 data sets."""
     for check in (dgm.sbc, dgm.coverage, dgm.tarp):
         Batched.asked = 0
-        assert check(None, Batched(), simulations=held_out, seed=0).calibrated and Batched.asked == 3
+        assert check(None, Batched(), simulations=held_out, seed=0).calibrated and Batched.asked == 1
     for check in (dgm.sbc, dgm.coverage):
         assert check(model, Batched(0.7), simulations=held_out, seed=0).p_value < 1e-4
     assert dgm.sbc(None, Batched(), simulations=held_out, num_simulations=50, seed=0).pit["t"].shape == (50, 2)
 
 
-def test_posteriors_that_mix_data_sets_are_asked_one_by_one(held_out):
-    """Asked together, the fault would be taken for a fault of the posterior."""
-    Batched.asked = 0
-    assert dgm.sbc(None, Mixing(), simulations=held_out, seed=0).calibrated and Batched.asked > 300
+def test_a_fault_of_many_at_once_is_seen(held_out):
+    """A posterior that is right for one data set, and gives all of many the first one's draws."""
+
+    class Mixing(Batched):
+        def condition(self, x):
+            return super().condition(x[:1].expand(len(x), 2) if x.dim() > 1 else x)
+
+    assert dgm.sbc(None, Mixing(), simulations=held_out, seed=0).p_value < 1e-10
+
+    class Short(Batched):
+        def condition(self, x):
+            made = super().condition(x[0] if x.dim() > 1 else x)
+            made.lead = 1
+            return made
+
+    with pytest.raises(
+        ValueError, match=r"posterior of 300 data sets gave draws of shapes \{'t': \(199, 2\)\}, expected"
+    ):
+        dgm.sbc(None, Short(), simulations=held_out, seed=0)
 
 
 def test_wrong_simulations_are_explained(held_out):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from pyro.infer.inspect import get_dependencies
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_dgm.core.sites import is_data, is_drawn, is_factor, is_subsample
@@ -133,15 +134,19 @@ class _Prepared:
     def refuse_non_finite_prior(self, seed: int) -> None:
         """Look at the first block: latents that depend on no other must be finite."""
         (part,) = run_whole_job(self.program, 0, self.program.block, seed)
-        for name in [k for k in _roots(self.program) if k in part.values and k not in self.observed]:
-            values = [v for v in part.values[name] if v is not None]
-            bad = sum(not bool(v.isfinite().all()) for v in values)
-            if bad:
-                raise ValueError(
-                    f"simulate: site '{name}' drew {bad} of {len(values)} values that are not finite, from "
-                    f"{type(self.nodes[name]['fn']).__name__}. A prior must be proper, and narrow enough for its numbers "
-                    "(float32 ends at 3e38): give it a smaller scale, or draw its logarithm."
-                )
+        latents = [k for k in self.nodes if k not in self.observed]
+        values = {k: [v for v in part.values[k] if v is not None] for k in latents}
+        bad = {k: sum(not bool(v.isfinite().all()) for v in rows) for k, rows in values.items() if not _finite(rows)}
+        for name in [k for k in (_roots(self.program) if bad else []) if k in bad]:
+            raise ValueError(
+                f"simulate: site '{name}' drew {bad[name]} of {len(values[name])} values that are not finite, from "
+                f"{type(self.nodes[name]['fn']).__name__}. A prior must be proper, and narrow enough for its numbers "
+                "(float32 ends at 3e38): give it a smaller scale, or draw its logarithm."
+            )
+
+
+def _finite(rows: list[Tensor]) -> bool:
+    return not rows or bool(torch.cat([v.reshape(-1) for v in rows]).isfinite().all())
 
 
 def _first_run(program: Program) -> Any:
