@@ -91,9 +91,15 @@ class ForwardKL(nn.Module):
         """For a budget of ``rows`` simulations, or for fresh ones."""
         if rows is None:
             return Recipe(lr=3e-3, averaging=0.998)
-        batch = min(512, max(32, rows // 20))
+        dim = max(group.features for group in self.guide.groups)
         return Recipe(
-            lr=4e-3, batch_size=batch, max_epochs=80, validation=0.1, patience=20, weight_decay=0.1, averaging=0.998
+            lr=4e-3,
+            batch_size=min(512, max(32, rows // 20)),
+            max_epochs=min(110, max(30, 300 // dim)),  # more latents learn, and overfit, sooner
+            validation=0.1,
+            patience=25,
+            weight_decay=0.02 * min(dim, 10),
+            averaging=0.998,
         )
 
     def _fresh(self) -> Mapping[str, Any]:

@@ -33,7 +33,7 @@ def refined(posterior: ConditionedGuide, n: int, proposals: int, steps: int | No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first = run(0)
-    return first if first.khat < _LIKELY and first.ess > n else run(_STEPS)
+    return first if (first.khat < _LIKELY and first.ess > n) or first.ess > 0.98 * proposals else run(_STEPS)
 
 
 class Joint:

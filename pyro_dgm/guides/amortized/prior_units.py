@@ -1,8 +1,8 @@
-r"""Local latents in units of the model's own conditional prior, :math:`z = (\theta_j - E[\theta_j]) / sd[\theta_j]`, given the globals.
+r"""Local latents in units of the model's own conditional prior, :math:`z = (\theta_j - E[\theta_j]) / sd[\theta_j]`.
 
-A group effect :math:`\theta_j \sim N(\mu, \tau)` shrinks to nothing as :math:`\tau \to 0`; a network would have to follow that
-over decades. In these units (the non-centred ones) its prior is standard normal whatever the globals are. The model says
-mean and sd: it is run on the globals as far as the local sites.
+A group effect :math:`\theta_j \sim N(\mu, \tau)` shrinks to nothing as :math:`\tau \to 0`; a network would have to follow
+that over decades. In these units (the non-centred ones) its prior is standard normal whatever the globals are. The model
+says mean and sd: it is run on the globals as far as the local sites.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ class PriorUnits:
         """``(n, *plates, *event)`` with the leading dimensions back in place of n."""
         full = len(site.event_shape) + self.structure.nesting + 1
         moment = moment.reshape((1,) * (full - moment.dim()) + tuple(moment.shape))
+        for dim in site.dims:  # what is the same for all elements of a plate fits a plate of any size
+            first = moment.narrow(dim - len(site.event_shape), 0, 1)
+            moment = first if bool((moment == first).all()) else moment
         return moment.expand(lead.numel(), *moment.shape[1:]).reshape(*lead, *moment.shape[1:])
 
     def _usable(self, sites: list[Site]) -> list[Site]:

@@ -27,7 +27,8 @@ from pyro_dgm.core.psis import psis
 __all__ = ["Refined", "refine"]
 
 _BAD = 0.7  # Pareto k from which on weights do not repair the draws
-_MOVES = 0.5  # share of steps that propose a fresh draw
+_EQUAL = 0.98  # share of effective draws above which weights are as good as equal
+_FRESH_EVERY = 20  # steps; a fresh draw asks the flow three times, a difference only the model
 
 
 @dataclass
@@ -55,8 +56,8 @@ class Refined:
 
     @property
     def good(self) -> bool:
-        """Whether importance weights alone carry the draws (k-hat below 0.7)."""
-        return self.khat < _BAD
+        """Whether importance weights alone carry the draws: k-hat below 0.7, or weights that hardly differ at all."""
+        return _carried(self.khat, self.ess / self.proposed)
 
     def __str__(self) -> str:
         chains = "".join(f", {k} accepted {v:.0%}" for k, v in self.acceptance.items())
@@ -85,10 +86,10 @@ def refine(
     ess = float(1.0 / np.square(smooth).sum())
     evidence, error = _evidence(log_w)
     index = torch.from_numpy(_stratified(smooth, n))
-    state = _State(u[index], lp[index].double(), lq[index].double())
-    accepted = _chains(state, sample, log_q, log_p, steps) if steps else {}
+    state = _State(u[index], lp[index].double())
+    accepted = _chains(state, sample, log_q, log_p, steps) if steps and n > 3 else {}
     moved = float((state.u != u[index]).any(-1).double().mean())
-    _warn(k, ess, steps, accepted)
+    _warn(k, ess, proposals, steps, accepted)
     return Refined(unpack(state.u), k, ess, proposals, evidence, math.hypot(error, constant_error), accepted, moved)
 
 
@@ -96,54 +97,45 @@ def refine(
 class _State:
     u: Tensor
     log_p: Tensor
-    log_q: Tensor
 
-    def accept(self, u: Tensor, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+    def accept(self, u: Tensor, log_p: Tensor, log_ratio: Tensor) -> Tensor:
         """Metropolis: move where a uniform number is below the ratio; returns where."""
         take = torch.rand_like(log_ratio).log() < log_ratio
         self.u = torch.where(take.unsqueeze(-1), u, self.u)
-        self.log_p, self.log_q = torch.where(take, log_p, self.log_p), torch.where(take, log_q, self.log_q)
+        self.log_p = torch.where(take, log_p, self.log_p)
         return take
 
 
 def _chains(state: _State, sample: Any, log_q: Any, log_p: Any, steps: int) -> dict[str, float]:
     shares: dict[str, list[float]] = {"fresh draws": [], "differences": []}
     for i in range(steps):
-        if i % 2 == 0:
-            taken = _fresh(state, sample, log_q, log_p)
-            shares["fresh draws"].append(float(taken.double().mean()))
-        else:
-            taken = _difference(state, log_q, log_p, jump=i % 10 == 9)
-            shares["differences"].append(float(taken.double().mean()))
+        fresh = i % _FRESH_EVERY == _FRESH_EVERY - 1
+        taken = _fresh(state, sample, log_q, log_p) if fresh else _difference(state, log_p, jump=i % 4 == 3)
+        shares["fresh draws" if fresh else "differences"].append(float(taken.double().mean()))
     return {k: sum(v) / len(v) for k, v in shares.items() if v}
 
 
 def _fresh(state: _State, sample: Any, log_q: Any, log_p: Any) -> Tensor:
-    """Independence step: the proposal is the guide."""
+    """Independence step: the proposal is the guide. It changes modes."""
     u = sample(len(state.u))
-    lp, lq = _finite(log_p(u)), log_q(u).double()
-    return state.accept(u, lp, lq, lp - lq - state.log_p + state.log_q)
+    proposed = _finite(log_p(u))
+    return state.accept(u, proposed, proposed - log_q(u).double() - state.log_p + log_q(state.u).double())
 
 
-def _difference(state: _State, log_q: Any, log_p: Any, jump: bool) -> Tensor:
+def _difference(state: _State, log_p: Any, jump: bool) -> Tensor:
     """Half the chains at a time move by the difference of two chains of the other half, which stays as it is."""
-    n = len(state.u)
-    order = torch.randperm(n)
-    taken = torch.zeros(n, dtype=torch.bool)
+    n, dim = state.u.shape
+    order, taken = torch.randperm(n), torch.zeros(n, dtype=torch.bool)
     for movers, rest in ((order[: n // 2], order[n // 2 :]), (order[n // 2 :], order[: n // 2])):
-        if len(rest) < 2:
-            continue
         a = torch.randint(len(rest), (len(movers),))
         b = (a + torch.randint(1, len(rest), (len(movers),))) % len(rest)
-        dim = state.u.shape[-1]
-        gamma = 1.0 if jump else 2.38 / math.sqrt(2.0 * dim) * torch.rand(len(movers), 1).sqrt()
-        u = state.u[movers] + gamma * (state.u[rest[a]] - state.u[rest[b]]) + 1e-4 * torch.randn(len(movers), dim)
-        lp = _finite(log_p(u))
-        part = _State(state.u[movers], state.log_p[movers], state.log_q[movers])
-        taken[movers] = part.accept(u, lp, torch.full_like(lp, math.nan), lp - part.log_p)
-        stale = part.log_q.isnan()
-        part.log_q[stale] = log_q(part.u[stale]).double() if stale.any() else part.log_q[stale]
-        state.u[movers], state.log_p[movers], state.log_q[movers] = part.u, part.log_p, part.log_q
+        gamma = 1.0 if jump else 2.38 / math.sqrt(2.0 * dim) * torch.rand(len(movers), 1)
+        u = state.u[movers] + gamma * (state.u[rest[a]] - state.u[rest[b]])
+        u = u + 1e-4 * torch.randn_like(u)  # chains that share a point must part
+        part = _State(state.u[movers], state.log_p[movers])
+        proposed = _finite(log_p(u))
+        taken[movers] = part.accept(u, proposed, proposed - part.log_p)
+        state.u[movers], state.log_p[movers] = part.u, part.log_p
     return taken
 
 
@@ -174,8 +166,13 @@ def _stratified(weight: np.ndarray, n: int) -> np.ndarray:
     return index[torch.randperm(n).numpy()]
 
 
-def _warn(k: float, ess: float, steps: int, accepted: dict[str, float]) -> None:
-    if k < _BAD:
+def _carried(k: float, effective: float) -> bool:
+    """Of weights within some per cent of each other even a heavy tail moves nothing."""
+    return k < _BAD or effective > _EQUAL
+
+
+def _warn(k: float, ess: float, proposals: int, steps: int, accepted: dict[str, float]) -> None:
+    if _carried(k, ess / proposals):
         return
     after = (
         f"The draws come from {steps} steps of chains ({', '.join(f'{n} accepted {a:.1%}' for n, a in accepted.items())}); "

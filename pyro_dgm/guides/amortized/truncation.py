@@ -13,7 +13,8 @@ from torch.distributions import constraints
 __all__ = ["Truncated", "acceptance"]
 
 _ROUNDS = 50  # of rejection, each with all draws still missing
-_MASS_DRAWS, _MASS_NUMBERS = 20_000, 4_000_000  # for one data set; for many at once fewer, so that memory is bounded
+_MASS_DRAWS, _MASS_ROWS = 20_000, 400_000  # for one data set; for many at once fewer each
+_AT_ONCE = 50_000  # draws in memory
 
 
 @torch.no_grad()
@@ -22,8 +23,11 @@ def acceptance(q: Any, box: Any) -> tuple[Tensor, Tensor]:
 
     The error of ``log_prob`` is the second divided by the first.
     """
-    n = max(200, min(_MASS_DRAWS, _MASS_NUMBERS // max(1, q.batch_shape.numel() * q.event_shape.numel())))
-    share = box.inside(q.sample(Size([n]))).double().mean(0).clamp_min(0.5 / n)
+    rows = max(1, q.batch_shape.numel())
+    n = max(100, min(_MASS_DRAWS, _MASS_ROWS // rows))
+    at_once = max(1, _AT_ONCE // rows)
+    hits: Any = sum(box.inside(q.sample(Size([min(at_once, n - i)]))).double().sum(0) for i in range(0, n, at_once))
+    share = (hits / n).clamp_min(0.5 / n)
     return share, (share * (1.0 - share) / n).sqrt()
 
 
