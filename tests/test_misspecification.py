@@ -155,3 +155,66 @@ def test_wrong_simulations_are_explained(held_out):
 def test_ranks_are_drawn_by_arviz(held_out, tmp_path):
     dgm.sbc(None, Batched(0.6), simulations=held_out, seed=0).picture(tmp_path / "sbc.png")
     assert (tmp_path / "sbc.png").stat().st_size > 10_000
+
+
+def counts(x=None):
+    rate = pyro.sample("rate", dist.Gamma(3.0, 1.0))
+    with pyro.plate("n", 5):
+        pyro.sample("x", dist.Poisson(rate), obs=x)
+
+
+def groups(x=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("group", 4):
+        t = pyro.sample("t", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(t, 0.5), obs=x)
+
+
+class Exact:
+    """The exact posterior of a model above for many data sets, with sd times ``scale``."""
+
+    def __init__(self, of, scale=1.0):
+        self.of, self.scale = of, scale
+
+    def condition(self, x):
+        return self.of(x, self.scale)
+
+
+class Rate:
+    lead = 1
+
+    def __init__(self, x, scale):
+        self.q = dist.Gamma((3.0 + x.sum(-1)) / scale**2, 6.0 / scale**2)
+
+    def sample(self, shape):
+        return {"rate": self.q.sample(shape)}
+
+    def log_prob(self, values):
+        return self.q.log_prob(values["rate"])
+
+
+class Groups:
+    lead = 1
+
+    def __init__(self, x, scale):
+        precision = torch.eye(5) * 5.0  # mu, t1 .. t4: 1 + 4 and 1 + 1 / 0.25
+        precision[0, 1:] = precision[1:, 0] = -1.0
+        covariance = torch.linalg.inv(precision)
+        self.q = dist.MultivariateNormal(4.0 * x @ covariance[1:], scale**2 * covariance)
+
+    def sample(self, shape):
+        drawn = self.q.sample(shape)
+        return {"mu": drawn[..., 0], "t": drawn[..., 1:]}
+
+    def log_prob(self, values):
+        return self.q.log_prob(torch.cat([values["mu"][..., None], values["t"]], -1))
+
+
+@pytest.mark.parametrize("program, of", [(counts, Rate), (groups, Groups)])
+def test_exact_posteriors_pass_and_narrow_ones_do_not(program, of):
+    """With the plane normal above, three models: exact accepted, sd x 0.7 rejected at p < 1e-4, by sbc and coverage."""
+    sims = dgm.simulate(program, 500, observed=["x"], seed=3, progress=False)
+    for check in (dgm.sbc, dgm.coverage):
+        options = {"simulations": sims, "num_simulations": 500, "seed": 0}
+        assert check(None, Exact(of), **options).p_value > 0.01
+        assert check(None, Exact(of, 0.7), **options).p_value < 1e-4
