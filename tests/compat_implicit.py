@@ -15,7 +15,8 @@ import torch
 from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 from pyro.infer.reparam import NeuTraReparam
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroSample
+from pyro.nn.module import to_pyro_module_
 from torch import nn
 from torch.distributions import constraints
 
@@ -403,6 +404,24 @@ def quantiles__implicit():
 def inspect__implicit():
     found = get_dependencies(Implicit(), (DATA,))["prior_dependencies"]["x"]
     assert {"z_latent", "z_noise"} <= set(found)
+
+
+@cell("Bayesian weights (PyroSample)", "N")
+def bayesian__implicit():
+    """The weight is drawn once a run, and x is made with just this weight."""
+    net = generator()
+    to_pyro_module_(net)
+    net.network.weight = PyroSample(dist.Normal(net.network.weight.detach(), 0.05).to_event(2))
+
+    def model(x=None):
+        z = net.sample_site("z")
+        with pyro.plate("data", len(DATA)):
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    values = {k: n["value"] for k, n in poutine.trace(model).get_trace(DATA).nodes.items() if n["type"] == "sample"}
+    expected = values["network.weight"] @ values["z_latent"] + NOISE * values["z_noise"]
+    torch.testing.assert_close(values["z"], expected)
+    steps(model, autoguide.AutoNormal(model), infer.Trace_ELBO())
 
 
 @cell("float64, bfloat16 autocast, device", "N")

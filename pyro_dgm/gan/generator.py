@@ -16,7 +16,7 @@ import torch
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Independent, Normal, biject_to, constraints
+from torch.distributions import Distribution, biject_to, constraints
 from torch.distributions.transforms import ReshapeTransform
 
 from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, compose, joined
@@ -250,8 +250,11 @@ class _StandardNormal(DistributionModule):
         self.register_buffer("zero", torch.zeros(features))
 
     def build(self, context: Tensor | None) -> Distribution:
-        normal = Normal(self.zero, torch.ones_like(self.zero), validate_args=False)
-        return Independent(normal, 1, validate_args=False)
+        return dist.Normal(self.zero, torch.ones_like(self.zero), validate_args=False).to_event(1)
+
+    def forward(self, context: Tensor | None = None) -> Any:
+        """Pyro's own normal: nothing is learned, so nothing needs to be remembered."""
+        return self.build(check_context(self, context))
 
 
 def _enumerating() -> bool:

@@ -61,7 +61,7 @@ class Adversarial(nn.Module):
         >>> import torch, pyro_dgm as dgm
         >>> x = 3.0 + torch.randn(1000, 1)
         >>> gan = dgm.Adversarial(dgm.Generator(1, 16), dgm.Critic(1, 16))
-        >>> history = dgm.fit(gan, (x,), batch_size=100, max_steps=300, progress=False, seed=0)
+        >>> history = dgm.fit(gan, (x,), batch_size=100, max_steps=300, lr=5e-3, progress=False, seed=0)
         >>> bool(abs(gan.generator().sample((4000,)).mean() - 3.0) < 0.3)
         True
     """

@@ -183,7 +183,7 @@ def digits_gan(x):
     gan = dgm.Adversarial(dgm.Generator((8, 8)), dgm.Critic((8, 8)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dgm.fit(gan, (x.reshape(-1, 8, 8),), batch_size=128, max_steps=4000, progress=False)
+        dgm.fit(gan, (x.reshape(-1, 8, 8),), batch_size=128, max_steps=1500, progress=False)
     return lambda n: gan.generator().sample((n,))
 
 
@@ -202,15 +202,15 @@ def digits_vae(x):
         dgm.vae.Conditional(64, 16, dgm.vae.normal, hidden_features=(128, 128), shared=("log_scale",)),
         dgm.vae.Conditional(16, 64, dgm.vae.normal, hidden_features=(128, 128)),
     )
-    dgm.fit(dgm.STL_ELBO(1)(vae.model, vae.guide), (x,), batch_size=128, max_steps=4000, progress=False)
+    dgm.fit(dgm.STL_ELBO(1)(vae.model, vae.guide), (x,), batch_size=128, max_steps=1500, progress=False)
     return vae.generate
 
 
 DIGITS = {
     "held-out law itself": lambda x: lambda n: x[torch.randperm(len(x))[:n]],
     "GAN": digits_gan,
-    "MAF": digits_flow(lambda: dgm.MAF(64, hidden_features=(128, 128)), 1500),
-    "FFJORD": digits_flow(lambda: dgm.FFJORD(64, hidden_features=128), 20),
+    "MAF": digits_flow(lambda: dgm.MAF(64, hidden_features=(128, 128)), 400),
+    "FFJORD": digits_flow(lambda: dgm.FFJORD(64, hidden_features=128), 5, pretrain=600),
     "VAE": digits_vae,
 }
 
