@@ -30,16 +30,18 @@ from pyro_dgm.diagnostics import (
 )
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
 from pyro_dgm.gan import Critic, Generator, refine
-from pyro_dgm.guides import AutoFlow, ImplicitGuide
+from pyro_dgm.guides import AmortizedGuide, AutoFlow, ImplicitGuide
 from pyro_dgm.objectives import (
     IWAE_ELBO,
     STL_ELBO,
     Adversarial,
     Adversarial_ELBO,
     FlowMatching,
+    ForwardKL,
     LogisticRegression,
     MaximumLikelihood,
 )
+from pyro_dgm.simulation import Simulations, simulate
 from pyro_dgm.train import FitDiverged, History, fit
 from pyro_dgm.vae import VAE
 
@@ -48,6 +50,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adversarial",
     "Adversarial_ELBO",
+    "AmortizedGuide",
     "AutoFlow",
     "Critic",
     "DensityRatio",
@@ -56,6 +59,7 @@ __all__ = [
     "FFJORD",
     "FitDiverged",
     "FlowMatching",
+    "ForwardKL",
     "Generator",
     "History",
     "IWAE_ELBO",
@@ -70,6 +74,7 @@ __all__ = [
     "OTFlow",
     "RealNVP",
     "STL_ELBO",
+    "Simulations",
     "Standardize",
     "VAE",
     "ZukoFlow",
@@ -90,5 +95,6 @@ __all__ = [
     "refine",
     "resample",
     "sbc",
+    "simulate",
     "tarp",
 ]

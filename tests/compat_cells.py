@@ -28,7 +28,7 @@ from torch.distributions import constraints
 import pyro_dgm as dgm
 from tests.families import make
 
-CELLS, COLUMNS = {}, ("likelihood", "prior", "guide")
+CELLS, COLUMNS = {}, ("likelihood", "prior", "guide", "implicit")
 DATA = torch.tensor([[0.3, -0.2], [0.9, 0.4], [-0.5, 0.1], [0.2, 0.8], [1.1, -0.6], [0.0, 0.3]])
 
 

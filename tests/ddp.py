@@ -1,4 +1,4 @@
-"""Two ranks of DistributedDataParallel over an ELBO module; run as ``python -m tests.ddp likelihood|prior|guide``."""
+"""Two ranks of DistributedDataParallel over an ELBO module; run as ``python -m tests.ddp likelihood|prior|guide|implicit``."""
 
 import sys
 import tempfile
@@ -34,6 +34,11 @@ class Empty(pyro.nn.PyroModule):
 def program(column):
     if column == "likelihood":
         return Observed(), Empty()
+    if column == "implicit":
+        from tests.compat_implicit import Implicit
+
+        model = Implicit()
+        return model, dgm.AutoFlow(model).setup(DATA)
     model = FlowPrior() if column == "prior" else conjugate
     return model, dgm.AutoFlow(model).setup(DATA)
 

@@ -266,6 +266,22 @@ def test_steps_follow_the_error():
     assert int(flow.solver.steps) == 7
 
 
+@pytest.mark.parametrize(
+    "scale, steps, error", [(1.0, range(4, 25), 1e-4), (2.0, [25], 1e-3), (2.5, range(26, 65), 1e-3)]
+)
+def test_trained_flows_settle_at_100_evaluations_unless_accuracy_asks_for_more(scale, steps, error):
+    """Planted fault: a limit of 25 steps whatever the error is (the steepest field would be 2e-2 off)."""
+    torch.manual_seed(0)
+    flow, x = dgm.FFJORD(2, hidden_features=8), torch.randn(200, 2)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.mul_(scale)
+    flow().log_prob(x).sum().backward()
+    flow.settle()
+    assert int(flow.solver.steps) in steps
+    assert flow.solver_error(x).quantile(0.95) < error
+
+
 def test_steps_are_watched_while_parameters_change_and_only_then():
     flow, x = dgm.FFJORD(2, hidden_features=8), torch.randn(50, 2)
     flow().log_prob(x).sum().backward()

@@ -10,9 +10,11 @@ import pyro.infer as infer
 import pytest
 import torch
 
+import tests.compat_implicit  # noqa: F401  (its cells)
 from tests.compat_cells import CELLS, COLUMNS, DATA, conjugate
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "compatibility.md"
+NAMES = {"guide": "flow guide", "implicit": "generator"}
 ROWS = list(dict.fromkeys(row for row, _ in CELLS))
 
 HEAD = """# What works with what
@@ -45,8 +47,8 @@ def test_cell(row, column):
 def page(failed):
     """The matrix as a page, given the cells that failed."""
     lines = [
-        HEAD + "| | " + " | ".join(f"flow as {c}" if c != "guide" else "flow guide" for c in COLUMNS) + " |",
-        "|---|---|---|---|",
+        HEAD + "| | " + " | ".join(NAMES.get(c, f"flow as {c}") for c in COLUMNS) + " |",
+        "|" + "---|" * (1 + len(COLUMNS)),
     ]
     for row in ROWS:
         marks = ["FAILS" if (row, c) in failed else CELLS[row, c][0] if (row, c) in CELLS else "-" for c in COLUMNS]

@@ -422,3 +422,23 @@ class TestImplicit:
             trace.compute_log_prob()
         with pytest.raises(NotImplementedError, match="no density"):
             self.made().log_prob(torch.ones(4, 2))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in REPARAMETERISED if n not in ("Gaussian", "Conditional", "Chain", "zuko-NCSF")]
+)
+def test_codes_are_undone_and_are_those_of_the_density(name):
+    """decode undoes encode, and codes of draws are standard normal. Planted fault: encode without the standardiser."""
+    flow = make(name, 2, 3).standardize(2.0 + 3.0 * torch.randn(100, 2))
+    context = context_for(5)
+    x = flow(context).sample((400,))
+    z = flow.encode(x, context)
+    torch.testing.assert_close(flow.decode(z, context), x, atol=10 * tolerance(name), rtol=1e-2)
+    assert z.mean().abs() < 0.1 and (z.var() - 1.0).abs() < 0.12  # 4,000 numbers: errors 0.016 and 0.022
+
+
+def test_codes_are_refused_where_there_are_none():
+    with pytest.raises(TypeError, match="no transform of a latent, so it has no codes"):
+        make("zuko-GMM").encode(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"MAF: value has shape \(3, 4\), expected \(\.\.\., 2\)"):
+        make("MAF").encode(torch.zeros(3, 4))

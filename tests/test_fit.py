@@ -210,3 +210,27 @@ def test_an_interrupt_keeps_what_was_learned():
     objective = Interrupts()
     assert dgm.fit(objective, X, lr=0.05, max_steps=1_000, progress=False).stopped == "interrupted"
     assert abs(objective.w - 1.0) < 0.5
+
+
+class Named(nn.Module):
+    """The distance of ``batch["x"]`` from a parameter, weighted by ``batch["w"]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(()))
+
+    def forward(self, batch):
+        assert batch["x"].shape[:1] == batch["w"].shape[:1]
+        return (batch["w"] * (batch["x"] - self.loc).square()).mean()
+
+
+def test_a_mapping_is_one_argument_split_and_batched_by_rows():
+    """Planted fault: rows picked by an index of its own in each entry give 1.5, the unweighted mean."""
+    data = {"x": torch.tensor([0.0, 3.0]).repeat(50), "w": torch.tensor([0.0, 1.0]).repeat(50)}
+    objective = Named()
+    history = dgm.fit(objective, data, batch_size=20, validation=0.2, max_steps=600, lr=0.05, progress=False, seed=0)
+    assert abs(objective.loc.item() - 3.0) < 1e-2 and history.validation
+    with pytest.raises(ValueError, match=r"'x' \(shape \(2,\)\) holds 1 NaN"):
+        dgm.fit(Named(), {"x": torch.tensor([1.0, math.nan]), "w": torch.ones(2)}, batch_size=2, progress=False)
+    with pytest.raises(ValueError, match=r"common first dimension, got \[2, 3\]"):
+        dgm.fit(Named(), {"x": torch.ones(2), "w": torch.ones(3)}, batch_size=2, progress=False)

@@ -189,6 +189,20 @@ def test_sample_site_in_plates_with_vectorised_particles_and_predictive():
     assert run().shape == (7, 4, 5, 3)
 
 
+@pytest.mark.parametrize("observed, wrap", [(False, 0), (True, 0), (True, 1)])
+def test_a_flow_guide_refuses_an_implicit_site_before_it_starts(observed, wrap):
+    """Without the early check (planted) set-up succeeds and the first step fails."""
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3), poutine.mask(mask=torch.tensor(True)):
+            fn = dgm.Generator(2, 4, context_features=1)(a.expand(3, 1))
+            pyro.sample("x", fn.mask(True) if wrap else fn, obs=torch.zeros(3, 2) if observed else None)
+
+    with pytest.raises(ValueError, match=f"AutoFlow: {'observed' if observed else 'latent'} site 'x'.*sample_site"):
+        dgm.AutoFlow(model).setup()
+
+
 def observed_model(generator):
     def model(x):
         with pyro.plate("data", len(x)):

@@ -114,11 +114,11 @@ class Solver(nn.Module):
         inner = nodes[:-1, None] + nodes.diff()[:, None] * torch.tensor([0.0, 1 / 3, 2 / 3], device=y.device)
         return torch.cat([inner.flatten(), nodes[-1:]]).to(y.dtype)
 
-    def adapt(self, error: float, target: float) -> None:
+    def adapt(self, error: float, target: float, most: int = MOST) -> None:
         """Set the steps by the error in ``log p`` between ``n`` and ``2 n`` of them: ``n (error / target)^(1 / order)``."""
         factor = 1.1 * (max(error, 1e-12) / target) ** (1.0 / FIXED[self.method]) if math.isfinite(error) else 2.0
         n = math.ceil(int(self.steps) * min(max(factor, 0.75), 2.0))
-        n = min(max(n, FEWEST), MOST)
+        n = min(max(n, FEWEST), most)
         if n != int(self.steps):
             self.steps.fill_(n)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ __all__ = [
     "Convergent",
     "Implicit",
     "Pretrainable",
+    "Recipe",
+    "Recommending",
     "Settling",
     "Standardizable",
     "Startable",
@@ -116,3 +119,30 @@ class Alternating(Protocol):
 
     def quality(self, *held_out: Tensor) -> tuple[float, float]:
         """How near the generator's draws are to held-out rows: energy distance, and coverage as a share of the expected."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train, where the user says nothing: what :func:`~pyro_dgm.fit` fills in for arguments that are None.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: of AdamW; 0 for Adam.
+        averaging: decay of the running average of the weights, which is what is validated and kept; 0 for none.
+    """
+
+    lr: float = 5e-3
+    batch_size: int | None = None
+    max_epochs: int | None = None
+    validation: float | None = None
+    patience: int | None = None
+    weight_decay: float = 0.0
+    averaging: float = 0.0
+
+
+@runtime_checkable
+class Recommending(Protocol):
+    """An objective that knows how it is trained best."""
+
+    def recipe(self, rows: int | None) -> Recipe:
+        """For that many rows of data; None where there are no rows (no data, or a loader)."""

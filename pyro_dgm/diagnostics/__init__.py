@@ -13,6 +13,7 @@ from pyro_dgm.diagnostics.converters import (
 from pyro_dgm.diagnostics.iterates import IterateMonitor
 from pyro_dgm.diagnostics.khat import KHat, khat
 from pyro_dgm.diagnostics.loo import compare, loo
+from pyro_dgm.diagnostics.misspecification import Misspecification, misspecification
 from pyro_dgm.diagnostics.neutra import neutra
 from pyro_dgm.diagnostics.posteriors import Refit
 from pyro_dgm.diagnostics.resample import resample
@@ -23,6 +24,7 @@ __all__ = [
     "ErrorBounds",
     "IterateMonitor",
     "KHat",
+    "Misspecification",
     "Page",
     "Refit",
     "check",
@@ -37,6 +39,7 @@ __all__ = [
     "from_svi",
     "khat",
     "loo",
+    "misspecification",
     "neutra",
     "resample",
     "sample_posterior_predictive",

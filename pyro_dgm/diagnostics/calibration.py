@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pyro_dgm.core.psis import arviz_major
 from pyro_dgm.diagnostics.containers import build
 from pyro_dgm.diagnostics.draws import Model
 from pyro_dgm.diagnostics.posteriors import Experiment, experiment
@@ -19,6 +21,7 @@ from pyro_dgm.diagnostics.posteriors import Experiment, experiment
 __all__ = ["Calibration", "coverage", "sbc", "tarp"]
 
 _LEVEL = 0.01
+_PANELS = 16
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,18 @@ class Calibration:
         }
         return build(groups, {}, {}, attrs, kind)
 
+    def picture(self, path: str | Path) -> None:
+        """ECDF of the ranks minus that of uniform ranks, with simultaneous 95 % bands, drawn by ArviZ."""
+        import arviz as az
+        import matplotlib.pyplot as plt
+
+        if arviz_major() == 0:
+            figure = _ecdfs(self.method, self.pit)
+        else:
+            figure = az.plot_ecdf_pit(self.container(), group="prior_sbc").viz["figure"].item()
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
     def __str__(self) -> str:
         m = len(next(iter(self.pit.values())))
         head = f"{self.method}: {m} simulations x {self.draws} draws, p = {self.p_value:.2g}."
@@ -89,19 +104,21 @@ class Calibration:
 
 
 def sbc(
-    model: Model, posterior: Any, *args: Any, observed: Sequence[str] | None = None, num_simulations: int = 300,
-    num_draws: int = 199, model_kwargs: dict[str, Any] | None = None, seed: int | None = None,
+    model: Model | None, posterior: Any, *args: Any, observed: Sequence[str] | None = None, num_simulations: int = 300,
+    num_draws: int = 199, simulations: Any = None, model_kwargs: dict[str, Any] | None = None, seed: int | None = None,
 ) -> Calibration:  # fmt: skip
     r"""Simulation-based calibration: ranks of every parameter, tested for uniformity by chi-square.
 
     Args:
-        model: simulates its data where they are None.
+        model: simulates its data where they are None; itself None where ``simulations`` are given.
         posterior: an amortised posterior with ``condition(**data) -> q``, where ``q.sample((S,))`` gives
-            ``{site: (S, *site)}``; or a function of ``{site: value}`` that returns such draws; or a
-            :class:`~pyro_dgm.diagnostics.Refit`, which fits an ordinary guide to each data set.
+            ``{site: (S, *site)}`` (many data sets are asked at once where it can, ``{site: (S, M, *site)}``); or a function
+            of ``{site: value}`` that returns such draws; or a :class:`~pyro_dgm.diagnostics.Refit`, which fits an ordinary
+            guide to each data set.
         args, model_kwargs: the model's arguments; data in them are drawn anew.
         observed: names of the data sites; None for those that the arguments fix.
         num_simulations, num_draws: M and S; S + 1 should be a multiple of the number of bins, min(10, M // 15).
+        simulations: of :func:`~pyro_dgm.simulate`, the first M of which are taken; they must not have been trained on.
         seed: makes it reproducible.
 
     Raises:
@@ -127,15 +144,17 @@ def sbc(
         >>> print(sbc(model, narrow, observed=["x"], seed=0))  # doctest: +ELLIPSIS
         sbc: 300 simulations x 199 draws, p = ... Not calibrated; worst is 'mu': draws are too narrow.
     """
-    made = experiment(model, posterior, args, model_kwargs or {}, observed, num_simulations, num_draws, seed)
+    made = experiment(
+        model, posterior, args, model_kwargs or {}, observed, num_simulations, num_draws, seed, given=simulations
+    )
     rng = np.random.default_rng(seed)
     pit = {k: _ranks(made.draws[k], made.truth[k], rng) for k in made.truth}
     return Calibration("sbc", pit, {k: _uniform_by_chi2(v) for k, v in pit.items()}, num_draws)
 
 
 def coverage(
-    model: Model, posterior: Any, *args: Any, observed: Sequence[str] | None = None, num_simulations: int = 300,
-    num_draws: int = 199, model_kwargs: dict[str, Any] | None = None, seed: int | None = None,
+    model: Model | None, posterior: Any, *args: Any, observed: Sequence[str] | None = None, num_simulations: int = 300,
+    num_draws: int = 199, simulations: Any = None, model_kwargs: dict[str, Any] | None = None, seed: int | None = None,
 ) -> Calibration:  # fmt: skip
     """Coverage of highest-density regions of the joint posterior: one number per simulation, whatever the dimension.
 
@@ -143,7 +162,8 @@ def coverage(
     the model's joint density where it has none. It sees wrong scales best, and hardly a bias: run :func:`sbc` too.
 
     Args:
-        model, posterior, args, observed, num_simulations, num_draws, model_kwargs, seed: as in :func:`sbc`.
+        model, posterior, args, observed, num_simulations, num_draws, simulations, model_kwargs, seed: as in
+            :func:`sbc`.
 
     Raises:
         ValueError, TypeError: as :func:`sbc`.
@@ -163,21 +183,31 @@ def coverage(
         (False, True)
     """
     made = experiment(
-        model, posterior, args, model_kwargs or {}, observed, num_simulations, num_draws, seed, density=True
+        model,
+        posterior,
+        args,
+        model_kwargs or {},
+        observed,
+        num_simulations,
+        num_draws,
+        seed,
+        density=True,
+        given=simulations,
     )
     pit = {"credibility": 1.0 - np.asarray(made.rank)}
     return Calibration("coverage", pit, {"credibility": _uniform_by_ks(pit["credibility"])}, num_draws)
 
 
 def tarp(
-    model: Model, posterior: Any, *args: Any, observed: Sequence[str] | None = None, num_simulations: int = 300,
-    num_draws: int = 199, references: Callable[[Experiment], np.ndarray] | None = None,
+    model: Model | None, posterior: Any, *args: Any, observed: Sequence[str] | None = None, num_simulations: int = 300,
+    num_draws: int = 199, references: Callable[[Experiment], np.ndarray] | None = None, simulations: Any = None,
     model_kwargs: dict[str, Any] | None = None, seed: int | None = None,
 ) -> Calibration:  # fmt: skip
     """Tests of accuracy with random points: coverage of balls around a reference; needs draws only.
 
     Args:
-        model, posterior, args, observed, num_simulations, num_draws, model_kwargs, seed: as in :func:`sbc`.
+        model, posterior, args, observed, num_simulations, num_draws, simulations, model_kwargs, seed: as in
+            :func:`sbc`.
         references: ``f(experiment) -> (M, D)`` points in units of the prior's standard deviation, of all parameters side by
             side; None for uniform points in the range of the truths. Uniform points do not depend on the data and are
             nearly blind to a bias.
@@ -197,7 +227,9 @@ def tarp(
         >>> tarp(model, exact, observed=["x"], seed=0).calibrated
         True
     """
-    made = experiment(model, posterior, args, model_kwargs or {}, observed, num_simulations, num_draws, seed)
+    made = experiment(
+        model, posterior, args, model_kwargs or {}, observed, num_simulations, num_draws, seed, given=simulations
+    )
     rng = np.random.default_rng(seed)
     truth = np.concatenate([v.reshape(len(v), -1) for v in made.truth.values()], -1)
     draws = np.concatenate([v.reshape(*v.shape[:2], -1) for v in made.draws.values()], -1)
@@ -211,6 +243,27 @@ def tarp(
     near = np.linalg.norm(draws - points[:, None], axis=-1)
     pit = {"ball": _ranks(near, np.linalg.norm(truth - points, axis=-1), rng)}
     return Calibration("tarp", pit, {"ball": _uniform_by_ks(pit["ball"])}, num_draws)
+
+
+def _ecdfs(method: str, pit: dict[str, np.ndarray]) -> Any:
+    import arviz as az
+    import matplotlib.pyplot as plt
+    from scipy.stats import uniform
+
+    columns = [(f"{k}{list(i) or ''}", v[(slice(None), *i)]) for k, v in pit.items() for i in np.ndindex(*v.shape[1:])][
+        :_PANELS
+    ]
+    across = min(len(columns), 4)
+    down = -(-len(columns) // across)
+    figure, axes = plt.subplots(down, across, figsize=(3.2 * across, 2.6 * down), squeeze=False, layout="constrained")
+    for ax, (name, column) in zip(axes.flat, columns, strict=False):
+        points = np.linspace(0.0, 1.0, 101)[1:-1]
+        az.plot_ecdf(column, eval_points=points, cdf=uniform(0, 1).cdf, difference=True, confidence_bands=True, ci_prob=0.95,
+                     ax=ax)  # fmt: skip
+        ax.set(title=name, xlabel=f"rank ({method})")
+    for ax in axes.flat[len(columns) :]:
+        ax.set_axis_off()
+    return figure
 
 
 def _ranks(draws: np.ndarray, truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:

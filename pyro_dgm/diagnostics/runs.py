@@ -20,36 +20,16 @@ from pyro.infer.discrete import infer_discrete
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_dgm.core.handlers import Given, Redraw
 from pyro_dgm.core.sites import is_computed, is_data, is_subsample, latent_sites, plate_frames
 from pyro_dgm.core.vectorize import NOT_VECTORIZED, How, Model, enumerated, together
 from pyro_dgm.diagnostics.layout import Layout, layout_of, mask_of, subsampled, with_shape
 from pyro_dgm.diagnostics.terms import Term, is_scored, joined, subsampling_factor, terms_of, total
 
-__all__ = ["Given", "Redraw", "Runs", "Table", "rounds_of"]
+__all__ = ["Runs", "Table", "rounds_of"]
 
 Draws = dict[str, Tensor]  # {site: (n, *site)}
 Round = dict[str, tuple[Tensor, Tensor]]  # plate -> its index in this round, and which positions of it are new
-
-
-class Redraw(poutine.messenger.Messenger):
-    """Draws observed data anew; deterministic and factor sites stay what they are."""
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if is_data(msg):
-            msg["is_observed"], msg["value"] = False, None
-
-
-class Given(poutine.messenger.Messenger):
-    """Gives latent sites (and the index of plates) their values; they are then not enumerated."""
-
-    def __init__(self, values: Draws) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"] = self.values[msg["name"]]
-            msg["infer"] = {k: v for k, v in msg["infer"].items() if k != "enumerate"}
 
 
 class _OwnNoise(TorchFunctionMode):

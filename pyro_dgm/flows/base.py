@@ -6,13 +6,14 @@ zuko makes the flows; this folder gives them Pyro's manners: supports, events of
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from pyro_dgm.core import DistributionModule, Standardize, compose, zuko
+from pyro_dgm.core.shapes import check_value_shape
 from pyro_dgm.flows.standard_normal import standard_normal
 
 __all__ = ["NormalizingFlow", "directed"]
@@ -66,6 +67,44 @@ class NormalizingFlow(DistributionModule):
         to_event = self.bijection(self.build(None if not self.context_features else x.new_zeros(self.context_features)))
         self.standard.fit((x if to_event is None else to_event.inv(x)).reshape(-1, self.features))
         return self
+
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Latents :math:`z = g^{-1}(x; c)` of events ``(*batch, *event_shape)``, shape ``(*batch, D)``.
+
+        They are standard normal where the flow fits the data.
+
+        Raises:
+            ValueError: for events of another shape; TypeError for a family without a transform, such as a mixture.
+
+        Example:
+            >>> import pyro_dgm as dgm
+            >>> flow = dgm.RealNVP((2, 3), support=constraints.positive)
+            >>> x = flow().sample((5,))
+            >>> z = flow.encode(x)
+            >>> z.shape, bool(torch.allclose(flow.decode(z), x, atol=1e-4))
+            (torch.Size([5, 6]), True)
+        """
+        built = self._with_transform(context)
+        check_value_shape(type(self).__name__, x, self.event_shape)
+        to_event = self.bijection(built)
+        return built.transform(x if to_event is None else to_event.inv(x))
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Events :math:`x = g(z; c)` of latents ``(*batch, D)``: what :meth:`encode` undoes."""
+        built = self._with_transform(context)
+        check_value_shape(f"{type(self).__name__}.decode", z, torch.Size((self.features,)))
+        to_event = self.bijection(built)
+        u = built.transform.inv(z)
+        return u if to_event is None else to_event(u)
+
+    def _with_transform(self, context: Tensor | None) -> Any:
+        built = self.checked_build(context)
+        if not isinstance(built, zuko.distributions.NormalizingFlow):
+            raise TypeError(
+                f"{type(self).__name__}: {type(built).__name__} is no transform of a latent, so it has no codes. Use a flow "
+                "such as NSF, or a VAE."
+            )
+        return built
 
     @torch.no_grad()
     def start_at_identity(self) -> NormalizingFlow:

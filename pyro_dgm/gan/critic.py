@@ -18,6 +18,13 @@ __all__ = ["Critic"]
 _HIDDEN = (128, 128, 128)
 
 
+class _Leaky(nn.LeakyReLU):
+    """With the slope that critics usually have."""
+
+    def __init__(self) -> None:
+        super().__init__(0.2)
+
+
 class Critic(nn.Module):
     r"""Logits :math:`T(x; c)` of events, shape ``(*batch, *event_shape) -> (*batch,)``: no sigmoid at the end.
 
@@ -101,9 +108,9 @@ def _as_network(network: nn.Module | int | None, inputs: int) -> nn.Module:
     if isinstance(network, nn.Module):
         return network
     if network is None:
-        return MLP(inputs, 1, _HIDDEN)
+        return MLP(inputs, 1, _HIDDEN, _Leaky)
     if isinstance(network, int) and network >= 1:
-        return MLP(inputs, 1, (network,) * 3)
+        return MLP(inputs, 1, (network,) * 3, _Leaky)
     raise TypeError(f"Critic: network is {network!r}, expected a module, a positive width, or None.")
 
 

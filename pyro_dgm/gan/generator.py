@@ -13,6 +13,8 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, biject_to, constraints
 from torch.distributions.transforms import ReshapeTransform
@@ -39,7 +41,8 @@ class Generator(DistributionModule):
     Args:
         event_shape: an int or a shape.
         network: a module ``(*batch, latent + context_features) -> (*batch, D)``, or ``(*batch, *event_shape)``. It must
-            take any number of batch dimensions. An int is the width of three hidden layers; None is 128. Where it ends
+            take any number of batch dimensions. An int is the width of three hidden layers with ReLU, whose kinks separate
+            modes better than smooth activations; None is 128. Where it ends
             in ``Tanh`` or ``Sigmoid``, data are not standardised and must lie in that range.
         base: the law of z: a family, a distribution (its tensors do not move with ``.to``), or the dimension of a
             standard normal. None for dimension D, between 2 and 32.
@@ -91,7 +94,7 @@ class Generator(DistributionModule):
             self.register_buffer("log_noise", log_noise)
 
     def build(self, context: Tensor | None) -> ImplicitDistribution:
-        base = self._latent(context)
+        base = self._latent(context, context)
         support = self._support or constraints.independent(constraints.real, len(self.event_shape))
         return ImplicitDistribution(
             lambda z: self._draw(z, context), base, tuple(self.event_shape), support=support, name="Generator"
@@ -110,8 +113,9 @@ class Generator(DistributionModule):
     def location(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """What the network makes of latents, flat and in standard units: shape ``(*batch, D)``."""
         flat = z.reshape(*z.shape[: z.dim() - len(self.base.event_shape)], -1)
-        u = self.network(flat if context is None else joined(flat, context))
-        return u if u.shape[-1:] == (self.features,) and u.dim() == flat.dim() else self._flat(u, flat)
+        inputs = flat if context is None else joined(flat, context)
+        u = self.network(inputs)
+        return u if u.shape == (*inputs.shape[:-1], self.features) else self._flat(u, inputs)
 
     @property
     def sigma(self) -> Tensor:
@@ -134,13 +138,16 @@ class Generator(DistributionModule):
         The sites are ``name_latent`` (z), ``name_noise`` (epsilon, if there is output noise) and the deterministic site
         ``name``. This is exact, and any inference method sees a standard normal latent. With ``obs`` the output noise is
         the likelihood: ``name_latent`` and the observed site ``name`` with the density p(x | z).
+
+        The generator's weights stay as they are, which is what a trained one is for; to train them with the model, make
+        it an attribute of a module or state ``pyro.module``. Rows of a context belong in a plate.
         """
         context = check_context(self, context)
-        pyro.module(f"{name}_generator", self)
-        z = pyro.sample(f"{name}_latent", self._latent(context))
+        rows = None if _enumerating() else context  # a summed-out class moves the context, and shares its noise
+        z = pyro.sample(f"{name}_latent", self._latent(context, rows))
         if obs is not None:
             return pyro.sample(name, self.likelihood(z, context), obs=obs)
-        noise = None if self.noiseless else pyro.sample(f"{name}_noise", self._noise(context))
+        noise = None if self.noiseless else pyro.sample(f"{name}_noise", self._noise(rows))
         return pyro.deterministic(name, self.push(z, noise, context), event_dim=len(self.event_shape))
 
     @torch.no_grad()
@@ -176,9 +183,9 @@ class Generator(DistributionModule):
             raise ValueError("Generator: masks are not supported; score whole rows, or train a VAE.")
         return self.likelihood(z, context), x
 
-    def _latent(self, context: Tensor | None) -> Any:
+    def _latent(self, context: Tensor | None, rows: Tensor | None) -> Any:
         base = self.base(context if self.base.context_features else None)
-        return base if context is None or base.batch_shape else base.expand(context.shape[:-1])
+        return base if rows is None or base.batch_shape else base.expand(rows.shape[:-1])
 
     def _noise(self, context: Tensor | None) -> Any:
         normal = dist.Normal(torch.zeros_like(self.log_noise), 1.0).to_event(1)
@@ -202,13 +209,13 @@ class Generator(DistributionModule):
             parts.append(whole_event(biject_to(self._support), len(self.unconstrained_shape)))
         return compose(parts)
 
-    def _flat(self, u: Tensor, z: Tensor) -> Tensor:
+    def _flat(self, u: Tensor, inputs: Tensor) -> Tensor:
         """A network's output as vectors, or an error where it is no event."""
-        batch, event = z.shape[:-1], self.unconstrained_shape
-        if u.shape in (batch + event, batch + Size((self.features,))):
+        batch, event = inputs.shape[:-1], self.unconstrained_shape
+        if u.shape == batch + event:
             return u.reshape(*batch, self.features)
         raise ValueError(
-            f"Generator: the network returned shape {tuple(u.shape)} for latents of shape {tuple(z.shape)}, expected "
+            f"Generator: the network returned shape {tuple(u.shape)} for inputs of shape {tuple(inputs.shape)}, expected "
             f"{tuple(batch + Size((self.features,)))} or {tuple(batch + event)} (event_shape "
             f"{tuple(self.event_shape)}). A network of images must take any number of batch dimensions (core.ConvDecoder)."
         )
@@ -247,6 +254,11 @@ class _StandardNormal(DistributionModule):
         return Independent(normal, 1, validate_args=False)
 
 
+def _enumerating() -> bool:
+    """Whether discrete sites are being summed out: dimensions left of the plates are then no rows."""
+    return any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
+
+
 def _as_family(base: Any) -> DistributionModule:
     if isinstance(base, DistributionModule):
         return base
@@ -266,7 +278,7 @@ def _as_network(network: nn.Module | int | None, inputs: int, outputs: int) -> n
     if isinstance(network, nn.Module):
         return network
     if network is None:
-        return MLP(inputs, outputs, _HIDDEN)
+        return MLP(inputs, outputs, _HIDDEN, nn.ReLU)
     if isinstance(network, int) and network >= 1:
-        return MLP(inputs, outputs, (network,) * 3)
+        return MLP(inputs, outputs, (network,) * 3, nn.ReLU)
     raise TypeError(f"Generator: network is {network!r}, expected a module, a positive width, or None.")

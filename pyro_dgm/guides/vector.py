@@ -11,7 +11,7 @@ from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_dgm.core.sites import is_enumerable, latent_sites
+from pyro_dgm.core.sites import is_enumerable, latent_sites, refuse_implicit
 
 __all__ = ["VectorGuide"]
 
@@ -74,6 +74,7 @@ class VectorGuide(AutoContinuous):
 
 def _refuse_unfit_sites(who: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+    refuse_implicit(who, trace)
     for name, site in latent_sites(trace):
         if is_enumerable(site):
             continue

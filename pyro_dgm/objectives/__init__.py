@@ -4,6 +4,7 @@ from pyro_dgm.objectives.adversarial import Adversarial
 from pyro_dgm.objectives.adversarial_elbo import Adversarial_ELBO
 from pyro_dgm.objectives.ali import ALI
 from pyro_dgm.objectives.flow_matching import FlowMatching
+from pyro_dgm.objectives.forward_kl import ForwardKL
 from pyro_dgm.objectives.iwae import IWAE_ELBO
 from pyro_dgm.objectives.latent_mmd import LatentMMD
 from pyro_dgm.objectives.likelihood import MaximumLikelihood
@@ -21,6 +22,7 @@ __all__ = [
     "Adversarial_ELBO",
     "LogisticRegression",
     "FlowMatching",
+    "ForwardKL",
     "IWAE_ELBO",
     "MaximumLikelihood",
     "LatentMMD",

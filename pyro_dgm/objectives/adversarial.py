@@ -37,7 +37,8 @@ class Adversarial(nn.Module):
         critic: a :class:`~pyro_dgm.Critic` of the same event and context.
         loss: ``"non-saturating"``, ``"relativistic"``, ``"wgan-gp"``, ``"hinge"``, ``"least-squares"`` or
             ``"saturating"`` (for comparison).
-        r1, r2: weights of :math:`\frac12 E|\nabla T|^2` at data and at draws. None for 0.1 each (0 with ``"wgan-gp"``).
+        r1, r2: weights of :math:`\frac12 E|\nabla T|^2` at data and at draws. None for 0.001 each (0 with
+            ``"wgan-gp"``): more was measured to blur narrow modes, which the output noise keeps from being needed.
         gradient_penalty: weight of :math:`E(|\nabla T| - 1)^2` between data and draws. None for 10 with ``"wgan-gp"``, else 0.
         critic_steps: of the critic for one of the generator. None for 5 with ``"wgan-gp"``, else 1.
         ema: decay of the running average of the generator's weights; 0 keeps the last weights.
@@ -86,7 +87,7 @@ class Adversarial(nn.Module):
         self.r2 = usual.r2 if r2 is None else r2
         self.gradient_penalty = usual.gradient_penalty if gradient_penalty is None else gradient_penalty
         self.critic_steps = usual.critic_steps if critic_steps is None else critic_steps
-        self.ema, self.likelihood, self.lr = ema, likelihood, 2e-3
+        self.ema, self.likelihood, self.lr = ema, likelihood, 1e-3
         self._refuse_bad_settings()
         _refuse_mismatch(generator, critic)
         self.generator: Any = generator

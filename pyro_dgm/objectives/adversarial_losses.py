@@ -32,8 +32,8 @@ class Loss(NamedTuple):
 
     critic: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor, Tensor], Tensor]
-    r1: float = 0.1
-    r2: float = 0.1
+    r1: float = 1e-3
+    r2: float = 1e-3
     gradient_penalty: float = 0.0
     critic_steps: int = 1
 

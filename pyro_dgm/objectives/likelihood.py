@@ -31,7 +31,7 @@ class MaximumLikelihood(nn.Module):
         transport: weight of :math:`\int \frac12 |v|^2 dt` (OT-Flow's transport cost, in the flow's units).
         hjb: weight of :math:`\int |\partial_t\Phi - \frac12 |\nabla\Phi|^2| dt`; :class:`~pyro_dgm.OTFlow` only.
         kinetic: weight of :math:`\int |v|^2 / D\, dt`. It straightens paths, so that a given number of steps is more
-            accurate. None for 0.01 with a continuous flow.
+            accurate. None for 0.02 with a continuous flow.
         jacobian: weight of :math:`\int |\epsilon^\top \nabla v|^2 / D\, dt`, one probe.
         pretrain: steps of flow matching before the first step, for continuous flows; 0 changes nothing beforehand, not
             even the units.
@@ -69,7 +69,7 @@ class MaximumLikelihood(nn.Module):
     ) -> None:
         super().__init__()
         continuous = isinstance(family, Transporting)
-        kinetic = (0.01 if continuous else 0.0) if kinetic is None else kinetic
+        kinetic = (0.02 if continuous else 0.0) if kinetic is None else kinetic
         weights = {"transport": transport, "hjb": hjb, "kinetic": kinetic, "jacobian": jacobian}
         if any(w < 0.0 for w in weights.values()) or pretrain < 0:
             raise ValueError(

@@ -14,8 +14,8 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_dgm.core.files import save_checkpoint
 from pyro_dgm.train.batches import Batches
-from pyro_dgm.train.checkpoint import save_checkpoint
 from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.schedule import Limits, rate_at
 
@@ -50,7 +50,7 @@ class AdversarialRun:
         )
         critic, generator = objective.players()
         self.owned = [[p for p in player.parameters() if p.requires_grad] for player in (critic, generator)]
-        make = optimizer or (lambda p: torch.optim.Adam(p, lr, betas=(0.0, 0.99), fused=True))
+        make = optimizer or (lambda p: torch.optim.Adam(p, lr, betas=(0.5, 0.99), fused=True))
         self.optimizers = [make(p) for p in self.owned]
         self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.tensors = list(dict.fromkeys([*parameters, *objective.buffers()]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ class Batches:
     """Endless batches of ``data``; ``epoch`` is the number of batches in one pass, None for whole data.
 
     Args:
-        data: a tensor, a tuple of an objective's arguments, or a DataLoader.
+        data: a tensor, a tuple of an objective's arguments, a mapping of tensors (one argument: a batch is then a
+            dictionary), or a DataLoader.
         batch_size: rows per batch; None passes everything each time.
     """
 
@@ -52,7 +53,7 @@ class Batches:
         return (self._take(index) for index in torch.randperm(self.rows).split(self.batch_size))
 
     def _take(self, index: Tensor) -> tuple[Any, ...]:
-        return tuple(a[index.to(a.device)] if isinstance(a, Tensor) else a for a in self.args)
+        return _picked(self.args, index)
 
 
 def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -65,16 +66,48 @@ def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[A
             f"fit: validation={fraction} of {rows} rows; expected a fraction that leaves rows on both sides."
         )
     order = torch.randperm(rows)
-    part = lambda index: tuple(a[index.to(a.device)] if isinstance(a, Tensor) else a for a in args)  # noqa: E731
-    return part(order[held:]), part(order[:held])
+    return _picked(args, order[held:]), _picked(args, order[:held])
 
 
 def _as_args(data: Any) -> tuple[Any, ...]:
-    return tuple(data) if isinstance(data, tuple | list) else (data,)
+    args = tuple(data) if isinstance(data, tuple | list) else (data,)
+    return tuple(_as_dict(a) if isinstance(a, Mapping) else a for a in args)
+
+
+def _as_dict(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping as a dictionary; masks that it has as an attribute (simulations of ragged plates) under "mask"."""
+    masks = getattr(data, "mask", None)
+    return {k: data[k] for k in data} | ({"mask": dict(masks)} if masks else {})
+
+
+def _picked(args: tuple[Any, ...], index: Tensor) -> tuple[Any, ...]:
+    """These rows of every tensor, also of those in mappings."""
+    return tuple(_of_tensors(lambda t: t[index.to(t.device)], a) for a in args)
+
+
+def _of_tensors(change: Callable[[Tensor], Tensor], argument: Any) -> Any:
+    if isinstance(argument, Mapping):
+        return {k: _of_tensors(change, v) for k, v in argument.items()}
+    return change(argument) if isinstance(argument, Tensor) and argument.dim() else argument
+
+
+def named_tensors(args: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors among the arguments and in mappings among them, with a name for messages."""
+    for i, a in enumerate(args):
+        entries = {f"'{k}'": v for k, v in a.items()} if isinstance(a, Mapping) else {f"argument {i}": a}
+        yield from ((name, value) for name, value in entries.items() if isinstance(value, Tensor))
+
+
+def row_count(data: Any) -> int | None:
+    """Rows of the data, where they are tensors with one first dimension."""
+    if isinstance(data, DataLoader):
+        return None
+    sizes = {a.shape[0] for _, a in named_tensors(_as_args(data)) if a.dim()}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _rows(args: tuple[Any, ...]) -> int:
-    sizes = {a.shape[0] for a in args if isinstance(a, Tensor) and a.dim()}
+    sizes = {a.shape[0] for _, a in named_tensors(args) if a.dim()}
     if len(sizes) != 1:
         raise ValueError(
             f"fit: minibatches need tensors with one common first dimension, got {sorted(sizes) or 'no tensors'}. "
@@ -92,8 +125,8 @@ def _refuse_non_finite(args: tuple[Any, ...]) -> None:
 def non_finite(args: tuple[Any, ...]) -> str:
     """Which tensors among the arguments hold NaN or infinity; empty where none does."""
     bad = [
-        f"argument {i} (shape {tuple(a.shape)}) holds {int((~a.isfinite()).sum())} NaN or infinite entries"
-        for i, a in enumerate(args)
-        if isinstance(a, Tensor) and a.is_floating_point() and not a.isfinite().all()
+        f"{name} (shape {tuple(a.shape)}) holds {int((~a.isfinite()).sum())} NaN or infinite entries"
+        for name, a in named_tensors(args)
+        if a.is_floating_point() and not a.isfinite().all()
     ]
     return "; ".join(bad)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_dgm.core.training import Alternating, Convergent, Pretrainable, Settling, Startable
+from pyro_dgm.core.files import load_checkpoint, save_checkpoint
+from pyro_dgm.core.training import Alternating, Convergent, Pretrainable, Recipe, Recommending, Settling, Startable
 from pyro_dgm.train.adversarial import AdversarialRun
-from pyro_dgm.train.batches import Batches, held_out_split, non_finite
-from pyro_dgm.train.checkpoint import load_checkpoint, save_checkpoint
+from pyro_dgm.train.average import Average
+from pyro_dgm.train.batches import Batches, held_out_split, named_tensors, non_finite, row_count
 from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.parameters import owned_parameters
 from pyro_dgm.train.schedule import Limits, rate_at, round_length
@@ -58,9 +59,10 @@ def fit(
 
     Args:
         objective: a module that turns a batch into a scalar loss, such as ``STL_ELBO()(model, guide)``.
-        data: the objective's arguments: a tensor, a tuple, or a ``DataLoader``.
+        data: the objective's arguments: a tensor, a tuple, a mapping of tensors (one argument), or a ``DataLoader``.
         optimizer: makes the optimiser from a list of parameters; None for Adam with betas (0.9, 0.99).
-        lr: peak learning rate, used where ``optimizer`` is None; None for 5e-3, or the objective's own.
+        lr: peak learning rate, used where ``optimizer`` is None; 0.005, or what the objective asks for. So with the other
+            arguments that are None: :class:`~pyro_dgm.ForwardKL` brings a recipe, other objectives none.
         max_steps, max_epochs, max_seconds: limits; the first that is reached ends the fit.
         batch_size: rows per minibatch, taken from the first dimension of all tensors; None for full batches.
         validation: held-out arguments, or the fraction of rows to hold out; the best parameters are then those with
@@ -94,6 +96,11 @@ def fit(
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
+        recipe = objective.recipe(row_count(data)) if isinstance(objective, Recommending) else Recipe()
+        batch_size, patience = batch_size or recipe.batch_size, patience or recipe.patience
+        validation = recipe.validation if validation is None else validation
+        if max_steps is None and max_epochs is None and max_seconds is None:
+            max_epochs = recipe.max_epochs
         if isinstance(validation, float):
             data, validation = held_out_split(data, validation)
         batches = Batches(data, batch_size)
@@ -102,10 +109,11 @@ def fit(
         bar = tqdm(desc="warm start", unit="step", disable=not progress, mininterval=0.5)
         with bar, owned_parameters(objective, batches.example(), lambda: _prepare(objective, batches, saved)) as found:
             bar.set_description("fit", refresh=False)
-            kind: Any = AdversarialRun if isinstance(objective, Alternating) else _Run
-            rate = lr or (objective.lr if isinstance(objective, Alternating) else 5e-3)
-            run = kind(objective, found, optimizer, rate, batches, limits, validation, patience, bar, checkpoint)
-            return run.run(saved)
+            ends: Any = (batches, limits, validation, patience, bar, checkpoint)
+            if isinstance(objective, Alternating):
+                return AdversarialRun(objective, found, optimizer, lr or objective.lr, *ends).run(saved)
+            made = _adam(found, lr or recipe.lr, recipe.weight_decay) if optimizer is None else optimizer(found)
+            return _Run(objective, found, made, Average(found, recipe.averaging), *ends).run(saved)
 
 
 def _prepare(objective: nn.Module, batches: Batches, saved: dict[str, Any] | None) -> None:
@@ -134,15 +142,11 @@ class _Run:
     """One call of :func:`fit`: the loop's state and its steps."""
 
     def __init__(
-        self, objective: nn.Module, parameters: list[Tensor], optimizer: Any, lr: float, batches: Batches,
+        self, objective: nn.Module, parameters: list[Tensor], optimizer: Any, average: Average, batches: Batches,
         limits: Limits, validation: Any, patience: int | None, bar: Any, checkpoint: str | Path | None,
     ) -> None:  # fmt: skip
         self.objective, self.parameters, self.batches, self.limits = objective, parameters, batches, limits
-        self.optimizer = (
-            torch.optim.Adam(parameters, lr, betas=(0.9, 0.99), fused=True)
-            if optimizer is None
-            else optimizer(parameters)
-        )
+        self.optimizer, self.average = optimizer, average
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.validation = validation
         self.patience = patience or (10 if validation is not None else None)
@@ -204,6 +208,7 @@ class _Run:
         norm = float(nn.utils.clip_grad_norm_(self.parameters, _CLIP)) if math.isfinite(value) else math.nan
         if math.isfinite(norm):
             self.optimizer.step()
+            self.average.update()
         self._record(value, rate, math.isfinite(norm))
 
     def _loss(self, batch: tuple[Any, ...]) -> Tensor:
@@ -247,12 +252,13 @@ class _Run:
 
     def _check(self) -> None:
         """Keep the best parameters (of those that noise cannot tell apart, the latest), count stale checks, save."""
-        score, error = self._smoothed() if self.validation is None else (self._held_out(), 0.0)
-        self.round_best = min(self.round_best, score)
-        self.stale = 0 if score < self.history.best_loss else self.stale + 1
-        if score <= self.history.best_loss + 3.0 * error:
-            self.history.best_step, self.best = self.history.steps, self._snapshot()
-        self.history.best_loss = min(self.history.best_loss, score)
+        with self.average.in_place():
+            score, error = self._smoothed() if self.validation is None else (self._held_out(), 0.0)
+            self.round_best = min(self.round_best, score)
+            self.stale = 0 if score < self.history.best_loss else self.stale + 1
+            if score <= self.history.best_loss + 3.0 * error:
+                self.history.best_step, self.best = self.history.steps, self._snapshot()
+            self.history.best_loss = min(self.history.best_loss, score)
         if self.checkpoint and self.limits.seconds() - self.saved_at > 5.0:
             self._save()
 
@@ -297,7 +303,7 @@ class _Run:
     def _diverged(self) -> None:
         history, args = self.history, self.batches.example()
         finite = [v for v in history.loss if math.isfinite(v)]
-        scale = ", ".join(f"{float(a.std()):.3g}" for a in args if isinstance(a, Tensor) and a.is_floating_point())
+        scale = ", ".join(f"{float(a.std()):.3g}" for _, a in named_tensors(args) if a.is_floating_point())
         history.stopped = "diverged"
         raise FitDiverged(
             f"fit: loss or gradient was not finite for {self.lost} steps up to step {history.steps} (last finite loss "
@@ -322,13 +328,14 @@ class _Run:
         fields = ("round", "round_began", "round_best", "stale", "lost", "best")
         state = {k: getattr(self, k) for k in fields} | {"previous_best": getattr(self, "_previous_best", math.inf)}
         now = {"tensors": self._snapshot(), "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
-        now["module"] = self.objective.state_dict()
+        now |= {"module": self.objective.state_dict(), "average": self.average.state()}
         save_checkpoint(self.checkpoint, state | now | {"history": vars(self.history)})
         self.saved_at = self.limits.seconds()
 
     def _resume(self, saved: dict[str, Any]) -> None:
         self._restore(saved["tensors"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.average.restore(saved["average"])
         torch.set_rng_state(saved["rng"])
         self.history = History(**saved["history"])
         self.history.validation = [(int(step), float(loss)) for step, loss in self.history.validation]
@@ -345,4 +352,8 @@ def _smaller(a: int | None, b: int | None) -> int | None:
 
 def _largest(args: tuple[Any, ...]) -> float:
     """The largest absolute entry of all tensors."""
-    return max((float(a.abs().max()) for a in args if isinstance(a, Tensor) and a.numel()), default=0.0)
+    return max((float(a.abs().max()) for _, a in named_tensors(args) if a.numel()), default=0.0)
+
+
+def _adam(parameters: list[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)

@@ -73,7 +73,7 @@ class Ours:
             if first[1] < matching:
                 return {"steps": first[0], "seconds": first[1]}
         likelihood = dgm.MaximumLikelihood(self.flow)
-        lr = 3e-3 if matching else 5e-3
+        lr = 6e-3 if matching else 5e-3
         second = train(likelihood, self.flow.parameters(), draw, seconds - matching, lr, lambda u: after(u + matching))
         self.flow.settle()
         return {"steps": (first[0], second[0]), "seconds": first[1] + second[1]}

@@ -1,4 +1,4 @@
-"""A fit's state on disk: written whole or not at all, read with ``weights_only=True``."""
+"""State on disk: written whole or not at all, read with ``weights_only=True``."""
 
 from __future__ import annotations
 

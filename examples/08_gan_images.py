@@ -1,0 +1,49 @@
+"""Handwritten digits of 8 x 8 pixels by a Wasserstein generator with gradient penalty.
+
+python examples/08_gan_images.py [--smoke] [--out out]
+"""
+
+import argparse
+import pathlib
+import warnings
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+
+import pyro_dgm as dgm
+
+
+def main(smoke, out):
+    levels = torch.tensor(load_digits().images).float()
+    images = dgm.Dequantize(17)(levels)[torch.randperm(len(levels))]
+    train, held_out = images[:1297], images[1297:]
+    gan = dgm.Adversarial(dgm.Generator((8, 8), 256), dgm.Critic((8, 8), 256), loss="wgan-gp")
+    with warnings.catch_warnings():
+        if smoke:
+            warnings.simplefilter("ignore")  # a few steps cover nothing, and fit says so
+        steps = 10 if smoke else 1500
+        history = dgm.fit(gan, (train,), batch_size=128, max_steps=steps, validation=(held_out,), seed=0)
+    draws = gan.generator().sample((500,))
+    near = dgm.evaluate.precision_recall_density_coverage(held_out, draws)
+    score = dgm.evaluate.c2st(held_out, draws, seed=0)
+    print(
+        f"C2ST {score.value:.3f} +- {score.standard_error:.3f}, density {near.density.value:.2f}, coverage "
+        f"{near.coverage.value:.2f} +- {near.coverage.standard_error:.2f}"
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    for ax, title, rows in ((axes[0], "held out", held_out), (axes[1], "draws", draws)):
+        ax.imshow(rows[:64].reshape(8, 8, 8, 8).transpose(1, 2).reshape(64, 64), cmap="gray_r", vmin=0, vmax=1)
+        ax.set(title=title, xticks=[], yticks=[])
+    axes[2].plot([q[0] for q in history.quality], [q[2] for q in history.quality], "o-")
+    axes[2].set(xlabel="step", ylabel="coverage of held-out rows", ylim=(0, 1.05))
+    figure.savefig(out / "gan_images.png", dpi=100)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="a few steps only")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(exist_ok=True), torch.manual_seed(0)
+    main(arguments.smoke, arguments.out)

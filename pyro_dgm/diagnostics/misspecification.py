@@ -1,0 +1,221 @@
+r"""Does the observation look like what the simulator produces? An amortised posterior knows nothing of other data.
+
+Summaries of the simulations are whitened, and the score of a data set is its distance to the k-th nearest neighbour in one
+half of the simulations. The p-value is the rank of the observation's score among those of the other half:
+
+.. math:: p = \frac{1 + \#\{i : s(x_i) \ge s(x_o)\}}{n + 1}
+
+If the observation comes from the model, it is one of n + 1 exchangeable scores, so :math:`P(p \le \alpha) \le \alpha` exactly,
+for any score (Vovk, Gammerman & Shafer 2005, "Algorithmic learning in a random world", section 4.2).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Misspecification", "misspecification"]
+
+_NEIGHBOUR = 5
+_ROWS = 10_000
+_LEVEL = 0.01
+_FLOOR = 1e-6  # of the largest variance, for directions in which the simulations do not vary
+
+
+@dataclass(frozen=True)
+class Misspecification:
+    """How far an observation is from the simulations.
+
+    Attributes:
+        p_value: at most alpha with probability at most alpha if the observation comes from the model.
+        score: distance of the observation to its 5th neighbour, in whitened summaries.
+        scores: the same of simulations.
+        marginal: for every number of the summary, the two-sided share of simulations that are as extreme.
+    """
+
+    p_value: float
+    score: float
+    scores: np.ndarray = field(repr=False)
+    marginal: dict[str, float] = field(repr=False)
+
+    @property
+    def outside(self) -> bool:
+        """Whether the observation is rejected at 1 %."""
+        return self.p_value <= _LEVEL
+
+    def __str__(self) -> str:
+        head = f"p = {self.p_value:.2g} (distance {self.score:.3g}; median of simulations {np.median(self.scores):.3g})"
+        if not self.outside:
+            return f"{head}: the observation lies where simulations lie, as far as these summaries tell."
+        worst = min(self.marginal, key=lambda k: self.marginal[k])
+        if self.marginal[worst] * len(self.marginal) < 5 * _LEVEL:
+            return (
+                f"{head}: outside; {worst} is more extreme than all but {self.marginal[worst]:.2g} of the simulations."
+            )
+        return f"{head}: outside; no single number is unusual, their combination is."
+
+
+def misspecification(
+    simulations: Mapping[str, Tensor], *, observed: Sequence[str] | None = None,
+    summary: Callable[[dict[str, Tensor]], Tensor] | None = None, seed: int | None = 0, **data: Any,
+) -> Misspecification:  # fmt: skip
+    """Test whether one data set is among those that the simulator produces; warns where it is not.
+
+    Args:
+        simulations: of :func:`~pyro_dgm.simulate`; at least 200, of which 10,000 are used.
+        observed: names of the data sites, if ``simulations`` is a plain mapping; None for those that it knows.
+        summary: ``f({site: (n, *site)}) -> (n, F)``, what is compared: moments, or the features that a guide's encoder
+            learned. None for all numbers of the data side by side; padded sites by mean, deviation and count.
+        seed: of the split in two halves.
+        data: the observation, ``{observed site: value}``.
+
+    Raises:
+        ValueError: for a name that is unknown or missing, a wrong shape, NaN, too few simulations, and a summary that is
+            not ``(n, F)``.
+
+    Note:
+        It sees what the summary shows, and an observation inside the range can still come from another model. It is a test
+        of the joint prior predictive: a vague prior predicts almost anything, and hardly any data lie outside.
+
+    References:
+        | Cannon, Ward & Schmon (2022), "Investigating the impact of model misspecification in neural simulation-based
+          inference", arXiv 2209.01845: amortised posteriors go wrong outside of the simulations.
+        | Schmitt, Buerkner, Koethe & Radev (2023), "Detecting model misspecification in amortized Bayesian inference with
+          neural networks", arXiv 2112.08866.
+
+    Example:
+        >>> import pyro_dgm as dgm, pyro, pyro.distributions as dist
+        >>> def model(x=None):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        ...     with pyro.plate("n", 10):
+        ...         pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+        >>> sims = dgm.simulate(model, 4_000, observed=["x"], seed=0, progress=False)
+        >>> inside = misspecification(sims, x=2.0 + torch.tensor([-1.3, 0.2, 0.9, -0.4, 1.2, 0.1, -0.8, 0.5, -0.2, 0.3]))
+        >>> inside.p_value > 0.05
+        True
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     outside = misspecification(sims, x=torch.linspace(-8.0, 8.0, 10))
+        >>> print(str(outside).split(": ")[1])
+        outside; no single number is unusual, their combination is.
+    """
+    known: Any = getattr(simulations, "observed", ())
+    names: list[str] = list(observed or known)
+    observation = _checked(simulations, names, data)
+    rows = {k: simulations[k][:_ROWS] for k in names}
+    masks = {k: m[:_ROWS] for k, m in getattr(simulations, "mask", {}).items() if k in names}
+    features, labels = _features(rows, masks, summary)
+    at, _ = _features(
+        observation, {k: torch.ones(observation[k].shape[: m.dim()]).bool() for k, m in masks.items()}, summary
+    )
+    result = _Range(features, seed).test(at[0], labels)
+    if result.outside:
+        warnings.warn(
+            f"misspecification: {result} An amortised posterior was not trained on such data, and may be anything there.",
+            stacklevel=2,
+        )
+    return result
+
+
+def _checked(simulations: Mapping[str, Tensor], names: list[str], data: dict[str, Any]) -> dict[str, Tensor]:
+    """The observation with a leading dimension of one."""
+    if not names or set(names) - set(simulations):
+        raise ValueError(
+            f"misspecification: observed={names}: expected names among the simulated sites {list(simulations)}."
+        )
+    if set(data) != set(names):
+        raise ValueError(f"misspecification: got data of {sorted(data)}, expected all observed sites, {sorted(names)}.")
+    out, masks = {}, getattr(simulations, "mask", {})
+    for name in names:
+        value, shape = torch.as_tensor(data[name]), simulations[name].shape[1:]
+        ragged = masks[name].dim() - 1 if name in masks else 0
+        if value.dim() != len(shape) or value.shape[ragged:] != shape[ragged:]:
+            raise ValueError(
+                f"misspecification: '{name}' has shape {tuple(value.shape)}, expected {tuple(shape)}, one data set as simulated."
+            )
+        if not value.isfinite().all():
+            raise ValueError(
+                f"misspecification: '{name}' holds NaN or infinite entries; fill or leave out what is missing."
+            )
+        out[name] = value[None].to(simulations[name].dtype)
+    return out
+
+
+def _features(rows: dict[str, Tensor], masks: Mapping[str, Tensor], summary: Any) -> tuple[Tensor, list[str]]:
+    """The summary of every row in float64, and what its numbers are."""
+    n = len(next(iter(rows.values())))
+    if summary is not None:
+        with torch.no_grad():
+            made = summary(rows)
+        if made.dim() != 2 or len(made) != n:
+            raise ValueError(
+                f"misspecification: summary gave shape {tuple(made.shape)} for {n} data sets, expected ({n}, F)."
+            )
+        return made.double(), [f"summary[{i}]" for i in range(made.shape[1])]
+    parts, labels = [], list[str]()
+    for name, value in rows.items():
+        if name in masks:
+            parts.append(_moments(value.double(), masks[name]))
+            labels += [f"{what} of '{name}'" for what in ("mean", "deviation", "count")]
+        else:
+            parts.append(value.reshape(n, -1).double())
+            labels += [f"'{name}'{list(map(int, i))}" for i in np.ndindex(*value.shape[1:])]
+    return torch.cat(parts, 1), labels
+
+
+def _moments(value: Tensor, mask: Tensor) -> Tensor:
+    """Mean, standard deviation and count of what is there."""
+    there = mask.reshape(*mask.shape, *(1,) * (value.dim() - mask.dim())).expand(value.shape).reshape(len(value), -1)
+    value, count = value.reshape(len(value), -1), there.sum(1).clamp_min(1)
+    mean = (value * there).sum(1) / count
+    spread = ((value - mean[:, None]).square() * there).sum(1) / count
+    return torch.stack([mean, spread.sqrt(), there.sum(1).double()], 1)
+
+
+class _Range:
+    """Half of the simulations for reference, the other half for comparison."""
+
+    def __init__(self, features: Tensor, seed: int | None) -> None:
+        if len(features) < 200:
+            raise ValueError(
+                f"misspecification: {len(features)} simulations, expected at least 200: the least p-value is 2 / n."
+            )
+        generator = torch.Generator()
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        order = torch.randperm(len(features), generator=generator)
+        half = len(order) // 2
+        self.features, (reference, compared) = features, (features[order[:half]], features[order[half:]])
+        self.mean = reference.mean(0)
+        scale = reference.std(0)
+        self.scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        variance, self.axes = torch.linalg.eigh(torch.atleast_2d(torch.cov(((reference - self.mean) / self.scale).T)))
+        self.root = variance.clamp_min(_FLOOR * float(variance.max().clamp_min(1e-30))).sqrt()
+        self.reference = self._whitened(reference)
+        self.scores = self._distances(self._whitened(compared))
+
+    def _whitened(self, features: Tensor) -> Tensor:
+        return ((features - self.mean) / self.scale) @ self.axes / self.root
+
+    def _distances(self, white: Tensor) -> Tensor:
+        return torch.cat([torch.cdist(w, self.reference).kthvalue(_NEIGHBOUR, 1).values for w in white.split(1_000)])
+
+    def p_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """p-values and distances of data sets ``(m, F)``."""
+        found = self._distances(self._whitened(features))
+        above = (self.scores[None] >= found[:, None]).sum(1)
+        return (1.0 + above) / (len(self.scores) + 1.0), found
+
+    def test(self, at: Tensor, labels: list[str]) -> Misspecification:
+        p, score = self.p_values(at[None])
+        n = len(self.features) + 1
+        below, above = (self.features <= at).sum(0), (self.features >= at).sum(0)
+        tail = (2.0 * (torch.minimum(below, above) + 1) / n).clamp_max(1.0)
+        return Misspecification(
+            float(p[0]), float(score[0]), self.scores.numpy(), dict(zip(labels, tail.tolist(), strict=True))
+        )

@@ -1,0 +1,301 @@
+r"""AmortizedGuide: q(latents | data) for any data of a model, read from the model itself.
+
+.. math:: q(\theta \mid x) = \prod_P q_P(\theta_P \mid \theta_{P' \subset P}, x), \qquad P \text{ the sets of plates}
+
+Latents outside all plates come first and see pooled data; latents inside a plate see their own data and the latents outside
+(Ambrogioni et al. 2019, arXiv 1812.00110; Heinrich et al. 2024, arXiv 2306.16015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from torch import Size, Tensor, nn
+
+from pyro_dgm.core import DistributionModule
+from pyro_dgm.guides.amortized.arguments import Arguments, covariate_sites
+from pyro_dgm.guides.amortized.group import Drawn, Group
+from pyro_dgm.guides.amortized.posterior import ConditionedGuide
+from pyro_dgm.guides.amortized.prior_units import PriorUnits
+from pyro_dgm.guides.amortized.streams import Stream, Streams
+from pyro_dgm.guides.amortized.structure import Site, read
+from pyro_dgm.guides.amortized.traced import traced
+from pyro_dgm.guides.amortized.units import Moments
+
+__all__ = ["AmortizedGuide"]
+
+Family = Callable[[int, int], DistributionModule]
+_REGRESSED = 4096  # rows of a plate's elements that a start by regression takes
+
+
+class AmortizedGuide(nn.Module):
+    r"""The posterior of a model's latents for *any* data, learned once.
+
+    From prototype traces of the model it takes sites, supports and plates, and builds one conditional flow per set of
+    plates: for the globals, given a permutation-invariant summary of every observed plate; for the locals of a plate,
+    shared by its elements, given their own datum and the globals. Discrete latents get categorical heads; those marked for
+    enumeration are left to the model. Data and latents are standardised inside (set by training, kept in ``state_dict``).
+
+    Train it with :class:`~pyro_dgm.ForwardKL` on simulations, with ``STL_ELBO()(model, guide)`` on data, or in that order.
+
+    Args:
+        model: a Pyro model that draws its data where they are not given.
+        observed: names of the sites that will hold data.
+        args, kwargs: the model's arguments for the prototype (sizes, covariates), without data.
+        covariates: names of model arguments that differ between data sets: tensors whose dimensions are those of plates
+            (``(J,)`` for one number per group), a name or a mapping ``{name: number of dimensions right of the plates}``.
+        encoder: ``{observed site: module}`` from events ``(N, *event_shape)`` to features ``(N, F)``: a convolutional,
+            recurrent or set network. One module serves a model with one observed site.
+        family: ``family(features, context_features)`` gives the flow of a group; a mapping ``{site: family}`` chooses by
+            one of the group's sites. None for splines around a conditional Gaussian.
+        bounds: how a prior's box is kept: ``"truncate"`` cuts the flow off at the edge, and estimates its constant;
+            ``"map"`` maps the box to all numbers. None truncates latents outside plates, and maps those inside. Truncated
+            draws have no path gradient: use ``"map"`` for an ELBO.
+
+    Raises:
+        ValueError: for an observed name that is no site; no latents; supports that are not fixed; priors with non-finite
+            draws; batch dimensions outside plates. Each names the site.
+
+    Note:
+        Latents inside a plate are independent given the data and the latents outside. That is exact for nested plates. For
+        crossed ones (both sides of a rating, say) it is an approximation, which ``refine`` measures and repairs.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
+        >>> def model(y=None):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("group", 5):
+        ...         theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        ...         return pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+        >>> guide = dgm.AmortizedGuide(model, observed=["y"])
+        >>> draws = guide.condition(y=torch.zeros(8)).sample((100,))     # trained with 5 groups, asked for 8
+        >>> {k: tuple(v.shape) for k, v in draws.items()}
+        {'mu': (100,), 'theta': (100, 8)}
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        observed: Sequence[str],
+        *,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        covariates: Sequence[str] | Mapping[str, int] = (),
+        encoder: nn.Module | Mapping[str, nn.Module] | None = None,
+        family: Family | Mapping[str, Family] | None = None,
+        bounds: str | None = None,
+    ) -> None:
+        super().__init__()
+        observed = [observed] if isinstance(observed, str) else list(observed)
+        if bounds not in (None, "map", "truncate"):
+            raise ValueError(f"AmortizedGuide: bounds={bounds!r}, expected 'map', 'truncate' or None.")
+        self.arguments = Arguments(model, tuple(args), dict(kwargs or {}))
+        with torch.random.fork_rng(devices=[]):
+            self.structure = read(model, observed, tuple(args), dict(kwargs or {}))
+            self.covariates = covariate_sites(self.arguments, covariates, self.structure)
+            self.prior = PriorUnits(self.arguments, self.structure, self.covariates)
+            self.streams = Streams(self.structure, self.covariates, _by_site(encoder, observed))
+            self.groups: Any = nn.ModuleList(self._groups(family, bounds))
+        self.standardized: Tensor
+        self.register_buffer("standardized", torch.zeros((), dtype=torch.bool))
+
+    @property
+    def model(self) -> Any:
+        """The model that the guide was made from."""
+        return self.arguments.model
+
+    def condition(self, *, mask: Mapping[str, Tensor] | None = None, **data: Tensor) -> ConditionedGuide:
+        """The posterior given ``{observed site: value}`` and covariates; plates may have any size.
+
+        Args:
+            mask: ``{site: True where there is a datum}`` for missing data.
+            data: all observed sites and covariates by name; leading dimensions stand for many data sets at once.
+
+        Raises:
+            ValueError: for a name that is unknown or missing, a wrong shape, and data with NaN outside the mask.
+        """
+        batch = self.arguments.checked_data(data, mask, self.structure, self.covariates)
+        return ConditionedGuide(self, batch, self.streams.lead(batch))
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The Pyro guide: takes the model's arguments, with data among them under the names of the sites."""
+        return self.trace_draws(self.arguments.data_of(args, kwargs, self.structure, self.covariates))
+
+    def conditioned_model(self, data: Mapping[str, Any]) -> Callable[..., Any]:
+        """The model with these data and covariates in it, as a program without arguments (it ignores those it gets)."""
+        return self.arguments.conditioned(data, self.structure)
+
+    def simulate(self, n: int, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Fresh simulations ``{site: (n, *site)}`` with the prototype's arguments, covariates replaced by ``inputs``."""
+        lacking = [c.name for c in self.covariates if c.name not in (inputs or {})]
+        if lacking:
+            raise ValueError(
+                f"AmortizedGuide: fresh simulations need covariates {lacking}: ForwardKL(guide, inputs=lambda n: "
+                f"{{'{lacking[0]}': (n, ...)}})."
+            )
+        return self.arguments.simulate(n, self.structure, inputs)
+
+    def standardize(self, batch: Mapping[str, Any]) -> None:
+        """Take all units, and the linear start of the flows, from simulations; does nothing the second time."""
+        if self.standardized:
+            return
+        self.streams.fit(batch)
+        known: dict[str, Tensor] = {}
+        for group in self.groups:
+            if group.units is not None:
+                values = self._laid(group, batch, 1)
+                group.units.fit(values, self._mask(group, batch, 1), self.prior.of(group.sites, known, batch))
+                known |= values
+        for group, u, context, _, _, mask in self.pieces(batch):
+            if u is not None and hasattr(group.family, "regress"):
+                rows = torch.ones(u.shape[:-1], dtype=torch.bool) if mask is None else mask.expand(u.shape[:-1])
+                context = context.expand(*u.shape[:-1], -1)
+                group.family.regress(context[rows].detach()[:_REGRESSED], u[rows].detach()[:_REGRESSED])
+        self.standardized.fill_(True)
+
+    def pieces(self, batch: Mapping[str, Any]) -> list[Any]:
+        """``(group, u, context, log_det, values, mask)`` of every group for a batch of simulations."""
+        self.arguments.refuse_lacking(batch, self.structure, self.covariates)
+        streams, earlier = self.streams(batch, 1), list[Drawn]()
+        out, known = list[Any](), dict[str, Tensor]()
+        for group in self.groups:
+            values, mask = self._laid(group, batch, 1), self._mask(group, batch, 1)
+            context = group.context(streams, earlier)
+            u, log_det, seen = group.encode(values, self.prior.of(group.sites, known, batch))
+            known |= values
+            out.append((group, u, context, log_det, values, mask))
+            earlier = [*earlier, Drawn(group.plates, seen, mask)]
+        return out
+
+    def draw(self, data: Mapping[str, Any], lead: int, shape: Size) -> dict[str, Tensor]:
+        """Draws ``{site: (*shape, *lead, *site)}`` for data with ``lead`` leading dimensions."""
+        streams, earlier = self.streams(data, lead), list[Drawn]()
+        out, known = dict[str, Tensor](), dict[str, Tensor]()
+        for i, group in enumerate(self.groups):
+            context = self._stretched(group.context(streams, earlier), group, data, lead)
+            prior = self.prior.of(group.sites, known, data)
+            values, seen = group.sample(context, Size() if i else shape, prior)  # later contexts hold draws
+            known |= values
+            earlier = [*earlier, Drawn(group.plates, seen)]
+            out |= {s.name: self._bare(s, values[s.name]) for s in group.sites}
+        return {s.name: out[s.name] for s in self.structure.latents}
+
+    def score(self, values: Mapping[str, Tensor], data: Mapping[str, Any], lead: int, masses: list[Any]) -> Tensor:
+        """Log density of draws, shape ``(*shape, *lead)``."""
+        site = self.structure.latents[0]
+        all_lead = values[site.name].dim() - site.depth - len(site.event_shape)
+        streams, earlier, total = self.streams(data, lead), list[Drawn](), torch.zeros(())
+        known: dict[str, Tensor] = {}
+        for group, mass in zip(self.groups, masses, strict=True):
+            laid, mask = self._laid(group, values, all_lead), self._mask(group, data, lead)
+            context = group.context(streams, earlier)
+            prior = self.prior.of(group.sites, known, data)
+            earlier = [*earlier, Drawn(group.plates, group.encode(laid, prior)[2])]
+            term = group.log_prob(laid, context, mass, prior)
+            known |= laid
+            term = term if mask is None else torch.where(mask, term, torch.zeros_like(term))
+            total = total + term.reshape(*term.shape[:all_lead], -1).sum(-1)
+        return total
+
+    def masses(self, data: Mapping[str, Any], lead: int) -> tuple[list[Any], list[Any]]:
+        """Share of each truncated flow inside its box, and the error; None for the others."""
+        streams = self.streams(data, lead)
+        pairs = [g.mass(g.context(streams, [])) if g.truncated else (None, None) for g in self.groups]
+        return [a for a, _ in pairs], [b for _, b in pairs]
+
+    def trace_draws(self, data: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Sample statements of a guide for one data set; particles may stand left of all plates."""
+        streams, earlier = self.streams(data, 0), list[Drawn]()
+        out: dict[str, Tensor] = {}
+        for group in self.groups:
+            context = self._stretched(group.context(streams, earlier), group, data, 0)
+            prior = _without_lead(self.prior.of(group.sites, {k: self._wide(v, k) for k, v in out.items()}, data))
+            values, seen = traced(group, _trimmed(context, group.sites[0].depth), self._plates(group, data), prior)
+            earlier = [*earlier, Drawn(group.plates, seen)]
+            out |= values
+        return {s.name: out[s.name] for s in self.structure.latents}
+
+    def _groups(self, family: Any, bounds: str | None) -> list[Group]:
+        dims = {n: d for n, (d, _) in self.structure.plates.items()}
+        example = self.streams(self.arguments.example(self.structure, self.covariates), 0)
+        widths: list[Stream] = [(s.plates, s.features.shape[-1]) for s in example]  # type: ignore[misc]
+        groups: list[Group] = []
+        for i, sites in enumerate(self.structure.groups()):
+            earlier = [(g.plates, g.features) for g in groups]
+            here = bounds or "truncate"
+            cut = here if not sites[0].plates and i == 0 else "map"  # elsewhere the constant depends on other latents
+            groups.append(Group(sites, dims, widths, earlier, _family_of(family, sites), cut))  # type: ignore[arg-type]
+        return groups
+
+    def _laid(self, group: Group, values: Mapping[str, Tensor], lead: int) -> dict[str, Tensor]:
+        """Values of a group as ``(*lead, 1, .., *batch, *event)`` with all plate dimensions of the model."""
+        wide = {s: s.features(values[s.name], self.structure.nesting, lead) for s in group.sites}
+        return {s.name: v.reshape([*v.shape[:-1], *s.event_shape]) for s, v in wide.items()}
+
+    def _mask(self, group: Group, batch: Mapping[str, Any], lead: int) -> Tensor | None:
+        """Which elements of the group's plates exist, ``(*lead, *plates)``."""
+        masks = [batch["mask"][s.name] for s in group.sites if s.name in batch.get("mask", {})]
+        if not masks or not group.plates:
+            return None
+        mask, depth = masks[0], group.sites[0].depth
+        axes = mask.dim() - lead
+        pad, tail = (1,) * (self.structure.nesting - depth), (1,) * (depth - axes)
+        return mask.reshape(*mask.shape[:lead], *pad, *mask.shape[lead:], *tail)
+
+    def _bare(self, site: Site, value: Tensor) -> Tensor:
+        """Without the plate dimensions that the site does not have in a single run."""
+        batch = value.shape[: value.dim() - len(site.event_shape)]
+        lead, own = batch[: len(batch) - self.structure.nesting], batch[len(batch) - site.depth :]
+        return value.reshape([*lead, *own, *site.event_shape])
+
+    def _wide(self, value: Tensor, name: str) -> Tensor:
+        """A traced value with all plate dimensions of the model."""
+        site = next(s for s in self.structure.latents if s.name == name)
+        lacking = max(0, self.structure.nesting - (value.dim() - len(site.event_shape)))
+        return value.reshape([1] * lacking + list(value.shape))
+
+    def _sizes(self, group: Group, data: Mapping[str, Any], lead: int = 0) -> dict[str, int]:
+        """Size of each plate of a group: of the data in it, or of the prototype where it holds none."""
+        sizes = {p: self.structure.plates[p][1] for p in group.plates}
+        for site in self.structure.observed:
+            batch = data[site.name].shape[lead : lead + site.depth]
+            sizes |= {p: batch[d] for p, d in zip(site.plates, site.dims, strict=True) if p in sizes}
+        return sizes
+
+    def _plates(self, group: Group, data: Mapping[str, Any]) -> list[Any]:
+        return [pyro.plate(p, n, dim=self.structure.plates[p][0]) for p, n in self._sizes(group, data).items()]
+
+    def _stretched(self, context: Tensor, group: Group, data: Mapping[str, Any], lead: int) -> Tensor:
+        shape = list(context.shape)
+        for plate, size in self._sizes(group, data, lead).items():
+            shape[self.structure.plates[plate][0] - 1] = size
+        return context.expand(shape)
+
+
+def _trimmed(context: Tensor, depth: int) -> Tensor:
+    """Without leading dimensions of size 1 beyond the group's own."""
+    extra = context.shape[: context.dim() - depth - 1]
+    return context.reshape(context.shape[len(extra) :]) if all(n == 1 for n in extra) else context
+
+
+def _without_lead(prior: Moments) -> Moments:
+    """Moments of a run without particles stand without a dimension for them: leading dimensions of size 1 broadcast."""
+    drop = lambda m: m.squeeze(0) if m.shape[:1] == (1,) else m  # noqa: E731
+    return {k: (drop(a), drop(b)) for k, (a, b) in prior.items()}
+
+
+def _by_site(encoder: Any, observed: list[str]) -> dict[str, nn.Module]:
+    if encoder is None or isinstance(encoder, Mapping):
+        return dict(encoder or {})
+    if len(observed) == 1:
+        return {observed[0]: encoder}
+    raise ValueError(f"AmortizedGuide: one encoder for observed={observed}; give a mapping {{site: encoder}}.")
+
+
+def _family_of(family: Any, sites: tuple[Site, ...]) -> Any:
+    if not isinstance(family, Mapping):
+        return family
+    return next((family[s.name] for s in sites if s.name in family), None)

@@ -1,0 +1,200 @@
+"""What a model is made of: latent sites with supports and plates, observed sites, plates; read from two prototype traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Size, Tensor
+from torch.distributions import biject_to, constraints
+
+from pyro_dgm.core.sites import is_enumerable, is_subsample, latent_sites, plate_frames
+from pyro_dgm.core.vectorize import plate_nesting
+
+__all__ = ["Site", "Structure", "read"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site: its name, event shape, plates (outermost first, by name) and, for a latent, where its values lie.
+
+    Attributes:
+        dims: the dimension of each plate, negative, in the order of ``plates``.
+        support: constraint of one event; None for data.
+        classes: number of values of a discrete latent, 0 for a continuous one.
+    """
+
+    name: str
+    event_shape: Size
+    plates: tuple[str, ...]
+    dims: tuple[int, ...]
+    support: Any = None
+    classes: int = 0
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def depth(self) -> int:
+        """Batch dimensions that the site's value has in a single run."""
+        return max((-d for d in self.dims), default=0)
+
+    @property
+    def width(self) -> int:
+        """Numbers in one event."""
+        return self.event_shape.numel()
+
+    def features(self, value: Tensor, nesting: int, lead: int) -> Tensor:
+        """Values ``(*lead, *batch, *event)`` as ``(*lead, 1, .., *batch, width)`` with ``nesting`` batch dimensions."""
+        shape = value.shape
+        if shape[lead + self.depth :] != self.event_shape or len(shape) < lead + self.depth:
+            raise ValueError(
+                f"AmortizedGuide: '{self.name}' has shape {tuple(shape)}, expected {lead} leading dimension(s), "
+                f"{self.depth} of plates {list(self.plates)}, and an event of shape {tuple(self.event_shape)}."
+            )
+        pad = (1,) * (nesting - self.depth)
+        return value.reshape(*shape[:lead], *pad, *shape[lead : lead + self.depth], self.width)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Sites of a model, and its plates ``{name: (dim, size)}``; ``nesting`` is their depth."""
+
+    latents: tuple[Site, ...]
+    observed: tuple[Site, ...]
+    plates: dict[str, tuple[int, int]]
+    nesting: int
+
+    def groups(self) -> list[tuple[Site, ...]]:
+        """Latents with the same plates together; fewer plates first."""
+        sets = sorted({s.plates for s in self.latents}, key=lambda p: (len(p), [self.plates[n][0] for n in p]))
+        return [tuple(s for s in self.latents if s.plates == p) for p in sets]
+
+
+def read(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: Any) -> Structure:
+    """The structure of a model that simulates its data.
+
+    Raises:
+        ValueError: for an observed name that is no site, latents without a density or with a support that is not
+            supported, non-finite draws, and batch dimensions outside plates.
+    """
+    traces = [_simulated(model, args, kwargs) for _ in range(3)]
+    trace, names = traces[0], tuple(observed)
+    _refuse_unknown(trace, names)
+    data = tuple(_site(trace.nodes[k], None) for k in names)
+    latents = tuple(_latent(n, [t.nodes[n] for t in traces]) for n, s in latent_sites(trace)
+                    if n not in names and not is_enumerable(s))  # fmt: skip
+    if not latents:
+        raise ValueError(
+            f"AmortizedGuide: the model has no latent site besides observed={list(names)}; nothing to infer."
+        )
+    sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not is_subsample(s)]
+    plates = {f.name: (f.dim, f.size) for s in sites for f in plate_frames(s)}
+    return Structure(latents, data, plates, plate_nesting(trace))
+
+
+def _simulated(model: Callable[..., Any], args: Any, kwargs: Any) -> poutine.Trace:
+    with pyro.validation_enabled(False), poutine.block(), torch.no_grad():
+        return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def _refuse_unknown(trace: poutine.Trace, names: tuple[str, ...]) -> None:
+    sites = [k for k, s in trace.nodes.items() if s["type"] == "sample" and not is_subsample(s)]
+    unknown = [k for k in names if k not in sites]
+    if unknown or not names:
+        raise ValueError(
+            f"AmortizedGuide: observed={list(names)}; {unknown or 'nothing'} is no sample site of the model, whose sites "
+            f"are {sites}. Give the names of the sites that will hold data."
+        )
+
+
+def _site(site: dict[str, Any], support: Any, classes: int = 0) -> Site:
+    fn, frames = site["fn"], plate_frames(site)
+    dims = {f.dim for f in frames}
+    loose = [-i for i, n in enumerate(reversed(fn.batch_shape), 1) if n != 1 and -i not in dims]
+    if loose:
+        raise ValueError(
+            f"AmortizedGuide: site '{site['name']}' has batch shape {tuple(fn.batch_shape)}, and dimension(s) {loose} are "
+            "in no plate. Declare them dependent with .to_event(n), or open a pyro.plate."
+        )
+    return Site(site["name"], fn.event_shape, tuple(f.name for f in frames), tuple(f.dim for f in frames), support, classes,
+                site["value"].dtype)  # fmt: skip
+
+
+def _latent(name: str, sites: list[dict[str, Any]]) -> Site:
+    if not all(torch.isfinite(s["value"]).all() for s in sites):
+        raise ValueError(
+            f"AmortizedGuide: draws of latent site '{name}' from its prior are not finite; a guide that learns from "
+            "simulations needs a proper prior with finite draws."
+        )
+    supports = [_event_support(s) for s in sites]
+    if supports[0].is_discrete:
+        return _site(sites[0], supports[0], _classes(name, supports))
+    if any(not _same(supports[0], s) for s in supports[1:]):
+        raise ValueError(
+            f"AmortizedGuide: the support of latent site '{name}' changes with other latents. Sample it on a fixed "
+            "support, such as Uniform(0, 1), and scale it in the model."
+        )
+    try:
+        biject_to(supports[0])
+    except NotImplementedError as error:
+        raise ValueError(
+            f"AmortizedGuide: latent site '{name}' has support {supports[0]}, onto which torch has no bijection."
+        ) from error
+    return _site(sites[0], supports[0])
+
+
+_BOUNDS = ("lower_bound", "upper_bound")
+
+
+def _event_support(site: dict[str, Any]) -> Any:
+    """The support of one event: bounds that a plate has expanded are taken from its first element."""
+    support, fn = site["fn"].support, site["fn"]
+    inner = support
+    while isinstance(inner, constraints.independent):
+        inner = inner.base_constraint
+    if isinstance(support, constraints.independent) and support.event_dim > len(fn.event_shape):
+        support = constraints.independent(inner, len(fn.event_shape)) if fn.event_shape else inner
+    bounds = {k: getattr(inner, k) for k in _BOUNDS if isinstance(getattr(inner, k, None), Tensor)}
+    if not any(b.dim() for b in bounds.values()):
+        return support
+    given = [getattr(inner, k) for k in _BOUNDS if hasattr(inner, k)]
+    new = type(inner)(*[_of_event(site["name"], b, fn) if isinstance(b, Tensor) else b for b in given])
+    return constraints.independent(new, len(fn.event_shape)) if fn.event_shape else new
+
+
+def _of_event(name: str, bound: Tensor, fn: Any) -> Tensor:
+    if bound.dim() <= len(fn.event_shape):
+        return bound
+    rows = bound.expand(fn.shape()).reshape(-1, *fn.event_shape)
+    if not (rows == rows[:1]).all():
+        raise ValueError(
+            f"AmortizedGuide: the bounds of latent site '{name}' differ within its plate, so a flow cannot be shared. "
+            "Sample Uniform(0, 1) and scale it in the model."
+        )
+    return rows[0]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, constraints.independent) and isinstance(b, constraints.independent):
+        return _same(a.base_constraint, b.base_constraint)
+    ends = [(getattr(a, k, 0.0), getattr(b, k, 0.0)) for k in _BOUNDS]
+    return type(a) is type(b) and all(bool((torch.as_tensor(x) == torch.as_tensor(y)).all()) for x, y in ends)
+
+
+def _classes(name: str, supports: list[Any]) -> int:
+    """How many values a discrete site has, over all prototypes."""
+    inner = supports[0].base_constraint if isinstance(supports[0], constraints.independent) else supports[0]
+    if inner is constraints.boolean:
+        return 2
+    if isinstance(inner, type(constraints.integer_interval(0, 1))) and bool(
+        torch.as_tensor(inner.lower_bound == 0).all()
+    ):
+        ends: list[Any] = [s.base_constraint if isinstance(s, constraints.independent) else s for s in supports]
+        return 1 + max(int(torch.as_tensor(s.upper_bound).max()) for s in ends)
+    raise ValueError(
+        f"AmortizedGuide: discrete latent site '{name}' has support {supports[0]}; expected Bernoulli, Categorical or "
+        "Binomial, with values from 0. Sum others out, or truncate them to a Categorical."
+    )

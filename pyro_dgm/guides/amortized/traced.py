@@ -1,0 +1,42 @@
+"""A group's draws as sample statements: an auxiliary site for the flow, and a Delta for every latent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+from torch import Tensor
+
+from pyro_dgm.core.networks import joined
+from pyro_dgm.guides.amortized.group import Group, logits_of, one_hot
+from pyro_dgm.guides.amortized.units import Moments
+
+__all__ = ["traced"]
+
+_AUXILIARY = {"is_auxiliary": True}
+
+
+def traced(group: Group, context: Tensor, plates: Sequence[Any], prior: Moments) -> tuple[dict[str, Tensor], Tensor]:
+    """Values of the group's sites, and what later groups see, drawn inside its plates."""
+    values: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for plate in plates:
+            stack.enter_context(plate)
+        u = None
+        if group.units is not None:
+            u = pyro.sample(f"_flow_{group.sites[0].name}", group.distribution(context), infer=_AUXILIARY)
+            at, log_dets = group.units.unflatten(u, prior)
+            for site in group.continuous:
+                delta = dist.Delta(at[site.name], -log_dets[site.name], event_dim=len(site.event_shape))
+                values[site.name] = pyro.sample(site.name, delta)
+        seen = joined(context, u)
+        for head, site in zip(group.heads, group.discrete, strict=True):
+            drawn = pyro.sample(f"_class_{site.name}", dist.Categorical(logits=logits_of(head, seen, site)).to_event(1),
+                                infer=_AUXILIARY)  # fmt: skip
+            value = drawn.reshape([*drawn.shape[:-1], *site.event_shape]).to(site.dtype)
+            values[site.name] = pyro.sample(site.name, dist.Delta(value, event_dim=len(site.event_shape)))
+            seen = joined(seen, one_hot(site, values[site.name]))
+    return values, group.seen(u, values)

@@ -1,0 +1,82 @@
+r"""Flows cut off at a box: :math:`q(u) = f(u)\,1[u \in B] / Z,\ Z = \int_B f`, with Z by Monte Carlo and bounded rejection."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor
+from torch.distributions import constraints
+
+__all__ = ["Truncated", "acceptance"]
+
+_ROUNDS = 50  # of rejection, each with all draws still missing
+_MASS_DRAWS, _MASS_ROWS = 20_000, 400_000  # for one data set; for many at once fewer each
+_AT_ONCE = 50_000  # draws in memory
+
+
+@torch.no_grad()
+def acceptance(q: Any, box: Any) -> tuple[Tensor, Tensor]:
+    """Share of a flow's mass in the box, and its standard error, shapes ``q.batch_shape``; never below half a draw.
+
+    The error of ``log_prob`` is the second divided by the first.
+    """
+    rows = max(1, q.batch_shape.numel())
+    n = max(100, min(_MASS_DRAWS, _MASS_ROWS // rows))
+    at_once = max(1, _AT_ONCE // rows)
+    hits: Any = sum(box.inside(q.sample(Size([min(at_once, n - i)]))).double().sum(0) for i in range(0, n, at_once))
+    share = (hits / n).clamp_min(0.5 / n)
+    return share, (share * (1.0 - share) / n).sqrt()
+
+
+class Truncated(TorchDistribution):
+    """A flow cut off at a box and normalised; its draws come by rejection, so they have no path gradient.
+
+    Args:
+        q: the flow's distribution over vectors.
+        box: has ``inside(u)`` and ``clamp(u)``.
+        mass: share of the flow in the box; None for estimating it when a density is asked.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = False
+    support = constraints.real_vector
+
+    def __init__(self, q: Any, box: Any, mass: Tensor | None = None) -> None:
+        self.q, self.box, self.mass = q, box, mass
+        super().__init__(q.batch_shape, q.event_shape, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Truncated:
+        return Truncated(self.q.expand(Size(batch_shape)), self.box, self._mass())
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_prob = self.q.log_prob(value) - self._mass().log().to(value)
+        return torch.where(self.box.inside(value), log_prob, -torch.inf)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws in the box, by at most 50 rounds of rejection; with a warning where that was not enough."""
+        shape = Size(sample_shape)
+        u = self.q.sample(shape)
+        bad = ~self.box.inside(u)
+        for _ in range(_ROUNDS):
+            if not bad.any():
+                return u
+            again = self.q.sample(shape)
+            u = torch.where((bad & self.box.inside(again)).unsqueeze(-1), again, u)
+            bad = ~self.box.inside(u)
+        if not bad.any():
+            return u
+        warnings.warn(
+            f"AmortizedGuide: {int(bad.sum())} of {bad.numel()} draws were still outside the prior's box after {_ROUNDS} "
+            "rounds, and were moved to its edge. The data lie outside what was simulated, or the guide is not trained.",
+            stacklevel=2,
+        )
+        return torch.where(bad.unsqueeze(-1), self.box.clamp(u), u)
+
+    def _mass(self) -> Tensor:
+        if self.mass is None:
+            self.mass = acceptance(self.q, self.box)[0]
+        return self.mass

@@ -1,0 +1,192 @@
+r"""The units in which a flow works: latents of a group as one vector, standardised, each support taken care of.
+
+``"map"``: :math:`u = T^{-1}(\theta)` with a bijection onto the support, by the normal quantile function for a box (a
+uniform prior is then standard normal in :math:`u`), by ``biject_to`` otherwise. ``"truncate"``: a box is left as it is,
+and the flow's mass outside is cut off (:mod:`~pyro_dgm.guides.amortized.truncation`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import Transform
+
+from pyro_dgm.core import Standardize
+from pyro_dgm.guides.amortized.structure import Site
+
+__all__ = ["Moments", "Units", "box_of"]
+
+Moments = dict[str, tuple[Tensor, Tensor]]
+
+
+class NormalCdf(Transform):
+    r"""The map :math:`u \mapsto a + (b - a)\,\Phi(u)` onto a box."""
+
+    domain = constraints.real
+    codomain = constraints.unit_interval
+    bijective = True
+    sign = +1
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        super().__init__()
+        self.low, self.width = low, high - low
+
+    def _call(self, x: Tensor) -> Tensor:
+        eps = torch.finfo(x.dtype).eps
+        return self.low + self.width * torch.special.ndtr(x).clamp(eps, 1.0 - eps)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        eps = torch.finfo(y.dtype).eps
+        return torch.special.ndtri(((y - self.low) / self.width).clamp(eps, 1.0 - eps))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return -0.5 * (x * x + math.log(2.0 * math.pi)) + self.width.log().expand(x.shape)
+
+
+def box_of(site: Site) -> tuple[Tensor, Tensor] | None:
+    """Lower and upper bounds of a site on a box, each of the event's shape; None for other supports."""
+    inner = site.support
+    while isinstance(inner, constraints.independent):
+        inner = inner.base_constraint
+    if inner is constraints.unit_interval or not hasattr(inner, "upper_bound") or not hasattr(inner, "lower_bound"):
+        ends: Any = (0.0, 1.0) if inner is constraints.unit_interval else None
+    else:
+        ends = (inner.lower_bound, inner.upper_bound)
+    if ends is None:
+        return None
+    low, high = (torch.as_tensor(e, dtype=torch.get_default_dtype()).expand(site.event_shape).clone() for e in ends)
+    return low, high
+
+
+class Units(nn.Module):
+    """``{site: value}`` to vectors ``(..., D)`` and back, with log-determinants.
+
+    Args:
+        sites: continuous latents with the same plates.
+        bounds: ``"map"`` or ``"truncate"``, for boxes.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, sites: Sequence[Site], bounds: str) -> None:
+        super().__init__()
+        self.sites, self.bounds = tuple(sites), bounds
+        self.widths = [_unconstrained_width(s) if not self._left_alone(s) else s.width for s in sites]
+        self.standard = Standardize(sum(self.widths))
+        ends = [self._box(s, w) for s, w in zip(sites, self.widths, strict=True)]
+        self.register_buffer("low", torch.cat([a for a, _ in ends]))
+        self.register_buffer("high", torch.cat([b for _, b in ends]))
+
+    @property
+    def features(self) -> int:
+        """D."""
+        return sum(self.widths)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether there is a box to be cut off."""
+        return any(self._left_alone(s) for s in self.sites)
+
+    def inside(self, u: Tensor) -> Tensor:
+        """Whether vectors lie in the box, shape ``(...)``."""
+        x = u * self.standard.scale + self.standard.loc
+        return ((x > self.low) & (x < self.high)).all(-1)
+
+    def clamp(self, u: Tensor) -> Tensor:
+        """The nearest vectors in the box."""
+        gap = 1e-6 * (self.high - self.low).nan_to_num(1.0, 1.0)
+        x = (u * self.standard.scale + self.standard.loc).clamp(self.low + gap, self.high - gap)
+        return self.standard(x)
+
+    def flatten(self, values: dict[str, Tensor], prior: Moments | None = None) -> tuple[Tensor, Tensor]:
+        """Values ``(*batch, *event)`` as ``u`` of shape ``(*batch, D)``, and the log-determinant of the map to ``u``.
+
+        ``prior`` holds mean and sd of real sites, in whose units they are seen.
+        """
+        x, log_det = self._unconstrained(values, prior or {})
+        return self.standard(x), log_det - self.standard.scale.log().sum()
+
+    def unflatten(self, u: Tensor, prior: Moments | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The inverse; per site the log-determinant of its part of the map from ``u``, shape ``(*batch)``."""
+        x, values, log_dets = u * self.standard.scale + self.standard.loc, {}, {}
+        scales = self.standard.scale.log().split(self.widths)
+        for site, part, scale in zip(self.sites, x.split(self.widths, -1), scales, strict=True):
+            value, log_det = self._to_site(site, part)
+            if site.name in (prior or {}):
+                value, log_det = _from_prior(site, value, log_det, *prior[site.name])  # type: ignore[index]
+            values[site.name], log_dets[site.name] = value, log_det + scale.sum()
+        return values, log_dets
+
+    def fit(self, values: dict[str, Tensor], mask: Tensor | None, prior: Moments) -> None:
+        """Take mean and standard deviation from simulated values."""
+        x, _ = self._unconstrained(values, prior)
+        rows = x.reshape(-1, self.features) if mask is None else x[mask.expand(x.shape[:-1])]
+        self.standard.fit(rows)
+
+    def _unconstrained(self, values: dict[str, Tensor], prior: Moments) -> tuple[Tensor, Tensor]:
+        parts, total = [], torch.zeros(())
+        for site in self.sites:
+            value = values[site.name]
+            if site.name in prior:
+                loc, scale = prior[site.name]
+                value, log_det = (value - loc) / scale, _summed(site, -scale.log().expand(value.shape))
+                total = total + log_det
+            part, log_det = self._from_site(site, value)
+            parts.append(part)
+            total = total + log_det
+        return torch.cat(parts, -1), total
+
+    def _left_alone(self, site: Site) -> bool:
+        return self.bounds == "truncate" and box_of(site) is not None
+
+    def _from_site(self, site: Site, value: Tensor) -> tuple[Tensor, Tensor]:
+        batch = value.shape[: value.dim() - len(site.event_shape)]
+        if self._left_alone(site):
+            return value.reshape(*batch, -1), value.new_zeros(batch)
+        to_site = _bijection(site, value)
+        x = to_site.inv(value)
+        log_det = to_site.log_abs_det_jacobian(x, value)
+        return x.reshape(*batch, -1), -log_det.reshape(*batch, -1).sum(-1)
+
+    def _to_site(self, site: Site, part: Tensor) -> tuple[Tensor, Tensor]:
+        batch = part.shape[:-1]
+        if self._left_alone(site):
+            return part.reshape([*batch, *site.event_shape]), part.new_zeros(batch)
+        to_site: Any = _bijection(site, part)
+        x = part.reshape([*batch, *to_site.inverse_shape(site.event_shape)])
+        value = to_site(x)
+        return value, to_site.log_abs_det_jacobian(x, value).reshape(*batch, -1).sum(-1)
+
+    def _box(self, site: Site, width: int) -> tuple[Tensor, Tensor]:
+        box = box_of(site) if self._left_alone(site) else None
+        if box is None:
+            return torch.full((width,), -math.inf), torch.full((width,), math.inf)
+        return box[0].reshape(-1), box[1].reshape(-1)
+
+
+def _summed(site: Site, terms: Tensor) -> Tensor:
+    return terms.reshape([*terms.shape[: terms.dim() - len(site.event_shape)], -1]).sum(-1)
+
+
+def _from_prior(site: Site, z: Tensor, log_det: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    value = loc + scale * z
+    return value, log_det + _summed(site, scale.log().expand(value.shape))
+
+
+def _bijection(site: Site, like: Tensor) -> Transform:
+    box = box_of(site)
+    if box is not None:
+        return NormalCdf(box[0].to(like), box[1].to(like))
+    return biject_to(site.support)
+
+
+def _unconstrained_width(site: Site) -> int:
+    if box_of(site) is not None:
+        return site.width
+    return int(torch.Size(biject_to(site.support).inverse_shape(site.event_shape)).numel())

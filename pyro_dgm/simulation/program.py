@@ -1,0 +1,194 @@
+"""One block of simulations from its own random state: the same draws whatever else runs, wherever it runs.
+
+Blocks have a fixed size, so neither ``batch_size`` nor the executor nor an interruption changes a draw.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.util import get_rng_state, set_rng_state
+from torch import Size, Tensor
+
+from pyro_dgm.core.handlers import Given, Redraw
+from pyro_dgm.core.sites import is_drawn
+from pyro_dgm.core.vectorize import How, together
+
+__all__ = ["Part", "Program", "random_state", "run_job", "run_whole_job"]
+
+_ONE_AT_A_TIME = threading.Lock()  # Pyro's handlers and torch's random state belong to the process, not to a thread
+_BLOCK = 1_000
+_BYTES = 2**27
+
+
+@dataclass
+class Part:
+    """Consecutive simulations.
+
+    Attributes:
+        start, count: number of the first, and how many.
+        values: ``{site: [value or None, ...]}`` one by one, or ``{site: (m, *site)}`` of a vectorised run.
+        faults: what is wrong, by number, for those that failed.
+        tried: how many draws of a proposal were tried.
+    """
+
+    start: int
+    count: int
+    values: dict[str, Any]
+    faults: dict[int, str]
+    tried: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model with its arguments, and how many draws of it are made at once. It can be pickled if they can.
+
+    Attributes:
+        shapes: of every site in a single run.
+        event_dims: how many of a site's dimensions belong to its event.
+        nesting: depth of the plates.
+        how: "plate" or "loop".
+        redraw: draw data that the arguments give anew.
+        propose: gives ``n`` draws of some latents, and how many it tried, where they do not come from the prior.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: dict[str, Size]
+    event_dims: dict[str, int]
+    nesting: int = 0
+    how: How = "loop"
+    redraw: bool = True
+    propose: Callable[[Program, int], tuple[dict[str, Tensor], int]] | None = None
+
+    @property
+    def block(self) -> int:
+        """How many simulations share a random state."""
+        if self.how == "loop":
+            return 1
+        numbers = sum(s.numel() for s in self.shapes.values())
+        return max(1, min(_BLOCK, _BYTES // (8 * max(numbers, 1))))
+
+    def trace(self, n: int | None = None, given: dict[str, Tensor] | None = None) -> poutine.Trace:
+        """One run with data drawn anew: of one draw, or of ``n`` draws in a plate left of all others.
+
+        ``given`` has the values of some latents, ``{site: (*site)}`` or ``{site: (n, *site)}``.
+        """
+        values = given or {}
+        if n is not None:
+            values = {k: self.in_plate(k, v) for k, v in values.items()}
+        model = Given(values)(Redraw()(self.model) if self.redraw else self.model)
+        with torch.no_grad(), poutine.block():
+            run = model if n is None else together(model, n, self.nesting)
+            return poutine.trace(run).get_trace(*self.args, **self.kwargs)
+
+    def rows(self, trace: poutine.Trace, n: int) -> dict[str, Tensor]:
+        """The sites of ``n`` draws run together, ``{site: (n, *site)}``."""
+        return {k: trace.nodes[k]["value"].detach().reshape(n, *shape) for k, shape in self.shapes.items()}
+
+    def in_plate(self, name: str, value: Tensor) -> Tensor:
+        """Rows ``(n, *site)`` with the draws left of all plates."""
+        batch = value.dim() - 1 - self.event_dims[name]
+        return value.reshape(len(value), *(1,) * (self.nesting - batch), *value.shape[1:])
+
+
+def run_job(program: Program, start: int, stop: int, seed: int) -> Generator[Part]:
+    """Simulations ``start`` to ``stop``, block by block; the process's random state is left as it was."""
+    with _ONE_AT_A_TIME, random_state(seed):
+        for first in range(start, stop, program.block):
+            _set_state(seed, first)
+            yield _block(program, first, min(program.block, stop - first), seed)
+
+
+def run_whole_job(program: Program, start: int, stop: int, seed: int) -> list[Part]:
+    """The same in a list, which another process can send back."""
+    return list(run_job(program, start, stop, seed))
+
+
+def _block(program: Program, first: int, n: int, seed: int) -> Part:
+    given, tried = program.propose(program, n) if program.propose else ({}, 0)
+    part = _drawn(program, first, n, seed, given)
+    part.tried = tried
+    return part
+
+
+def _drawn(program: Program, first: int, n: int, seed: int, given: dict[str, Tensor]) -> Part:
+    if program.how == "plate":
+        try:
+            return _together(program, first, n, given)
+        except Exception:  # one draw of the block may have failed; it is found one by one
+            pass
+    return _one_by_one(program, first, n, seed, given)
+
+
+def _together(program: Program, first: int, n: int, given: dict[str, Tensor]) -> Part:
+    values = program.rows(program.trace(n, given), n)
+    faults: dict[int, str] = {}
+    for k, v in values.items():
+        bad = ~v.reshape(n, -1).isfinite().all(1)
+        faults = {first + i: f"site '{k}' is not finite" for i in torch.nonzero(bad)[:, 0].tolist()} | faults
+    return Part(first, n, values, faults)
+
+
+def _one_by_one(program: Program, first: int, n: int, seed: int, given: dict[str, Tensor]) -> Part:
+    values: dict[str, list[Tensor | None]] = {k: [] for k in program.shapes}
+    faults: dict[int, str] = {}
+    for i in range(n):
+        if n > 1:
+            _set_state(seed, first + i)
+        row, fault = _single(program, {k: v[i] for k, v in given.items()})
+        faults |= {first + i: fault} if fault else {}
+        for k in values:
+            values[k].append(row.get(k))
+    return Part(first, n, values, faults)
+
+
+def _single(program: Program, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        nodes = program.trace(None, given).nodes
+    except Exception as error:
+        return {}, f"{type(error).__name__}: {error}".splitlines()[0]
+    drawn = {k: s["value"].detach() for k, s in nodes.items() if is_drawn(s)}
+    if set(drawn) != set(program.shapes):
+        return {}, f"its sites {sorted(drawn)} are not those of the first run"
+    bad = next((k for k, v in drawn.items() if not v.isfinite().all()), None)
+    return drawn, bad and f"site '{bad}' is not finite"
+
+
+@contextmanager
+def random_state(seed: int) -> Iterator[None]:
+    """Random numbers of torch, numpy and Python from a seed; afterwards they go on as before."""
+    before = get_rng_state()
+    _set_state(seed, 0)
+    try:
+        yield
+    finally:
+        set_rng_state(before)
+
+
+def _set_state(seed: int, index: int) -> None:
+    """The random state that belongs to one simulation, or block, of a seed."""
+    state = _scrambled(_scrambled(seed) + index)  # neighbouring seeds share nothing
+    torch.default_generator.manual_seed(state)  # torch.manual_seed is slow, and queues a call for every absent device
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(state)
+    random.seed(state)
+    np.random.seed(state)
+
+
+def _scrambled(x: int) -> int:
+    """A permutation of the 32-bit numbers (all that torch's generator reads of a seed), so that no two blocks share one."""
+    x &= 0xFFFFFFFF
+    for factor in (0x7FEB352D, 0x846CA68B):
+        x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
+        x ^= x >> 15
+    return x ^ (x >> 16)

@@ -1,0 +1,287 @@
+"""``simulate(model, n)``: draws of parameters and data from a Pyro model."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Executor, as_completed
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.infer.inspect import get_dependencies
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_dgm.core.sites import is_data, is_drawn, is_factor, is_subsample
+from pyro_dgm.core.vectorize import NOT_VECTORIZED, plate_nesting
+from pyro_dgm.simulation.agree import TOO_FEW, fault_of_plate
+from pyro_dgm.simulation.program import Part, Program, random_state, run_job, run_whole_job
+from pyro_dgm.simulation.simulations import Simulations
+from pyro_dgm.simulation.store import Store, manifest
+from pyro_dgm.simulation.truncated import truncated
+
+__all__ = ["simulate"]
+
+_ATTEMPTS = 20
+
+
+def simulate(
+    model: Callable[..., Any], num_simulations: int, *args: Any, observed: Sequence[str] | str = (),
+    seed: int | None = None, executor: Executor | None = None, batch_size: int | None = None, progress: bool = True,
+    path: str | Path | None = None, proposal: Any = None, model_kwargs: dict[str, Any] | None = None,
+) -> Simulations:  # fmt: skip
+    r"""Draw ``n`` times from :math:`p(\theta) \, p(x \mid \theta)`: all latents and all data of a Pyro model.
+
+    Many draws are made in one run, in a plate left of all others, if a check of single runs allows it; otherwise one by
+    one, with a warning. Simulations that raise an error or give a value that is not finite are counted and left out; a run
+    of many draws that raises one is made again draw by draw, so errors rarer than one in 1,000 are counted too few times.
+
+    Args:
+        model: a Pyro model. Data that it gets as arguments are drawn anew.
+        num_simulations: n.
+        args, model_kwargs: the model's arguments. An input that should vary is a site of the model, named in ``observed``.
+        observed: names of the data sites; none for those that the arguments fix.
+        seed: the same draws again, whatever ``batch_size``, ``executor`` and ``path`` are, and however often it was killed.
+            None takes one from torch's generator.
+        executor: any ``concurrent.futures.Executor``. Threads run one at a time, since Pyro's handlers belong to the
+            process: use processes, Dask, mpi4py or loky for slow simulators.
+        batch_size: simulations in one task of the executor, rounded up to whole blocks (1,000 vectorised draws, fewer
+            where they are large; one draw otherwise).
+        progress: show a bar.
+        proposal: a posterior for one data set (``guide.condition(x=x_observed)``). Parameters are drawn from the prior
+            inside its highest-density region, which holds all but 1e-4 of it, for a further round of training.
+        path: a folder for memory-mapped arrays. A second call with the same settings goes on where the first was killed.
+
+    Returns:
+        ``{site: (n, *site)}``, see :class:`Simulations`; fewer rows where some failed.
+
+    Raises:
+        ValueError: for zero simulations, no or unknown observed sites, a prior that cannot be drawn or whose draws are not
+            finite, a ``pyro.factor`` (no simulation follows it), a subsampled plate, a folder of other simulations, and
+            where all simulations fail, or fewer than 1 in 1,000 prior draws lie in the proposal's region.
+        TypeError: if the model cannot be sent to the executor's processes, or the proposal has no density.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x=None):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("n", 3):
+        ...         pyro.sample("x", dist.Normal(mu, 0.5), obs=x)
+        >>> sims = simulate(model, 5_000, observed=["x"], seed=0, progress=False)
+        >>> sims
+        Simulations(5,000: mu (), observed x (3,))
+        >>> abs(sims["x"].var() - 1.25) < 0.1
+        tensor(True)
+    """
+    if not isinstance(num_simulations, int) or num_simulations < 1:
+        raise ValueError(f"simulate: num_simulations={num_simulations}, expected at least 1.")
+    settings = _Prepared(model, args, model_kwargs or {}, observed, num_simulations)
+    settings.propose(proposal)
+    folder = Path(path) if path is not None else None
+    seed = _begun_seed(folder, settings, num_simulations, seed)
+    program = settings.program
+    store = Store(num_simulations, settings.kinds, folder, program.how == "loop")
+    jobs = _jobs(store.missing().tolist(), max(batch_size or 1, program.block), num_simulations, program.block)
+    if jobs:
+        settings.refuse_non_finite_prior(seed)
+    with tqdm(desc="simulate", total=num_simulations, disable=not progress, mininterval=0.5) as bar:
+        bar.update(num_simulations - len(store.missing()))
+        with closing(_parts(program, jobs, seed, executor)) as parts:
+            for part in parts:
+                store.write(part)
+                bar.update(part.count)
+    return _finished(store, settings.observed, args, seed)
+
+
+class _Prepared:
+    """A model that was run once: its sites, what is wrong with them, and the way many draws are made."""
+
+    def __init__(
+        self, model: Callable[..., Any], args: Any, kwargs: Any, observed: Sequence[str] | str, n: int
+    ) -> None:
+        once = Program(model, args, kwargs, {}, {})
+        trace = _first_run(once)
+        nodes = {k: s for k, s in trace.nodes.items() if is_drawn(s)}
+        self.nodes, self.observed = nodes, _observed(model, args, kwargs, nodes, observed)
+        _refuse_what_no_draw_follows(trace)
+        self.kinds = {k: (s["value"].shape, s["value"].dtype) for k, s in nodes.items()}
+        shapes = {k: shape for k, (shape, _) in self.kinds.items()}
+        events = {k: s["fn"].event_dim for k, s in nodes.items()}
+        nesting = max([plate_nesting(trace), *(len(s["fn"].batch_shape) for s in nodes.values())])
+        self.program = Program(model, args, kwargs, shapes, events, nesting, "plate")
+        fault = fault_of_plate(self.program, n)
+        if fault and fault != TOO_FEW:
+            warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=3)
+        if fault:
+            self.program = replace(self.program, how="loop")
+
+    def propose(self, posterior: Any) -> None:
+        """Draw some latents where a posterior has its mass."""
+        if posterior is None:
+            return
+        proposal = truncated(posterior)
+        unknown = sorted(set(proposal.sites) - set(self.nodes) | set(proposal.sites) & set(self.observed))
+        if unknown:
+            raise ValueError(
+                f"simulate: the proposal draws {unknown}, which are no latents of the model, {list(self.nodes)}."
+            )
+        self.program = replace(self.program, propose=proposal)
+
+    def refuse_non_finite_prior(self, seed: int) -> None:
+        """Look at the first block: latents that depend on no other must be finite."""
+        (part,) = run_whole_job(self.program, 0, self.program.block, seed)
+        latents = [k for k in self.nodes if k not in self.observed]
+        values = {k: [v for v in part.values[k] if v is not None] for k in latents}
+        bad = {k: sum(not bool(v.isfinite().all()) for v in rows) for k, rows in values.items() if not _finite(rows)}
+        for name in [k for k in (_roots(self.program) if bad else []) if k in bad]:
+            raise ValueError(
+                f"simulate: site '{name}' drew {bad[name]} of {len(values[name])} values that are not finite, from "
+                f"{type(self.nodes[name]['fn']).__name__}. A prior must be proper, and narrow enough for its numbers "
+                "(float32 ends at 3e38): give it a smaller scale, or draw its logarithm."
+            )
+
+
+def _finite(rows: list[Tensor]) -> bool:
+    return not rows or bool(torch.cat([v.reshape(-1) for v in rows]).isfinite().all())
+
+
+def _first_run(program: Program) -> Any:
+    """A run that does not fail, of a few."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            with random_state(attempt):
+                return program.trace()
+        except NotImplementedError as error:
+            raise ValueError(
+                f"simulate: a site of the model cannot be sampled ({error or 'no sampler'}). A simulation starts from a "
+                "proper prior: replace ImproperUniform and the like."
+            ) from error
+        except Exception as error:
+            last = error
+    raise ValueError(
+        f"simulate: the model failed in each of {_ATTEMPTS} runs. Call it once with the same arguments and no data to see "
+        f"where. The last error: {type(last).__name__}: {last}"
+    ) from last
+
+
+def _observed(
+    model: Any, args: Any, kwargs: Any, nodes: dict[str, Any], wanted: Sequence[str] | str
+) -> tuple[str, ...]:
+    """The names of the data sites."""
+    names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    given = [k for k, s in _first_run(Program(model, args, kwargs, {}, {}, redraw=False)).nodes.items() if is_data(s)]
+    names = names or tuple(given)
+    unknown = [k for k in names if k not in nodes]
+    if unknown or not names:
+        raise ValueError(
+            f"simulate: observed={list(names)}: expected names of the model's data sites, which are among {list(nodes)}. "
+            + ("" if nodes else "The model has no sample site.")
+        )
+    if set(given) - set(names):
+        raise ValueError(
+            f"simulate: the arguments fix the data of {sorted(set(given) - set(names))}, which observed={list(names)} leaves "
+            "out; simulations draw all data anew. Name them in observed=, or leave their data out of the arguments."
+        )
+    return names
+
+
+def _refuse_what_no_draw_follows(trace: Any) -> None:
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and is_factor(site):
+            raise ValueError(
+                f"simulate: '{name}' is a pyro.factor; it changes the density, and no simulation follows it. Write it as the "
+                "sample site that it stands for."
+            )
+        if site["type"] == "sample" and is_subsample(site) and site["fn"].size != len(site["value"]):
+            raise ValueError(
+                f"simulate: plate '{name}' is subsampled, so a simulation would hold {len(site['value'])} of its "
+                f"{site['fn'].size} rows. Call the model with subsample_size=None."
+            )
+
+
+def _roots(program: Program) -> list[str]:
+    """Latents that depend on no other."""
+    try:
+        with random_state(0):
+            parents = get_dependencies(program.model, program.args, program.kwargs)["prior_dependencies"]
+        return [k for k in program.shapes if not set(parents.get(k, {})) - {k}]
+    except Exception:  # what is asked of the model is more than a run
+        return list(program.shapes)[:1]
+
+
+def _begun_seed(folder: Path | None, settings: _Prepared, n: int, seed: int | None) -> int:
+    """The seed, or that of the folder's first call, or a new one."""
+    if folder is None:
+        return int(torch.randint(2**31, ())) if seed is None else seed
+    program = settings.program
+    sites = {k: [list(shape), str(dtype)] for k, (shape, dtype) in settings.kinds.items()}
+    wanted = {
+        "simulations": n,
+        "sites": sites,
+        "observed": list(settings.observed),
+        "block": program.block,
+        "seed": seed,
+    }
+    fresh = wanted | {"seed": int(torch.randint(2**31, ()))} if seed is None else wanted
+    return manifest(folder, wanted, fresh)["seed"]
+
+
+def _jobs(missing: list[int], size: int, n: int, block: int) -> list[tuple[int, int]]:
+    """Ranges of whole blocks that hold all that is missing."""
+    blocks = sorted({i // block for i in missing})
+    per_job, jobs = -(-size // block), list[tuple[int, int]]()
+    for b in blocks:
+        start, stop = b * block, min((b + 1) * block, n)
+        if jobs and jobs[-1][1] == start and start - jobs[-1][0] < per_job * block:
+            jobs[-1] = (jobs[-1][0], stop)
+        else:
+            jobs.append((start, stop))
+    return jobs
+
+
+def _parts(program: Program, jobs: list[tuple[int, int]], seed: int, executor: Executor | None) -> Generator[Part]:
+    """Parts as they come; a bounded number of tasks waits at the executor."""
+    if executor is None:
+        for start, stop in jobs:
+            with closing(run_job(program, start, stop, seed)) as parts:
+                yield from parts
+        return
+    futures = [executor.submit(run_whole_job, program, start, stop, seed) for start, stop in jobs]
+    try:
+        for future in as_completed(futures):
+            yield from _result(future)
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _result(future: Any) -> list[Part]:
+    try:
+        return future.result()
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        if "pickle" not in str(error).lower() and "local object" not in str(error):
+            raise
+        raise TypeError(
+            f"simulate: the model or its arguments cannot be sent to the executor's processes ({error}). Define the model "
+            "at the top of a module, not inside a function or as a lambda, or use an executor that sends functions by "
+            "value (loky, Dask)."
+        ) from error
+
+
+def _finished(store: Store, observed: tuple[str, ...], args: Any, seed: int) -> Simulations:
+    reasons = store.reasons().most_common(3)
+    told = "; ".join(f"{count} times {reason}" for reason, count in reasons)
+    left_out = sum(store.reasons().values())
+    if left_out == store.n:
+        raise ValueError(f"simulate: all {store.n} simulations failed: {told}.")
+    if left_out:
+        warnings.warn(
+            f"simulate: {left_out} of {store.n} simulations failed and were left out ({told}). What is learned from the rest "
+            "holds for parameters that do not fail.",
+            stacklevel=3,
+        )
+    return store.simulations(observed, args, seed)

@@ -1,0 +1,235 @@
+"""GANs: a step against a plain PyTorch loop, modes and quality of two targets against the source paper's settings, digits.
+
+``--only ring grid ring-paper grid-paper step digits``; one thread. ``--seeds 0 1 2 3 4`` for rings and grids.
+"""
+
+import math
+import time
+import warnings
+
+import torch
+from torch import nn
+from torch.nn.functional import softplus
+
+import pyro_dgm as dgm
+from pyro_dgm.core import Standardize
+from tests.benchmarks.overhead import ratio
+
+SD, RADIUS = 0.1, 0.4  # of a mode; within four standard deviations a draw belongs to it
+
+
+def ring_centres():
+    angle = torch.arange(8) * math.pi / 4
+    return 2.0 * torch.stack([angle.cos(), angle.sin()], -1)
+
+
+def grid_centres():
+    return 2.0 * (torch.cartesian_prod(torch.arange(5.0), torch.arange(5.0)) - 2.0)
+
+
+TARGETS = {"8 gaussians": ring_centres, "5 x 5 grid": grid_centres}
+
+
+def draws_of(centres, n):
+    return centres[torch.randint(len(centres), (n,))] + SD * torch.randn(n, 2)
+
+
+def judged(draws, held_out, centres):
+    found = dgm.evaluate.mode_coverage(draws, centres, RADIUS)
+    score = dgm.evaluate.c2st(held_out, draws, seed=0)
+    return {"modes": round(found.covered.value * len(centres)), "near a mode": found.quality.value, "C2ST": score.value}
+
+
+# --- modes and quality -----------------------------------------------------------------------------------------------
+
+STEPS, BATCH = 3000, 256
+
+
+def with_default(x):
+    gan = dgm.Adversarial(dgm.Generator(2), dgm.Critic(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dgm.fit(gan, (x,), batch_size=BATCH, max_steps=STEPS, progress=False)
+    return lambda n: gan.generator().sample((n,))
+
+
+def layers(inputs, outputs, width=128):
+    return nn.Sequential(
+        nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs),
+    )  # fmt: skip
+
+
+def source_paper(x, clip):
+    """Saturating minimax loss of sigmoids, Adam(2e-4, 0.5) (clip=None); or the clipped Wasserstein loss, RMSprop(5e-5), 5 critic steps."""
+    units = Standardize(2).fit(x)
+    u, g, d = units(x), layers(2, 2), layers(2, 1)
+    make = (
+        (lambda p: torch.optim.Adam(p, 2e-4, (0.5, 0.999)))
+        if clip is None
+        else (lambda p: torch.optim.RMSprop(p, 5e-5))
+    )
+    opt_g, opt_d = make(g.parameters()), make(d.parameters())
+    for _ in range(STEPS):
+        for _ in range(1 if clip is None else 5):
+            real, fake = d(u[torch.randint(len(u), (BATCH,))]), d(g(torch.randn(BATCH, 2)).detach())
+            loss = softplus(-real).mean() + softplus(fake).mean() if clip is None else fake.mean() - real.mean()
+            opt_d.zero_grad(), loss.backward(), opt_d.step()
+            if clip is not None:
+                with torch.no_grad():
+                    [p.clamp_(-clip, clip) for p in d.parameters()]
+        fake = d(g(torch.randn(BATCH, 2)))
+        opt_g.zero_grad(), (-softplus(fake) if clip is None else -fake).mean().backward(), opt_g.step()
+    return lambda n: units.transform()(g(torch.randn(n, 2))).detach()
+
+
+METHODS = {
+    "pyro_dgm default": with_default,
+    "saturating (source paper)": lambda x: source_paper(x, None),
+    "WGAN, clip 0.01 (source paper)": lambda x: source_paper(x, 0.01),
+}
+
+
+def modes(target, methods, seeds):
+    for method in methods:
+        for seed in seeds:
+            torch.manual_seed(seed)
+            centres, began = TARGETS[target](), time.process_time()
+            sampler = METHODS[method](draws_of(centres, 20_000))
+            seconds = time.process_time() - began
+            row = judged(sampler(5_000), draws_of(centres, 5_000), centres)
+            yield {"row": f"{target}, {method}", "seed": seed, "CPU s": round(seconds, 1)} | row
+
+
+# --- a step ----------------------------------------------------------------------------------------------------------
+
+
+def plain_loop(x, generator, critic, steps, optimizer):
+    """The same networks, loss, noise, average and rates in a hand-written loop."""
+    opt_d, opt_g = (
+        optimizer(critic.parameters()),
+        optimizer(list(generator.network.parameters()) + [generator.log_noise]),
+    )
+    owned = list(generator.network.parameters()) + [generator.log_noise]
+    average = [p.detach().clone() for p in owned]
+    u = critic.standard(x)
+
+    def draw(n):
+        location = generator.network(torch.randn(n, 2))
+        return location + generator.log_noise.exp() * torch.randn_like(location)
+
+    losses = []
+    for _ in range(steps):
+        real = u[torch.randint(len(u), (BATCH,))]
+        with torch.no_grad():
+            fake = draw(BATCH)
+        rows = torch.cat([real, fake]).requires_grad_()
+        logits = critic.network(rows).squeeze(-1)
+        (gradient,) = torch.autograd.grad(logits.sum(), rows, create_graph=True)
+        loss = softplus(-logits[:BATCH]).mean() + softplus(logits[BATCH:]).mean()
+        loss = loss + 0.5e-3 * 2.0 * gradient.square().sum(-1).mean()
+        opt_d.zero_grad(), loss.backward(), opt_d.step()
+        for p in critic.parameters():
+            p.requires_grad_(False)
+        other = softplus(-critic.network(draw(BATCH))).mean()
+        for p in critic.parameters():
+            p.requires_grad_(True)
+        opt_g.zero_grad(), other.backward(), opt_g.step()
+        torch._foreach_lerp_(average, owned, 1e-3)
+        losses.append((loss.item(), other.item()))
+    return losses
+
+
+def step(steps=100):
+    x = draws_of(ring_centres(), 20_000)
+    gan = dgm.Adversarial(dgm.Generator(2), dgm.Critic(2))
+    gan.pretrain(iter([(x,)] * 20))
+    make = lambda p: torch.optim.Adam(p, 1e-3, (0.5, 0.99), fused=True)
+
+    def ours():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dgm.fit(gan, (x,), batch_size=BATCH, max_steps=steps, optimizer=make, progress=False, validation=(x[:500],))
+
+    found = ratio(ours, lambda: plain_loop(x, gan.generator, gan.critic, steps, make), rounds=11)
+    yield {"row": f"{steps} steps of fit against a plain loop, set-up and two quality checks included"} | found
+
+
+# --- digits ----------------------------------------------------------------------------------------------------------
+
+
+def digits():
+    from sklearn.datasets import load_digits
+
+    x = torch.tensor(load_digits().data).float()
+    x = (x + torch.rand(x.shape, generator=torch.Generator().manual_seed(0))) / 17.0
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    train, held_out = x[order[:1297]], x[order[1297:]]
+    for name, make in DIGITS.items():
+        torch.manual_seed(0)
+        began = time.process_time()
+        sampler = make(train)
+        seconds = time.process_time() - began
+        draws = sampler(500).reshape(500, 64)
+        near = dgm.evaluate.precision_recall_density_coverage(held_out, draws)
+        score = dgm.evaluate.c2st(held_out, draws, seed=0)
+        yield {
+            "row": f"digits, {name}", "C2ST": score.value, "C2ST error": score.standard_error,
+            "density": near.density.value, "coverage": near.coverage.value, "CPU s": round(seconds, 1),
+        }  # fmt: skip
+
+
+def digits_gan(x):
+    gan = dgm.Adversarial(dgm.Generator((8, 8)), dgm.Critic((8, 8)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dgm.fit(gan, (x.reshape(-1, 8, 8),), batch_size=128, max_steps=4000, progress=False)
+    return lambda n: gan.generator().sample((n,))
+
+
+def digits_flow(flow, steps, **options):
+    def make(x):
+        objective = dgm.MaximumLikelihood(flow(), **options)
+        dgm.fit(objective, (x,), batch_size=256, max_steps=steps, validation=0.1, progress=False)
+        return lambda n: objective.family().sample((n,))
+
+    return make
+
+
+def digits_vae(x):
+    vae = dgm.VAE(
+        dgm.vae.StandardNormal(16),
+        dgm.vae.Conditional(64, 16, dgm.vae.normal, hidden_features=(128, 128), shared=("log_scale",)),
+        dgm.vae.Conditional(16, 64, dgm.vae.normal, hidden_features=(128, 128)),
+    )
+    dgm.fit(dgm.STL_ELBO(1)(vae.model, vae.guide), (x,), batch_size=128, max_steps=4000, progress=False)
+    return vae.generate
+
+
+DIGITS = {
+    "held-out law itself": lambda x: lambda n: x[torch.randperm(len(x))[:n]],
+    "GAN": digits_gan,
+    "MAF": digits_flow(lambda: dgm.MAF(64, hidden_features=(128, 128)), 1500),
+    "FFJORD": digits_flow(lambda: dgm.FFJORD(64, hidden_features=128), 20),
+    "VAE": digits_vae,
+}
+
+
+def main(arguments):
+    torch.set_num_threads(1)
+    ours, *papers = METHODS
+    seeds = arguments.seeds
+    parts = {
+        "ring": lambda: modes("8 gaussians", [ours], seeds),
+        "grid": lambda: modes("5 x 5 grid", [ours], seeds),
+        "ring-paper": lambda: modes("8 gaussians", papers, seeds),
+        "grid-paper": lambda: modes("5 x 5 grid", papers, seeds),
+        "step": step,
+        "digits": digits,
+    }
+    rows = []
+    for name in arguments.only or parts:
+        for row in parts[name]():
+            print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+            rows.append(row)
+    return rows

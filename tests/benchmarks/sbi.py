@@ -1,0 +1,136 @@
+"""Amortised posteriors of four tasks beside the ``sbi`` package: the same 10,000 simulations, one thread.
+
+Observations 1-3 are those of the benchmark's reference draws (``../shared/sbibm``), 101-103 are simulated here, with exact
+posterior draws. C2ST: accuracy of a classifier, 5,000 draws against 5,000 (.5 is best; its noise is about .01).
+
+    python -m tests.benchmarks sbi --only ours two_moons --seeds 0 1 --out ours.json
+    python -m tests.benchmarks sbi --only sbi two_moons --seeds 0 1 --out sbi.json     # needs the sbi package
+    python -m tests.benchmarks sbi --only table ours.json sbi.json                     # the table of several files
+
+``--only`` names a part (ours, sbi or table), tasks, and ``fast`` to leave out the
+ten-dimensional C2ST (90 CPU s each) and the observations simulated here.
+"""
+
+import importlib.util
+import json
+import pathlib
+import time
+import warnings
+
+import numpy as np
+import torch
+
+import pyro_dgm as dgm
+from tests.benchmarks._sbi_tasks import BOUND, TASKS, box, exact_posterior, simulations
+
+KIT = pathlib.Path(__file__).parents[3] / "shared" / "sbibm"
+BUDGET, DRAWS, COMPARED = 10_000, 10_000, 5_000
+
+
+def kit(name):
+    spec = importlib.util.spec_from_file_location(name, KIT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def observations(task):
+    """``{number: (x, reference draws)}``."""
+    stored, (_, own) = kit("sbibm_tasks").get_task(task), simulations(task, 3, 900)
+    found = {k: (stored.observation(k)[0], stored.reference(k)) for k in (1, 2, 3)}
+    return found | {101 + i: (x, exact_posterior(task, x, COMPARED)) for i, x in enumerate(own)}
+
+
+def seconds(work):
+    start = time.process_time()
+    result = work()
+    return result, time.process_time() - start
+
+
+def ours(task, seed):
+    """Train with default arguments; yields what a row needs: draws of each observation, plain and refined."""
+    theta, x = simulations(task, BUDGET, 100 + seed)
+    sims = dgm.Simulations({"theta": theta, "data": x}, ["data"])
+    torch.manual_seed(seed)
+    guide = dgm.AmortizedGuide(TASKS[task], observed=["data"])
+    history, train = seconds(lambda: dgm.fit(dgm.ForwardKL(guide), sims, progress=False, seed=seed))
+    row = {"method": "pyro_dgm", "train": train, "steps": history.steps}
+
+    def draw(at):
+        posterior = guide.condition(data=at)
+        draws, cost = seconds(lambda: posterior.sample((DRAWS,))["theta"])
+        refined, refine_cost = seconds(lambda: posterior.refine(COMPARED))
+        return {"": (draws, cost), "refined": (refined.draws["theta"], refine_cost)}, {"khat": refined.khat}
+
+    yield row, draw
+
+
+def peers(task, seed):
+    """Both spline flows of the sbi package, with its default arguments."""
+    import sbi
+    from sbi.inference import NPE
+
+    theta, x = simulations(task, BUDGET, 100 + seed)
+    for net in ("zuko_nsf", "nsf"):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        method = NPE(prior=box(BOUND[task], theta.shape[1]), density_estimator=net, show_progress_bars=False)
+        estimator, train = seconds(lambda m=method: m.append_simulations(theta, x).train())
+        posterior = method.build_posterior(estimator)
+
+        def draw(at, posterior=posterior):
+            options = {"x": at[None], "show_progress_bars": False}
+            draws, cost = seconds(lambda: posterior.sample((DRAWS,), **options).reshape(DRAWS, -1))
+            return {"": (draws, cost)}, {}
+
+        yield {"method": f"sbi {sbi.__version__} {net}", "train": train, "steps": None}, draw
+
+
+def compared(task, reference, draws):
+    return kit("c2st").c2st(reference[:COMPARED].numpy(), draws[:COMPARED].numpy())
+
+
+def rows(methods, task, seed, fast):
+    for made, draw in methods(task, seed):
+        for k, (x, reference) in observations(task).items():
+            if fast and k > 100:
+                continue
+            results, facts = draw(x)
+            for kind, (draws, cost) in results.items():
+                skip = fast and task == "gaussian_linear_uniform"
+                row = made | facts | {"task": task, "seed": seed, "observation": k, "kind": kind, "draw": cost}
+                yield row | {"c2st": None if skip else compared(task, reference, draws)}
+
+
+def table(found):
+    print(f"{'task':25s}{'method':22s}{'kind':9s}{'C2ST 1-3':>10s}{'C2ST own':>10s}{'train s':>9s}{'10k draws s':>12s}")
+    for task in TASKS:
+        here = [r for r in found if r["task"] == task]
+        for method, kind in sorted({(r["method"], r["kind"]) for r in here}):
+            part = [r for r in here if (r["method"], r["kind"]) == (method, kind)]
+            mean = lambda key, keep, of=part: np.mean(
+                [r[key] for r in of if keep(r) and r[key] is not None] or [np.nan]
+            )
+            kept, own = mean("c2st", lambda r: r["observation"] < 100), mean("c2st", lambda r: r["observation"] > 100)
+            print(
+                f"{task:25s}{method:22s}{kind:9s}{kept:10.3f}{own:10.3f}{mean('train', bool):9.1f}{mean('draw', bool):12.2f}"
+            )
+
+
+def main(arguments):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    only = arguments.only or ["ours", *TASKS]
+    if "table" in only:
+        found = [row for name in only if name.endswith(".json") for row in json.loads(pathlib.Path(name).read_text())]
+        table(found)
+        return found
+    tasks, methods = [t for t in TASKS if t in only] or list(TASKS), peers if "sbi" in only else ours
+    found = []
+    for seed in arguments.seeds:
+        for task in tasks:
+            for row in rows(methods, task, seed, "fast" in only):
+                found.append(row)
+                print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    table(found)
+    return found
