@@ -92,7 +92,7 @@ def main(steps, gan_steps, num_nuts, out):
         rows[f"{name}, flow guide"] = truth, seen, by_flow(generator, operator, y, steps)
         if name == "inpainting":
             rows[f"{name}, NUTS"] = truth, seen, by_nuts(generator, operator, y, num_nuts)
-            rows[f"{name}, amortised"] = truth, seen, amortised(generator, operator, steps or 1000)(y)
+            rows[f"{name}, amortised"] = truth, seen, amortised(generator, operator, 2 * steps)(y)
     out.mkdir(exist_ok=True)
     picture(rows, out / "inpainting.png")
     print("picture:", out / "inpainting.png")
@@ -106,4 +106,4 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     arguments = parser.parse_args()
-    main(*((10, 20, 10) if arguments.smoke else (None, 4000, 300)), arguments.out)
+    main(*((10, 20, 10) if arguments.smoke else (500, 3000, 200)), arguments.out)

@@ -90,7 +90,7 @@ def picture(flow, found, truth, path):
 
 def main(steps, draws, groups, out):
     pyro.set_rng_seed(0)
-    flow, ratio = learn(steps or 800)
+    flow, ratio = learn(2 * steps)
     truth = 0.8 + 0.5 * torch.randn(groups)
     x = simulator(truth.expand(4, groups))
     found = posteriors({"likelihood": flow, "ratio": ratio}, x, steps, draws)
@@ -107,4 +107,4 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     arguments = parser.parse_args()
-    main(*((15, 20, 3) if arguments.smoke else (None, 500, 8)), arguments.out)
+    main(*((15, 20, 3) if arguments.smoke else (300, 200, 8)), arguments.out)

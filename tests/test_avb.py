@@ -128,6 +128,17 @@ def test_stock_svi_follows_the_path_derivative(normal_case):
     assert off < 0.4  # it was 1.13
 
 
+def test_another_guide_of_the_same_name_in_the_param_store_changes_nothing(normal_case):
+    """Planted: a store with the gain of an earlier guide; read as it stands, it would replace this one's."""
+    guide = normal_case[0]
+    pyro.param("ImplicitGuide.push$$$gain", torch.full((2,), 9.0))
+    before = guide._push.gain.clone()
+    with pyro.poutine.trace(param_only=True) as tr:
+        guide()
+    assert torch.equal(guide._push.gain, before)
+    assert torch.equal(tr.trace.nodes["ImplicitGuide.push$$$gain"]["value"], before)
+
+
 def test_its_value_is_refused_where_a_density_is_needed(normal_case):
     guide, objective, model, *_ = normal_case
     objective.attach()  # even then: the estimate is no density
@@ -142,6 +153,10 @@ def test_its_value_is_refused_where_a_density_is_needed(normal_case):
         dgm.loo(idata)
     with pytest.raises(ValueError, match="loo: sample_stats has no log_q"):
         dgm.compare({"one": idata, "two": idata})
+    with pytest.raises(
+        NotImplementedError, match="no invertible transform, so there is no base distribution, and no NeuTra"
+    ):
+        guide.get_transform()
     with pytest.raises(ValueError, match="ImplicitGuide has no density"):
         dgm.STL_ELBO(4)(model, guide)()
 

@@ -13,9 +13,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import torch
 from pyro.distributions import MultivariateNormal, Normal
 from pyro.infer.autoguide import init_to_median
+from pyro.params.param_store import param_with_module_name
 from torch import Size, Tensor, nn
 
 from pyro_dgm.core import MLP, ImplicitDistribution
@@ -134,11 +136,29 @@ class ImplicitGuide(VectorGuide):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> ImplicitDistribution:
         self.setup(*args, **kwargs)
+        self._drop_strangers()
         push = self.push  # a pyro.module statement, where the guide is being traced
         base = Normal(self._push.loc.new_zeros(()), 1.0).expand([push.noise_features]).to_event(1)
         if self._scored_by is None:
             return ImplicitDistribution(push, base, self.latent_dim, name="ImplicitGuide")
         return EstimatedDensity(push, base, self.latent_dim, self._scored_by[0])
+
+    def get_base_dist(self) -> Any:
+        raise NotImplementedError(
+            "ImplicitGuide: its network is no invertible transform, so there is no base distribution, and no NeuTra: use "
+            "AutoFlow."
+        )
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_base_dist()
+
+    def _drop_strangers(self) -> None:
+        """Remove from the param store what another guide of this name left: it would replace the parameters (pyro#1204)."""
+        store = pyro.get_param_store()
+        for name, parameter in self._push.named_parameters():
+            full = param_with_module_name(f"{self._pyro_name}.push", name)
+            if full in store and store._params[full] is not parameter:
+                del store[full]
 
     def __getstate__(self) -> dict[str, Any]:
         for parameter in self.parameters():
