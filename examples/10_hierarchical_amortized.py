@@ -41,7 +41,7 @@ def main(smoke, out):
     torch.manual_seed(0)
     guide = dgm.AmortizedGuide(model, observed=["y"], args=(torch.ones(MOST),), covariates=["sigma"])
     objective = dgm.ForwardKL(guide, batch_size=64 if smoke else 256, inputs=inputs)
-    dgm.fit(objective, max_steps=40 if smoke else 3000, progress=not smoke, seed=0)
+    dgm.fit(objective, max_steps=40 if smoke else 1000, progress=not smoke, seed=0)
 
     schools = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12]), torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
     tables = {"eight schools": schools, "four of them": (schools[0][:4], schools[1][:4])}
@@ -57,6 +57,7 @@ def main(smoke, out):
             ax.errorbar(at, middle, torch.stack([middle - low, high - middle]), fmt="o", ms=4, capsize=2, label=label)
         ax.plot(torch.arange(len(y)) - 0.2, y, "kx", label="datum")
         ax.set(title=f"{name}: 90 % intervals, {refined.ess / refined.proposed:.0%} effective", xlabel="group")
+        ax.set_xticks(torch.arange(len(y)))
         ax.legend(frameon=False)
     axes[0].set_ylabel("effect")
     out.mkdir(parents=True, exist_ok=True)

@@ -59,14 +59,11 @@ class Truncated(TorchDistribution):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws in the box, by at most 50 rounds of rejection; with a warning where that was not enough."""
         shape = Size(sample_shape)
-        u = self.q.sample(shape)
-        bad = ~self.box.inside(u)
-        for _ in range(_ROUNDS):
-            if not bad.any():
-                return u
-            again = self.q.sample(shape)
-            u = torch.where((bad & self.box.inside(again)).unsqueeze(-1), again, u)
-            bad = ~self.box.inside(u)
+        if self.q.batch_shape.numel() == 1:
+            u, bad = self._of_one(shape.numel())
+            u, bad = u.reshape(shape + self.q.batch_shape + self.event_shape), bad.reshape(shape + self.q.batch_shape)
+        else:
+            u, bad = self._of_many(shape)
         if not bad.any():
             return u
         warnings.warn(
@@ -75,6 +72,32 @@ class Truncated(TorchDistribution):
             stacklevel=2,
         )
         return torch.where(bad.unsqueeze(-1), self.box.clamp(u), u)
+
+    def _of_one(self, n: int) -> tuple[Tensor, Tensor]:
+        """``(n, D)`` draws of one flow, and which are outside; each round draws somewhat more than are missing."""
+        u = self.q.sample(Size([n])).reshape(n, -1)
+        bad = ~self.box.inside(u)
+        share = max(1.0 - float(bad.double().mean()), 0.05) if n else 1.0
+        for _ in range(_ROUNDS):
+            missing = int(bad.sum())
+            if not missing:
+                break
+            again = self.q.sample(Size([int(1.2 * missing / share) + 8])).reshape(-1, u.shape[-1])
+            again = again[self.box.inside(again)][:missing]
+            at = bad.nonzero()[: len(again), 0]
+            u[at], bad[at] = again, False
+        return u, bad
+
+    def _of_many(self, shape: Size) -> tuple[Tensor, Tensor]:
+        u = self.q.sample(shape)
+        bad = ~self.box.inside(u)
+        for _ in range(_ROUNDS):
+            if not bad.any():
+                break
+            again = self.q.sample(shape)
+            u = torch.where((bad & self.box.inside(again)).unsqueeze(-1), again, u)
+            bad = ~self.box.inside(u)
+        return u, bad
 
     def _mass(self) -> Tensor:
         if self.mass is None:
