@@ -258,8 +258,8 @@ def _ecdfs(method: str, pit: dict[str, np.ndarray]) -> Any:
     figure, axes = plt.subplots(down, across, figsize=(3.2 * across, 2.6 * down), squeeze=False, layout="constrained")
     for ax, (name, column) in zip(axes.flat, columns, strict=False):
         points = np.linspace(0.0, 1.0, 101)[1:-1]
-        az.plot_ecdf(column, eval_points=points, cdf=uniform(0, 1).cdf, difference=True, confidence_bands=True, ci_prob=0.95,
-                     ax=ax)  # fmt: skip
+        az.plot_ecdf(column, eval_points=points, cdf=uniform(0, 1).cdf, rvs=uniform(0, 1).rvs, difference=True,
+                     confidence_bands=True, ci_prob=0.95, ax=ax)  # fmt: skip
         ax.set(title=name, xlabel=f"rank ({method})")
     for ax in axes.flat[len(columns) :]:
         ax.set_axis_off()

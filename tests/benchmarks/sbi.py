@@ -132,5 +132,7 @@ def main(arguments):
             for row in rows(methods, task, seed, "fast" in only):
                 found.append(row)
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+                if arguments.out:
+                    arguments.out.write_text(json.dumps(found, indent=1))  # a run of many minutes may be cut off
     table(found)
     return found
