@@ -18,7 +18,7 @@ def main(smoke, out):
     levels = torch.tensor(load_digits().images).float()
     images = dgm.Dequantize(17)(levels)[torch.randperm(len(levels))]
     train, held_out = images[:1297], images[1297:]
-    gan = dgm.Adversarial(dgm.Generator((8, 8), 256), dgm.Critic((8, 8), 256), loss="wgan-gp")
+    gan = dgm.Adversarial(dgm.Generator((8, 8)), dgm.Critic((8, 8)), loss="wgan-gp", critic_steps=3)
     with warnings.catch_warnings():
         if smoke:
             warnings.simplefilter("ignore")  # a few steps cover nothing, and fit says so

@@ -179,8 +179,8 @@ def digits():
         }  # fmt: skip
 
 
-def digits_gan(x):
-    gan = dgm.Adversarial(dgm.Generator((8, 8)), dgm.Critic((8, 8)))
+def digits_gan(x, **options):
+    gan = dgm.Adversarial(dgm.Generator((8, 8)), dgm.Critic((8, 8)), **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dgm.fit(gan, (x.reshape(-1, 8, 8),), batch_size=128, max_steps=1500, progress=False)
@@ -208,7 +208,8 @@ def digits_vae(x):
 
 DIGITS = {
     "held-out law itself": lambda x: lambda n: x[torch.randperm(len(x))[:n]],
-    "GAN": digits_gan,
+    "GAN, default": digits_gan,
+    "GAN, wgan-gp, 3 critic steps": lambda x: digits_gan(x, loss="wgan-gp", critic_steps=3),
     "MAF": digits_flow(lambda: dgm.MAF(64, hidden_features=(128, 128)), 400),
     "FFJORD": digits_flow(lambda: dgm.FFJORD(64, hidden_features=128), 5, pretrain=600),
     "VAE": digits_vae,
