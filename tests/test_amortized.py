@@ -294,7 +294,7 @@ KILLED = """
         inner = objective.forward
         objective.forward = lambda *a: (time.sleep(0.1), inner(*a))[1]
     history = dgm.fit(objective, sims, seed=0, max_epochs=6, progress=False, checkpoint=sys.argv[1])
-    torch.save([history.loss, dict(guide.state_dict())], sys.argv[2])
+    torch.save([history.loss, history.validation, dict(guide.state_dict())], sys.argv[2])
 """
 
 
@@ -313,8 +313,11 @@ def test_training_that_is_killed_resumes_to_the_same_bits(tmp_path):
     cut.send_signal(signal.SIGKILL)
     cut.wait()
     assert start("cut", False).wait() == 0
-    (loss, state), (again, resumed) = (torch.load(tmp_path / f"{n}.out") for n in ("whole", "cut"))
+    (loss, held_out, state), (again, held_out_again, resumed) = (
+        torch.load(tmp_path / f"{n}.out") for n in ("whole", "cut")
+    )
     assert loss == again and len(loss) > 100
+    assert held_out == held_out_again  # of the averages
     assert all(torch.equal(v, resumed[k]) for k, v in state.items())
 
 
