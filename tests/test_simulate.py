@@ -273,6 +273,13 @@ def test_all_failed_is_an_error():
         drawn(model, 4)
 
 
+def test_what_is_done_to_simulations_leaves_the_disk_alone(tmp_path):
+    sims = drawn(groups, 10, path=tmp_path / "a")
+    before = sims["mu"].clone()
+    sims["mu"].zero_()
+    assert torch.equal(drawn(groups, 10, path=tmp_path / "a")["mu"], before)
+
+
 def test_a_folder_of_other_simulations_is_refused(tmp_path):
     drawn(groups, 10, path=tmp_path / "a")
     with pytest.raises(ValueError, match="begun with other settings .*simulations 10, now 20"):

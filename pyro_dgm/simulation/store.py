@@ -115,6 +115,12 @@ class Store:
         if self.folder is not None:  # the old file goes last, so that a kill leaves one of them
             os.replace(self.folder / f"{where}.npy", self.folder / f"{self.files[name]}.npy")
 
+    def _private(self, name: str) -> Tensor:
+        """A site's values, of which changes do not go back to the disk."""
+        if self.folder is None:
+            return self.values[name]
+        return torch.from_numpy(np.lib.format.open_memmap(self.folder / f"{self.files[name]}.npy", mode="c"))
+
     def missing(self) -> Tensor:
         """Numbers of the simulations that are still to be done."""
         return torch.nonzero(self.status == 0)[:, 0]
@@ -126,7 +132,7 @@ class Store:
     def simulations(self, observed: tuple[str, ...], args: tuple[Any, ...], seed: int) -> Simulations:
         """The good ones. On disk they stay memory-mapped where none was left out."""
         good = self.status == _GOOD
-        values, mask = dict(self.values), dict[str, Tensor]()
+        values, mask = {k: self._private(k) for k in self.values}, dict[str, Tensor]()
         if not bool(good.all()):
             values = {k: v[good] for k, v in values.items()}
         for name, sizes in self.sizes.items():
