@@ -282,6 +282,27 @@ def test_trained_flows_settle_at_100_evaluations_unless_accuracy_asks_for_more(s
     assert flow.solver_error(x).quantile(0.95) < error
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_are_watched_under_every_optimiser(fused):
+    """A fused kernel does not count its changes by itself. Planted fault: without that count n stays at 8 for ever."""
+    torch.manual_seed(0)
+    flow, x = dgm.FFJORD(2, hidden_features=8), torch.randn(50, 2)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.mul_(2.5)
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-6, fused=fused)
+    q = flow()
+    before = q.log_prob(x)
+    for _ in range(45):
+        optimizer.zero_grad()
+        (-flow().log_prob(x).mean()).backward()
+        optimizer.step()
+    assert int(flow.solver.steps) > 8
+    with torch.no_grad():
+        flow.field.third.add_(1.0)
+    assert not torch.equal(q.log_prob(x), before)
+
+
 def test_steps_are_watched_while_parameters_change_and_only_then():
     flow, x = dgm.FFJORD(2, hidden_features=8), torch.randn(50, 2)
     flow().log_prob(x).sum().backward()

@@ -5,6 +5,8 @@
   keep for themselves what zuko wanted for all.
 * zuko's lazy modules are abstract base classes, so ``PyroModule[...]`` cannot mix into them (metaclass conflict):
   their roots are given a mixin with a combined metaclass, which makes Bayesian flow weights possible.
+* torch's fused optimisers change parameters without counting it in ``_version`` (torch 2.13, CPU). What is remembered of a
+  family would then outlive a training step, and the steps of a continuous flow would not be watched; so it is counted.
 * torch has no ``biject_to(lower_cholesky)``, and none for the support of its own ``MixtureSameFamily``.
 """
 
@@ -22,6 +24,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 __all__ = ["PyroABCMeta", "zuko"]
 
@@ -128,3 +131,14 @@ def _mixture_bijection(constraint: Any) -> Transform:
 _of_mixtures = getattr(constraints, "MixtureSameFamilyConstraint", None)  # torch >= 2.6
 if _of_mixtures is not None:
     biject_to.register(_of_mixtures, _mixture_bijection)
+
+
+def _count_fused_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """After a step of any optimiser: increment the version of parameters that a fused kernel changed."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for parameter in group["params"]:
+                torch.autograd.graph.increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_count_fused_steps)
