@@ -38,7 +38,8 @@ def arrange(
         optimizer.param_groups[0]["lr"] = _LR * (1.0 - step / steps)
         x, context = rows(batches, _ROWS)
         draws = generator().rsample((len(x),)) if context is None else generator(context).rsample()
-        loss = sliced_distance(*(_joined(units(r.reshape(len(r), -1)), context) for r in (x, draws)))
+        there, here = (_joined(units(r.reshape(len(r), -1)), context) for r in (x, draws))
+        loss = sliced_distance(there, here)
         optimizer.zero_grad(set_to_none=True)
         if loss.isfinite():
             loss.backward()
