@@ -179,6 +179,7 @@ def _observed(
     if unknown or not names:
         raise ValueError(
             f"simulate: observed={list(names)}: expected names of the model's data sites, which are among {list(nodes)}. "
+            "What a model computes is data if it is sampled: pyro.sample(name, dist.Delta(x).to_event(n)). "
             + ("" if nodes else "The model has no sample site.")
         )
     if set(given) - set(names):
