@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import pyro_dgm as dgm
-from pyro_dgm.objectives.sliced import arrange, rows, sliced_distance
+from pyro_dgm.objectives.flow_matching import first_rows
+from pyro_dgm.objectives.sliced import arrange, sliced_distance
 
 
 def test_the_distance_of_a_shift_is_its_mean_projection():
@@ -55,5 +56,5 @@ def test_conditional_draws_are_arranged_beside_their_contexts():
 
 
 def test_batches_are_gathered():
-    x, context = rows(iter([(torch.ones(4, 2), torch.zeros(4, 1))] * 9), 10)
+    x, context = first_rows(iter([(torch.ones(4, 2), torch.zeros(4, 1))] * 9), 10)
     assert x.shape == (12, 2) and context.shape == (12, 1)

@@ -141,10 +141,12 @@ def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ..
     return False
 
 
-def first_rows(batches: Iterator[tuple[Any, ...]]) -> tuple[Tensor, Tensor | None]:
-    """The first rows of the data, out of at most 20 batches."""
+def first_rows(
+    batches: Iterator[tuple[Any, ...]], least: int = _FIRST_ROWS, most_batches: int = 20
+) -> tuple[Tensor, Tensor | None]:
+    """The next rows of the data with their contexts: so many at least, where the batches suffice for it."""
     found: list[tuple[Any, ...]] = []
-    while len(found) < 20 and sum(len(batch[0]) for batch in found) < _FIRST_ROWS:
+    while len(found) < most_batches and sum(len(batch[0]) for batch in found) < least:
         found.append(next(batches))
     columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
     return columns[0], columns[1] if len(columns) > 1 else None

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from pyro_dgm.core import DistributionModule
+from pyro_dgm.core import DistributionModule, Standardize
+from pyro_dgm.objectives.flow_matching import first_rows
 
 __all__ = ["arrange", "sliced_distance"]
 
@@ -36,7 +37,7 @@ def arrange(
     optimizer = torch.optim.Adam(parameters, _LR)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = _LR * (1.0 - step / steps)
-        x, context = rows(batches, _ROWS)
+        x, context = first_rows(batches, _ROWS, most_batches=_ROWS)
         draws = generator().rsample((len(x),)) if context is None else generator(context).rsample()
         there, here = (_joined(units(r.reshape(len(r), -1)), context) for r in (x, draws))
         loss = sliced_distance(there, here)
@@ -48,18 +49,8 @@ def arrange(
     optimizer.zero_grad(set_to_none=True)
 
 
-def rows(batches: Iterator[tuple[Any, ...]], least: int) -> tuple[Tensor, Tensor | None]:
-    """At least so many rows of data, with their contexts, out of as few batches as that takes."""
-    found = [next(batches)]
-    while sum(len(batch[0]) for batch in found) < least:
-        found.append(next(batches))
-    columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    return columns[0], columns[1] if len(columns) > 1 else None
-
-
 def _joined(rows: Tensor, context: Tensor | None) -> Tensor:
     """Rows beside their contexts in units of these."""
     if context is None:
         return rows
-    sd = context.std(0)
-    return torch.cat([rows, (context - context.mean(0)) / torch.where(sd > 0, sd, 1.0)], -1)
+    return torch.cat([rows, Standardize(context.shape[-1]).to(context).fit(context)(context)], -1)

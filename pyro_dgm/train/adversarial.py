@@ -41,13 +41,8 @@ class AdversarialRun:
             )
         if limits.open:
             limits.max_steps = _STEPS
-        self.objective, self.batches, self.limits, self.bar, self.checkpoint = (
-            objective,
-            batches,
-            limits,
-            bar,
-            checkpoint,
-        )
+        self.objective, self.batches, self.limits = objective, batches, limits
+        self.bar, self.checkpoint = bar, checkpoint
         critic, generator = objective.players()
         self.owned = [[p for p in player.parameters() if p.requires_grad] for player in (critic, generator)]
         make = optimizer or (lambda p: torch.optim.Adam(p, lr, betas=(0.5, 0.99), fused=True))
@@ -58,13 +53,8 @@ class AdversarialRun:
         self.held_out = self._held_out(validation)
         self.history, self.good, self.lost = History(), self._state(), 0
         self.every = max(50, limits.max_steps // _CHECKS) if limits.max_steps else 500
-        self.position, self.epoch_rng, self.saved_at, self.whole, self.warned = (
-            0,
-            torch.get_rng_state(),
-            0.0,
-            True,
-            False,
-        )
+        self.position, self.epoch_rng = 0, torch.get_rng_state()
+        self.saved_at, self.whole, self.warned = 0.0, True, False
 
     def run(self, saved: dict[str, Any] | None) -> History:
         self.limits.begin()
@@ -235,11 +225,7 @@ class AdversarialRun:
         _put(self.tensors, self.average, (saved["tensors"], saved["average"]))
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        self.history = History(**saved["history"])
-        for name in ("validation", "quality"):
-            setattr(self.history, name, [tuple(entry) for entry in getattr(self.history, name)])
-        if self.history.stopped in ("limit reached", "interrupted", "diverged"):
-            self.history.stopped = ""
+        self.history = History.resumed(saved["history"])
         self.position, self.epoch_rng, self.lost, self.warned = (
             saved[k] for k in ("position", "epoch_rng", "lost", "warned")
         )

@@ -337,10 +337,7 @@ class _Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.average.restore(saved["average"])
         torch.set_rng_state(saved["rng"])
-        self.history = History(**saved["history"])
-        self.history.validation = [(int(step), float(loss)) for step, loss in self.history.validation]
-        if self.history.stopped in ("limit reached", "interrupted", "diverged"):
-            self.history.stopped = ""
+        self.history = History.resumed(saved["history"])
         for name in ("round", "round_began", "round_best", "stale", "lost", "best"):
             setattr(self, name, saved[name])
         self._previous_best = saved["previous_best"]

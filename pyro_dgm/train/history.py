@@ -39,6 +39,16 @@ class History:
     critic_accuracy: list[float] = field(default_factory=list)
     quality: list[tuple[int, float, float]] = field(default_factory=list)
 
+    @classmethod
+    def resumed(cls, saved: dict[str, Any]) -> History:
+        """The record out of a checkpoint; a fit that was stopped from outside goes on."""
+        history = cls(**saved)
+        for name in ("validation", "quality"):
+            setattr(history, name, [tuple(entry) for entry in getattr(history, name)])
+        if history.stopped in ("limit reached", "interrupted", "diverged"):
+            history.stopped = ""
+        return history
+
     @property
     def steps(self) -> int:
         """Number of steps taken."""
