@@ -14,6 +14,12 @@ from sklearn.datasets import load_digits
 import pyro_dgm as dgm
 
 
+def tiled(images):
+    """64 images in 8 rows of 8, with white lines between them."""
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
+    return padded.reshape(8, 8, 10, 10).transpose(1, 2).reshape(80, 80)
+
+
 def main(smoke, out):
     levels = torch.tensor(load_digits().images).float()
     images = dgm.Dequantize(17)(levels)[torch.randperm(len(levels))]
@@ -32,8 +38,9 @@ def main(smoke, out):
         f"{near.coverage.value:.2f} +- {near.coverage.standard_error:.2f}"
     )
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    for ax, title, rows in ((axes[0], "held out", held_out), (axes[1], "draws", draws)):
-        ax.imshow(rows[:64].reshape(8, 8, 8, 8).transpose(1, 2).reshape(64, 64), cmap="gray_r", vmin=0, vmax=1)
+    titles = "held out", f"draws: C2ST {score.value:.2f}, coverage {near.coverage.value:.2f}"
+    for ax, title, rows in zip(axes, titles, (held_out, draws), strict=False):
+        ax.imshow(tiled(rows[:64]), cmap="gray_r", vmin=0, vmax=1)
         ax.set(title=title, xticks=[], yticks=[])
     axes[2].plot([q[0] for q in history.quality], [q[2] for q in history.quality], "o-")
     axes[2].set(xlabel="step", ylabel="coverage of held-out rows", ylim=(0, 1.05))

@@ -1,4 +1,6 @@
-"""Eight gaussians: a generator with output noise, one without, and what the critic's logit says of either.
+"""Eight gaussians: a generator with output noise and one without.
+
+C2ST hardly tells the two apart; the coverage of held-out rows does, and so does the picture: without noise modes are too narrow.
 
 python examples/08_gan_shapes.py [--smoke] [--out out]
 """

@@ -311,12 +311,32 @@ class Quadratic(nn.Module):
 
 def test_gradient_norms_are_those_of_single_rows():
     """With T = |x|^2/2 they are |x|^2. The norm of the whole batch's gradient (planted) is their sum, the same for all."""
-    x = torch.randn(6, 3)
-    logits, square = gradient_norms(dgm.Critic(3, Quadratic()), x, None, torch.ones(3))
+    x, critic = torch.randn(6, 3), dgm.Critic(3, Quadratic())
+    logits, square = gradient_norms(critic, x, None)
     torch.testing.assert_close(square, x.square().sum(-1))
     torch.testing.assert_close(logits, 0.5 * x.square().sum(-1))
-    scaled = gradient_norms(dgm.Critic(3, Quadratic()), x, None, torch.tensor([1.0, 2.0, 3.0]))[1]
-    torch.testing.assert_close(scaled, (x * torch.tensor([1.0, 2.0, 3.0])).square().sum(-1))
+    (
+        critic.standard.loc.copy_(torch.tensor([1.0, -1.0, 0.0])),
+        critic.standard.scale.copy_(torch.tensor([1.0, 2.0, 3.0])),
+    )
+    logits, square = gradient_norms(critic, x, None)
+    torch.testing.assert_close(square, critic.standard(x).square().sum(-1))
+    torch.testing.assert_close(logits, critic(x))
+
+
+@pytest.mark.parametrize("base, context_features", [(2, 0), (2, 1), (dgm.MAF(2, transforms=1), 0)])
+def test_direct_draws_have_the_law_of_the_distribution(base, context_features):
+    """Means and covariances of both within 5 errors; a draw that leaves out the noise or the units (planted) is far off."""
+    generator = dgm.Generator(2, 8, base, context_features, noise=0.5)
+    generator.standard.loc.fill_(3.0), generator.standard.scale.fill_(2.0)
+    context = torch.ones(20_000, context_features) if context_features else None
+    direct = generator.draw(20_000, context)
+    assert direct.requires_grad and direct.shape == (20_000, 2)
+    other = generator(context).sample() if context_features else generator().sample((20_000,))
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(other.T.cov()), (direct - other.mean(0)).T, upper=False)
+    error = 5 * (2 / 20_000) ** 0.5
+    assert white.mean(1).abs().max() < error
+    assert (white.cov() - torch.eye(2)).abs().max() < 2 * error
 
 
 def _objective(**options):

@@ -13,6 +13,7 @@ from pyro_dgm.core.data import Standardize
 __all__ = [
     "Alternating",
     "Convergent",
+    "Drawing",
     "Implicit",
     "Pretrainable",
     "Recipe",
@@ -48,6 +49,14 @@ class Standardizable(Protocol):
 
     def standardize(self, x: Tensor) -> Any:
         """Fix the units to events ``(N, *event_shape)``."""
+
+
+@runtime_checkable
+class Drawing(Protocol):
+    """A family that draws rows directly; training by draws asks for some in every step."""
+
+    def draw(self, rows: int, context: Tensor | None = None) -> Tensor:
+        """So many draws, one for each row of a context."""
 
 
 @runtime_checkable

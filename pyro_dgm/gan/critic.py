@@ -70,12 +70,18 @@ class Critic(nn.Module):
                     nn.utils.parametrizations.spectral_norm(layer)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.score(self.units(x), context)
+
+    def units(self, x: Tensor) -> Tensor:
+        """Events as vectors in the critic's units: shape ``(*batch, D)``."""
         check_value_shape("Critic", x, self.event_shape)
+        flat = x if len(self.event_shape) == 1 else x.reshape(*x.shape[: x.dim() - len(self.event_shape)], -1)
+        return flat if self.standard.is_identity() else self.standard(flat)
+
+    def score(self, u: Tensor, context: Tensor | None = None) -> Tensor:
+        """Logits of vectors in the critic's units."""
         self._check_context(context)
-        flat = x.reshape(*x.shape[: x.dim() - len(self.event_shape)], -1)
-        if not self.standard.is_identity():
-            flat = self.standard(flat)
-        inputs = flat if context is None else joined(flat, context)
+        inputs = u if context is None else joined(u, context)
         logits = self.network(inputs)
         if logits.shape == inputs.shape[:-1] + (1,):
             return logits.squeeze(-1)

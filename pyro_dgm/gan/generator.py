@@ -103,6 +103,14 @@ class Generator(DistributionModule):
     def forward(self, context: Tensor | None = None) -> ImplicitDistribution:  # type: ignore[override]
         return self.build(check_context(self, context))
 
+    def draw(self, rows: int, context: Tensor | None = None) -> Tensor:
+        """Draws ``(rows, *event_shape)``, one for each row of a context, without the cost of building a distribution."""
+        context = check_context(self, context)
+        if isinstance(self.base, _StandardNormal):
+            return self._draw(self.base.draw(rows), context)
+        base = self._latent(context, context)
+        return self._draw(base.rsample(() if base.batch_shape else (rows,)), context)
+
     def push(self, z: Tensor, noise: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The event made from latents ``(*batch, *latent)`` and standard normal noise ``(*batch, D)``; None for none."""
         u = self.location(z, context)
@@ -251,6 +259,9 @@ class _StandardNormal(DistributionModule):
 
     def build(self, context: Tensor | None) -> Distribution:
         return dist.Normal(self.zero, torch.ones_like(self.zero), validate_args=False).to_event(1)
+
+    def draw(self, rows: int) -> Tensor:
+        return self.zero.new_empty(rows, self.features).normal_()
 
     def forward(self, context: Tensor | None = None) -> Any:
         """Pyro's own normal: nothing is learned, so nothing needs to be remembered."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, frozen
 from pyro_dgm.core.nearness import coverage_of, energy_of, expected_coverage
-from pyro_dgm.core.training import Standardizable
+from pyro_dgm.core.training import Drawing, Standardizable
 from pyro_dgm.objectives.adversarial_losses import LOSSES, gradient_norms
 from pyro_dgm.objectives.flow_matching import check_batch, first_rows
 from pyro_dgm.objectives.sliced import arrange
@@ -98,6 +98,7 @@ class Adversarial(nn.Module):
         _refuse_mismatch(generator, critic)
         self.generator: Any = generator
         self.critic: Any = critic
+        self._draws_rows = isinstance(generator, Drawing)
         self._refuse_without_density()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -115,9 +116,8 @@ class Adversarial(nn.Module):
         rows = torch.cat([x, draws])
         both = None if context is None else torch.cat([context, context])
         if self.r1 or self.r2:
-            logits, square = gradient_norms(self.critic, rows, both, self.critic.standard.scale)
-            at_data, at_draws = square.chunk(2)
-            penalty = 0.5 * (self.r1 * at_data.mean() + self.r2 * at_draws.mean())
+            logits, square = gradient_norms(self.critic, rows, both)
+            penalty = self._zero_centred(square)
         else:
             logits, penalty = self.critic(rows, both), rows.new_zeros(())
         real, fake = logits.chunk(2)
@@ -156,13 +156,22 @@ class Adversarial(nn.Module):
             arrange(self.generator, self.critic.standard, batches, self.steps)
 
     def _draws(self, rows: int, context: Tensor | None) -> Tensor:
+        if self._draws_rows:
+            return self.generator.draw(rows, context)
         return self.generator().rsample((rows,)) if context is None else self.generator(context).rsample()
+
+    def _zero_centred(self, square: Tensor) -> Tensor:
+        """R1 and R2 of the squared gradients at data and, behind them, at draws."""
+        if self.r1 == self.r2:
+            return self.r1 * square.mean()
+        at_data, at_draws = square.chunk(2)
+        return 0.5 * (self.r1 * at_data.mean() + self.r2 * at_draws.mean())
 
     def _lipschitz(self, x: Tensor, draws: Tensor, context: Tensor | None) -> Tensor:
         """Mean over rows of (norm of the gradient - 1)^2, at random points between a datum and a draw."""
         share = torch.rand(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
         between = torch.lerp(x, draws, share)
-        square = gradient_norms(self.critic, between, context, self.critic.standard.scale)[1]
+        square = gradient_norms(self.critic, between, context)[1]
         return ((square + 1e-12).sqrt() - 1.0).square().mean()
 
     def _refuse_bad_settings(self) -> None:

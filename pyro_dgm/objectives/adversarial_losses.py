@@ -18,10 +18,10 @@ probability is ever taken.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 __all__ = ["LOSSES", "Loss", "gradient_norms"]
@@ -63,13 +63,13 @@ LOSSES = {
 }
 
 
-def gradient_norms(critic: nn.Module, x: Tensor, context: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Logits of events and the squared norm of **each row's own** gradient :math:`\nabla_x T(x)`, shape ``(N,)`` both.
+def gradient_norms(critic: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    r"""Logits of events and the squared norm of **each row's own** gradient :math:`\nabla_u T(x)`, shape ``(N,)`` both.
 
-    The gradient is by x in units of ``scale``, shape ``(D,)``. One norm of a whole batch's gradient, which some
+    The gradient is by u, the event in the critic's units. One norm of a whole batch's gradient, which some
     libraries take, would grow with the batch (Gulrajani et al. 2017, eq. 3, has a norm for each row).
     """
-    x = x.detach().requires_grad_()
-    logits = critic(x, context)
-    (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-    return logits, (gradient.reshape(len(x), -1) * scale).square().sum(-1)
+    u = critic.units(x).detach().requires_grad_()
+    logits = critic.score(u, context)
+    (gradient,) = torch.autograd.grad(logits.sum(), u, create_graph=True)
+    return logits, gradient.square().sum(-1)

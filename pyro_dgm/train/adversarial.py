@@ -73,11 +73,11 @@ class AdversarialRun:
         return self.history
 
     def _step(self) -> None:
-        self.whole, rate = False, self._set_rates()
+        self.whole, rate, taken = False, self._set_rates(), True
         for _ in range(self.objective.critic_steps):
             batch = self._next()
             critic_loss, accuracy = self.objective.critic_loss(*batch)
-            taken = self._update(0, critic_loss)
+            taken = self._update(0, critic_loss) and taken
         loss = self.objective.generator_loss(*batch)
         taken = self._update(1, loss) and taken
         if taken:
@@ -90,13 +90,12 @@ class AdversarialRun:
 
     def _update(self, player: int, loss: Tensor) -> bool:
         """A step of one player, left out where the loss or the gradient is not finite."""
-        optimizer = self.optimizers[player]
-        optimizer.zero_grad(set_to_none=True)
+        _clear(self.owned[player])
         loss.backward()
         gradients = [p.grad for p in self.owned[player] if p.grad is not None]
-        finite = bool(torch.stack(torch._foreach_norm(gradients)).sum().isfinite())
+        finite = _all_finite(gradients)
         if finite:
-            optimizer.step()
+            self.optimizers[player].step()
         return finite
 
     def _next(self) -> tuple[Any, ...]:
@@ -207,8 +206,8 @@ class AdversarialRun:
             self._save()
         if self.objective.ema:
             _copy(self.owned[1], self.average)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for owned in self.owned:
+            _clear(owned)
 
     def _state(self) -> tuple[list[Tensor], list[Tensor]]:
         return [t.detach().clone() for t in self.tensors], [t.clone() for t in self.average]
@@ -234,6 +233,19 @@ class AdversarialRun:
         for _ in range(self.position % (self.batches.epoch or 1)):
             next(self.iterator)
         torch.set_rng_state(saved["rng"])
+
+
+def _all_finite(gradients: list[Tensor]) -> bool:
+    """By the one pass of torch's gradient scaler; its factor of 1 changes nothing."""
+    device = gradients[0].device
+    found = torch.zeros((), device=device)
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.ones((), device=device))
+    return not found
+
+
+def _clear(parameters: list[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 @torch.no_grad()

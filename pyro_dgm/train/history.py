@@ -72,7 +72,8 @@ class History:
         if self.validation:
             ax.plot(*zip(*self.validation, strict=True), "o-", ms=3, label="held out")
         ax.axvline(self.best_step, color="0.7", ls=":", label="kept")
-        tail = sorted(_smooth(self.loss)[self.steps // 10 :])
+        shown = [_smooth(self.loss)[self.steps // 10 :], _smooth(self.critic_loss)[self.steps // 10 :]]
+        tail = sorted(shown[0] + shown[1])
         if tail and tail[-1] > tail[0]:
             ax.set_ylim(tail[0] - 0.1 * (tail[-1] - tail[0]), tail[-1] + 0.5 * (tail[-1] - tail[0]))
         ax.set(xlabel="step", ylabel="loss (nats)")

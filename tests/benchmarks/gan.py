@@ -3,7 +3,9 @@
 ``--only ring grid ring-paper grid-paper step digits``; one thread. ``--seeds 0 1 2 3 4`` for rings and grids.
 """
 
+import itertools
 import math
+import statistics
 import time
 import warnings
 
@@ -13,7 +15,6 @@ from torch.nn.functional import softplus
 
 import pyro_dgm as dgm
 from pyro_dgm.core import Standardize
-from tests.benchmarks.overhead import ratio
 
 SD, RADIUS = 0.1, 0.4  # of a mode; within four standard deviations a draw belongs to it
 
@@ -140,19 +141,41 @@ def plain_loop(x, generator, critic, steps, optimizer):
     return losses
 
 
-def step(steps=100):
+def step(few=100, many=600, rounds=11):
+    """Both in turns, CPU seconds: a step alone is the difference of many and few, a short fit has its set-up in it."""
     x = draws_of(ring_centres(), 20_000)
     gan = dgm.Adversarial(dgm.Generator(2), dgm.Critic(2))
-    gan.pretrain(iter([(x,)] * 20))
+    gan.pretrain(itertools.repeat((x,)))
     make = lambda p: torch.optim.Adam(p, 1e-3, (0.5, 0.99), fused=True)
 
-    def ours():
+    def ours(steps):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dgm.fit(gan, (x,), batch_size=BATCH, max_steps=steps, optimizer=make, progress=False, validation=(x[:500],))
+            options = {"batch_size": BATCH, "optimizer": make, "progress": False, "validation": (x[:500],)}
+            dgm.fit(gan, (x,), max_steps=steps, **options)
 
-    found = ratio(ours, lambda: plain_loop(x, gan.generator, gan.critic, steps, make), rounds=11)
-    yield {"row": f"{steps} steps of fit against a plain loop, set-up and two quality checks included"} | found
+    players = ours, lambda steps: plain_loop(x, gan.generator, gan.critic, steps, make)
+    [play(few) for play in players]
+    alone, whole, longer = [], [], []
+    for i in range(rounds):
+        cpu = {(n, p): cpu_seconds(players[p], n) for n in (few, many) for p in ((0, 1) if i % 2 else (1, 0))}
+        alone.append((cpu[many, 0] - cpu[few, 0]) / (cpu[many, 1] - cpu[few, 1]))
+        whole.append(cpu[few, 0] / cpu[few, 1])
+        longer.append(cpu[many, 0] / cpu[many, 1])
+    yield {"row": f"a step: {many} less {few} steps"} | spread(alone)
+    yield {"row": f"{few} steps of fit, set-up and {len(range(0, few, 50))} quality checks included"} | spread(whole)
+    yield {"row": f"{many} steps of fit, set-up and 10 quality checks included"} | spread(longer)
+
+
+def cpu_seconds(play, steps):
+    began = time.process_time()
+    play(steps)
+    return time.process_time() - began
+
+
+def spread(ratios):
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return {"ratio": statistics.median(ratios), "low": low, "high": high}
 
 
 # --- digits ----------------------------------------------------------------------------------------------------------
