@@ -241,7 +241,7 @@ def test_spectral_norm_bounds_every_weight():
     """The largest singular value is 1 after a few passes; without spectral_norm (planted) it is not."""
     critic = dgm.Critic(4, nn.Sequential(nn.Linear(4, 30), nn.ReLU(), nn.Linear(30, 1)), spectral_norm=True)
     with torch.no_grad():
-        critic.network[0].parametrizations.weight.original.mul_(40.0)
+        next(p for p in critic.network[0].parameters() if p.dim() == 2).mul_(40.0)
     for _ in range(30):
         critic(torch.zeros(1, 4))
     assert abs(torch.linalg.matrix_norm(critic.network[0].weight, 2).item() - 1.0) < 0.02
@@ -481,7 +481,7 @@ def test_the_generator_gets_the_running_average_of_its_weights():
     run(last, max_steps=40)
     after_step = [*seen[-39:], [p.detach() for p in last.generator.parameters()]]
     average = first
-    for step, weights in enumerate(after_step):
+    for step, weights in enumerate(after_step, 1):
         decay = min(0.9, (1.0 + step) / (10.0 + step))
         average = [decay * a + (1.0 - decay) * w for a, w in zip(average, weights, strict=True)]
     for a, p, q in zip(average, objective.generator.parameters(), last.generator.parameters(), strict=True):
@@ -549,6 +549,20 @@ def test_steps_that_are_not_finite_are_left_out_and_twenty_end_the_fit():
         run(objective, max_steps=1100)
     assert e.value.history.stopped == "diverged"
     assert all(p.isfinite().all() for p in objective.parameters())
+
+
+def test_any_of_several_critic_steps_that_is_lost_is_recorded():
+    """The first of the two of step 7; a record of the last one alone (planted) is empty."""
+    objective, calls = small(critic_steps=2), []
+    plain = objective.critic_loss
+
+    def broken(*batch):
+        calls.append(1)
+        loss, accuracy = plain(*batch)
+        return (loss * torch.nan if len(calls) == 13 else loss), accuracy
+
+    objective.critic_loss = broken
+    assert run(objective, max_steps=20).skipped == [7]
 
 
 class Collapsed(nn.Module):

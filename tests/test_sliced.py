@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyro_dgm as dgm
-from pyro_dgm.objectives.flow_matching import first_rows
+from pyro_dgm.core.data import first_rows
 from pyro_dgm.objectives.sliced import arrange, sliced_distance
 
 

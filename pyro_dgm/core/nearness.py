@@ -8,32 +8,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NEIGHBOURS", "coverage_of", "energy_of", "expected_coverage"]
+__all__ = ["NEIGHBOURS", "expected_coverage", "nearness"]
 
 NEIGHBOURS = 5
 
 
-def energy_of(real: Tensor, draws: Tensor) -> float:
-    r""":math:`2 E|x-y| - E|x-x'| - E|y-y'|` of rows, unbiased: below zero in about half of all cases where the laws agree.
+def nearness(real: Tensor, draws: Tensor) -> tuple[float, float]:
+    r"""Energy distance of rows to draws, and the coverage of rows as a share of what is expected where the laws agree.
 
-    >>> x = torch.arange(4.0)[:, None]
-    >>> round(energy_of(x, x + 100.0), 3)  # 200 less twice the mean distance of two different rows, 5/3
-    196.667
-    """
-    n, m = len(real), len(draws)
-    within = torch.cdist(real, real).sum() / (n * (n - 1)) + torch.cdist(draws, draws).sum() / (m * (m - 1))
-    return float(2.0 * torch.cdist(real, draws).mean() - within)
-
-
-def coverage_of(real: Tensor, draws: Tensor) -> float:
-    """Share of real rows whose ball, which reaches to the fifth nearest other real row, holds a draw (Naeem et al. 2020).
+    The first is :math:`2 E|x-y| - E|x-x'| - E|y-y'|`, unbiased: below zero in about half of all cases where the laws agree.
+    Coverage is the share of rows whose ball, which reaches to the fifth nearest other row, holds a draw (Naeem et al. 2020).
 
     >>> x = torch.arange(20.0)[:, None]
-    >>> coverage_of(x, x), coverage_of(x, x + 100.0)
-    (1.0, 0.0)
+    >>> round(nearness(x, x + 100.0)[0], 3)  # 200 less twice the mean distance of two different rows, 7
+    186.0
+    >>> nearness(x, x + 100.0)[1], round(nearness(x, x)[1] * expected_coverage(20), 3)
+    (0.0, 1.0)
     """
-    reach = torch.cdist(real, real).topk(NEIGHBOURS + 1, largest=False).values[:, -1]
-    return float((torch.cdist(real, draws).amin(1) <= reach).float().mean())
+    n, m = len(real), len(draws)
+    within, across = torch.cdist(real, real), torch.cdist(real, draws)
+    spread = within.sum() / (n * (n - 1)) + torch.cdist(draws, draws).sum() / (m * (m - 1))
+    reach = within.topk(NEIGHBOURS + 1, largest=False).values[:, -1]
+    covered = (across.amin(1) <= reach).float().mean()
+    return float(2.0 * across.mean() - spread), float(covered) / expected_coverage(n)
 
 
 def expected_coverage(rows: int) -> float:

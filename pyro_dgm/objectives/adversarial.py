@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, frozen
-from pyro_dgm.core.nearness import coverage_of, energy_of, expected_coverage
+from pyro_dgm.core.data import first_rows
+from pyro_dgm.core.nearness import nearness
 from pyro_dgm.core.training import Drawing, Standardizable
 from pyro_dgm.objectives.adversarial_losses import LOSSES, gradient_norms
-from pyro_dgm.objectives.flow_matching import check_batch, first_rows
+from pyro_dgm.objectives.flow_matching import check_batch
 from pyro_dgm.objectives.sliced import arrange
 
 __all__ = ["Adversarial"]
@@ -142,7 +143,7 @@ class Adversarial(nn.Module):
         a, b = (self.critic.standard(r.reshape(len(r), -1)) for r in (x, draws))
         if not b.isfinite().all():
             return float("nan"), float("nan")
-        return energy_of(a, b), coverage_of(a, b) / expected_coverage(len(a))
+        return nearness(a, b)
 
     def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
         """Take both players' units from the data and arrange the draws, unless that was done before."""

@@ -18,6 +18,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_dgm.core.average import Average
 from pyro_dgm.core.basins import uncovered
 from pyro_dgm.core.log_joint import LogJoint
 from pyro_dgm.core.psis import psis
@@ -25,7 +26,7 @@ from pyro_dgm.core.ratio import DensityRatio
 from pyro_dgm.core.training import Implicit
 from pyro_dgm.objectives.contrast import AdaptiveContrast, Contrast, PriorContrast
 from pyro_dgm.objectives.diagnosis import Diagnosis, diagnosed
-from pyro_dgm.objectives.players import Averages, descend
+from pyro_dgm.objectives.players import DECAY, descend
 
 __all__ = ["Adversarial_ELBO"]
 
@@ -94,7 +95,7 @@ class Adversarial_ELBO(nn.Module):
         self.critic_steps, self.critic_batch, self.critic_lr = critic_steps, critic_batch, critic_lr
         self._critic = (critic,)
         self._joint: Any = None
-        self._averages = Averages()
+        self._average: Average | None = None
 
     def setup(self, *args: Any, **kwargs: Any) -> Adversarial_ELBO:
         """Create the guide's and the classifier's parameters; returns the objective."""
@@ -117,7 +118,7 @@ class Adversarial_ELBO(nn.Module):
             prior = poutine.block(self.model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
             self.contrast = PriorContrast(ratio, LogJoint(self.guide, prior, args, kwargs))
         self.critic_optimizer = torch.optim.Adam(self.contrast.parameters(), self.critic_lr, betas=(0.5, 0.99))
-        self._averages = Averages()
+        self._average = None
 
     def warm_start(self, *args: Any, **kwargs: Any) -> None:
         """Start the guide at Gaussians, one for each mode that is found; a trained guide stays as it is."""
@@ -136,7 +137,7 @@ class Adversarial_ELBO(nn.Module):
         """The estimate of minus the ELBO; while gradients are recorded the classifier is trained first."""
         self.setup(*args, **kwargs)
         if torch.is_grad_enabled():
-            self._averages.follow(self.guide.parameters())
+            self._averaged().update()
             for _ in range(self.critic_steps):
                 self.critic_step(*args, **kwargs)
         return -self._log_weights(self.guide.draw(self.num_particles)[0]).mean()
@@ -184,7 +185,7 @@ class Adversarial_ELBO(nn.Module):
 
     def settle(self, *args: Any, **kwargs: Any) -> None:
         """Give the guide its averaged parameters, weigh its modes anew, and warn of modes that it misses."""
-        self._averages.give(self.guide.parameters())
+        self._averaged().give()
         for _ in range(_LAST):
             self.critic_step(*args, **kwargs)
         if len(self.guide.log_weight()) > 1:
@@ -209,17 +210,27 @@ class Adversarial_ELBO(nn.Module):
         if total.isfinite().all():
             self.guide.weigh(total.clamp_min(1e-6).log().log_softmax(0))
 
+    def _averaged(self) -> Average:
+        """The running average of the guide, which begins at the first step."""
+        if self._average is None:
+            self._average = Average(list(self.guide.parameters()), DECAY, begins_well=True)
+        return self._average
+
     def get_extra_state(self) -> dict[str, Any]:
         """What resuming needs besides tensors: the classifier's optimiser, and the averages."""
         if self._joint is None:
             return {}
-        return {"critic_optimizer": self.critic_optimizer.state_dict(), "averages": self._averages.state()}
+        return {
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "average": self._average and self._average.state(),
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take it back, once :meth:`setup` has been called."""
         if state and self._joint is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-            self._averages.load(state["averages"])
+            if state["average"]:
+                self._averaged().restore(state["average"])
 
 
 def _fingerprint(guide: Any) -> tuple[int, float]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core import MLP
+from pyro_dgm.core.average import Average
 from pyro_dgm.core.ratio import DensityRatio, logistic_loss
-from pyro_dgm.objectives.players import Averages, descend
+from pyro_dgm.objectives.players import DECAY, descend
 
 __all__ = ["ALI"]
 
@@ -63,7 +64,7 @@ class ALI(nn.Module):
             else ratio
         )
         self.critic_optimizer = torch.optim.Adam(self.ratio.parameters(), critic_lr, betas=(0.5, 0.99))
-        self._averages = Averages()
+        self._average: Average | None = None
 
     def pretrain(self, batches: Any) -> None:
         """Take the units of the pairs, and of an untrained generator, from the data."""
@@ -87,7 +88,7 @@ class ALI(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The players' loss; while gradients are recorded the classifier is trained first."""
         if torch.is_grad_enabled():
-            self._averages.follow(self._players())
+            self._averaged().update()
             for _ in range(self.critic_steps):
                 with torch.no_grad():
                     q, p = self.pairs(x)
@@ -97,16 +98,26 @@ class ALI(nn.Module):
 
     def settle(self, *args: Any) -> None:
         """Give both players the averages of their last parameters."""
-        self._averages.give(self._players())
+        self._averaged().give()
+
+    def _averaged(self) -> Average:
+        """The running average, which begins at the first step."""
+        if self._average is None:
+            self._average = Average(self._players(), DECAY, begins_well=True)
+        return self._average
 
     def _players(self) -> list[nn.Parameter]:
         return [p for p in (*self.generator.parameters(), *self.encoder.parameters()) if p.requires_grad]
 
     def get_extra_state(self) -> dict[str, Any]:
         """What resuming needs besides tensors."""
-        return {"critic_optimizer": self.critic_optimizer.state_dict(), "averages": self._averages.state()}
+        return {
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "average": self._average and self._average.state(),
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take it back."""
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self._averages.load(state["averages"])
+        if state["average"]:
+            self._averaged().restore(state["average"])

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core import DistributionModule
+from pyro_dgm.core.data import first_rows
 from pyro_dgm.core.training import Standardizable, Transporting
 
-__all__ = ["FlowMatching", "check_batch", "first_rows", "standardize_once"]
+__all__ = ["FlowMatching", "check_batch", "standardize_once"]
 
 _BLOCK = 64  # rows among which noise is matched to data; the cost of a match grows with their cube
-_FIRST_ROWS = 10_000  # from which units are taken
 
 
 class FlowMatching(nn.Module):
@@ -139,14 +139,3 @@ def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ..
             return True
         family.standard.loc.zero_(), family.standard.scale.fill_(1.0)
     return False
-
-
-def first_rows(
-    batches: Iterator[tuple[Any, ...]], least: int = _FIRST_ROWS, most_batches: int = 20
-) -> tuple[Tensor, Tensor | None]:
-    """The next rows of the data with their contexts: so many at least, where the batches suffice for it."""
-    found: list[tuple[Any, ...]] = []
-    while len(found) < most_batches and sum(len(batch[0]) for batch in found) < least:
-        found.append(next(batches))
-    columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    return columns[0], columns[1] if len(columns) > 1 else None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from pyro_dgm.core import DistributionModule, Standardize
-from pyro_dgm.objectives.flow_matching import first_rows
+from pyro_dgm.core.data import first_rows
 
 __all__ = ["arrange", "sliced_distance"]
 

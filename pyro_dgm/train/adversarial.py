@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_dgm.core.average import Average
+from pyro_dgm.core.data import first_rows
 from pyro_dgm.core.files import save_checkpoint
 from pyro_dgm.train.batches import Batches
 from pyro_dgm.train.history import FitDiverged, History
@@ -49,7 +49,7 @@ class AdversarialRun:
         self.optimizers = [make(p) for p in self.owned]
         self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.tensors = list(dict.fromkeys([*parameters, *objective.buffers()]))
-        self.average = [p.detach().clone() for p in self.owned[1]]
+        self.average = Average(self.owned[1], objective.ema)
         self.held_out = self._held_out(validation)
         self.history, self.good, self.lost = History(), self._state(), 0
         self.every = max(50, limits.max_steps // _CHECKS) if limits.max_steps else 500
@@ -81,8 +81,7 @@ class AdversarialRun:
         loss = self.objective.generator_loss(*batch)
         taken = self._update(1, loss) and taken
         if taken:
-            decay = min(self.objective.ema, (1.0 + self.history.steps) / (10.0 + self.history.steps))
-            torch._foreach_lerp_(self.average, self.owned[1], 1.0 - decay)
+            self.average.update()
         self._record(float(loss.detach()), float(critic_loss.detach()), float(accuracy), rate, taken)
         self.whole = True
         if self.history.steps % self.every == 0:
@@ -133,7 +132,7 @@ class AdversarialRun:
     def _check(self) -> None:
         """Judge the averaged generator on held-out rows, keep the state, warn of a low coverage, save."""
         history = self.history
-        with self._averaged(), torch.random.fork_rng(devices=[]):
+        with self.average.in_place(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             energy, coverage = self.objective.quality(*self.held_out)
         history.quality.append((history.steps, energy, coverage))
@@ -155,32 +154,15 @@ class AdversarialRun:
             stacklevel=2,
         )
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The generator with its averaged weights."""
-        if not self.objective.ema:
-            yield
-            return
-        own = [p.detach().clone() for p in self.owned[1]]
-        _copy(self.owned[1], self.average)
-        try:
-            yield
-        finally:
-            _copy(self.owned[1], own)
-
     def _held_out(self, validation: Any) -> tuple[Any, ...]:
         """The given held-out rows, or some of the training data: at most 500."""
-        if validation is not None:
-            rows = validation if isinstance(validation, tuple | list) else (validation,)
-            return tuple(v[:_JUDGED] for v in rows)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            found: list[tuple[Any, ...]] = []
-            for batch in itertools.islice(self.batches, 20):
-                found.append(batch)
-                if sum(len(b[0]) for b in found) >= _JUDGED:
-                    break
-        return tuple(torch.cat(parts)[:_JUDGED] for parts in zip(*found, strict=True))
+        if validation is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                x, context = first_rows(iter(self.batches), _JUDGED)
+            validation = (x,) if context is None else (x, context)
+        rows = validation if isinstance(validation, tuple | list) else (validation,)
+        return tuple(v[:_JUDGED] for v in rows)
 
     def _done(self) -> bool:
         if self.limits.progress(self.history.steps) >= 1.0:
@@ -190,7 +172,7 @@ class AdversarialRun:
     def _diverged(self) -> None:
         history = self.history
         history.stopped, self.whole = "diverged", False
-        _put(self.tensors, self.average, self.good)
+        self._put(self.good)
         raise FitDiverged(
             f"fit: a loss or gradient was not finite for {self.lost} steps up to step {history.steps}. The state of step "
             f"{history.best_step} was restored. Usual causes: learning rate ({self.peaks[1][0]:g}), unscaled contexts.",
@@ -204,24 +186,29 @@ class AdversarialRun:
         history.seconds += self.limits.seconds()
         if self.checkpoint and self.whole:
             self._save()
-        if self.objective.ema:
-            _copy(self.owned[1], self.average)
+        self.average.give()
         for owned in self.owned:
             _clear(owned)
 
-    def _state(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [t.detach().clone() for t in self.tensors], [t.clone() for t in self.average]
+    def _state(self) -> dict[str, Any]:
+        return {"tensors": [t.detach().clone() for t in self.tensors], "average": copy.deepcopy(self.average.state())}
+
+    @torch.no_grad()
+    def _put(self, state: dict[str, Any]) -> None:
+        self.average.restore(copy.deepcopy(state["average"]))
+        for tensor, value in zip(self.tensors, state["tensors"], strict=True):
+            tensor.copy_(value)
 
     def _save(self) -> None:
-        state: dict[str, Any] = {k: getattr(self, k) for k in ("position", "epoch_rng", "lost", "warned", "average")}
-        state["tensors"], state["module"] = self._state()[0], self.objective.state_dict()
+        state: dict[str, Any] = {k: getattr(self, k) for k in ("position", "epoch_rng", "lost", "warned")}
+        state |= self._state() | {"module": self.objective.state_dict()}
         state["optimizers"], state["rng"] = [o.state_dict() for o in self.optimizers], torch.get_rng_state()
         save_checkpoint(self.checkpoint, state | {"history": vars(self.history)})  # type: ignore[arg-type]
         self.saved_at = self.limits.seconds()
 
     def _resume(self, saved: dict[str, Any]) -> None:
         """Take a saved state, and the place in the epoch: the batches of the epoch so far are drawn again and dropped."""
-        _put(self.tensors, self.average, (saved["tensors"], saved["average"]))
+        self._put(saved)
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.history = History.resumed(saved["history"])
@@ -246,14 +233,3 @@ def _all_finite(gradients: list[Tensor]) -> bool:
 def _clear(parameters: list[Tensor]) -> None:
     for parameter in parameters:
         parameter.grad = None
-
-
-@torch.no_grad()
-def _copy(to: list[Tensor], values: list[Tensor]) -> None:
-    for tensor, value in zip(to, values, strict=True):
-        tensor.copy_(value)
-
-
-def _put(tensors: list[Tensor], average: list[Tensor], state: tuple[list[Tensor], list[Tensor]]) -> None:
-    _copy(tensors, state[0])
-    _copy(average, state[1])

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_dgm.core.average import Average
 from pyro_dgm.core.files import load_checkpoint, save_checkpoint
 from pyro_dgm.core.training import Alternating, Convergent, Pretrainable, Recipe, Recommending, Settling, Startable
 from pyro_dgm.train.adversarial import AdversarialRun
-from pyro_dgm.train.average import Average
 from pyro_dgm.train.batches import Batches, held_out_split, named_tensors, non_finite, row_count
 from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.parameters import owned_parameters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,21 @@ __all__ = ["Average"]
 
 
 class Average:
-    """The average of parameters over steps; with ``decay`` 0 nothing is averaged. Early steps are forgotten faster."""
+    """The average of parameters over steps; with ``decay`` 0 nothing is averaged.
 
-    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+    Early steps are forgotten faster, unless the average begins at parameters that are good already (``begins_well``).
+
+    >>> w = torch.nn.Parameter(torch.tensor(1.0))
+    >>> average = Average([w], 0.5, begins_well=True)
+    >>> with torch.no_grad():
+    ...     _ = w.fill_(3.0)
+    >>> average.update(), average.give(), w.item()
+    (None, None, 2.0)
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float, begins_well: bool = False) -> None:
         self.parameters, self.decay, self.steps = list(parameters), decay, 0
+        self.begins_well = begins_well
         self.values = [p.detach().clone() for p in parameters] if decay else []
 
     @torch.no_grad()
@@ -23,7 +35,8 @@ class Average:
         """Take in the parameters after a step."""
         self.steps += 1
         if self.decay:
-            decay = min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
+            early = 1.0 if self.begins_well else (1.0 + self.steps) / (10.0 + self.steps)
+            decay = min(self.decay, early)
             torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1.0 - decay)
 
     @contextmanager
@@ -39,13 +52,18 @@ class Average:
         finally:
             self._put(now)
 
-    def state(self) -> dict[str, object]:
-        """What a checkpoint keeps."""
-        return {"steps": self.steps, "values": self.values}
+    def give(self) -> None:
+        """Set the parameters to their averages."""
+        if self.decay:
+            self._put(self.values)
 
-    def restore(self, state: dict[str, object]) -> None:
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"steps": self.steps, "values": [v.clone() for v in self.values]}
+
+    def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.steps, self.values = state["steps"], state["values"]  # type: ignore[assignment]
+        self.steps, self.values = state["steps"], [v.clone() for v in state["values"]]
 
     @torch.no_grad()
     def _put(self, values: Sequence[Tensor]) -> None:
