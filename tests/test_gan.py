@@ -463,6 +463,9 @@ def test_history_holds_both_losses_accuracy_and_quality():
     assert all(0.0 <= a <= 1.0 for a in history.critic_accuracy) and history.stopped == "limit reached"
     torch.manual_seed(0)
     assert objective.quality(ROWS[:100]) == history.quality[-1][1:] != history.quality[0][1:]
+    pytest.importorskip("matplotlib").use("Agg")
+    low, high = history.plot().get_ylim()
+    assert low < sum(history.critic_loss[-50:]) / 50 < high and low < sum(history.loss[-50:]) / 50 < high
 
 
 def test_the_generator_gets_the_running_average_of_its_weights():
