@@ -13,6 +13,7 @@ FILES = sorted(p for p in (ROOT / "pyro_dgm").rglob("*.py") if p.name != "confte
 # Besides core and itself, a folder may import these.
 ALLOWED = {
     "guides": {"flows"},
+    "objectives": {"cnf"},  # a generator starts as the student of a continuous flow
     "cnf": {"flows"},  # a continuous flow is a normalizing flow: the same units, supports and transforms
 }
 # Imported inside functions only: they are slow, or optional.

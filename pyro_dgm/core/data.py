@@ -40,8 +40,12 @@ class Standardize(nn.Module):
         self._known = ((self.loc._version, self.scale._version), True)
 
     @torch.no_grad()
-    def fit(self, x: Tensor) -> Standardize:
-        """Take mean and standard deviation over all but the last dimension of ``x``."""
+    def fit(self, x: Tensor, floor: float = 0.0) -> Standardize:
+        """Take mean and standard deviation over all but the last dimension of ``x``.
+
+        With a ``floor`` no standard deviation is below this share of their root mean square: pixels that hardly ever
+        change are not blown up.
+        """
         rows = x.reshape(-1, x.shape[-1])
         if rows.shape[-1] != len(self.loc) or len(rows) < 2:
             raise ValueError(f"Standardize: data has shape {tuple(x.shape)}, expected (N >= 2, {len(self.loc)}).")
@@ -49,6 +53,7 @@ class Standardize(nn.Module):
             raise ValueError(f"Standardize: {int((~rows.isfinite()).any(-1).sum())} rows hold NaN or infinity.")
         self.loc.copy_(rows.mean(0))
         sd = rows.std(0)
+        sd = sd.clamp_min(floor * float(sd.square().mean().sqrt()))
         self.scale.copy_(torch.where(sd > 0, sd, torch.ones_like(sd)))
         return self
 

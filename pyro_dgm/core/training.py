@@ -13,6 +13,7 @@ from pyro_dgm.core.data import Standardize
 __all__ = [
     "Alternating",
     "Convergent",
+    "Distillable",
     "Drawing",
     "Implicit",
     "Pretrainable",
@@ -74,6 +75,20 @@ class Transporting(Protocol):
 
 
 @runtime_checkable
+class Distillable(Protocol):
+    """A generator that can be shown where each of its latents should go."""
+
+    def latents(self, rows: int, context: Tensor | None = None) -> Tensor:
+        """Draws of the latent, ``(rows, *latent)``."""
+
+    def location(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Where latents go, flat and in standard units, ``(rows, D)``."""
+
+    def units(self, x: Tensor) -> Tensor:
+        """Events in the same units."""
+
+
+@runtime_checkable
 class Convergent(Protocol):
     """An objective that can tell whether more training is worth while."""
 
@@ -111,9 +126,12 @@ class Implicit(Protocol):
 
 @runtime_checkable
 class Alternating(Protocol):
-    """An objective of two players with a loss each: the loop steps the one, then the other, and averages the second."""
+    """An objective of two players with a loss each: the loop steps the one, then the other, and averages the second.
 
-    lr: float
+    ``rates`` are the learning rates of the critic and of the generator.
+    """
+
+    rates: tuple[float, float]
     critic_steps: int
     ema: float
 

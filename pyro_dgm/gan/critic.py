@@ -94,11 +94,9 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def standardize(self, x: Tensor) -> Critic:
-        """Fix the units to data ``(N, *event_shape)``: each entry's own for vectors, one scale for all pixels of an image."""
+        """Fix the units to data ``(N, *event_shape)``: each entry's own; of an image none far below the others."""
         flat = x.reshape(-1, self.event_shape.numel())
-        self.standard.fit(flat)
-        if len(self.event_shape) > 1:
-            self.standard.scale.fill_(flat.var(0).mean().sqrt())
+        self.standard.fit(flat, floor=0.1 if len(self.event_shape) > 1 else 0.0)
         return self
 
     def _check_context(self, context: Tensor | None) -> None:

@@ -125,6 +125,18 @@ class Generator(DistributionModule):
         u = self.network(inputs)
         return u if u.shape == (*inputs.shape[:-1], self.features) else self._flat(u, inputs)
 
+    def units(self, x: Tensor) -> Tensor:
+        """Events ``(*batch, *event)`` as the network should make them: flat and in standard units, shape ``(*batch, D)``."""
+        bijection = self._bijection()
+        return self.standard(x if bijection is None else bijection.inv(x))
+
+    @torch.no_grad()
+    def latents(self, rows: int, context: Tensor | None = None) -> Tensor:
+        """Draws of z, shape ``(rows, *latent)``; with a context one for each of its rows."""
+        if context is None:
+            return self.base().sample((rows,))
+        return self._latent(context, context).sample()
+
     @property
     def sigma(self) -> Tensor:
         """The output noise of each entry in standard units, shape ``(D,)``; zeros without noise."""
@@ -160,7 +172,7 @@ class Generator(DistributionModule):
 
     @torch.no_grad()
     def standardize(self, x: Tensor) -> Generator:
-        """Fix the units to data ``(N, *event_shape)``: each entry's own for vectors, one scale for all pixels of an image.
+        """Fix the units to data ``(N, *event_shape)``: each entry's own; of an image none far below the others.
 
         Where the network ends in a bounded layer nothing is fixed, and data outside its range are refused.
         """
@@ -170,9 +182,7 @@ class Generator(DistributionModule):
         if low > -torch.inf:
             self._refuse_outside(flat, low, high)
             return self
-        self.standard.fit(flat)
-        if len(self.event_shape) > 1:
-            self.standard.scale.fill_(flat.var(0).mean().sqrt())
+        self.standard.fit(flat, floor=0.1 if len(self.event_shape) > 1 else 0.0)
         return self
 
     @property

@@ -36,8 +36,8 @@ class Loss(NamedTuple):
 
     critic: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor, Tensor], Tensor]
-    r1: float = 2.5e-5
-    r2: float = 2.5e-5
+    r1: float = 2.5e-4
+    r2: float = 2.5e-4
     gradient_penalty: float = 0.0
     critic_steps: int = 1
 

@@ -32,7 +32,7 @@ class AdversarialRun:
     """One call of ``fit`` with an :class:`~pyro_dgm.core.training.Alternating` objective; made like the run of a loss."""
 
     def __init__(
-        self, objective: Any, parameters: list[Tensor], optimizer: Any, lr: float, batches: Batches,
+        self, objective: Any, parameters: list[Tensor], optimizer: Any, lr: float | None, batches: Batches,
         limits: Limits, validation: Any, patience: int | None, bar: Any, checkpoint: str | Path | None,
     ) -> None:  # fmt: skip
         if patience is not None:
@@ -45,8 +45,10 @@ class AdversarialRun:
         self.bar, self.checkpoint = bar, checkpoint
         critic, generator = objective.players()
         self.owned = [[p for p in player.parameters() if p.requires_grad] for player in (critic, generator)]
-        make = optimizer or (lambda p: torch.optim.Adam(p, lr, betas=(0.5, 0.99), fused=True))
-        self.optimizers = [make(p) for p in self.owned]
+        self.optimizers = [
+            optimizer(p) if optimizer else torch.optim.Adam(p, rate, betas=(0.5, 0.99), fused=True)
+            for p, rate in zip(self.owned, _rates(objective, lr), strict=True)
+        ]
         self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.tensors = list(dict.fromkeys([*parameters, *objective.buffers()]))
         self.average = Average(self.owned[1], objective.ema)
@@ -220,6 +222,12 @@ class AdversarialRun:
         for _ in range(self.position % (self.batches.epoch or 1)):
             next(self.iterator)
         torch.set_rng_state(saved["rng"])
+
+
+def _rates(objective: Any, lr: float | None) -> tuple[float, float]:
+    """Of the critic and the generator: the objective's, in proportion to the critic's where one is given."""
+    critic, generator = objective.rates
+    return (critic, generator) if lr is None else (lr, lr * generator / critic)
 
 
 def _all_finite(gradients: list[Tensor]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def fit(
         objective: a module that turns a batch into a scalar loss, such as ``STL_ELBO()(model, guide)``.
         data: the objective's arguments: a tensor, a tuple, a mapping of tensors (one argument), or a ``DataLoader``.
         optimizer: makes the optimiser from a list of parameters; None for Adam with betas (0.9, 0.99).
-        lr: peak learning rate, used where ``optimizer`` is None; 0.005, or what the objective asks for. So with the other
+        lr: peak learning rate, used where ``optimizer`` is None; 0.005, or what the objective asks for. Of an adversarial
+            pair it is the critic's, and the generator's in proportion. So with the other
             arguments that are None: :class:`~pyro_dgm.ForwardKL` brings a recipe, other objectives none.
         max_steps, max_epochs, max_seconds: limits; the first that is reached ends the fit.
         batch_size: rows per minibatch, taken from the first dimension of all tensors; None for full batches.
@@ -107,16 +108,19 @@ def fit(
         limits = Limits(_smaller(max_steps, max_epochs and max_epochs * (batches.epoch or 1)), max_seconds)
         saved = load_checkpoint(checkpoint) if resume and checkpoint else None
         bar = tqdm(desc="warm start", unit="step", disable=not progress, mininterval=0.5)
-        with bar, owned_parameters(objective, batches.example(), lambda: _prepare(objective, batches, saved)) as found:
-            bar.set_description("fit", refresh=False)
+        with (
+            bar,
+            owned_parameters(objective, batches.example(), lambda: _prepare(objective, batches, saved, bar)) as found,
+        ):
+            bar.reset(), bar.set_description("fit", refresh=False)
             ends: Any = (batches, limits, validation, patience, bar, checkpoint)
             if isinstance(objective, Alternating):
-                return AdversarialRun(objective, found, optimizer, lr or objective.lr, *ends).run(saved)
+                return AdversarialRun(objective, found, optimizer, lr, *ends).run(saved)
             made = _adam(found, lr or recipe.lr, recipe.weight_decay) if optimizer is None else optimizer(found)
             return _Run(objective, found, made, Average(found, recipe.averaging), *ends).run(saved)
 
 
-def _prepare(objective: nn.Module, batches: Batches, saved: dict[str, Any] | None) -> None:
+def _prepare(objective: nn.Module, batches: Batches, saved: dict[str, Any] | None, bar: Any) -> None:
     """Let parts of the objective find their start, or take the structure of a saved state."""
     if saved is not None:
         _take(objective, saved["module"])
@@ -125,7 +129,14 @@ def _prepare(objective: nn.Module, batches: Batches, saved: dict[str, Any] | Non
         if isinstance(module, Startable):
             module.warm_start(*batches.example())
         if isinstance(module, Pretrainable):
-            module.pretrain(iter(batches))
+            module.pretrain(_counted(batches, bar))
+
+
+def _counted(batches: Batches, bar: Any) -> Iterator[tuple[Any, ...]]:
+    """Endless batches, which move the bar."""
+    for batch in batches:
+        bar.update()
+        yield batch
 
 
 def _take(objective: nn.Module, state: dict[str, Tensor]) -> None:
