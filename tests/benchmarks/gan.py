@@ -10,6 +10,7 @@ import time
 import warnings
 
 import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
 from torch import nn
 from torch.nn.functional import softplus
 
@@ -38,7 +39,11 @@ def draws_of(centres, n):
 def judged(draws, held_out, centres):
     found = dgm.evaluate.mode_coverage(draws, centres, RADIUS)
     score = dgm.evaluate.c2st(held_out, draws, seed=0)
-    return {"modes": round(found.covered.value * len(centres)), "near a mode": found.quality.value, "C2ST": score.value}
+    trees = dgm.evaluate.c2st(held_out, draws, classifier=HistGradientBoostingClassifier(), seed=0)
+    return {
+        "modes": round(found.covered.value * len(centres)), "near a mode": found.quality.value,
+        "C2ST": score.value, "C2ST by trees": trees.value,
+    }  # fmt: skip
 
 
 # --- modes and quality -----------------------------------------------------------------------------------------------
