@@ -1,15 +1,15 @@
-r"""A generator's first arrangement: a continuous flow learns the data, and the generator learns to do in one step what it does.
+r"""A generator's first arrangement: a continuous flow learns the data, and the generator to do in one pass what it does.
 
 .. math:: \min_\theta\; E_z \big| G_\theta(z; c) - x(1) \big|, \qquad \dot x = v(t, x; c),\quad x(0) = z
 
-The flow sees every mode and its mass, and its map from noise to data is a function, which a network can follow (Luhman & Luhman
-2021, arXiv 2101.02388; Liu et al. 2023, arXiv 2209.03003, section 2.3). Where the latent is shorter than the event, the flow moves
-the data's first principal components.
+The flow sees every mode and its mass, and its map from noise to data is a function, which a network can follow (Luhman &
+Luhman 2021, arXiv 2101.02388; Liu et al. 2023, arXiv 2209.03003, section 2.3). Where the latent is shorter than the event,
+the flow moves the data's first principal components.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -117,10 +117,9 @@ def _contexts(batches: Iterator[tuple[Any, ...]], rows: int) -> Tensor | None:
     return None if context is None else context[torch.randint(len(context), (rows,), device=context.device)]
 
 
-def _at_most(rows: int, *tensors: Tensor | None) -> Iterable[Tensor | None]:
-    """The same rows of all, drawn at random where there are too many."""
-    given = next(t for t in tensors if t is not None)
-    if len(given) <= rows:
-        return tensors
-    some = torch.randperm(len(given), device=given.device)[:rows]
-    return [None if t is None else t[some] for t in tensors]
+def _at_most(rows: int, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows of both, drawn at random where there are too many."""
+    if len(x) <= rows:
+        return x, context
+    some = torch.randperm(len(x), device=x.device)[:rows]
+    return x[some], None if context is None else context[some]
