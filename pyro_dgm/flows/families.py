@@ -9,6 +9,7 @@ from torch.distributions import constraints
 
 from pyro_dgm.core import zuko
 from pyro_dgm.flows.base import Direction, NormalizingFlow, directed
+from pyro_dgm.flows.spline import RationalQuadratic
 
 __all__ = ["MAF", "NSF", "RealNVP"]
 
@@ -140,8 +141,8 @@ class NSF(NormalizingFlow):
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__(event_shape, context_features, support=support)
-        flow = zuko.flows.NSF(
-            self.features, context_features, bins, transforms=transforms, hidden_features=hidden_features,
-            activation=activation,
+        flow = zuko.flows.MAF(
+            self.features, context_features, transforms, univariate=RationalQuadratic,
+            shapes=[(bins,), (bins,), (bins - 1,)], hidden_features=hidden_features, activation=activation,
         )  # fmt: skip
         self.flow = directed(flow, self.features, fast)

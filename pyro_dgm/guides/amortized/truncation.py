@@ -2,6 +2,7 @@ r"""Flows cut off at a box: :math:`q(u) = f(u)\,1[u \in B] / Z,\ Z = \int_B f`, 
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -74,7 +75,7 @@ class Truncated(TorchDistribution):
         return torch.where(bad.unsqueeze(-1), self.box.clamp(u), u)
 
     def _of_one(self, n: int) -> tuple[Tensor, Tensor]:
-        """``(n, D)`` draws of one flow, and which are outside; each round draws somewhat more than are missing."""
+        """``(n, D)`` draws of one flow, and which are outside; each round draws what will hold the missing ones, likely."""
         u = self.q.sample(Size([n])).reshape(n, -1)
         bad = ~self.box.inside(u)
         share = max(1.0 - float(bad.double().mean()), 0.05) if n else 1.0
@@ -82,7 +83,8 @@ class Truncated(TorchDistribution):
             missing = int(bad.sum())
             if not missing:
                 break
-            again = self.q.sample(Size([int(1.2 * missing / share) + 8])).reshape(-1, u.shape[-1])
+            spare = 3.0 * math.sqrt(missing * (1.0 - share))  # three standard deviations of how many fall inside
+            again = self.q.sample(Size([int((missing + spare) / share) + 8])).reshape(-1, u.shape[-1])
             again = again[self.box.inside(again)][:missing]
             at = bad.nonzero()[: len(again), 0]
             u[at], bad[at] = again, False
