@@ -77,12 +77,13 @@ def read(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: 
     """The structure of a model that simulates its data.
 
     Raises:
-        ValueError: for an observed name that is no site, latents without a density or with a support that is not
-            supported, non-finite draws, and batch dimensions outside plates.
+        ValueError: for an observed name that is no site, a subsampled plate, latents without a density or with a support
+            that is not supported, non-finite draws, and batch dimensions outside plates.
     """
     traces = [_simulated(model, args, kwargs) for _ in range(3)]
     trace, names = traces[0], tuple(observed)
     _refuse_unknown(trace, names)
+    _refuse_subsamples(trace)
     data = tuple(_site(trace.nodes[k], None) for k in names)
     latents = tuple(_latent(n, [t.nodes[n] for t in traces]) for n, s in latent_sites(trace)
                     if n not in names and not is_enumerable(s))  # fmt: skip
@@ -108,6 +109,18 @@ def _refuse_unknown(trace: poutine.Trace, names: tuple[str, ...]) -> None:
             f"AmortizedGuide: observed={list(names)}; {unknown or 'nothing'} is no sample site of the model, whose sites "
             f"are {sites}. Give the names of the sites that will hold data."
         )
+
+
+def _refuse_subsamples(trace: poutine.Trace) -> None:
+    """Half of a simulated data set is no data set."""
+    for site in trace.nodes.values():
+        for frame in plate_frames(site) if site["type"] == "sample" else []:
+            if frame.full_size not in (None, frame.size):
+                raise ValueError(
+                    f"AmortizedGuide: plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}); simulations must "
+                    f"be whole. Take its size from an argument, pyro.plate('{frame.name}', n), and build the guide with a "
+                    "small n: the plate may have any size when it is conditioned."
+                )
 
 
 def _site(site: dict[str, Any], support: Any, classes: int = 0) -> Site:

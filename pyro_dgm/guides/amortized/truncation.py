@@ -3,13 +3,14 @@ r"""Flows cut off at a box: :math:`q(u) = f(u)\,1[u \in B] / Z,\ Z = \int_B f`, 
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
+
+from pyro_dgm.core.warn import warn_user
 
 __all__ = ["Truncated", "acceptance"]
 
@@ -67,10 +68,9 @@ class Truncated(TorchDistribution):
             u, bad = self._of_many(shape)
         if not bad.any():
             return u
-        warnings.warn(
+        warn_user(
             f"AmortizedGuide: {int(bad.sum())} of {bad.numel()} draws were still outside the prior's box after {_ROUNDS} "
-            "rounds, and were moved to its edge. The data lie outside what was simulated, or the guide is not trained.",
-            stacklevel=2,
+            "rounds, and were moved to its edge. The data lie outside what was simulated, or the guide is not trained."
         )
         return torch.where(bad.unsqueeze(-1), self.box.clamp(u), u)
 
