@@ -182,3 +182,123 @@ def test_what_has_no_transport_says_so(model, data, options, message):
 class Gaussian(dgm.DistributionModule):
     def build(self, context):
         return dist.Normal(context[..., : self.features], 1.0).to_event(1)
+
+
+def two_parts(x=None, y=None):
+    """a | x is N(x / 2, 1 / 2); b | y is N(mean, 1 / 4) for three data; c | y given b. Nothing joins a with b and c."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", 3):
+        c = pyro.sample("c", dist.Normal(b, 0.5))
+        pyro.sample("y", dist.Normal(c, 1.0), obs=y)
+
+
+def joined_by_a_factor(x=None, y=None):
+    a, b = (pyro.sample(k, dist.Normal(0.0, 1.0)) for k in "ab")
+    pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+    pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+    pyro.factor("pull", -((a - b) ** 2))
+
+
+def joined_by_data(x=None, y=None):
+    a, b = (pyro.sample(k, dist.Normal(0.0, 1.0)) for k in "ab")
+    pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+    pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+
+def joined_out_of_sight(x=None, y=None):
+    """Provenance is lost in ``float``: a seems to touch x alone, and is found out by the run."""
+    a, b = (pyro.sample(k, dist.Normal(0.0, 1.0)) for k in "ab")
+    pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+    pyro.sample("y", dist.Normal(b + float(a), 1.0), obs=y)
+
+
+def joined_by_an_enumerated_site(x=None, y=None):
+    a, b = (pyro.sample(k, dist.Normal(0.0, 1.0)) for k in "ab")
+    z = pyro.sample("z", dist.Bernoulli(logits=a), infer={"enumerate": "parallel"})
+    pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+    pyro.sample("y", dist.Normal(b + z, 1.0), obs=y)
+
+
+def through_a_deterministic_site(x=None, y=None):
+    a, b = (pyro.sample(k, dist.Normal(0.0, 1.0)) for k in "ab")
+    both = pyro.deterministic("both", a + b)
+    pyro.sample("x", dist.Normal(both, 1.0), obs=x)
+    pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+
+class Unwritten(dist.Normal):
+    def log_prob(self, value):
+        raise NotImplementedError
+
+
+def without_density(x=None, y=None):
+    a, b = (pyro.sample(k, dist.Normal(0.0, 1.0)) for k in "ab")
+    pyro.sample("x", Unwritten(a, 1.0), obs=x)
+    pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [joined_by_a_factor, joined_by_data, joined_out_of_sight, joined_by_an_enumerated_site, through_a_deterministic_site,
+     without_density],
+    ids=lambda m: m.__name__,
+)  # fmt: skip
+def test_latents_that_something_joins_stay_together(model):
+    """Planted fault: parts that are believed without a run of the model divide ``joined_out_of_sight``."""
+    assert lines_of(lambda: dgm.AmortizedGuide(model, ["x", "y"])) == {}
+    guide = dgm.AmortizedGuide(model, ["x", "y"])
+    assert guide.structure.parts == (frozenset("ab"),) and len(guide.groups) == 1
+
+
+def test_independent_parts_have_flows_of_their_own():
+    """Draws of a are independent of those of b, and both posteriors are right."""
+    guide = trained(two_parts, 200, ["x", "y"], family=lambda D, C: dgm.MAF(D, C, transforms=1))
+    assert guide.structure.parts == (frozenset("a"), frozenset("bc"))
+    assert [[s.name for s in g.sites] for g in guide.groups] == [["a"], ["b"], ["c"]]
+    assert [g.sees for g in guide.groups] == [[], [], [1]]
+    x, y = torch.tensor([1.0, -2.0]), torch.tensor([[1.0, 0.0, 0.5], [-1.0, 2.0, 0.0]])
+    posterior = guide.condition(x=x, y=y)
+    draws = posterior.sample((3000,))
+    assert {k: tuple(v.shape[1:]) for k, v in draws.items()} == {"a": (2,), "b": (2,), "c": (2, 3)}
+    assert torch.allclose(draws["a"].mean(0), x / 2.0, atol=0.15)
+    precision = 1.0 + 3.0 / 1.25
+    assert torch.allclose(draws["b"].mean(0), y.sum(-1) / 1.25 / precision, atol=0.15)
+    assert torch.allclose(draws["b"].std(0), torch.tensor(precision).rsqrt().expand(2), atol=0.1)
+    assert torch.allclose((draws["c"] - draws["b"].unsqueeze(-1)).std((0, 2)), torch.full((2,), 0.5), atol=0.2)
+
+    one = guide.condition(x=x[0], y=y[0])
+    few = {k: v[:40, 0] for k, v in draws.items()}
+    together = posterior.log_prob({k: v[:40] for k, v in draws.items()})
+    assert torch.allclose(one.log_prob(few), together[:, 0], atol=1e-4)
+    moved = few | {"a": few["a"].flip(0)}  # log q = log q(a) + log q(b, c)
+    difference = one.log_prob(moved) - one.log_prob(few)
+    swapped = one.log_prob(few | {"a": few["a"].flip(0), "b": few["b"] + 0.1, "c": few["c"] + 0.1})
+    assert torch.allclose(
+        swapped - one.log_prob(few | {"b": few["b"] + 0.1, "c": few["c"] + 0.1}), difference, atol=1e-4
+    )
+    assert one.refine(500, seed=0).khat < 0.7
+    dgm.STL_ELBO(8)(two_parts, guide)(x[0], y[0]).backward()
+    with pytest.raises(ValueError, match="falls into parts.*'a'.* that are independent given the data"):
+        dgm.AmortizedGuide(apart, ["x", "y"]).condition(x=x[0], y=x[1]).transport()
+
+
+def apart(x=None, y=None):
+    a, b = (pyro.sample(k, dist.Normal(0.0, 1.0)) for k in "ab")
+    pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+    pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+
+def test_boxes_of_independent_parts_are_all_cut_off():
+    def boxes(x=None, y=None):
+        a, b = (pyro.sample(k, dist.Uniform(-1.0, 1.0)) for k in "ab")
+        pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+        pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+    guide = dgm.AmortizedGuide(boxes, ["x", "y"])
+    assert [g.truncated for g in guide.groups] == [True, True]
+    posterior = guide.condition(x=torch.zeros(3), y=torch.zeros(3))
+    draws = posterior.sample((50,))
+    assert draws["b"].shape == (50, 3) and (draws["b"].abs() < 1.0).all()
+    assert posterior.log_prob(draws).shape == (50, 3) and posterior.log_prob_error.shape == (3,)

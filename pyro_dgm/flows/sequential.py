@@ -66,34 +66,34 @@ class _Schedule:
 
     Attributes:
         units: for the columns, each hidden layer and the parameters, the units by pass.
-        ends: for the columns and each hidden layer, how many units are known after each pass.
+        sizes: for the same, how many of them each pass has.
     """
 
     units: list[Tensor]
-    ends: list[list[int]]
+    sizes: list[list[int]]
 
 
 def _schedule(order: Tensor, masks: list[Tensor], total: int) -> _Schedule:
     """A hidden unit belongs to the pass in which its last input is known: a column of order k is, from pass k + 1 on."""
     passes, columns = int(order.max()) + 1, order.argsort(stable=True)
     known = torch.cat([order + 1, order.new_zeros(masks[0].shape[1] - len(order))])  # a context is known from the start
-    units, ends = [columns], [torch.bincount(order, minlength=passes).cumsum(0).tolist()]
+    units, sizes = [columns], [torch.bincount(order, minlength=passes).tolist()]
     for mask in masks[:-1]:
         known = torch.where(mask, known, 0).amax(-1)
         units.append(known.argsort(stable=True))
-        ends.append(torch.bincount(known, minlength=passes).cumsum(0).tolist())
+        sizes.append(torch.bincount(known, minlength=passes).tolist())
     rows = columns.unsqueeze(-1) * total + torch.arange(total, device=order.device)
-    return _Schedule([*units, rows.flatten()], ends)
+    return _Schedule([*units, rows.flatten()], [*sizes, [total * n for n in sizes[0]]])
 
 
 class _Layer(NamedTuple):
-    """A linear layer with its units by pass: weight ``(n, m)``, bias ``(n, 1)`` or, with a context in it, ``(n, N)``."""
+    """A linear layer by passes: weights ``(n, m)``, biases ``(n, 1)`` or, with a context in them, ``(n, N)``."""
 
-    weight: Tensor
-    bias: Tensor
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
 
-    def __call__(self, start: int, stop: int, below: Tensor) -> Tensor:
-        return torch.addmm(self.bias[start:stop], self.weight[start:stop, : len(below)], below)
+    def __call__(self, k: int, below: Tensor) -> Tensor:
+        return torch.addmm(self.biases[k], self.weights[k][:, : len(below)], below)
 
 
 class _Sequential(zuko.transforms.AutoregressiveTransform):
@@ -117,37 +117,36 @@ class _Sequential(zuko.transforms.AutoregressiveTransform):
             batch = torch.broadcast_shapes(batch, self.context.shape[:-1])
         schedule = self.module.schedule()
         images = y.expand(*batch, -1).reshape(-1, y.shape[-1]).mT[schedule.units[0]]
-        x, ladj = self._columns(images, self._layers(schedule, batch), schedule.ends, with_ladj)
+        x, ladj = self._columns(images, self._layers(schedule, batch), schedule.sizes, with_ladj)
         x = x.mT.index_select(-1, schedule.units[0].argsort())
         return x.reshape(*batch, y.shape[-1]), ladj.expand(x.shape[0]).reshape(batch)
 
     def _layers(self, schedule: _Schedule, batch: torch.Size) -> list[_Layer]:
         layers, below = list[_Layer](), schedule.units[0]
-        for linear, units in zip(list(self.module.hyper)[::2], schedule.units[1:], strict=True):
+        linears = list(self.module.hyper)[::2]
+        for linear, units, sizes in zip(linears, schedule.units[1:], schedule.sizes[1:], strict=True):
             weight, bias = (linear.mask * linear.weight)[units], linear.bias[units].unsqueeze(-1)
             if not layers and self.context is not None:
                 rows = self.context
                 rows = rows if rows.shape[:-1].numel() == 1 else rows.expand(*batch, -1)
                 bias = bias + weight[:, len(below) :] @ rows.reshape(-1, rows.shape[-1]).mT
-            layers.append(_Layer(weight[:, below], bias))
+            layers.append(_Layer(weight[:, below].split(sizes), bias.split(sizes)))
             below = units
         return layers
 
     def _columns(
-        self, images: Tensor, layers: list[_Layer], ends: list[list[int]], with_ladj: bool
+        self, images: Tensor, layers: list[_Layer], sizes: list[list[int]], with_ladj: bool
     ) -> tuple[Tensor, Tensor]:
         """Columns ``(D, N)`` in the order of their passes: in each pass what has become known, layer by layer."""
         activations, total = list(self.module.hyper)[1::2], self.module.total
         known, ladj = [images.new_empty(0, images.shape[-1]) for _ in layers], images.new_zeros(())
-        for k, stop in enumerate(ends[0]):
+        for k, image in enumerate(images.split(sizes[0])):
             for i, activation in enumerate(activations):
-                if ends[i + 1][k] > len(known[i + 1]):
-                    new = activation(layers[i](len(known[i + 1]), ends[i + 1][k], known[i]))
-                    known[i + 1] = torch.cat([known[i + 1], new])
-            start = len(known[0])
-            phi = layers[-1](start * total, stop * total, known[-1]).mT.unflatten(-1, (-1, total))
+                if sizes[i + 1][k]:
+                    known[i + 1] = torch.cat([known[i + 1], activation(layers[i](k, known[i]))])
+            phi = layers[-1](k, known[-1]).mT.unflatten(-1, (-1, total))
             univariate = self.module.univariate(*zuko.utils.unpack(phi, self.module.shapes))
-            y = images[start:stop].mT
+            y = image.mT
             x = univariate.inv(y)
             if with_ladj:
                 ladj = ladj + univariate.log_abs_det_jacobian(x, y).sum(-1)

@@ -14,6 +14,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_dgm.core.sites import is_enumerable, is_subsample, latent_sites, plate_frames
 from pyro_dgm.core.vectorize import plate_nesting
+from pyro_dgm.guides.amortized.dependencies import independent_parts
 
 __all__ = ["Site", "Structure", "read"]
 
@@ -60,17 +61,28 @@ class Site:
 
 @dataclass(frozen=True)
 class Structure:
-    """Sites of a model, and its plates ``{name: (dim, size)}``; ``nesting`` is their depth."""
+    """Sites of a model, and its plates ``{name: (dim, size)}``; ``nesting`` is their depth.
+
+    ``parts`` are latents that are independent of the others given the data.
+    """
 
     latents: tuple[Site, ...]
     observed: tuple[Site, ...]
     plates: dict[str, tuple[int, int]]
     nesting: int
+    parts: tuple[frozenset[str], ...]
 
     def groups(self) -> list[tuple[Site, ...]]:
-        """Latents with the same plates together; fewer plates first."""
+        """Latents with the same plates and of the same part together; fewer plates first."""
         sets = sorted({s.plates for s in self.latents}, key=lambda p: (len(p), [self.plates[n][0] for n in p]))
-        return [tuple(s for s in self.latents if s.plates == p) for p in sets]
+        groups = [
+            tuple(s for s in self.latents if s.plates == p and s.name in part) for p in sets for part in self.parts
+        ]
+        return [g for g in groups if g]
+
+    def related(self, a: Site, b: Site) -> bool:
+        """Whether two latents belong to the same part."""
+        return any(a.name in part and b.name in part for part in self.parts)
 
 
 def read(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: Any) -> Structure:
@@ -93,7 +105,8 @@ def read(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: 
         )
     sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not is_subsample(s)]
     plates = {f.name: (f.dim, f.size) for s in sites for f in plate_frames(s)}
-    return Structure(latents, data, plates, plate_nesting(trace))
+    parts = independent_parts(model, [s.name for s in latents], names, traces[:2], args, kwargs)
+    return Structure(latents, data, plates, plate_nesting(trace), tuple(map(frozenset, parts)))
 
 
 def _simulated(model: Callable[..., Any], args: Any, kwargs: Any) -> poutine.Trace:

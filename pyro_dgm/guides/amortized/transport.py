@@ -105,6 +105,11 @@ def _refuse(posterior: ConditionedGuide) -> None:
             f"transport: {what}, and NeuTra needs one map from a base to all latents. Start NUTS at draws, "
             "NUTS(posterior.model, init_strategy=init_to_value(values=posterior.sample())), or use AutoFlow with dgm.neutra."
         )
+    if len(groups) > 1:
+        raise ValueError(
+            f"transport: the model falls into parts, {[[s.name for s in g.sites] for g in groups]}, that are independent given "
+            "the data, each with a flow of its own. Infer them as models of their own."
+        )
     if groups[0].truncated:
         raise ValueError(
             "transport: a prior's box is cut off the flow, which is then no map from a base. Build the guide with "
