@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 import warnings
@@ -12,8 +13,9 @@ import torch
 
 __all__ = ["warn_user"]
 
+_HERE = pathlib.Path(__file__).parents[1]
 _INSIDE = tuple(
-    str(pathlib.Path(f).parent) for f in (str(pathlib.Path(__file__).parent), pyro.__file__, torch.__file__)
+    f"{p}{os.sep}" for p in (_HERE, pathlib.Path(pyro.__file__).parent, pathlib.Path(torch.__file__).parent)
 )
 
 

@@ -61,8 +61,9 @@ class RealNVP(NormalizingFlow):
 class MAF(NormalizingFlow):
     r"""Affine autoregressive flow: :math:`z_i = e^{a(x_{<i}, c)} x_i + b(x_{<i}, c)`.
 
-    ``fast="density"`` scores in one pass and draws in D; ``fast="sampling"`` (inverse autoregressive) draws, with the
-    density of the draw, in one pass and scores other points in D. Use the first for likelihoods, the second for guides.
+    ``fast="density"`` scores in one pass and draws column by column; ``fast="sampling"`` (inverse autoregressive) draws, with
+    the density of the draw, in one pass and scores other points column by column. Use the first for likelihoods, the
+    second for guides. All columns together compute about as much as one pass, in D times as many small operations.
 
     Args:
         event_shape: an int (a vector) or a shape.

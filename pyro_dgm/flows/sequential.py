@@ -12,6 +12,7 @@ run of the network and D univariate inverses. The numbers and the gradients are 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +101,7 @@ class _Sequential(zuko.transforms.AutoregressiveTransform):
     """zuko's transform with another inverse, which knows its log-determinant."""
 
     def __init__(self, module: _Masked, context: Tensor | None) -> None:
-        super().__init__(lambda x: module.meta(context, x), module.passes)
+        super().__init__(partial(module.meta, context), module.passes)
         self.module, self.context = module, context
 
     @property
