@@ -91,17 +91,32 @@ class Truncated(TorchDistribution):
         return u, bad
 
     def _of_many(self, shape: Size) -> tuple[Tensor, Tensor]:
-        u = self.q.sample(shape)
+        """Draws of many flows, and which are outside; in each round a flow's draws inside fill its missing ones, in order."""
+        n, batch = shape.numel(), self.q.batch_shape
+        u = self.q.sample(Size([n]))
         bad = ~self.box.inside(u)
         for _ in range(_ROUNDS):
             if not bad.any():
                 break
-            again = self.q.sample(shape)
-            u = torch.where((bad & self.box.inside(again)).unsqueeze(-1), again, u)
-            bad = ~self.box.inside(u)
-        return u, bad
+            again = self.q.sample(Size([n]))
+            good = self.box.inside(again)
+            slots, found = _first(bad), _first(good)
+            filled = torch.arange(n).reshape(-1, *(1,) * len(batch)) < torch.minimum(bad.sum(0), good.sum(0))
+            new = torch.where(filled.unsqueeze(-1), _rows(again, found), _rows(u, slots))
+            u = u.scatter(0, slots.unsqueeze(-1).expand_as(u), new)
+            bad = bad & ~torch.zeros_like(bad).scatter(0, slots, filled)
+        return u.reshape(shape + batch + self.event_shape), bad.reshape(shape + batch)
 
     def _mass(self) -> Tensor:
         if self.mass is None:
             self.mass = acceptance(self.q, self.box)[0]
         return self.mass
+
+
+def _rows(u: Tensor, index: Tensor) -> Tensor:
+    return u.gather(0, index.unsqueeze(-1).expand_as(u))
+
+
+def _first(which: Tensor) -> Tensor:
+    """An order of the rows of each column in which those that are True come first."""
+    return which.long().argsort(stable=True, dim=0, descending=True)
