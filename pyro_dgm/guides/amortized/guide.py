@@ -60,7 +60,7 @@ class AmortizedGuide(nn.Module):
             draws have no path gradient: use ``"map"`` for an ELBO.
 
     Raises:
-        ValueError: for an observed name that is no site; no latents; supports that are not fixed; priors with non-finite
+        ValueError: for an observed name that is no site; no latents; subsampled plates; unfixed supports; priors with non-finite
             draws; batch dimensions outside plates. Each names the site.
 
     Note:
