@@ -182,3 +182,12 @@ def test_the_parameters_of_a_spline_flow_are_those_of_zuko():
         for f in (dgm.NSF(1).flow.transform, zuko.flows.NSF(1).transform)
     ]
     assert one[0] == one[1]
+
+
+def test_dependencies_are_followed_through_a_draw():
+    """``get_dependencies`` passes tensors whose shapes are plain tuples."""
+    from pyro.ops.provenance import ProvenanceTensor, get_provenance
+
+    flow = dgm.MAF(3, C)
+    context = ProvenanceTensor(torch.zeros(2, C), frozenset({"c"}))
+    assert get_provenance(flow.build(context).transform.inv(torch.zeros(2, 3))) == {"c"}

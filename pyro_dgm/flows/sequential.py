@@ -11,6 +11,7 @@ run of the network and D univariate inverses. The numbers and the gradients are 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -129,7 +130,7 @@ class _Sequential(zuko.transforms.AutoregressiveTransform):
             weight, bias = (linear.mask * linear.weight)[units], linear.bias[units].unsqueeze(-1)
             if not layers and self.context is not None:
                 rows = self.context
-                rows = rows if rows.shape[:-1].numel() == 1 else rows.expand(*batch, -1)
+                rows = rows if math.prod(rows.shape[:-1]) == 1 else rows.expand(*batch, -1)
                 bias = bias + weight[:, len(below) :] @ rows.reshape(-1, rows.shape[-1]).mT
             layers.append(_Layer(weight[:, below].split(sizes), bias.split(sizes)))
             below = units
