@@ -906,15 +906,18 @@ def neutra__prior():
 
 @cell("NeuTraReparam", "N")
 def neutra__guide():
-    """get_base_dist and get_transform describe get_posterior: the change of variables agrees, with tails and couplings."""
-    guide = exact_guide()
-    guide._posterior.components[0].family.start_with_tails()
-    _perturb(guide._posterior)
-    base, transform = guide.get_base_dist(), guide.get_transform()
-    z = base.sample((50,))
-    x = transform(z)
-    expected = base.log_prob(z) - transform.log_abs_det_jacobian(z, x)
-    torch.testing.assert_close(guide.get_posterior(DATA).log_prob(x), expected, atol=1e-3, rtol=1e-3)
+    """get_base_dist and get_transform describe get_posterior: the change of variables agrees, with tails and couplings, and
+    with the nearly normal base of the start (Pyro's own StudentT is .02 nat per dimension off there)."""
+    for tails in (True, False):
+        guide = exact_guide()
+        if tails:
+            guide._posterior.components[0].family.start_with_tails()
+        _perturb(guide._posterior)
+        base, transform = guide.get_base_dist(), guide.get_transform()
+        z = base.sample((50,))
+        x = transform(z)
+        expected = base.log_prob(z) - transform.log_abs_det_jacobian(z, x)
+        torch.testing.assert_close(guide.get_posterior(DATA).log_prob(x), expected, atol=1e-3, rtol=1e-3)
 
 
 def _autoguides(model):

@@ -14,6 +14,7 @@ from torch.distributions import Distribution, Transform, constraints
 
 from pyro_dgm.core import DistributionModule, Standardize, compose, zuko
 from pyro_dgm.core.shapes import check_value_shape
+from pyro_dgm.flows.sequential import sequential
 from pyro_dgm.flows.standard_normal import standard_normal
 
 __all__ = ["NormalizingFlow", "directed"]
@@ -133,7 +134,7 @@ def directed(flow: zuko.lazy.Flow, features: int, fast: Direction) -> zuko.lazy.
             f"fast={fast!r}: expected 'density' (scoring in one pass) or 'sampling' (drawing in one pass)."
         )
     transform = flow.transform if fast == "density" else flow.transform.inv
-    return zuko.lazy.Flow(transform, standard_normal(features))
+    return sequential(zuko.lazy.Flow(transform, standard_normal(features)))
 
 
 def features_of(flow: zuko.lazy.LazyDistribution) -> tuple[Size, int]:

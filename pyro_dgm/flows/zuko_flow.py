@@ -8,6 +8,7 @@ from torch.distributions import constraints
 
 from pyro_dgm.core import zuko
 from pyro_dgm.flows.base import NormalizingFlow, features_of
+from pyro_dgm.flows.sequential import sequential
 
 __all__ = ["ZukoFlow"]
 
@@ -54,4 +55,4 @@ class ZukoFlow(NormalizingFlow):
                 f"ZukoFlow: {type(zuko_flow).__name__} has {shape.numel()} features, but event_shape "
                 f"{tuple(self.event_shape)} with support {support} needs {self.features}."
             )
-        self.flow = zuko_flow
+        self.flow = sequential(zuko_flow)

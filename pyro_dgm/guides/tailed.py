@@ -12,9 +12,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import StudentT, Transform, constraints
+from torch.distributions import Transform, constraints
 
 from pyro_dgm.core import DistributionModule, zuko
 
@@ -158,7 +159,7 @@ class SinhArcsinh(Transform):
 _LEAST, _MOST = 1e-6, 2.0 / 3.0  # 1 / df: from normal to 1.5 degrees of freedom
 
 
-class _StableStudentT(StudentT):
+class _StableStudentT(dist.StudentT):
     """Student-t whose density stays exact at large degrees of freedom, where torch's cancels in float32."""
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -136,9 +136,10 @@ class IWAE_ELBO(Trace_ELBO):
         drawn = poutine.trace(run).get_trace(*args, **kwargs)
         for name, site in latent_sites(drawn):
             if not site["fn"].has_rsample:
+                instead = "Enumerate it in the model, or use pyro.infer.ReweightedWakeSleep."
                 raise ValueError(
                     f"IWAE_ELBO: guide site '{name}' ({type(site['fn']).__name__}) has no reparameterised draws. "
-                    "Enumerate it in the model, or use pyro.infer.ReweightedWakeSleep."
+                    f"{site['infer'].get('instead', instead)}"
                 )
         return drawn
 

@@ -35,6 +35,7 @@ from pyro_dgm.core.vectorize import NOT_VECTORIZED, enumerated, how_to_vectorize
 __all__ = ["STL_ELBO", "parameters_of", "rescored"]
 
 _LOOPED_PARTICLES = 16
+_INSTEAD = "Enumerate it in the model, or use pyro.infer.Trace_ELBO or TraceEnum_ELBO."
 
 
 class STL_ELBO(Trace_ELBO):
@@ -223,7 +224,7 @@ def _refuse_unmatched(model_trace: poutine.Trace, guide_trace: poutine.Trace) ->
         if not site["fn"].has_rsample:
             raise ValueError(
                 f"STL_ELBO: guide site '{name}' ({type(site['fn']).__name__}) is not reparameterised, so it has no path "
-                "gradient. Enumerate it in the model, or use pyro.infer.Trace_ELBO or TraceEnum_ELBO."
+                f"gradient. {site['infer'].get('instead', _INSTEAD)}"
             )
     _refuse_missing([n for n, s in latent_sites(model_trace) if n not in guide_trace.nodes and not is_enumerable(s)])
 

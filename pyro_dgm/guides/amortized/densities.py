@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_dgm.core.vectorize import NOT_VECTORIZED, how_to_vectorize, joint_alone, joint_in_plate, joint_of_rows
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.guides.amortized.refined import Refined, refine
 from pyro_dgm.guides.amortized.units import Units
 
@@ -53,7 +54,7 @@ class Joint:
         self.shapes = {k: v.shape[1:] for k, v in example.items()}
         self.how, fault = how_to_vectorize(posterior.model, self._in_plate(example), self.shapes, self.nesting, (), {})
         if self.how == "loop":
-            warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=4)
+            warn_user(NOT_VECTORIZED.format(fault))
 
     def sample(self, n: int) -> Tensor:
         """Draws of the guide."""

@@ -39,17 +39,19 @@ class Group(nn.Module):
         sites: the latents.
         dims: dimension of every plate of the model.
         streams: plates and widths of the data's features.
-        earlier: plates and widths of the groups before this one.
+        earlier: plates and widths of all groups before this one.
+        sees: which of them it depends on.
         family: ``family(features, context_features)``.
         bounds: ``"map"`` or ``"truncate"``.
     """
 
     def __init__(
         self, sites: tuple[Site, ...], dims: dict[str, int], streams: list[tuple[tuple[str, ...], int]],
-        earlier: list[tuple[tuple[str, ...], int]], family: Callable[[int, int], DistributionModule] | None, bounds: str,
+        earlier: list[tuple[tuple[str, ...], int]], sees: list[int],
+        family: Callable[[int, int], DistributionModule] | None, bounds: str,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.sites, self.plates, self.dims = sites, sites[0].plates, dims
+        self.sites, self.plates, self.dims, self.sees = sites, sites[0].plates, dims, sees
         self.continuous = [s for s in sites if not s.classes]
         self.discrete = [s for s in sites if s.classes]
         self.units = Units(self.continuous, bounds) if self.continuous else None
@@ -58,7 +60,7 @@ class Group(nn.Module):
             SetEncoder(width) if lacks else nn.Identity() for lacks, (_, width) in zip(lacking, streams, strict=True)
         )
         widths = [32 if lacks else width for lacks, (_, width) in zip(lacking, streams, strict=True)]
-        self.context_features = sum(widths) + sum(w for _, w in earlier)
+        self.context_features = sum(widths) + sum(earlier[i][1] for i in sees)
         self.family = self._family(family)
         self.heads = nn.ModuleList(self._heads())
 
@@ -76,7 +78,7 @@ class Group(nn.Module):
         """All that the flow sees, shape ``(*lead, *plates, C)``; plates that the group lacks have become 1."""
         parts = [self._pooled(pool, s) for pool, s in zip(self.pools, streams, strict=True)]
         parts += [pooled(d.features, self._lacking(d.plates), d.mask)[0] if self._lacking(d.plates) else d.features
-                  for d in earlier]  # fmt: skip
+                  for d in (earlier[i] for i in self.sees)]  # fmt: skip
         return joined(*parts)
 
     def encode(self, values: dict[str, Tensor], prior: Moments) -> tuple[Tensor | None, Tensor, Tensor]:

@@ -3,7 +3,9 @@ r"""AmortizedGuide: q(latents | data) for any data of a model, read from the mod
 .. math:: q(\theta \mid x) = \prod_P q_P(\theta_P \mid \theta_{P' \subset P}, x), \qquad P \text{ the sets of plates}
 
 Latents outside all plates come first and see pooled data; latents inside a plate see their own data and the latents outside
-(Ambrogioni et al. 2019, arXiv 1812.00110; Heinrich et al. 2024, arXiv 2306.16015).
+(Ambrogioni et al. 2019, arXiv 1812.00110; Heinrich et al. 2024, arXiv 2306.16015). Latents that share no density, even by way
+of others, are independent given the data (Webb et al. 2018, "Faithful inversion of generative models"): such parts of the model
+get groups of their own.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ class AmortizedGuide(nn.Module):
 
     From prototype traces of the model it takes sites, supports and plates, and builds one conditional flow per set of
     plates: for the globals, given a permutation-invariant summary of every observed plate; for the locals of a plate,
-    shared by its elements, given their own datum and the globals. Discrete latents get categorical heads; those marked for
-    enumeration are left to the model. Data and latents are standardised inside (set by training, kept in ``state_dict``).
+    shared by its elements, given their own datum and the globals. Parts of the model that are independent given the data
+    (where Pyro can follow the model's values) get flows of their own. Discrete latents get categorical heads; those marked
+    for enumeration are left to the model. Data and latents are standardised inside (set by training, kept in
+    ``state_dict``).
 
     Train it with :class:`~pyro_dgm.ForwardKL` on simulations, with ``STL_ELBO()(model, guide)`` on data, or in that order.
 
@@ -56,7 +60,7 @@ class AmortizedGuide(nn.Module):
             draws have no path gradient: use ``"map"`` for an ELBO.
 
     Raises:
-        ValueError: for an observed name that is no site; no latents; supports that are not fixed; priors with non-finite
+        ValueError: for an observed name that is no site; no latents; subsampled plates; unfixed supports; priors with non-finite
             draws; batch dimensions outside plates. Each names the site.
 
     Note:
@@ -174,10 +178,10 @@ class AmortizedGuide(nn.Module):
         """Draws ``{site: (*shape, *lead, *site)}`` for data with ``lead`` leading dimensions."""
         streams, earlier = self.streams(data, lead), list[Drawn]()
         out, known = dict[str, Tensor](), dict[str, Tensor]()
-        for i, group in enumerate(self.groups):
+        for group in self.groups:
             context = self._stretched(group.context(streams, earlier), group, data, lead)
             prior = self.prior.of(group.sites, known, data)
-            values, seen = group.sample(context, Size() if i else shape, prior)  # later contexts hold draws
+            values, seen = group.sample(context, Size() if group.sees else shape, prior)  # such contexts hold draws
             known |= values
             earlier = [*earlier, Drawn(group.plates, seen)]
             out |= {s.name: self._bare(s, values[s.name]) for s in group.sites}
@@ -223,11 +227,13 @@ class AmortizedGuide(nn.Module):
         example = self.streams(self.arguments.example(self.structure, self.covariates), 0)
         widths: list[Stream] = [(s.plates, s.features.shape[-1]) for s in example]  # type: ignore[misc]
         groups: list[Group] = []
-        for i, sites in enumerate(self.structure.groups()):
+        for sites in self.structure.groups():
             earlier = [(g.plates, g.features) for g in groups]
-            here = bounds or "truncate"
-            cut = here if not sites[0].plates and i == 0 else "map"  # elsewhere the constant depends on other latents
-            groups.append(Group(sites, dims, widths, earlier, _family_of(family, sites), cut))  # type: ignore[arg-type]
+            sees = [i for i, g in enumerate(groups) if self.structure.related(g.sites[0], sites[0])]
+            cut = (
+                "map" if sites[0].plates or sees else bounds or "truncate"
+            )  # elsewhere the constant depends on other latents
+            groups.append(Group(sites, dims, widths, earlier, sees, _family_of(family, sites), cut))  # type: ignore[arg-type]
         return groups
 
     def _laid(self, group: Group, values: Mapping[str, Tensor], lead: int) -> dict[str, Tensor]:

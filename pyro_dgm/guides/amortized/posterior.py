@@ -9,6 +9,7 @@ from torch import Size, Tensor, nn
 
 from pyro_dgm.guides.amortized.densities import refined
 from pyro_dgm.guides.amortized.refined import Refined
+from pyro_dgm.guides.amortized.transport import Transport
 
 if TYPE_CHECKING:
     from pyro_dgm.guides.amortized.guide import AmortizedGuide
@@ -105,6 +106,18 @@ class ConditionedGuide(nn.Module):
             if seed is not None:
                 torch.manual_seed(seed)
             return refined(self, num_samples, proposals or 4 * num_samples, steps)
+
+    def transport(self) -> Transport:
+        """The same posterior as an ``AutoContinuous``, for NUTS in its coordinates.
+
+        ``dgm.neutra(posterior.model, posterior.transport())`` and ``NeuTraReparam(posterior.transport())``.
+
+        Raises:
+            ValueError: on many data sets at once; for latents inside plates, discrete ones, and a box that is cut off
+                (build the guide with ``bounds="map"``).
+        """
+        self._refuse_many("asked for its transport")
+        return Transport(self)
 
     def _refuse_many(self, what: str) -> None:
         if self.lead:

@@ -13,7 +13,6 @@ updater and fewer chains", Statistics and Computing 18, eqs. 1-2.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_dgm.core.psis import psis
+from pyro_dgm.core.warn import warn_user
 
 __all__ = ["Refined", "refine"]
 
@@ -180,8 +180,7 @@ def _warn(k: float, ess: float, proposals: int, steps: int, accepted: dict[str, 
         if steps
         else "They were not moved by chains: pass steps=200."
     )
-    warnings.warn(
+    warn_user(
         f"refine: k-hat is {k:.2f} ({ess:.0f} effective draws); the guide is far from this data set's posterior, and "
-        f"importance weights alone do not repair it, nor is the evidence to be believed. {after}",
-        stacklevel=4,
+        f"importance weights alone do not repair it, nor is the evidence to be believed. {after}"
     )

@@ -14,6 +14,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_dgm.core.sites import is_enumerable, is_subsample, latent_sites, plate_frames
 from pyro_dgm.core.vectorize import plate_nesting
+from pyro_dgm.guides.amortized.dependencies import independent_parts
 
 __all__ = ["Site", "Structure", "read"]
 
@@ -60,29 +61,41 @@ class Site:
 
 @dataclass(frozen=True)
 class Structure:
-    """Sites of a model, and its plates ``{name: (dim, size)}``; ``nesting`` is their depth."""
+    """Sites of a model, and its plates ``{name: (dim, size)}``; ``nesting`` is their depth.
+
+    ``parts`` are latents that are independent of the others given the data.
+    """
 
     latents: tuple[Site, ...]
     observed: tuple[Site, ...]
     plates: dict[str, tuple[int, int]]
     nesting: int
+    parts: tuple[frozenset[str], ...]
 
     def groups(self) -> list[tuple[Site, ...]]:
-        """Latents with the same plates together; fewer plates first."""
+        """Latents with the same plates and of the same part together; fewer plates first."""
         sets = sorted({s.plates for s in self.latents}, key=lambda p: (len(p), [self.plates[n][0] for n in p]))
-        return [tuple(s for s in self.latents if s.plates == p) for p in sets]
+        groups = [
+            tuple(s for s in self.latents if s.plates == p and s.name in part) for p in sets for part in self.parts
+        ]
+        return [g for g in groups if g]
+
+    def related(self, a: Site, b: Site) -> bool:
+        """Whether two latents belong to the same part."""
+        return any(a.name in part and b.name in part for part in self.parts)
 
 
 def read(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: Any) -> Structure:
     """The structure of a model that simulates its data.
 
     Raises:
-        ValueError: for an observed name that is no site, latents without a density or with a support that is not
-            supported, non-finite draws, and batch dimensions outside plates.
+        ValueError: for an observed name that is no site, a subsampled plate, latents without a density or with a support
+            that is not supported, non-finite draws, and batch dimensions outside plates.
     """
     traces = [_simulated(model, args, kwargs) for _ in range(3)]
     trace, names = traces[0], tuple(observed)
     _refuse_unknown(trace, names)
+    _refuse_subsamples(trace)
     data = tuple(_site(trace.nodes[k], None) for k in names)
     latents = tuple(_latent(n, [t.nodes[n] for t in traces]) for n, s in latent_sites(trace)
                     if n not in names and not is_enumerable(s))  # fmt: skip
@@ -92,7 +105,8 @@ def read(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: 
         )
     sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not is_subsample(s)]
     plates = {f.name: (f.dim, f.size) for s in sites for f in plate_frames(s)}
-    return Structure(latents, data, plates, plate_nesting(trace))
+    parts = independent_parts(model, [s.name for s in latents], names, traces[:2], args, kwargs)
+    return Structure(latents, data, plates, plate_nesting(trace), tuple(map(frozenset, parts)))
 
 
 def _simulated(model: Callable[..., Any], args: Any, kwargs: Any) -> poutine.Trace:
@@ -108,6 +122,18 @@ def _refuse_unknown(trace: poutine.Trace, names: tuple[str, ...]) -> None:
             f"AmortizedGuide: observed={list(names)}; {unknown or 'nothing'} is no sample site of the model, whose sites "
             f"are {sites}. Give the names of the sites that will hold data."
         )
+
+
+def _refuse_subsamples(trace: poutine.Trace) -> None:
+    """Half of a simulated data set is no data set."""
+    for site in trace.nodes.values():
+        for frame in plate_frames(site) if site["type"] == "sample" else []:
+            if frame.full_size not in (None, frame.size):
+                raise ValueError(
+                    f"AmortizedGuide: plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}); simulations must "
+                    f"be whole. Take its size from an argument, pyro.plate('{frame.name}', n), and build the guide with a "
+                    "small n: the plate may have any size when it is conditioned."
+                )
 
 
 def _site(site: dict[str, Any], support: Any, classes: int = 0) -> Site:

@@ -17,6 +17,7 @@ from pyro_dgm.guides.amortized.units import Moments
 __all__ = ["traced"]
 
 _AUXILIARY = {"is_auxiliary": True}
+_CUT_OFF = {"instead": "A prior's box is cut off the flow by rejection: build the guide with bounds='map' for an ELBO."}
 
 
 def traced(group: Group, context: Tensor, plates: Sequence[Any], prior: Moments) -> tuple[dict[str, Tensor], Tensor]:
@@ -27,7 +28,8 @@ def traced(group: Group, context: Tensor, plates: Sequence[Any], prior: Moments)
             stack.enter_context(plate)
         u = None
         if group.units is not None:
-            u = pyro.sample(f"_flow_{group.sites[0].name}", group.distribution(context), infer=_AUXILIARY)
+            infer = _AUXILIARY | (_CUT_OFF if group.truncated else {})
+            u = pyro.sample(f"_flow_{group.sites[0].name}", group.distribution(context), infer=infer)
             at, log_dets = group.units.unflatten(u, prior)
             for site in group.continuous:
                 delta = dist.Delta(at[site.name], -log_dets[site.name], event_dim=len(site.event_shape))

@@ -2,13 +2,15 @@ r"""Flows cut off at a box: :math:`q(u) = f(u)\,1[u \in B] / Z,\ Z = \int_B f`, 
 
 from __future__ import annotations
 
-import warnings
+import math
 from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
+
+from pyro_dgm.core.warn import warn_user
 
 __all__ = ["Truncated", "acceptance"]
 
@@ -66,15 +68,14 @@ class Truncated(TorchDistribution):
             u, bad = self._of_many(shape)
         if not bad.any():
             return u
-        warnings.warn(
+        warn_user(
             f"AmortizedGuide: {int(bad.sum())} of {bad.numel()} draws were still outside the prior's box after {_ROUNDS} "
-            "rounds, and were moved to its edge. The data lie outside what was simulated, or the guide is not trained.",
-            stacklevel=2,
+            "rounds, and were moved to its edge. The data lie outside what was simulated, or the guide is not trained."
         )
         return torch.where(bad.unsqueeze(-1), self.box.clamp(u), u)
 
     def _of_one(self, n: int) -> tuple[Tensor, Tensor]:
-        """``(n, D)`` draws of one flow, and which are outside; each round draws somewhat more than are missing."""
+        """``(n, D)`` draws of one flow, and which are outside; each round draws what will hold the missing ones, likely."""
         u = self.q.sample(Size([n])).reshape(n, -1)
         bad = ~self.box.inside(u)
         share = max(1.0 - float(bad.double().mean()), 0.05) if n else 1.0
@@ -82,24 +83,40 @@ class Truncated(TorchDistribution):
             missing = int(bad.sum())
             if not missing:
                 break
-            again = self.q.sample(Size([int(1.2 * missing / share) + 8])).reshape(-1, u.shape[-1])
+            spare = 3.0 * math.sqrt(missing * (1.0 - share))  # three standard deviations of how many fall inside
+            again = self.q.sample(Size([int((missing + spare) / share) + 8])).reshape(-1, u.shape[-1])
             again = again[self.box.inside(again)][:missing]
             at = bad.nonzero()[: len(again), 0]
             u[at], bad[at] = again, False
         return u, bad
 
     def _of_many(self, shape: Size) -> tuple[Tensor, Tensor]:
-        u = self.q.sample(shape)
+        """Draws of many flows, and which are outside; in each round a flow's draws inside fill its missing ones, in order."""
+        n, batch = shape.numel(), self.q.batch_shape
+        u = self.q.sample(Size([n]))
         bad = ~self.box.inside(u)
         for _ in range(_ROUNDS):
             if not bad.any():
                 break
-            again = self.q.sample(shape)
-            u = torch.where((bad & self.box.inside(again)).unsqueeze(-1), again, u)
-            bad = ~self.box.inside(u)
-        return u, bad
+            again = self.q.sample(Size([n]))
+            good = self.box.inside(again)
+            slots, found = _first(bad), _first(good)
+            filled = torch.arange(n).reshape(-1, *(1,) * len(batch)) < torch.minimum(bad.sum(0), good.sum(0))
+            new = torch.where(filled.unsqueeze(-1), _rows(again, found), _rows(u, slots))
+            u = u.scatter(0, slots.unsqueeze(-1).expand_as(u), new)
+            bad = bad & ~torch.zeros_like(bad).scatter(0, slots, filled)
+        return u.reshape(shape + batch + self.event_shape), bad.reshape(shape + batch)
 
     def _mass(self) -> Tensor:
         if self.mass is None:
             self.mass = acceptance(self.q, self.box)[0]
         return self.mass
+
+
+def _rows(u: Tensor, index: Tensor) -> Tensor:
+    return u.gather(0, index.unsqueeze(-1).expand_as(u))
+
+
+def _first(which: Tensor) -> Tensor:
+    """An order of the rows of each column in which those that are True come first."""
+    return which.long().argsort(stable=True, dim=0, descending=True)
