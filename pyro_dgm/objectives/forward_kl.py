@@ -97,8 +97,8 @@ class ForwardKL(nn.Module):
         dim = max(group.features for group in self.guide.groups)
         return Recipe(
             lr=4e-3,
-            batch_size=min(512, max(32, rows // 20)),
-            max_epochs=min(110, max(30, 300 // dim)),  # more latents learn, and overfit, sooner
+            batch_size=min(256, max(32, rows // 40)),
+            max_epochs=min(120, max(40, 500 // dim)),  # more latents learn, and overfit, sooner
             validation=0.1,
             patience=25,
             weight_decay=0.02 * min(dim, 10),

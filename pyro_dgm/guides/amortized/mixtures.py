@@ -36,8 +36,11 @@ class Mixture:
     def __init__(self, log_weight: Tensor, loc: Tensor, log_scale: Tensor, interval: Interval | None = None) -> None:
         self.log_weight, self.loc, self.log_scale = torch.log_softmax(log_weight, -1), loc, log_scale
         self.interval = interval
-        self.ends: Any = tuple(self._standard(end) for end in interval) if interval else None
-        self.log_mass = _log_mass(*self.ends) if interval else torch.zeros(())
+        self.ends: Any = None
+        self.log_mass = torch.zeros(())
+        if interval is not None:
+            self.ends = (self._standard(interval[0]), self._standard(interval[1]))
+            self.log_mass = _log_mass(*self.ends)
 
     def _standard(self, x: Tensor) -> Tensor:
         return (x.unsqueeze(-1) - self.loc) * torch.exp(-self.log_scale)
