@@ -60,10 +60,10 @@ class Mixture:
 
     def cdf(self, x: Tensor) -> Tensor:
         """Probability below x, shape ``(...)``."""
-        below = torch.special.ndtr(self._standard(x))
-        below = below - torch.special.ndtr(self.ends[0]) if self.ends else below
-        total = torch.logsumexp(self._log_inside(), -1)
-        return (torch.exp(self.log_weight - total.unsqueeze(-1)) * below).sum(-1)
+        share = torch.softmax(self._log_inside(), -1)
+        if self.ends is None:
+            return (share * torch.special.ndtr(self._standard(x))).sum(-1)
+        return (share * torch.exp(_log_mass(self.ends[0], self._standard(x)) - self.log_mass)).sum(-1)
 
     def rsample(self) -> Tensor:
         """One draw of each, shape ``(...)``."""
@@ -89,8 +89,8 @@ def _cut_normal(low: Tensor, high: Tensor) -> Tensor:
     """Draws of a standard normal between two ends."""
     turn = low + high > 0.0
     a, b = torch.where(turn, -high, low).double(), torch.where(turn, -low, high).double()
-    below, inside = torch.special.ndtr(a), torch.special.ndtr(b) - torch.special.ndtr(a)
-    z = torch.special.ndtri(below + inside * torch.rand_like(a)).clamp(a, b).to(low)
+    below, above = torch.special.log_ndtr(a).exp(), torch.special.log_ndtr(b).exp()  # ndtr has no digits in the tail
+    z = torch.special.ndtri(below + (above - below) * torch.rand_like(a)).clamp(a, b).to(low)
     return torch.where(turn, -z, z)
 
 
