@@ -33,7 +33,7 @@ class MixtureChain(DistributionModule):
         context_features: length of the context.
         box: lower and upper ends of the entries, infinite where there is none; None for none.
         components: of each mixture.
-        hidden_features: of the network.
+        hidden_features: of the network; None for three layers of 64 D units, 192 at most.
         dropout: share of its hidden units that a step on a fixed budget of simulations leaves out; None for
             0.03 (D - 2), between 0 and 0.1: few latents are learned too slowly, many by heart.
     """
@@ -50,13 +50,14 @@ class MixtureChain(DistributionModule):
         *,
         box: Interval | None = None,
         components: int = 8,
-        hidden_features: Sequence[int] = (192, 192, 192),
+        hidden_features: Sequence[int] | None = None,
         dropout: float | None = None,
     ) -> None:
         super().__init__(features, context_features)
         self.components, self.bounded = components, box is not None and bool(box[0].isfinite().any())
         dropout = min(0.1, 0.03 * max(0, features - 2)) if dropout is None else dropout
-        self.net = _masked(features, context_features, 3 * components, hidden_features, dropout)
+        hidden = (min(192, 64 * features),) * 3 if hidden_features is None else hidden_features
+        self.net = _masked(features, context_features, 3 * components, hidden, dropout)
         self.linear = nn.Linear(context_features, features)
         low, high = box or (torch.full((features,), -torch.inf), torch.full((features,), torch.inf))
         self.register_buffer("residual", torch.ones(features))
