@@ -98,7 +98,7 @@ class ForwardKL(nn.Module):
         return Recipe(
             lr=4e-3,
             batch_size=min(256, max(32, rows // 40)),
-            max_epochs=min(120, max(40, 500 // dim)),  # more latents learn, and overfit, sooner
+            max_epochs=min(160, max(40, 800 // dim)),  # more latents learn, and overfit, sooner
             validation=0.1,
             patience=25,
             weight_decay=0.02 * min(dim, 10),
