@@ -35,7 +35,7 @@ class MixtureChain(DistributionModule):
         components: of each mixture.
         hidden_features: of the network; None for three layers of 64 D units, 192 at most.
         dropout: share of its hidden units that a step on a fixed budget of simulations leaves out; None for
-            0.03 (D - 2), between 0 and 0.1: few latents are learned too slowly, many by heart.
+            0.05 (D - 2), between 0 and 0.15: few latents are learned too slowly, many by heart.
     """
 
     residual: Tensor
@@ -55,7 +55,7 @@ class MixtureChain(DistributionModule):
     ) -> None:
         super().__init__(features, context_features)
         self.components, self.bounded = components, box is not None and bool(box[0].isfinite().any())
-        dropout = min(0.1, 0.03 * max(0, features - 2)) if dropout is None else dropout
+        dropout = min(0.15, 0.05 * max(0, features - 2)) if dropout is None else dropout
         hidden = (min(192, 64 * features),) * 3 if hidden_features is None else hidden_features
         self.net = _masked(features, context_features, 3 * components, hidden, dropout)
         self.linear = nn.Linear(context_features, features)
