@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,8 +74,10 @@ class ForwardKL(nn.Module):
 
     def forward(self, batch: Mapping[str, Any] | None = None) -> Tensor:
         """The loss of simulations ``{site: (n, *site)}``; None simulates."""
+        fixed = batch is not None and torch.is_grad_enabled()  # fresh simulations cannot be learned by heart
         batch = self._fresh() if batch is None else batch
-        return sum((_term(*piece) for piece in self.guide.pieces(batch)), torch.zeros(())).mean()
+        with _dropout(self.guide.groups, fixed):
+            return sum((_term(*piece) for piece in self.guide.pieces(batch)), torch.zeros(())).mean()
 
     def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
         """Take units from the simulations, unless the guide has some."""
@@ -94,8 +97,8 @@ class ForwardKL(nn.Module):
         dim = max(group.features for group in self.guide.groups)
         return Recipe(
             lr=4e-3,
-            batch_size=min(512, max(32, rows // 20)),
-            max_epochs=min(110, max(30, 300 // dim)),  # more latents learn, and overfit, sooner
+            batch_size=min(256, max(32, rows // 40)),
+            max_epochs=min(160, max(40, 800 // dim)),  # more latents learn, and overfit, sooner
             validation=0.1,
             patience=25,
             weight_decay=0.02 * min(dim, 10),
@@ -105,6 +108,19 @@ class ForwardKL(nn.Module):
     def _fresh(self) -> Mapping[str, Any]:
         inputs = None if self.inputs is None else self.inputs(self.batch_size)
         return self.guide.simulate(self.batch_size, inputs)
+
+
+@contextmanager
+def _dropout(groups: Any, on: bool) -> Iterator[None]:
+    """Families are in training mode in a step on a fixed budget of simulations, and in no other place."""
+    families = [g.family for g in groups if g.family is not None]
+    for family in families:
+        family.train(on)
+    try:
+        yield
+    finally:
+        for family in families:
+            family.eval()
 
 
 def _term(group: Any, u: Any, context: Tensor, log_det: Tensor, values: Any, mask: Tensor | None) -> Tensor:

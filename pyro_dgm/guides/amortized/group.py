@@ -14,7 +14,7 @@ from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.networks import MLP, joined
 from pyro_dgm.core.training import Transporting
 from pyro_dgm.guides.amortized.encoders import SetEncoder, pooled
-from pyro_dgm.guides.amortized.family import ResidualSpline
+from pyro_dgm.guides.amortized.family import MixtureChain
 from pyro_dgm.guides.amortized.streams import Stream
 from pyro_dgm.guides.amortized.structure import Site
 from pyro_dgm.guides.amortized.truncation import Truncated, acceptance
@@ -62,17 +62,15 @@ class Group(nn.Module):
         widths = [32 if lacks else width for lacks, (_, width) in zip(lacking, streams, strict=True)]
         self.context_features = sum(widths) + sum(earlier[i][1] for i in sees)
         self.family = self._family(family)
+        self.truncated = (
+            family is not None and self.units is not None and self.units.truncated
+        )  # the default keeps boxes
         self.heads = nn.ModuleList(self._heads())
 
     @property
     def features(self) -> int:
         """Numbers that later groups see."""
         return (self.units.features if self.units else 0) + sum(s.classes * s.width for s in self.discrete)
-
-    @property
-    def truncated(self) -> bool:
-        """Whether mass outside a box is cut off."""
-        return self.units is not None and self.units.truncated
 
     def context(self, streams: list[Stream], earlier: list[Drawn]) -> Tensor:
         """All that the flow sees, shape ``(*lead, *plates, C)``; plates that the group lacks have become 1."""
@@ -140,7 +138,9 @@ class Group(nn.Module):
     def _family(self, make: Callable[[int, int], DistributionModule] | None) -> Any:
         if self.units is None:
             return None
-        family = (make or ResidualSpline)(self.units.features, self.context_features)
+        if make is None:
+            return MixtureChain(self.units.features, self.context_features, box=self.units.edges())
+        family = make(self.units.features, self.context_features)
         if family.event_shape != Size([self.units.features]) or family.context_features != self.context_features:
             raise ValueError(
                 f"AmortizedGuide: family gave {type(family).__name__} of event shape {tuple(family.event_shape)} with "

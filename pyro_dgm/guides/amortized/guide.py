@@ -54,10 +54,10 @@ class AmortizedGuide(nn.Module):
         encoder: ``{observed site: module}`` from events ``(N, *event_shape)`` to features ``(N, F)``: a convolutional,
             recurrent or set network. One module serves a model with one observed site.
         family: ``family(features, context_features)`` gives the flow of a group; a mapping ``{site: family}`` chooses by
-            one of the group's sites. None for splines around a conditional Gaussian.
-        bounds: how a prior's box is kept: ``"truncate"`` cuts the flow off at the edge, and estimates its constant;
-            ``"map"`` maps the box to all numbers. None truncates latents outside plates, and maps those inside. Truncated
-            draws have no path gradient: use ``"map"`` for an ELBO.
+            one of the group's sites. None for a chain of mixtures of normals around a linear regression.
+        bounds: how a prior's box is kept: ``"truncate"`` cuts the family off at the edge (the default family with an exact
+            constant; a family given here with an estimated one, and draws without a path gradient: use ``"map"`` for an
+            ELBO then); ``"map"`` maps the box to all numbers. None truncates latents outside plates, and maps those inside.
 
     Raises:
         ValueError: for an observed name that is no site; no latents; subsampled plates; unfixed supports; priors with non-finite

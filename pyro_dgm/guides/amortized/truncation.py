@@ -1,4 +1,7 @@
-r"""Flows cut off at a box: :math:`q(u) = f(u)\,1[u \in B] / Z,\ Z = \int_B f`, with Z by Monte Carlo and bounded rejection."""
+r"""Flows cut off at a box: :math:`q(u) = f(u)\,1[u \in B] / Z,\ Z = \int_B f`, with Z by Monte Carlo and bounded rejection.
+
+For families that do not keep the box themselves, as the default one does.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@ r"""The units in which a flow works: latents of a group as one vector, standardi
 
 ``"map"``: :math:`u = T^{-1}(\theta)` with a bijection onto the support, by the normal quantile function for a box (a
 uniform prior is then standard normal in :math:`u`), by ``biject_to`` otherwise. ``"truncate"``: a box is left as it is,
-and the flow's mass outside is cut off (:mod:`~pyro_dgm.guides.amortized.truncation`).
+in units in which it reaches from :math:`-\sqrt 3` to :math:`\sqrt 3` (standard deviation 1, if it is filled evenly), and the
+family is cut off at its edge.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class Units(nn.Module):
         ends = [self._box(s, w) for s, w in zip(sites, self.widths, strict=True)]
         self.register_buffer("low", torch.cat([a for a, _ in ends]))
         self.register_buffer("high", torch.cat([b for _, b in ends]))
+        self._box_units()
 
     @property
     def features(self) -> int:
@@ -128,6 +130,17 @@ class Units(nn.Module):
         x, _ = self._unconstrained(values, prior)
         rows = x.reshape(-1, self.features) if mask is None else x[mask.expand(x.shape[:-1])]
         self.standard.fit(rows)
+        self._box_units()
+
+    def edges(self) -> tuple[Tensor, Tensor]:
+        """Ends of the box in units of u, each ``(D,)``; infinite where there is none. No training moves them."""
+        return self.standard(self.low), self.standard(self.high)
+
+    @torch.no_grad()
+    def _box_units(self) -> None:
+        boxed = self.low.isfinite()
+        self.standard.loc[boxed] = 0.5 * (self.low + self.high)[boxed]
+        self.standard.scale[boxed] = (self.high - self.low)[boxed] / math.sqrt(12.0)
 
     def _unconstrained(self, values: dict[str, Tensor], prior: Moments) -> tuple[Tensor, Tensor]:
         parts, total = [], torch.zeros(())
@@ -157,7 +170,9 @@ class Units(nn.Module):
     def _to_site(self, site: Site, part: Tensor) -> tuple[Tensor, Tensor]:
         batch = part.shape[:-1]
         if self._left_alone(site):
-            return part.reshape([*batch, *site.event_shape]), part.new_zeros(batch)
+            low, high = (torch.as_tensor(end).to(part) for end in box_of(site) or ())
+            value = part.reshape([*batch, *site.event_shape])
+            return torch.clamp(value, low, torch.nextafter(high, low)), part.new_zeros(batch)  # rounding leads outside
         to_site: Any = _bijection(site, part)
         x = part.reshape([*batch, *to_site.inverse_shape(site.event_shape)])
         value = to_site(x)
