@@ -110,11 +110,12 @@ class ConditionedGuide(nn.Module):
     def transport(self) -> Transport:
         """The same posterior as an ``AutoContinuous``, for NUTS in its coordinates.
 
-        ``dgm.neutra(posterior.model, posterior.transport())`` and ``NeuTraReparam(posterior.transport())``.
+        ``dgm.neutra(posterior.model, posterior.transport())`` and ``NeuTraReparam(posterior.transport())``. The guide must be
+        built with a flow, such as ``family=dgm.NSF``: the default family is no transform of a base.
 
         Raises:
-            ValueError: on many data sets at once; for latents inside plates, discrete ones, and a box that is cut off
-                (build the guide with ``bounds="map"``).
+            ValueError: on many data sets at once; for latents inside plates, discrete ones, a box that is cut off
+                (build the guide with ``bounds="map"``), and a family that is no flow.
         """
         self._refuse_many("asked for its transport")
         return Transport(self)

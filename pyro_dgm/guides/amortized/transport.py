@@ -117,7 +117,8 @@ def _refuse(posterior: ConditionedGuide) -> None:
         )
     if not _is_flow(groups[0]):
         raise ValueError(
-            f"transport: {type(groups[0].family).__name__} is no transform of a base. Use the default family, or another flow."
+            f"transport: {type(groups[0].family).__name__} is no transform of a base. Build the guide with a flow, such as "
+            "family=dgm.NSF."
         )
 
 
