@@ -23,7 +23,9 @@ def arcs(context):
 
 def main(smoke, out):
     context = torch.rand(20_000, 1)
-    gan = dgm.Adversarial(dgm.Generator(2, context_features=1), dgm.Critic(2, context_features=1))
+    gan = dgm.Adversarial(
+        dgm.Generator(2, context_features=1), dgm.Critic(2, context_features=1), pretrain=50 if smoke else 8000
+    )
     with warnings.catch_warnings():
         if smoke:
             warnings.simplefilter("ignore")  # a few steps cover nothing, and fit says so

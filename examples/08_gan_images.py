@@ -24,7 +24,8 @@ def main(smoke, out):
     levels = torch.tensor(load_digits().images).float()
     images = dgm.Dequantize(17)(levels)[torch.randperm(len(levels))]
     train, held_out = images[:1297], images[1297:]
-    gan = dgm.Adversarial(dgm.Generator((8, 8)), dgm.Critic((8, 8)), loss="wgan-gp", critic_steps=3)
+    options = {"loss": "wgan-gp", "critic_steps": 3, "pretrain": 50 if smoke else 8000}
+    gan = dgm.Adversarial(dgm.Generator((8, 8)), dgm.Critic((8, 8)), **options)
     with warnings.catch_warnings():
         if smoke:
             warnings.simplefilter("ignore")  # a few steps cover nothing, and fit says so

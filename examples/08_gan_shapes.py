@@ -24,7 +24,7 @@ def eight_gaussians(n):
 
 
 def trained(noise, smoke):
-    gan = dgm.Adversarial(dgm.Generator(2, noise=noise), dgm.Critic(2))
+    gan = dgm.Adversarial(dgm.Generator(2, noise=noise), dgm.Critic(2), pretrain=50 if smoke else 8000)
     with warnings.catch_warnings():
         if smoke:
             warnings.simplefilter("ignore")  # a few steps cover nothing, and fit says so

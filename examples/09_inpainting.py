@@ -40,7 +40,8 @@ def model(generator, operator, y=None):
 
 def trained(digits, steps):
     generator = dgm.Generator((8, 8), 128, base=12)
-    dgm.fit(dgm.Adversarial(generator, dgm.Critic((8, 8), 128)), (digits,), batch_size=128, max_steps=steps, seed=0)
+    gan = dgm.Adversarial(generator, dgm.Critic((8, 8), 128), pretrain=4 * steps)
+    dgm.fit(gan, (digits,), batch_size=128, max_steps=steps, seed=0)
     return generator.requires_grad_(False).eval()
 
 
