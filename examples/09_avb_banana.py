@@ -1,7 +1,4 @@
-"""A posterior like a banana by an implicit guide (adversarial variational Bayes), a flow guide and NUTS; exact on a grid.
-
-The implicit guide has no density: what it reports of the ELBO is an estimate, and ``diagnose`` says whether to believe it.
-"""
+"""A banana by an implicit guide, whose ELBO is an estimate that ``diagnose`` judges, a flow guide and NUTS; exact on a grid."""
 
 import argparse
 import pathlib
@@ -58,8 +55,7 @@ def timed(run):
 
 
 def implicit(steps):
-    guide = dgm.ImplicitGuide(banana)
-    objective = dgm.Adversarial_ELBO(banana, guide)
+    objective = dgm.Adversarial_ELBO(banana, guide := dgm.ImplicitGuide(banana))
     dgm.fit(objective, max_steps=steps, seed=0)
     return guide, objective
 
@@ -71,9 +67,8 @@ def flow(steps):
 
 
 def nuts(draws):
-    chain = MCMC(
-        NUTS(banana, target_accept_prob=0.95), num_samples=draws, warmup_steps=draws // 2, disable_progbar=True
-    )
+    kernel = NUTS(banana, target_accept_prob=0.95)
+    chain = MCMC(kernel, num_samples=draws, warmup_steps=draws // 2, disable_progbar=True)
     chain.run()
     return chain.get_samples()
 
@@ -84,13 +79,8 @@ def picture(draws, mass, path):
     for ax, (name, (x, score, chance)) in zip(axes, draws.items(), strict=True):
         ax.contour(grid, grid, mass.T, levels=[1e-5, 1e-4, 1e-3], colors="0.3", linewidths=0.7)
         ax.plot(x["a"][:2000], x["b"][:2000], ".", ms=1.5, alpha=0.5)
-        ax.set(
-            xlim=(-3.2, 3.2),
-            ylim=(-2.5, 5.5),
-            xlabel="a",
-            title=f"{name}: KL {score:.3f} nats\n(as many exact draws: {chance:.3f})",
-        )
-    axes[0].set(ylabel="b")
+        title = f"{name}: KL {score:.3f} nats\n(as many exact draws: {chance:.3f})"
+        ax.set(xlim=(-3.2, 3.2), ylim=(-2.5, 5.5), xlabel="a", ylabel="b", title=title)
     figure.savefig(path, dpi=150)
 
 
@@ -109,9 +99,7 @@ def main(steps, num_nuts, out):
     picture(scored, mass, out / "avb_banana.png")
     print(f"NUTS, one chain of {num_nuts}, {seconds:.0f} CPU s. picture:", out / "avb_banana.png")
     for name, (x, score, chance) in scored.items():
-        print(
-            f"{name:15s} KL to the exact posterior {score:.3f} by {len(x['a']):,} draws; of so many exact draws {chance:.3f}"
-        )
+        print(f"{name:15s} KL to exact {score:.3f} by {len(x['a']):,} draws; of so many exact draws {chance:.3f}")
 
 
 if __name__ == "__main__":
