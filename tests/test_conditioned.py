@@ -12,17 +12,7 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.reparam import NeuTraReparam
 
 import pyro_dgm as dgm
-
-
-def normal(x=None):
-    """mu | x is N(x / 2, 1 / 2), and x is N(0, 2)."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    return pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
-
-
-def boxed(x=None):
-    t = pyro.sample("t", dist.Uniform(-torch.ones(2), torch.ones(2)).to_event(1))
-    return pyro.sample("x", dist.Normal(t, 0.3).to_event(1), obs=x)
+from tests.amortized_models import boxed, groups, kinds, normal
 
 
 def halves(y=None, size=None):
@@ -145,22 +135,10 @@ def test_nuts_runs_in_the_coordinates_of_a_conditioned_guide():
     assert abs(mu.mean() - 1.2) < 0.35
 
 
-def grouped(y=None):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("group", 3):
-        theta = pyro.sample("theta", dist.Normal(mu, 0.7))
-        return pyro.sample("y", dist.Normal(theta, 0.5), obs=y)
-
-
-def kinds(x=None):
-    z = pyro.sample("z", dist.Categorical(torch.ones(3)))
-    return pyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=x)
-
-
 @pytest.mark.parametrize(
     "model, data, options, message",
     [
-        (grouped, {"y": torch.zeros(3)}, {}, r"latents \['theta'\] lie in plates.*init_to_value"),
+        (groups, {"y": torch.zeros(3)}, {}, r"latents \['theta'\] lie in plates.*init_to_value"),
         (kinds, {"x": torch.tensor(0.0)}, {}, r"latents \['z'\] are discrete"),
         (boxed, {"x": torch.zeros(2)}, {"family": dgm.NSF}, r"bounds='map'"),
         (boxed, {"x": torch.zeros(2)}, {}, r"MixtureChain is no transform of a base. .* family=dgm.NSF"),

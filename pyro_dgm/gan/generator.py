@@ -106,10 +106,7 @@ class Generator(DistributionModule):
     def draw(self, rows: int, context: Tensor | None = None) -> Tensor:
         """Draws ``(rows, *event_shape)``, one for each row of a context, without the cost of building a distribution."""
         context = check_context(self, context)
-        if isinstance(self.base, _StandardNormal):
-            return self._draw(self.base.draw(rows), context)
-        base = self._latent(context, context)
-        return self._draw(base.rsample(() if base.batch_shape else (rows,)), context)
+        return self._draw(self.latents(rows, context), context)
 
     def push(self, z: Tensor, noise: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The event made from latents ``(*batch, *latent)`` and standard normal noise ``(*batch, D)``; None for none."""
@@ -127,15 +124,14 @@ class Generator(DistributionModule):
 
     def units(self, x: Tensor) -> Tensor:
         """Events ``(*batch, *event)`` as the network should make them: flat and in standard units, shape ``(*batch, D)``."""
-        bijection = self._bijection()
-        return self.standard(x if bijection is None else bijection.inv(x))
+        return self.standard(self._flattened(x))
 
-    @torch.no_grad()
     def latents(self, rows: int, context: Tensor | None = None) -> Tensor:
         """Draws of z, shape ``(rows, *latent)``; with a context one for each of its rows."""
-        if context is None:
-            return self.base().sample((rows,))
-        return self._latent(context, context).sample()
+        if isinstance(self.base, _StandardNormal):
+            return self.base.draw(rows)
+        base = self._latent(context, context)
+        return base.rsample(() if base.batch_shape else (rows,))
 
     @property
     def sigma(self) -> Tensor:
@@ -176,8 +172,7 @@ class Generator(DistributionModule):
 
         Where the network ends in a bounded layer nothing is fixed, and data outside its range are refused.
         """
-        bijection = self._bijection()
-        flat = (x if bijection is None else bijection.inv(x)).reshape(-1, self.features)
+        flat = self._flattened(x).reshape(-1, self.features)
         low, high = _RANGES.get(type(list(self.network.modules())[-1]), (-torch.inf, torch.inf))
         if low > -torch.inf:
             self._refuse_outside(flat, low, high)
@@ -217,6 +212,11 @@ class Generator(DistributionModule):
         flat = torch.addcmul(self.standard.loc, self.standard.scale, u)
         bijection = self._bijection()
         return flat if bijection is None else bijection(flat)
+
+    def _flattened(self, x: Tensor) -> Tensor:
+        """Events as flat vectors in the data's units."""
+        bijection = self._bijection()
+        return x if bijection is None else bijection.inv(x)
 
     def _bijection(self) -> Any:
         """From the flat vector in the data's units to the event; None where they are the same."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyro_dgm.cnf import FFJORD
 from pyro_dgm.core import Standardize
 from pyro_dgm.core.data import first_rows
+from pyro_dgm.objectives.flow_matching import velocity_error
 
 __all__ = ["arrange"]
 
@@ -53,16 +54,15 @@ class _Teacher:
         self.generator, self.centre, self.basis = generator, u.mean(0), _principal(u, size)
         self.standard = None if context is None else Standardize(context.shape[-1]).to(context).fit(context)
         self.flow = FFJORD(size, generator.context_features, steps=_PATH_STEPS).to(u)
-        self.flow.standardize((u - self.centre) @ self.basis)
-        self.residual = (u - self._lift((u - self.centre) @ self.basis)).square().mean(0).sqrt()
+        coordinates = self._coordinates(u)
+        self.flow.standardize(coordinates)
+        self.residual = (u - self._lift(coordinates)).square().mean(0).sqrt()
 
     def loss(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Flow matching, with the generator's latents as noise."""
-        data = self.flow.flow_units((self.generator.units(x) - self.centre) @ self.basis)
-        noise = self._noise(self.generator.latents(len(x), context))
-        time = (torch.randperm(len(x), device=x.device)[:, None] + torch.rand_like(data[:, :1])) / len(x)
-        velocity = self.flow.velocity(time, torch.lerp(noise, data, time), self._seen(context))
-        return (velocity - (data - noise)).square().mean()
+        data = self.flow.flow_units(self._coordinates(self.generator.units(x)))
+        noise = self._noise(self.generator.latents(len(x), context).detach())
+        return velocity_error(self.flow, "linear", noise, data, self._seen(context))
 
     @torch.no_grad()
     def pairs(self, n: int, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -77,6 +77,9 @@ class _Teacher:
 
     def _seen(self, context: Tensor | None) -> Tensor | None:
         return None if context is None or self.standard is None else self.standard(context)
+
+    def _coordinates(self, u: Tensor) -> Tensor:
+        return (u - self.centre) @ self.basis
 
     def _lift(self, coordinates: Tensor) -> Tensor:
         return self.centre + coordinates @ self.basis.mT

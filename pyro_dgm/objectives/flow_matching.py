@@ -18,7 +18,7 @@ from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.data import first_rows
 from pyro_dgm.core.training import Standardizable, Transporting
 
-__all__ = ["FlowMatching", "check_batch", "standardize_once"]
+__all__ = ["FlowMatching", "check_batch", "standardize_once", "velocity_error"]
 
 _BLOCK = 64  # rows among which noise is matched to data; the cost of a match grows with their cube
 
@@ -78,13 +78,18 @@ class FlowMatching(nn.Module):
         noise = torch.randn_like(data)
         if self.coupling == "ot":
             noise = _matched(noise, data)
-        time = (torch.randperm(len(data), device=data.device)[:, None] + torch.rand_like(data[:, :1])) / len(data)
-        point, velocity = _on_path(self.path, time, noise, data)
-        return (self.cnf.velocity(time, point, context) - velocity).square().mean()
+        return velocity_error(self.cnf, self.path, noise, data, context)
 
     def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
         """Take the flow's units from the data, unless it has some."""
         standardize_once(self.cnf, batches)
+
+
+def velocity_error(cnf: Any, path: str, noise: Tensor, data: Tensor, context: Tensor | None) -> Tensor:
+    """Mean squared error of a flow's velocity on paths between rows ``(N, D)``, each at a time of its own."""
+    time = (torch.randperm(len(data), device=data.device)[:, None] + torch.rand_like(data[:, :1])) / len(data)
+    point, velocity = _on_path(path, time, noise, data)
+    return (cnf.velocity(time, point, context) - velocity).square().mean()
 
 
 def _on_path(path: str, time: Tensor, noise: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:

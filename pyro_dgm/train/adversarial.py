@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from pathlib import Path
@@ -193,11 +192,11 @@ class AdversarialRun:
             _clear(owned)
 
     def _state(self) -> dict[str, Any]:
-        return {"tensors": [t.detach().clone() for t in self.tensors], "average": copy.deepcopy(self.average.state())}
+        return {"tensors": [t.detach().clone() for t in self.tensors], "average": self.average.state()}
 
     @torch.no_grad()
     def _put(self, state: dict[str, Any]) -> None:
-        self.average.restore(copy.deepcopy(state["average"]))
+        self.average.restore(state["average"])
         for tensor, value in zip(self.tensors, state["tensors"], strict=True):
             tensor.copy_(value)
 

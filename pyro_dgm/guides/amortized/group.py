@@ -62,9 +62,8 @@ class Group(nn.Module):
         widths = [32 if lacks else width for lacks, (_, width) in zip(lacking, streams, strict=True)]
         self.context_features = sum(widths) + sum(earlier[i][1] for i in sees)
         self.family = self._family(family)
-        self.truncated = (
-            family is not None and self.units is not None and self.units.truncated
-        )  # the default keeps boxes
+        own = family is not None  # the default keeps boxes by itself
+        self.truncated = own and self.units is not None and self.units.truncated
         self.heads = nn.ModuleList(self._heads())
 
     @property
