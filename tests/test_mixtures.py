@@ -69,11 +69,20 @@ def test_a_chain_scores_its_draws_and_entries_see_those_before_them_only():
     context = torch.randn(5, 2)
     q = family(context)
     x = q.sample((7,))
-    each = [family.conditional(i, x, context.expand(7, 5, 2)).log_prob(x[..., i]) for i in range(3)]
-    assert x.shape == (7, 5, 3) and torch.allclose(q.log_prob(x), sum(each), atol=1e-5)
+    each = _in_turn(family, x, context)
+    assert x.shape == (7, 5, 3) and torch.allclose(
+        q.log_prob(x), sum(e.log_prob(x[..., i]) for i, e in enumerate(each)), atol=1e-5
+    )
     assert (x[..., [0, 2]].abs() <= 1.7).all() and not (x[..., 1].abs() <= 1.7).all()
     changed = torch.cat([x[..., :1], x[..., 1:] + 1.0], -1)
-    assert torch.equal(family.conditional(0, changed, context.expand(7, 5, 2)).loc, family.conditional(0, x, context.expand(7, 5, 2)).loc)  # fmt: skip
+    seen = zip(_in_turn(family, changed, context), each, strict=True)
+    assert [torch.equal(a.loc, b.loc) for a, b in seen] == [True, True, False]
+
+
+def _in_turn(family, x, context):
+    """The mixtures of the entries of x."""
+    entries = family.in_turn(context.expand(*x.shape[:-1], -1))
+    return [next(entries)] + [entries.send(x[..., i]) for i in range(x.shape[-1] - 1)]
 
 
 def boxed(x=None):

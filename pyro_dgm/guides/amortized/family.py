@@ -9,7 +9,7 @@ A box is kept by the mixtures themselves, with an exact constant: see :mod:`~pyr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_dgm.core import DistributionModule, zuko
+from pyro_dgm.core.passes import Run, schedule
 from pyro_dgm.guides.amortized.mixtures import Chain, Interval, Mixture
 
 __all__ = ["MixtureChain"]
@@ -75,13 +76,20 @@ class MixtureChain(DistributionModule):
         numbers = self.net(torch.cat([(x - centre) / self.residual, context], -1))
         return self._mixture(numbers.unflatten(-1, (self.features, -1)), centre, self.residual, (self.low, self.high))
 
-    def conditional(self, i: int, x: Tensor, context: Tensor) -> Mixture:
-        """Of entry i alone: the last layer gives only its numbers."""
-        centre = self.linear(context)
-        seen = self.net[:-1](torch.cat([(x - centre) / self.residual, context], -1))
-        last, rows = self.net[-1], slice(3 * self.components * i, 3 * self.components * (i + 1))
-        numbers = nn.functional.linear(seen, (last.mask * last.weight)[rows], last.bias[rows])
-        return self._mixture(numbers, centre[..., i], self.residual[i], (self.low[i], self.high[i]))
+    def in_turn(self, context: Tensor) -> Generator[Mixture, Tensor, None]:
+        """Of the entries one after the other; each is to be sent its value. A unit of the network is computed once."""
+        centre, batch = self.linear(context), context.shape[:-1]
+        run = self._run(context)
+        for i in range(self.features):
+            numbers = run.outputs(i).mT.reshape(*batch, -1)
+            x = yield self._mixture(numbers, centre[..., i], self.residual[i], (self.low[i], self.high[i]))
+            run.learn(((x - centre[..., i]) / self.residual[i]).reshape(1, -1))
+
+    def _run(self, context: Tensor) -> Run:
+        linears: list[Any] = [layer for layer in self.net if isinstance(layer, nn.Linear)]
+        order = torch.arange(self.features, device=context.device)
+        passes = schedule(order, [layer.mask for layer in linears], 3 * self.components)
+        return Run(linears, [nn.functional.silu] * (len(linears) - 1), passes, context, context.shape[:-1])
 
     def _mixture(self, numbers: Tensor, centre: Tensor, scale: Tensor, box: Interval) -> Mixture:
         weight, loc, raw = numbers.unflatten(-1, (self.components, 3)).unbind(-1)

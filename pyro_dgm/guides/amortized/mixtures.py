@@ -10,6 +10,7 @@ arXiv 1805.08498, eq. 3): with the distribution function F, :math:`dx = -dF / q(
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from typing import Any, Protocol
 
 import torch
@@ -109,8 +110,8 @@ class Conditionals(Protocol):
     def conditionals(self, x: Tensor, context: Tensor) -> Mixture:
         """Of all entries, batch ``(..., D)``."""
 
-    def conditional(self, i: int, x: Tensor, context: Tensor) -> Mixture:
-        """Of entry i, batch ``(...)``."""
+    def in_turn(self, context: Tensor) -> Generator[Mixture, Tensor, None]:
+        """Of the entries one after the other, batch ``(...)``; each is sent its value."""
 
 
 class Chain(TorchDistribution):
@@ -139,12 +140,11 @@ class Chain(TorchDistribution):
         return self.of.conditionals(value, context).log_prob(value).sum(-1)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        context = self.context.expand(*sample_shape, *self.context.shape)
-        x = context.new_zeros(*context.shape[:-1], *self.event_shape)
-        for i in range(self.event_shape[0]):
-            entry = self.of.conditional(i, x, context).rsample()
-            x = torch.cat([x[..., :i], entry.unsqueeze(-1), x[..., i + 1 :]], -1)
-        return x
+        entries = self.of.in_turn(self.context.expand(*sample_shape, *self.context.shape))
+        x = [next(entries).rsample()]
+        for _ in range(self.event_shape[0] - 1):
+            x.append(entries.send(x[-1]).rsample())
+        return torch.stack(x, -1)
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
