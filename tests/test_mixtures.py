@@ -81,7 +81,7 @@ def test_a_chain_scores_its_draws_and_entries_see_those_before_them_only():
 
 def _in_turn(family, x, context):
     """The mixtures of the entries of x."""
-    entries = family.in_turn(context.expand(*x.shape[:-1], -1))
+    entries = family.in_turn(context, x.shape[:-1])
     return [next(entries)] + [entries.send(x[..., i]) for i in range(x.shape[-1] - 1)]
 
 
@@ -102,7 +102,7 @@ def test_an_elbo_trains_through_the_edge_of_a_box():
 
 def test_dropout_acts_on_a_budget_of_simulations_and_nowhere_else():
     family = MixtureChain(4, 2)
-    assert not family.training and [m.p for m in family.modules() if isinstance(m, torch.nn.Dropout)] == [0.1] * 3
+    assert not family.training and [m.p for m in family.modules() if isinstance(m, torch.nn.Dropout)] == [0.1] * 5
     guide = dgm.AmortizedGuide(boxed, ["x"], family=lambda d, c: MixtureChain(d, c, dropout=0.5))
     batch = dict(dgm.simulate(boxed, 50, observed=("x",), seed=0, progress=False))
     objective = dgm.ForwardKL(guide)

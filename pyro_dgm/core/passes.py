@@ -66,7 +66,7 @@ class Run:
         linears: the masked layers, each with ``weight``, ``bias`` and ``mask``.
         activations: the functions between them.
         passes: of their masks.
-        context: shape ``(*, C)``, or None.
+        context: shape ``(*, C)``, or None; it is read before it is repeated.
         batch: shape of the rows; N is their number.
     """
 
@@ -96,8 +96,13 @@ def _layers(linears: Sequence[Any], passes: Passes, context: Tensor | None, batc
     for linear, units, sizes in zip(linears, passes.units[1:], passes.sizes[1:], strict=True):
         weight, bias = (linear.mask * linear.weight)[units], linear.bias[units].unsqueeze(-1)
         if not layers and context is not None:
-            rows = context if math.prod(context.shape[:-1]) == 1 else context.expand(*batch, -1)
-            bias = bias + weight[:, len(below) :] @ rows.reshape(-1, rows.shape[-1]).mT
+            bias = bias + _of_rows(context @ weight[:, len(below) :].mT, batch)
         layers.append(_Layer(weight[:, below].split(sizes), bias.split(sizes)))
         below = units
     return layers
+
+
+def _of_rows(x: Tensor, batch: Size) -> Tensor:
+    """Vectors ``(*, n)`` as columns ``(n, N)``, or as one column where there is one vector."""
+    x = x if math.prod(x.shape[:-1]) == 1 else x.expand(*batch, -1)
+    return x.reshape(-1, x.shape[-1]).mT

@@ -96,9 +96,9 @@ class ForwardKL(nn.Module):
             return Recipe(lr=3e-3, averaging=0.998)
         dim = max(group.features for group in self.guide.groups)
         return Recipe(
-            lr=4e-3,
+            lr=8e-3,
             batch_size=min(256, max(32, rows // 40)),
-            max_epochs=min(160, max(40, 800 // dim)),  # more latents learn, and overfit, sooner
+            max_epochs=min(100, max(40, 500 // dim)),  # more latents learn, and overfit, sooner
             validation=0.1,
             patience=25,
             weight_decay=0.02 * min(dim, 10),

@@ -3,7 +3,8 @@ r"""The default family of an amortised posterior: a chain of mixtures of normals
 .. math:: u = A c + b + r \odot x, \qquad q(x \mid c) = \prod_i q_i(x_i \mid x_{<i}, c), \qquad q_i \text{ a mixture of normals}
 
 :math:`A, b, r` come from a ridge regression on the simulations, so that a linear Gaussian posterior is nearly there from the
-start. One masked network gives weights, places and widths of all mixtures (Germain et al. 2015, arXiv 1502.03509; Bishop 1994).
+start. One masked network gives weights, places and widths of all mixtures (Germain et al. 2015, arXiv 1502.03509; Bishop 1994),
+from the entries before, the context, and features of the context that all of them share.
 A box is kept by the mixtures themselves, with an exact constant: see :mod:`~pyro_dgm.guides.amortized.mixtures`.
 """
 
@@ -13,12 +14,13 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_dgm.core import DistributionModule, zuko
 from pyro_dgm.core.passes import Run, schedule
 from pyro_dgm.guides.amortized.mixtures import Chain, Interval, Mixture
+from pyro_dgm.guides.amortized.reader import Reader
 
 __all__ = ["MixtureChain"]
 
@@ -34,9 +36,10 @@ class MixtureChain(DistributionModule):
         context_features: length of the context.
         box: lower and upper ends of the entries, infinite where there is none; None for none.
         components: of each mixture.
-        hidden_features: of the network; None for three layers of 64 D units, 192 at most.
-        dropout: share of its hidden units that a step on a fixed budget of simulations leaves out; None for
-            0.05 (D - 2), between 0 and 0.15: few latents are learned too slowly, many by heart.
+        hidden_features: of the masked network; None for three layers of 64 D units, 192 at most.
+        shared_features: of the context; None for 64 D, 128 at most.
+        dropout: share of hidden units that a step on a fixed budget of simulations leaves out; None for
+            0.05 (D - 2), between 0 and 0.1: few latents are learned too slowly, many by heart.
     """
 
     residual: Tensor
@@ -52,13 +55,16 @@ class MixtureChain(DistributionModule):
         box: Interval | None = None,
         components: int = 8,
         hidden_features: Sequence[int] | None = None,
+        shared_features: int | None = None,
         dropout: float | None = None,
     ) -> None:
         super().__init__(features, context_features)
         self.components, self.bounded = components, box is not None and bool(box[0].isfinite().any())
-        dropout = min(0.15, 0.05 * max(0, features - 2)) if dropout is None else dropout
+        dropout = min(0.1, 0.05 * max(0, features - 2)) if dropout is None else dropout
         hidden = (min(192, 64 * features),) * 3 if hidden_features is None else hidden_features
-        self.net = _masked(features, context_features, 3 * components, hidden, dropout)
+        shared = min(128, 64 * features) if shared_features is None else shared_features
+        self.reader = Reader(context_features, shared, dropout)
+        self.net = _masked(features, shared + context_features, 3 * components, hidden, dropout)
         self.linear = nn.Linear(context_features, features)
         low, high = box or (torch.full((features,), -torch.inf), torch.full((features,), torch.inf))
         self.register_buffer("residual", torch.ones(features))
@@ -73,23 +79,25 @@ class MixtureChain(DistributionModule):
     def conditionals(self, x: Tensor, context: Tensor) -> Mixture:
         """Of all entries of the vectors x, given those before."""
         centre = self.linear(context)
-        numbers = self.net(torch.cat([(x - centre) / self.residual, context], -1))
+        numbers = self.net(torch.cat([(x - centre) / self.residual, self._read(context)], -1))
         return self._mixture(numbers.unflatten(-1, (self.features, -1)), centre, self.residual, (self.low, self.high))
 
-    def in_turn(self, context: Tensor) -> Generator[Mixture, Tensor, None]:
+    def in_turn(self, context: Tensor, batch: Size) -> Generator[Mixture, Tensor, None]:
         """Of the entries one after the other; each is to be sent its value. A unit of the network is computed once."""
-        centre, batch = self.linear(context), context.shape[:-1]
-        run = self._run(context)
+        centre, run = self.linear(context).expand(*batch, -1), self._run(context, batch)
         for i in range(self.features):
             numbers = run.outputs(i).mT.reshape(*batch, -1)
             x = yield self._mixture(numbers, centre[..., i], self.residual[i], (self.low[i], self.high[i]))
             run.learn(((x - centre[..., i]) / self.residual[i]).reshape(1, -1))
 
-    def _run(self, context: Tensor) -> Run:
+    def _read(self, context: Tensor) -> Tensor:
+        return torch.cat([self.reader(context), context], -1)
+
+    def _run(self, context: Tensor, batch: Size) -> Run:
         linears: list[Any] = [layer for layer in self.net if isinstance(layer, nn.Linear)]
         order = torch.arange(self.features, device=context.device)
         passes = schedule(order, [layer.mask for layer in linears], 3 * self.components)
-        return Run(linears, [nn.functional.silu] * (len(linears) - 1), passes, context, context.shape[:-1])
+        return Run(linears, [nn.functional.silu] * (len(linears) - 1), passes, self._read(context), batch)
 
     def _mixture(self, numbers: Tensor, centre: Tensor, scale: Tensor, box: Interval) -> Mixture:
         weight, loc, raw = numbers.unflatten(-1, (self.components, 3)).unbind(-1)
@@ -118,7 +126,7 @@ class MixtureChain(DistributionModule):
 
 
 def _masked(features: int, context_features: int, numbers: int, hidden: Sequence[int], dropout: float) -> nn.Sequential:
-    """A network whose outputs for entry i see the entries before it, and the context."""
+    """A network whose outputs for entry i see the entries before it, and what is known from the start."""
     order = torch.arange(features)
     sees = torch.cat([order[:, None] > order, torch.ones(features, context_features, dtype=torch.bool)], 1)
     layers = zuko.nn.MaskedMLP(sees.repeat_interleave(numbers, 0), hidden, activation=nn.SiLU)

@@ -110,8 +110,8 @@ class Conditionals(Protocol):
     def conditionals(self, x: Tensor, context: Tensor) -> Mixture:
         """Of all entries, batch ``(..., D)``."""
 
-    def in_turn(self, context: Tensor) -> Generator[Mixture, Tensor, None]:
-        """Of the entries one after the other, batch ``(...)``; each is sent its value."""
+    def in_turn(self, context: Tensor, batch: Size) -> Generator[Mixture, Tensor, None]:
+        """Of the entries one after the other; each is sent its value, of shape ``batch``."""
 
 
 class Chain(TorchDistribution):
@@ -140,7 +140,7 @@ class Chain(TorchDistribution):
         return self.of.conditionals(value, context).log_prob(value).sum(-1)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        entries = self.of.in_turn(self.context.expand(*sample_shape, *self.context.shape))
+        entries = self.of.in_turn(self.context, Size(sample_shape) + self.batch_shape)
         x = [next(entries).rsample()]
         for _ in range(self.event_shape[0] - 1):
             x.append(entries.send(x[-1]).rsample())
