@@ -4,18 +4,20 @@ Observations 1-3 are those of the benchmark's reference draws (``../shared/sbibm
 posterior draws. C2ST: accuracy of a classifier, 5,000 draws against 5,000 (.5 is best; its noise is about .01).
 
     python -m tests.benchmarks sbi --only ours two_moons --seeds 0 1 --out ours.json
-    python -m tests.benchmarks sbi --only sbi two_moons --seeds 0 1 --out sbi.json     # needs the sbi package
-    python -m tests.benchmarks sbi --only table ours.json sbi.json                     # the table of several files
+    python -m tests.benchmarks sbi --only ours nsf zuko_nsf two_moons --out both.json     # needs the sbi package
+    python -m tests.benchmarks sbi --only table ours.json both.json                       # the table of several files
 
-``--only`` names a part (ours, sbi or table), tasks, and ``fast`` to leave out the
-ten-dimensional C2ST (90 CPU s each) and the observations simulated here.
+``--only`` names methods (ours, nsf, zuko_nsf) or ``table``, tasks, and ``fast`` to leave out the ten-dimensional C2ST
+(90 CPU s each) and the observations simulated here. Methods named together share simulations and process.
 """
 
 import importlib.util
+import itertools
 import json
 import pathlib
 import time
 import warnings
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,7 +50,7 @@ def seconds(work):
 
 
 def ours(task, seed):
-    """Train with default arguments; yields what a row needs: draws of each observation, plain and refined."""
+    """Train with default arguments; what a row needs: draws of each observation, plain and refined."""
     theta, x = simulations(task, BUDGET, 100 + seed)
     sims = dgm.Simulations({"theta": theta, "data": x}, ["data"])
     torch.manual_seed(seed)
@@ -62,44 +64,46 @@ def ours(task, seed):
         refined, refine_cost = seconds(lambda: posterior.refine(COMPARED))
         return {"": (draws, cost), "refined": (refined.draws["theta"], refine_cost)}, {"khat": refined.khat}
 
-    yield row, draw
+    return row, draw
 
 
-def peers(task, seed):
-    """Both spline flows of the sbi package, with its default arguments."""
+def peer(net, task, seed):
+    """A spline flow of the sbi package, with its default arguments."""
     import sbi
     from sbi.inference import NPE
 
     theta, x = simulations(task, BUDGET, 100 + seed)
-    for net in ("zuko_nsf", "nsf"):
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        method = NPE(prior=box(BOUND[task], theta.shape[1]), density_estimator=net, show_progress_bars=False)
-        estimator, train = seconds(lambda m=method: m.append_simulations(theta, x).train())
-        posterior = method.build_posterior(estimator)
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    method = NPE(prior=box(BOUND[task], theta.shape[1]), density_estimator=net, show_progress_bars=False)
+    estimator, train = seconds(lambda: method.append_simulations(theta, x).train())
+    posterior = method.build_posterior(estimator)
 
-        def draw(at, posterior=posterior):
-            options = {"x": at[None], "show_progress_bars": False}
-            draws, cost = seconds(lambda: posterior.sample((DRAWS,), **options).reshape(DRAWS, -1))
-            return {"": (draws, cost)}, {}
+    def draw(at):
+        options = {"x": at[None], "show_progress_bars": False}
+        draws, cost = seconds(lambda: posterior.sample((DRAWS,), **options).reshape(DRAWS, -1))
+        return {"": (draws, cost)}, {}
 
-        yield {"method": f"sbi {sbi.__version__} {net}", "train": train, "steps": None}, draw
+    return {"method": f"sbi {sbi.__version__} {net}", "train": train, "steps": None}, draw
+
+
+METHODS = {"ours": ours, "nsf": partial(peer, "nsf"), "zuko_nsf": partial(peer, "zuko_nsf")}
 
 
 def compared(task, reference, draws):
     return kit("c2st").c2st(reference[:COMPARED].numpy(), draws[:COMPARED].numpy())
 
 
-def rows(methods, task, seed, fast):
-    for made, draw in methods(task, seed):
-        for k, (x, reference) in observations(task).items():
-            if fast and k > 100:
-                continue
-            results, facts = draw(x)
-            for kind, (draws, cost) in results.items():
-                skip = fast and task == "gaussian_linear_uniform"
-                row = made | facts | {"task": task, "seed": seed, "observation": k, "kind": kind, "draw": cost}
-                yield row | {"c2st": None if skip else compared(task, reference, draws)}
+def rows(method, task, seed, fast):
+    made, draw = METHODS[method](task, seed)
+    for k, (x, reference) in observations(task).items():
+        if fast and k > 100:
+            continue
+        results, facts = draw(x)
+        for kind, (draws, cost) in results.items():
+            skip = fast and task == "gaussian_linear_uniform"
+            row = made | facts | {"task": task, "seed": seed, "observation": k, "kind": kind, "draw": cost}
+            yield row | {"c2st": None if skip else compared(task, reference, draws)}
 
 
 def table(found):
@@ -125,14 +129,13 @@ def main(arguments):
         found = [row for name in only if name.endswith(".json") for row in json.loads(pathlib.Path(name).read_text())]
         table(found)
         return found
-    tasks, methods = [t for t in TASKS if t in only] or list(TASKS), peers if "sbi" in only else ours
+    tasks, methods = [t for t in TASKS if t in only] or list(TASKS), [m for m in METHODS if m in only] or ["ours"]
     found = []
-    for seed in arguments.seeds:
-        for task in tasks:
-            for row in rows(methods, task, seed, "fast" in only):
-                found.append(row)
-                print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-                if arguments.out:
-                    arguments.out.write_text(json.dumps(found, indent=1))  # a run of many minutes may be cut off
+    for seed, task, method in itertools.product(arguments.seeds, tasks, methods):
+        for row in rows(method, task, seed, "fast" in only):
+            found.append(row)
+            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            if arguments.out:
+                arguments.out.write_text(json.dumps(found, indent=1))  # a run of many minutes may be cut off
     table(found)
     return found
