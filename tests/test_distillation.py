@@ -68,6 +68,27 @@ def test_images_take_fewer_steps_of_wider_networks(event, flow, latents, width):
     assert gan.generator.network[0].out_features == width
 
 
+@pytest.mark.parametrize(
+    "rows, size, given, expected",
+    [
+        (98, 98, None, 500),
+        (1000, 128, None, 4000),
+        (1000, 1000, None, 4000),
+        (9000, 32, None, 8000),
+        (98, 98, 9000, 9000),
+    ],
+)
+def test_few_rows_are_not_learned_by_heart(monkeypatch, rows, size, given, expected):
+    """Planted faults: rows counted with their repetitions (8,000 for 1,000 rows); a cap on steps that were asked for."""
+    taken = []
+    monkeypatch.setattr(
+        "pyro_dgm.objectives.adversarial.arrange", lambda generator, batches, steps: taken.append(steps)
+    )
+    gan = dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), pretrain=given)
+    gan.pretrain(endless(torch.randn(rows, 2), size=size))
+    assert taken == [expected]
+
+
 def test_a_trained_pair_is_left_as_it_is():
     torch.manual_seed(0)
     gan, batch = dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), pretrain=2), (torch.randn(50, 2),)

@@ -53,7 +53,7 @@ class Adversarial(nn.Module):
             :class:`~pyro_dgm.Generator`; the generator then learns, half as long, to do in one pass what the flow does. Every
             mode is met before the critic looks. The generator's learning rate is then a hundredth of the critic's, so that it
             is not moved before the critic has learned. None for 8,000, or 4,000 of a wider flow where an event has more than
-            16 entries; 0 for adversarial training alone.
+            16 entries, and at most four for each row of data (500 at least); 0 for adversarial training alone.
 
     Raises:
         ValueError: for an unknown loss, negative weights, players that do not fit each other or the data, NaN, or a
@@ -97,6 +97,7 @@ class Adversarial(nn.Module):
         self.loss, usual = LOSSES[loss], LOSSES[loss]
         size = generator.event_shape.numel()
         self.steps, squared = _usual_pretraining(size) if pretrain is None else pretrain, float(size) ** 2
+        self.fewer_for_few_rows = pretrain is None
         self.r1 = usual.r1 * squared if r1 is None else r1
         self.r2 = usual.r2 * squared if r2 is None else r2
         self.gradient_penalty = usual.gradient_penalty if gradient_penalty is None else gradient_penalty
@@ -162,7 +163,7 @@ class Adversarial(nn.Module):
             if isinstance(player, Standardizable) and player.standard.is_identity():
                 player.standardize(x)
         if new and self.steps and isinstance(self.generator, Distillable):
-            arrange(self.generator, batches, self.steps)
+            arrange(self.generator, batches, min(self.steps, _most_steps(x)) if self.fewer_for_few_rows else self.steps)
 
     def _draws(self, rows: int, context: Tensor | None) -> Tensor:
         if self._draws_rows:
@@ -206,6 +207,12 @@ class Adversarial(nn.Module):
 def _usual_pretraining(size: int) -> int:
     """Steps of the flow: half of them where it is wide, since a step costs more and brings more."""
     return 8000 if size <= _FEW else 4000
+
+
+def _most_steps(x: Tensor) -> int:
+    """On rows that were seen to come again: a flow that meets each of them thousands of times learns them by heart."""
+    rows = len(x.reshape(len(x), -1).unique(dim=0))
+    return max(500, 4 * rows) if rows < len(x) else 8000
 
 
 def _has_density(family: DistributionModule) -> bool:
