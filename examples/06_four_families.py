@@ -51,7 +51,7 @@ def autoencoder(train, steps):
 
 def adversarial(train, steps):
     generator, critic = dgm.Generator(PIXELS), dgm.Critic(PIXELS)
-    gan = dgm.Adversarial(generator, critic, pretrain=4 * steps)
+    gan = dgm.Adversarial(generator, critic, pretrain=3 * steps)
     dgm.fit(gan, (train,), batch_size=256, max_steps=2 * steps, seed=0)
     return generator
 

@@ -39,8 +39,8 @@ def model(generator, operator, y=None):
 
 
 def trained(digits, steps):
-    generator = dgm.Generator((8, 8), 128, base=12)
-    gan = dgm.Adversarial(generator, dgm.Critic((8, 8), 128), pretrain=4 * steps)
+    generator = dgm.Generator((8, 8))
+    gan = dgm.Adversarial(generator, dgm.Critic((8, 8)), pretrain=2 * steps)
     dgm.fit(gan, (digits,), batch_size=128, max_steps=steps, seed=0)
     return generator.requires_grad_(False).eval()
 
@@ -61,10 +61,10 @@ def by_nuts(generator, operator, y, n):
 
 def amortised(generator, operator, steps):
     """q(z | y) for any y, from simulated pairs; the returned function draws images."""
-    z = torch.randn(20_000, 12)
+    z = torch.randn(20_000, 64)
     x = generator.push(z, torch.randn(20_000, 64))
     y = x.flatten(1) @ operator.T + ERROR * torch.randn(20_000, len(operator))
-    q = dgm.RealNVP(12, context_features=len(operator), transforms=6)
+    q = dgm.RealNVP(64, context_features=len(operator), transforms=6)
     dgm.fit(dgm.MaximumLikelihood(q), (z, y), batch_size=512, max_steps=steps, validation=0.05, seed=0)
     return lambda y, n=1000: generator.push(q(y).sample((n,)), torch.randn(n, 64))
 
@@ -82,7 +82,7 @@ def picture(rows, path):
 
 def main(steps, gan_steps, num_nuts, out):
     pyro.set_rng_seed(0)
-    digits = (torch.tensor(load_digits().images, dtype=torch.float32) / 16.0)[torch.randperm(1797)]
+    digits = dgm.Dequantize(17)(torch.tensor(load_digits().images))[torch.randperm(1797)].float()
     held, truth = digits[:400], digits[3]
     generator = trained(digits[400:], gan_steps)
     print("the prior's C2ST against held-out digits:", dgm.evaluate.c2st(generator().sample((400,)), held, seed=0))
@@ -107,4 +107,4 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     arguments = parser.parse_args()
-    main(*((10, 20, 10) if arguments.smoke else (500, 3000, 200)), arguments.out)
+    main(*((10, 20, 10) if arguments.smoke else (500, 2000, 200)), arguments.out)

@@ -31,6 +31,64 @@ def test_arranged_draws_cover_every_mode():
     assert share.min() > 0.07 and share.sum() > 0.85
 
 
+@pytest.mark.slow
+def test_images_are_arranged_by_a_wide_flow_of_all_pixels():
+    """Coverage of held-out digits .64. Planted faults: a flow of width 64 (.38), the first 32 principal components (.52)."""
+    torch.manual_seed(0)
+    x = torch.tensor(pytest.importorskip("sklearn.datasets").load_digits().images).float()
+    x = dgm.Dequantize(17)(x, torch.Generator().manual_seed(0))[torch.randperm(1797)]
+    generator = dgm.Generator((8, 8)).standardize(x[:1297])
+    arrange(generator, endless(x[:1297], size=128), 1000)
+    near = dgm.evaluate.precision_recall_density_coverage(x[1297:], generator().sample((500,)))
+    assert near.coverage.value > 0.58
+
+
+@pytest.mark.filterwarnings("ignore:fit. at step")
+@pytest.mark.parametrize("pretrain, share", [(2, 0.01), (0, 1.0)])
+def test_an_arranged_generator_moves_slowly(pretrain, share):
+    """Adam's first step is the rate itself. Planted fault: a tenth of the critic's rate (it blurs arranged digits)."""
+    torch.manual_seed(0)
+    gan = dgm.Adversarial(dgm.Generator(2, 8), dgm.Critic(2, 8), pretrain=pretrain, ema=0.0)
+    gan.pretrain(endless(x := torch.randn(500, 2)))
+    before = [[p.detach().clone() for p in player.parameters()] for player in gan.players()]
+    dgm.fit(gan, (x,), max_steps=1, lr=1e-3, progress=False)
+    moved = [
+        max((p.detach() - q).abs().max().item() for p, q in zip(player.parameters(), old, strict=True))
+        for player, old in zip(gan.players(), before, strict=True)
+    ]
+    assert moved[1] / moved[0] == pytest.approx(share, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "event, flow, latents, width", [(2, 8000, 2, 128), ((8, 8), 4000, 64, 256), (40, 4000, 40, 160)]
+)
+def test_images_take_fewer_steps_of_wider_networks(event, flow, latents, width):
+    gan = dgm.Adversarial(dgm.Generator(event), dgm.Critic(event))
+    assert (gan.steps, gan.generator.base.features) == (flow, latents)
+    assert gan.generator.network[0].out_features == width
+
+
+@pytest.mark.parametrize(
+    "rows, size, given, expected",
+    [
+        (98, 98, None, 500),
+        (1000, 128, None, 4000),
+        (1000, 1000, None, 4000),
+        (9000, 32, None, 8000),
+        (98, 98, 9000, 9000),
+    ],
+)
+def test_few_rows_are_not_learned_by_heart(monkeypatch, rows, size, given, expected):
+    """Planted faults: rows counted with their repetitions (8,000 for 1,000 rows); a cap on steps that were asked for."""
+    taken = []
+    monkeypatch.setattr(
+        "pyro_dgm.objectives.adversarial.arrange", lambda generator, batches, steps: taken.append(steps)
+    )
+    gan = dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), pretrain=given)
+    gan.pretrain(endless(torch.randn(rows, 2), size=size))
+    assert taken == [expected]
+
+
 def test_a_trained_pair_is_left_as_it_is():
     torch.manual_seed(0)
     gan, batch = dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), pretrain=2), (torch.randn(50, 2),)

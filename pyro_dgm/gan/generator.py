@@ -25,7 +25,8 @@ from pyro_dgm.core.shapes import check_context
 
 __all__ = ["Generator"]
 
-_HIDDEN = (128, 128, 128)
+_WIDTHS = (128, 256)
+_MOST_LATENTS = 64
 _FIRST_NOISE = 0.1  # of a learned noise, in standard deviations of the data
 _RANGES = {nn.Tanh: (-1.0, 1.0), nn.Sigmoid: (0.0, 1.0)}
 
@@ -42,10 +43,10 @@ class Generator(DistributionModule):
         event_shape: an int or a shape.
         network: a module ``(*batch, latent + context_features) -> (*batch, D)``, or ``(*batch, *event_shape)``. It must
             take any number of batch dimensions. An int is the width of three hidden layers with ReLU, whose kinks separate
-            modes better than smooth activations; None is 128. Where it ends
+            modes better than smooth activations; None is 4 D, between 128 and 256. Where it ends
             in ``Tanh`` or ``Sigmoid``, data are not standardised and must lie in that range.
         base: the law of z: a family, a distribution (its tensors do not move with ``.to``), or the dimension of a
-            standard normal. None for dimension D, between 2 and 32.
+            standard normal. None for dimension D, between 2 and 64.
         context_features: length of the context c.
         noise: :math:`\sigma` in standard deviations of the data; 0 for none. None learns one for each entry.
         support: constraint of the event.
@@ -82,7 +83,7 @@ class Generator(DistributionModule):
         super().__init__(event_shape, context_features, support=support)
         if noise is not None and not 0.0 <= noise < float("inf"):
             raise ValueError(f"Generator: noise is {noise}, expected a number >= 0, or None for a learned one.")
-        self.base = _as_family(max(2, min(self.features, 32)) if base is None else base)
+        self.base = _as_family(max(2, min(self.features, _MOST_LATENTS)) if base is None else base)
         self.network = _as_network(network, self.base.event_shape.numel() + context_features, self.features)
         self.standard = Standardize(self.features)
         self.noiseless = noise == 0.0
@@ -302,7 +303,7 @@ def _as_network(network: nn.Module | int | None, inputs: int, outputs: int) -> n
     if isinstance(network, nn.Module):
         return network
     if network is None:
-        return MLP(inputs, outputs, _HIDDEN, nn.ReLU)
+        network = max(_WIDTHS[0], min(4 * outputs, _WIDTHS[1]))
     if isinstance(network, int) and network >= 1:
         return MLP(inputs, outputs, (network,) * 3, nn.ReLU)
     raise TypeError(f"Generator: network is {network!r}, expected a module, a positive width, or None.")

@@ -24,14 +24,16 @@ __all__ = ["arrange"]
 
 _ROWS, _PAIRS = 512, 32_768
 _PATH_STEPS = 16
-_RATE = 1e-2
+_RATE = 1e-2  # of a flow of the least width; less of a wider one
+_WIDTHS = (64, 256)
 _LEAST_NOISE = 0.01  # of a learned noise, in standard deviations of the data
 
 
 def arrange(generator: Any, batches: Iterator[tuple[Any, ...]], steps: int) -> None:
     """Teach a flow for some steps, and a :class:`~pyro_dgm.Generator` half as long to do what the flow does."""
     teacher = _Teacher(generator, *first_rows(batches))
-    _descend(teacher.flow, lambda: teacher.loss(*_at_most(_ROWS, *first_rows(batches, _ROWS))), steps)
+    rate = _RATE * _WIDTHS[0] / _width(teacher.flow.features)
+    _descend(teacher.flow, lambda: teacher.loss(*_at_most(_ROWS, *first_rows(batches, _ROWS))), steps, rate)
     later = max(1, steps // 2)
     z, u, context = teacher.pairs(n := min(_PAIRS, _ROWS * later), _contexts(batches, n))
 
@@ -40,7 +42,7 @@ def arrange(generator: Any, batches: Iterator[tuple[Any, ...]], steps: int) -> N
         c = None if context is None else context[some]
         return (generator.location(z[some], c) - u[some]).abs().mean()
 
-    _descend(generator.network, loss, later)
+    _descend(generator.network, loss, later, _RATE)
     if isinstance(generator.log_noise, nn.Parameter):
         error = generator.location(z[:_ROWS], None if context is None else context[:_ROWS]) - u[:_ROWS]
         _set_noise(generator, error, teacher.residual)
@@ -53,7 +55,7 @@ class _Teacher:
         u, size = generator.units(x), min(generator.base.event_shape.numel(), generator.features)
         self.generator, self.centre, self.basis = generator, u.mean(0), _principal(u, size)
         self.standard = None if context is None else Standardize(context.shape[-1]).to(context).fit(context)
-        self.flow = FFJORD(size, generator.context_features, steps=_PATH_STEPS).to(u)
+        self.flow = FFJORD(size, generator.context_features, steps=_PATH_STEPS, hidden_features=_width(size)).to(u)
         coordinates = self._coordinates(u)
         self.flow.standardize(coordinates)
         self.residual = (u - self._lift(coordinates)).square().mean(0).sqrt()
@@ -92,12 +94,17 @@ def _principal(u: Tensor, size: int) -> Tensor:
     return torch.pca_lowrank(u, size)[2]
 
 
-def _descend(module: nn.Module, loss: Callable[[], Tensor], steps: int) -> None:
+def _width(features: int) -> int:
+    """Of a flow: 64 for a point of a few entries, 256 for an image of 64, whose law is not seen by a narrow one."""
+    return max(_WIDTHS[0], min(4 * features, _WIDTHS[1]))
+
+
+def _descend(module: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float) -> None:
     """Adam with a linear schedule to zero; steps whose loss is not finite are left out."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, _RATE, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.Adam(parameters, rate, betas=(0.9, 0.99), fused=True)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = _RATE * min((step + 1) / 30, 1.0 - step / steps)
+        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 30, 1.0 - step / steps)
         optimizer.zero_grad(set_to_none=True)
         value = loss()
         if value.isfinite():
