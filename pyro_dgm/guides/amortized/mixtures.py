@@ -23,6 +23,7 @@ __all__ = ["Chain", "Interval", "Mixture"]
 Interval = tuple[Tensor, Tensor]
 _NEGLIGIBLE = 40.0  # standard deviations below the upper end, where no mass of a component is left
 _ROUNDING = 1e-5  # by which a point of the interval may seem to be outside
+_TAIL = -30.0  # where the expansion of the distribution function has six digits
 _FARTHEST = 12.0  # standard deviations above a component, where all of its mass is below
 
 
@@ -99,9 +100,18 @@ def _log_mass(low: Tensor, high: Tensor) -> Tensor:
     """Log of the standard normal's mass between two ends, from the side of its smaller tail."""
     turn = low + high > 0.0
     a, b = torch.where(turn, -high, low), torch.where(turn, -low, high).clamp_max(_FARTHEST)
-    above = torch.special.log_ndtr(b)
-    lost = torch.special.log_ndtr(torch.maximum(a, b - _NEGLIGIBLE)) - above
+    above = _log_ndtr(b)
+    lost = _log_ndtr(torch.maximum(a, b - _NEGLIGIBLE)) - above
     return above + torch.log(-torch.expm1(lost.clamp_max(-1e-6)))
+
+
+def _log_ndtr(x: Tensor) -> Tensor:
+    """torch's, and its expansion in the tail, where the derivative of torch's loses its digits and overflows."""
+    tail = x.clamp_max(_TAIL)
+    expansion = (
+        -0.5 * tail.square() - torch.log(-tail) + torch.log1p(-1.0 / tail.square()) - 0.5 * math.log(2.0 * math.pi)
+    )
+    return torch.where(x < _TAIL, expansion, torch.special.log_ndtr(x.clamp_min(_TAIL)))
 
 
 class Conditionals(Protocol):
