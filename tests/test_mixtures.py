@@ -119,3 +119,16 @@ def test_dropout_acts_on_a_budget_of_simulations_and_nowhere_else():
         assert float(objective(batch)) == float(objective(batch))
     assert float(objective(batch).detach()) != float(objective(batch).detach())
     assert not guide.groups[0].family.training
+
+
+def pooled(y=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("i", 4):
+        return pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def test_pooled_data_have_one_network_in_front_of_the_mixtures_and_others_a_reader():
+    """Both, at the higher rate, leave an sd that does not see how many data there are (test_padded_simulations_train_a_guide)."""
+    raw, summary = dgm.AmortizedGuide(boxed, ["x"]), dgm.AmortizedGuide(pooled, ["y"])
+    assert raw.groups[0].family.reader is not None and summary.groups[0].family.reader is None
+    assert [dgm.ForwardKL(g).recipe(10_000).lr for g in (raw, summary)] == [8e-3, 4e-3]

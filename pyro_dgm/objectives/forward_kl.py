@@ -95,10 +95,12 @@ class ForwardKL(nn.Module):
         if rows is None:
             return Recipe(lr=3e-3, averaging=0.998)
         dim = max(group.features for group in self.guide.groups)
+        summaries = len(self.guide.streams.encoder) > 0 or any(group.summarised for group in self.guide.groups)
+        longest, rate = (160, 4e-3) if summaries else (100, 8e-3)  # networks in a row bear no more
         return Recipe(
-            lr=8e-3,
+            lr=rate,
             batch_size=min(256, max(32, rows // 40)),
-            max_epochs=min(100, max(40, 500 // dim)),  # more latents learn, and overfit, sooner
+            max_epochs=min(longest, max(40, 5 * longest // dim)),  # more latents learn, and overfit, sooner
             validation=0.1,
             patience=25,
             weight_decay=0.02 * min(dim, 10),

@@ -37,7 +37,7 @@ class MixtureChain(DistributionModule):
         box: lower and upper ends of the entries, infinite where there is none; None for none.
         components: of each mixture.
         hidden_features: of the masked network; None for three layers of 64 D units, 192 at most.
-        shared_features: of the context; None for 64 D, 128 at most.
+        shared_features: of the context; None for 64 D, 128 at most. 0 for none, where the context is a learned summary.
         dropout: share of hidden units that a step on a fixed budget of simulations leaves out; None for
             0.05 (D - 2), between 0 and 0.1: few latents are learned too slowly, many by heart.
     """
@@ -63,7 +63,7 @@ class MixtureChain(DistributionModule):
         dropout = min(0.1, 0.05 * max(0, features - 2)) if dropout is None else dropout
         hidden = (min(192, 64 * features),) * 3 if hidden_features is None else hidden_features
         shared = min(128, 64 * features) if shared_features is None else shared_features
-        self.reader = Reader(context_features, shared, dropout)
+        self.reader = Reader(context_features, shared, dropout) if shared else None
         self.net = _masked(features, shared + context_features, 3 * components, hidden, dropout)
         self.linear = nn.Linear(context_features, features)
         low, high = box or (torch.full((features,), -torch.inf), torch.full((features,), torch.inf))
@@ -91,7 +91,7 @@ class MixtureChain(DistributionModule):
             run.learn(((x - centre[..., i]) / self.residual[i]).reshape(1, -1))
 
     def _read(self, context: Tensor) -> Tensor:
-        return torch.cat([self.reader(context), context], -1)
+        return context if self.reader is None else torch.cat([self.reader(context), context], -1)
 
     def _run(self, context: Tensor, batch: Size) -> Run:
         linears: list[Any] = [layer for layer in self.net if isinstance(layer, nn.Linear)]

@@ -59,6 +59,7 @@ class Group(nn.Module):
         self.pools = nn.ModuleList(
             SetEncoder(width) if lacks else nn.Identity() for lacks, (_, width) in zip(lacking, streams, strict=True)
         )
+        self.summarised = any(lacking)
         widths = [32 if lacks else width for lacks, (_, width) in zip(lacking, streams, strict=True)]
         self.context_features = sum(widths) + sum(earlier[i][1] for i in sees)
         self.family = self._family(family)
@@ -138,7 +139,10 @@ class Group(nn.Module):
         if self.units is None:
             return None
         if make is None:
-            return MixtureChain(self.units.features, self.context_features, box=self.units.edges())
+            shared = 0 if self.summarised else None  # a summary is a network of its own
+            return MixtureChain(
+                self.units.features, self.context_features, box=self.units.edges(), shared_features=shared
+            )
         family = make(self.units.features, self.context_features)
         if family.event_shape != Size([self.units.features]) or family.context_features != self.context_features:
             raise ValueError(
