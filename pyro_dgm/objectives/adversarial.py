@@ -163,7 +163,7 @@ class Adversarial(nn.Module):
             if isinstance(player, Standardizable) and player.standard.is_identity():
                 player.standardize(x)
         if new and self.steps and isinstance(self.generator, Distillable):
-            arrange(self.generator, batches, min(self.steps, _most_steps(x)) if self.fewer_for_few_rows else self.steps)
+            arrange(self.generator, batches, _fewer(self.steps, x) if self.fewer_for_few_rows else self.steps)
 
     def _draws(self, rows: int, context: Tensor | None) -> Tensor:
         if self._draws_rows:
@@ -209,10 +209,10 @@ def _usual_pretraining(size: int) -> int:
     return 8000 if size <= _FEW else 4000
 
 
-def _most_steps(x: Tensor) -> int:
+def _fewer(steps: int, x: Tensor) -> int:
     """On rows that were seen to come again: a flow that meets each of them thousands of times learns them by heart."""
     rows = len(x.reshape(len(x), -1).unique(dim=0))
-    return max(500, 4 * rows) if rows < len(x) else 8000
+    return min(steps, max(500, 4 * rows)) if rows < len(x) else steps
 
 
 def _has_density(family: DistributionModule) -> bool:

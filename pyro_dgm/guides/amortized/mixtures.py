@@ -108,9 +108,8 @@ def _log_mass(low: Tensor, high: Tensor) -> Tensor:
 def _log_ndtr(x: Tensor) -> Tensor:
     """torch's, and its expansion in the tail, where the derivative of torch's loses its digits and overflows."""
     tail = x.clamp_max(_TAIL)
-    expansion = (
-        -0.5 * tail.square() - torch.log(-tail) + torch.log1p(-1.0 / tail.square()) - 0.5 * math.log(2.0 * math.pi)
-    )
+    square = tail.square()
+    expansion = -0.5 * (square + math.log(2.0 * math.pi)) - torch.log(-tail) + torch.log1p(-1.0 / square)
     return torch.where(x < _TAIL, expansion, torch.special.log_ndtr(x.clamp_min(_TAIL)))
 
 

@@ -20,15 +20,14 @@ class Reader(nn.Sequential):
         context_features: C.
         width: of the features, and of the blocks.
         dropout: share of a block's hidden units that a step of training leaves out.
-        blocks: how many.
 
     References:
         Shazeer (2020), "GLU variants improve transformer", arXiv 2002.05202. He et al. (2016), arXiv 1603.05027.
     """
 
-    def __init__(self, context_features: int, width: int, dropout: float, blocks: int = 2) -> None:
-        inner = [_Block(width, dropout) for _ in range(blocks)]
-        super().__init__(nn.Linear(context_features, width), *inner, nn.LayerNorm(width))
+    def __init__(self, context_features: int, width: int, dropout: float) -> None:
+        blocks = _Block(width, dropout), _Block(width, dropout)
+        super().__init__(nn.Linear(context_features, width), *blocks, nn.LayerNorm(width))
 
 
 class _Block(nn.Module):
