@@ -1,5 +1,6 @@
 """Two ranks of DistributedDataParallel over an ELBO module; run as ``python -m tests.ddp likelihood|prior|guide|implicit``."""
 
+import os
 import sys
 import tempfile
 
@@ -70,6 +71,7 @@ def worker(rank, column, rendezvous):
         print("ranks agree", flush=True)
     ddp.barrier()
     ddp.destroy_process_group()
+    os._exit(0)  # on a busy machine a thread of gloo can abort an exit that cleans up
 
 
 if __name__ == "__main__":

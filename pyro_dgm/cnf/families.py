@@ -22,6 +22,7 @@ from pyro_dgm.cnf.solver import FIXED, MOST, Solver
 from pyro_dgm.cnf.transform import FlowMap
 from pyro_dgm.cnf.two_layer import TwoLayerField
 from pyro_dgm.core import zuko
+from pyro_dgm.core.noise import apart
 from pyro_dgm.flows.base import NormalizingFlow
 
 __all__ = ["FFJORD", "ContinuousFlow", "OTFlow"]
@@ -175,9 +176,8 @@ class ContinuousFlow(NormalizingFlow):
         """``|log p_n - log p_2n|`` of points in the flow's units, or of the draws made from them."""
         n, scores = int(self.solver.steps), []
         u = self._solve(u, context, True)[0] if sampling else u
-        with torch.random.fork_rng(devices=[]):
-            for steps in (n, 2 * n):
-                torch.manual_seed(0)  # the same probes, where the trace is stochastic
+        for steps in (n, 2 * n):
+            with apart(0):  # the same probes, where the trace is stochastic
                 z, ladj, _ = self._solve(u, context, False, steps=steps)
                 scores.append(ladj - 0.5 * z.square().sum(-1))
         return (scores[0] - scores[1]).abs()

@@ -63,7 +63,8 @@ class Average:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.steps, self.values = state["steps"], [v.clone() for v in state["values"]]
+        pairs = zip(state["values"], self.parameters, strict=False)  # no values without a decay
+        self.steps, self.values = state["steps"], [v.to(p.device, copy=True) for v, p in pairs]
 
     @torch.no_grad()
     def _put(self, values: Sequence[Tensor]) -> None:

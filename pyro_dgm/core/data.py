@@ -113,7 +113,7 @@ class Dequantize(nn.Module):
                 f"Dequantize: expected integers from 0 to {self.levels - 1}, got values from {float(x.min()):.4g} to "
                 f"{float(x.max()):.4g}. Pass the raw levels: not divided by 255, and without noise."
             )
-        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
         eps = torch.finfo(x.dtype).eps
         return ((x + noise) / self.levels).clamp(eps, 1.0 - eps)
 

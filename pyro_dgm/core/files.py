@@ -19,7 +19,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any] | None:
-    """The saved state; None where there is no file."""
+    """The saved state, on the CPU, wherever it was saved from; None where there is no file."""
     if not Path(path).exists():
         return None
-    return torch.load(path, weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)

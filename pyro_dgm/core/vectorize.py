@@ -15,6 +15,8 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from torch import Size, Tensor
 
+from pyro_dgm.core.noise import apart, seed_everywhere
+
 __all__ = [
     "NOT_VECTORIZED",
     "How",
@@ -126,7 +128,7 @@ def how_to_vectorize(
     """
     n = len(next(iter(values.values())))
     rows = {k: v.reshape(n, *shapes[k]) for k, v in values.items()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), poutine.block():
+    with torch.no_grad(), apart(), pyro.validation_enabled(False), poutine.block():
         each = [{k: v[i] for k, v in rows.items()} for i in range(n)]
         single = torch.stack([_seeded(partial(joint_alone, model, row, nesting, args, kwargs)) for row in each])
         fault = _fault(lambda: joint_in_plate(model, values, n, nesting, args, kwargs), single)
@@ -155,7 +157,7 @@ def _fault(run: Callable[[], Tensor], expected: Tensor) -> str:
 
 def _seeded(run: Callable[[], Tensor]) -> Tensor:
     """The same subsamples in each run."""
-    torch.manual_seed(0)
+    seed_everywhere(0)
     return run()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_dgm.core.noise import seeded
 from pyro_dgm.diagnostics.containers import coords_of, extended, group
 from pyro_dgm.diagnostics.draws import Model, Program
 from pyro_dgm.diagnostics.export import safe, site_dims
@@ -171,9 +172,7 @@ def _number(samples: Draws, chains: int) -> int:
 def _converted(model: Model, samples: Draws, args: Any, kwargs: Any, wanted: Wanted, stats: dict[str, np.ndarray],
                attrs: dict[str, Any], chains: int, method: str, parallel: bool | str, seed: int | None) -> Any:  # fmt: skip
     n = len(next(iter(samples.values())))
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         program = Program(model, None, args, kwargs, parallel, draws=samples)
         draws = {k: samples[k] for k in program.sites("latent")}
         made = product(program, draws, n, wanted, program.scored(draws, n, wanted.batch_size))
@@ -246,9 +245,7 @@ def sample_posterior_predictive(idata: Any, model: Model, *args: Any, model_kwar
         ValueError: if the posterior lacks latents of the model, unless ``predictions``.
     """
     kwargs = model_kwargs or {}
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         if predictions:
             draws, chains = _stored(idata)
             sizes = {k: len(v) for k, v in coords_of(idata).items()}

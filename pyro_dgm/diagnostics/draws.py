@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.infer.autoguide.guides import AutoCallable, AutoGuide, AutoGuideList
 
 from pyro_dgm.core.distribution import ImplicitDistribution
+from pyro_dgm.core.noise import apart
 from pyro_dgm.core.sites import is_computed, is_data, is_enumerable, is_subsample, latent_sites, plate_frames
 from pyro_dgm.core.vectorize import NOT_VECTORIZED, How, Model, how_to_vectorize, plate_nesting
 from pyro_dgm.diagnostics.layout import subsampled
@@ -81,7 +82,7 @@ class Program:
         return name in self.runs.layouts and tuple(values.shape[1:]) == tuple(self.runs.layouts[name].full_shape)
 
     def _trace(self, fn: Model) -> poutine.Trace:
-        with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), poutine.block(), apart():
             return poutine.trace(fn).get_trace(*self.args, **self.kwargs)
 
     def _prototype(self, known: Draws) -> poutine.Trace:

@@ -111,9 +111,7 @@ def misspecification(
     rows = {k: simulations[k][:_ROWS] for k in names}
     masks = {k: m[:_ROWS] for k, m in getattr(simulations, "mask", {}).items() if k in names}
     features, labels = _features(rows, masks, summary)
-    at, _ = _features(
-        observation, {k: torch.ones(observation[k].shape[: m.dim()]).bool() for k, m in masks.items()}, summary
-    )
+    at, _ = _features(observation, {k: m.new_ones(observation[k].shape[: m.dim()]) for k, m in masks.items()}, summary)
     result = _Range(features, seed).test(at[0], labels)
     if result.outside:
         warnings.warn(
@@ -143,7 +141,7 @@ def _checked(simulations: Mapping[str, Tensor], names: list[str], data: dict[str
             raise ValueError(
                 f"misspecification: '{name}' holds NaN or infinite entries; fill or leave out what is missing."
             )
-        out[name] = value[None].to(simulations[name].dtype)
+        out[name] = value[None].to(simulations[name])
     return out
 
 
@@ -188,7 +186,7 @@ class _Range:
             )
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        order = torch.randperm(len(features), generator=generator)
+        order = torch.randperm(len(features), generator=generator, device="cpu")
         half = len(order) // 2
         self.features, (reference, compared) = features, (features[order[:half]], features[order[half:]])
         self.mean = reference.mean(0)
@@ -217,5 +215,5 @@ class _Range:
         below, above = (self.features <= at).sum(0), (self.features >= at).sum(0)
         tail = (2.0 * (torch.minimum(below, above) + 1) / n).clamp_max(1.0)
         return Misspecification(
-            float(p[0]), float(score[0]), self.scores.numpy(), dict(zip(labels, tail.tolist(), strict=True))
+            float(p[0]), float(score[0]), self.scores.cpu().numpy(), dict(zip(labels, tail.tolist(), strict=True))
         )

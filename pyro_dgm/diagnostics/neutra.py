@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from pyro_dgm.core import frozen
 from pyro_dgm.core.log_joint import LogJoint
 from pyro_dgm.core.module import whole_event
+from pyro_dgm.core.noise import seeded
 from pyro_dgm.diagnostics.draws import Model, Program
 from pyro_dgm.diagnostics.explore import pulled_back
 from pyro_dgm.diagnostics.groups import Wanted, product
@@ -70,9 +72,7 @@ def neutra(
         (2, 50)
     """
     kwargs = model_kwargs or {}
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), frozen(*guide.parameters()):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed), frozen(*guide.parameters()):
         guide.get_transform(*args, **kwargs)
         draws, diverging = _chains(model, guide, args, kwargs, num_samples, warmup_steps, num_chains, progress)
         program = Program(model, None, args, kwargs, draws=draws)
@@ -91,11 +91,11 @@ def _chains(model: Model, guide: Any, args: Any, kwargs: Any, n: int, warmup: in
     def potential(values: dict[str, Tensor]) -> Tensor:
         return -density(values["z"][None])[0]
 
-    rows, diverging = [], torch.zeros(chains, n, dtype=torch.bool)
+    rows, diverging = [], np.zeros((chains, n), dtype=bool)
     for chain, start in enumerate(starts):
         kernel = NUTS(potential_fn=potential)
         mcmc = MCMC(kernel, n, warmup, initial_params={"z": start}, disable_progbar=not bar)
         mcmc.run()
         diverging[chain, mcmc.diagnostics()["divergences"]["chain 0"]] = True
         rows.append(mcmc.get_samples()["z"].detach())
-    return guide.constrained(transform(torch.cat(rows))), diverging.reshape(-1).numpy()
+    return guide.constrained(transform(torch.cat(rows))), diverging.reshape(-1)

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_dgm.core.noise import seeded
 from pyro_dgm.diagnostics.draws import Model, Program
 from pyro_dgm.diagnostics.runs import Draws
 
@@ -105,9 +106,7 @@ def experiment(model: Model | None, posterior: Any, args: Any, kwargs: Any, obse
         ValueError: if the model has no such observed site, or the posterior returns no latent of the model.
     """
     _refuse_no_posterior(posterior)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed), torch.no_grad():
         program = None if model is None else Program(model, None, args, kwargs, draws={}, new=True)
         names, rows = (
             _simulated(program, observed, simulations) if given is None else _taken(given, observed, simulations)

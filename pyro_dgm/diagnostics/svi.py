@@ -11,6 +11,7 @@ import pyro
 import torch
 from pyro.infer.autoguide import AutoDelta
 
+from pyro_dgm.core.noise import seed_everywhere, seeded
 from pyro_dgm.core.psis import psis
 from pyro_dgm.diagnostics.draws import Model, Program
 from pyro_dgm.diagnostics.explore import explore
@@ -155,7 +156,7 @@ def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: A
     kwargs = model_kwargs or {}
     for guide in guides:
         _refuse_point_estimates(guide)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), pyro.get_param_store().scope(_store_state()):
+    with seeded(seed), pyro.get_param_store().scope(_store_state()):
         _seed(seed)
         for guide in guides:
             guide(*args, **kwargs)  # lazy guides find their structure, by draws of their own
@@ -180,7 +181,7 @@ def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: A
 
 def _seed(seed: int | None) -> None:
     if seed is not None:
-        torch.manual_seed(seed)
+        seed_everywhere(seed)
 
 
 def _log_q(programs: list[Program], guided: list[Any], scored: Any, n: int) -> np.ndarray | None:

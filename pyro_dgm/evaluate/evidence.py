@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_dgm.core.noise import seeded
 from pyro_dgm.core.psis import psis
 
 __all__ = ["AIS", "EvidenceBound", "ais", "evidence_bound"]
@@ -100,9 +101,7 @@ def evidence_bound(
     """
     if num_samples < 25:
         raise ValueError(f"evidence_bound: num_samples={num_samples}, expected at least 25, for the Pareto fit.")
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         rows = max(1, chunk // num_samples)
         parts = []
         for i in range(0, len(x), rows):
@@ -183,9 +182,7 @@ def ais(
     target = _Annealed(vae, x, context, mask, leapfrog)
     betas = torch.sigmoid(torch.linspace(-4.0, 4.0, num_steps + 1))
     betas = (betas - betas[0]) / (betas[-1] - betas[0])
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         steps, _ = target.tuned(target.start(num_chains), betas)
         log_w, accepted = target.forward(target.start(num_chains), betas, steps)
         upper = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_dgm.core.distribution import NoDensityError
+from pyro_dgm.core.noise import seeded
 from pyro_dgm.evaluate.c2st import c2st
 from pyro_dgm.evaluate.coverage import precision_recall_density_coverage
 from pyro_dgm.evaluate.density import held_out_score
@@ -61,9 +62,7 @@ def report(
         >>> numbers["energy distance"].p_value > 0.01, numbers["linear probe"]
         (True, 'no codes')
     """
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed), torch.no_grad():
         draws = model.sample((len(data),)) if isinstance(model, Distribution) else model(len(data))
         if draws.shape != data.shape:
             raise ValueError(

@@ -59,7 +59,7 @@ def linear_probe(codes: Any, labels: Any, *, folds: int = 5, seed: int = 0) -> S
         raise ValueError(
             f"linear_probe: labels have shape {tuple(y.shape)}, expected ({len(codes)},), finite and not all equal."
         )
-    said = torch.as_tensor(_predictions(codes, y, folds, seed))
+    said = torch.from_numpy(_predictions(codes, y, folds, seed))
     if not y.is_floating_point():
         return mean_score(said == y)
     lost, total = (said - y).double().square(), (y - y.mean()).double().square()

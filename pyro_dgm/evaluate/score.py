@@ -72,9 +72,9 @@ def grouped(n: int, m: int, num_permutations: int, generator: torch.Generator | 
     """Who is in the first group: ``(n + m, 1 + B)``, the true assignment and B random ones, as 0 and 1."""
     if num_permutations < 19:
         raise ValueError(f"num_permutations is {num_permutations}; below 19 no p-value can reach 0.05. Use 200.")
-    first = torch.zeros(num_permutations + 1, n + m, dtype=torch.bool)
+    first = torch.zeros(num_permutations + 1, n + m, dtype=torch.bool, device="cpu")
     first[0, :n] = True
-    order = torch.rand(num_permutations, n + m, generator=generator).argsort(-1)
+    order = torch.rand(num_permutations, n + m, generator=generator, device="cpu").argsort(-1)
     first[1:].scatter_(1, order[:, :n], True)
     return first.T.contiguous()
 

@@ -140,7 +140,7 @@ def _distance(s_xx: Tensor, s_xy: Tensor, s_yy: Tensor, n: int, m: int) -> Tenso
 
 
 def _median_distance(rows: Tensor, generator: torch.Generator | None) -> float:
-    some = rows[torch.randperm(len(rows), generator=generator)[:1_000].to(rows.device)]
+    some = rows[torch.randperm(len(rows), generator=generator, device="cpu")[:1_000].to(rows.device)]
     return float(torch.nn.functional.pdist(some).median())
 
 
@@ -187,7 +187,7 @@ def sliced_wasserstein(
     generator = random_source(seed)
     x, y = same_features("sliced_wasserstein", x=x, y=y)
     n, m = len(x), len(y)
-    direction = torch.randn(x.shape[1], num_projections, generator=generator).to(x)
+    direction = torch.randn(x.shape[1], num_projections, generator=generator, device="cpu").to(x)
     projected, order = (torch.cat([x, y]) @ (direction / direction.norm(dim=0))).sort(0)
     gaps = projected.diff(dim=0)
     first = grouped(n, m, num_permutations, generator).to(x)
@@ -206,10 +206,9 @@ def _wasserstein(order: Tensor, gaps: Tensor, weight: Tensor) -> Tensor:
 
 def _bootstrap_weights(n: int, m: int, count: int, generator: torch.Generator | None) -> Tensor:
     """Signed weights ``(B, n + m)`` of samples drawn again with replacement."""
-    x = torch.multinomial(torch.ones(count, n), n, replacement=True, generator=generator)
-    y = torch.multinomial(torch.ones(count, m), m, replacement=True, generator=generator)
-    one = torch.ones(())
-    return torch.cat([
-        torch.zeros(count, n).scatter_add_(1, x, one.expand(count, n)) / n,
-        -torch.zeros(count, m).scatter_add_(1, y, one.expand(count, m)) / m,
-    ], -1)  # fmt: skip
+    parts = []
+    for rows in (n, m):
+        one = torch.ones(count, rows, device="cpu")
+        again = torch.multinomial(one, rows, replacement=True, generator=generator)
+        parts.append(torch.zeros_like(one).scatter_add_(1, again, one) / rows)
+    return torch.cat([parts[0], -parts[1]], -1)

@@ -15,6 +15,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
 
+from pyro_dgm.core.noise import seeded
 from pyro_dgm.core.ratio import Calibration, DensityRatio, learn_ratio
 
 __all__ = ["Refined", "refine"]
@@ -88,9 +89,7 @@ def refine(
         True
     """
     _check_arguments(generator, data, n, method)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         draw = _sampler(generator)
         ratio, check = learn_ratio(data, draw, network=network, max_steps=max_steps)
         _refuse_bad(check)

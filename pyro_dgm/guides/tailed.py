@@ -128,10 +128,12 @@ class Couplings(Transform):
 
 def _orders(features: int, pairs: int) -> Iterator[Tensor]:
     """As they come, even before odd, then at random (the same for every guide of this size)."""
-    index, generator = torch.arange(features), torch.Generator().manual_seed(features)
+    index, generator = torch.arange(features, device="cpu"), torch.Generator().manual_seed(features)
     for i in range(pairs):
         evens_first = torch.cat([index[::2], index[1::2]])
-        yield index if i == 0 else evens_first if i == 1 else torch.randperm(features, generator=generator)
+        yield (
+            index if i == 0 else evens_first if i == 1 else torch.randperm(features, generator=generator, device="cpu")
+        )
 
 
 class SinhArcsinh(Transform):

@@ -11,6 +11,7 @@ from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_dgm.core.noise import apart
 from pyro_dgm.core.sites import is_enumerable, latent_sites, refuse_implicit
 
 __all__ = ["VectorGuide"]
@@ -36,7 +37,7 @@ class VectorGuide(AutoContinuous):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with torch.random.fork_rng(devices=[]):
+        with apart():
             _refuse_unfit_sites(type(self).__name__, self.model, args, kwargs)
             super()._setup_prototype(*args, **kwargs)
             with poutine.block():  # a plate's index is a sample site of its own
@@ -66,8 +67,7 @@ class VectorGuide(AutoContinuous):
         The Monte-Carlo error of a median is about 0.0125 posterior standard deviations. Elementwise medians of a
         simplex need not sum to one.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with apart(0):
             draws = self.draws(10_000, *args, **kwargs)
         return {k: torch.quantile(v, torch.as_tensor(quantiles).to(v), dim=0) for k, v in draws.items()}
 

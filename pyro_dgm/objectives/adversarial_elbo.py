@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pyro_dgm.core.average import Average
 from pyro_dgm.core.basins import uncovered
 from pyro_dgm.core.log_joint import LogJoint
+from pyro_dgm.core.noise import seeded
 from pyro_dgm.core.psis import psis
 from pyro_dgm.core.ratio import DensityRatio
 from pyro_dgm.core.training import Implicit
@@ -167,9 +168,7 @@ class Adversarial_ELBO(nn.Module):
     def diagnose(self, *args: Any, num_samples: int = 10_000, seed: int | None = None, **kwargs: Any) -> Diagnosis:
         """Fit a fresh classifier to the guide as it is, and say whether either can be believed."""
         self.setup(*args, **kwargs)
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed):
             with torch.no_grad():
                 theta = self.guide.draw(num_samples)[0]
             return diagnosed(self.contrast, self._joint, theta, len(self.missed(*args, **kwargs)))

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.core import LearnedDistribution, frozen
 from pyro_dgm.core.log_joint import LogJoint
+from pyro_dgm.core.noise import apart
 from pyro_dgm.core.psis import psis
 from pyro_dgm.core.sites import is_enumerable, latent_sites
 from pyro_dgm.core.vectorize import NOT_VECTORIZED, enumerated, how_to_vectorize, joint_of_rows, log_probs, per_draw
@@ -137,7 +138,7 @@ class STL_ELBO(Trace_ELBO):
 
     def _check_vectorization(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         self._checked = True
-        with torch.no_grad(), poutine.block(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), poutine.block(), apart():
             once = poutine.trace(guide).get_trace(*args, **kwargs)
             _refuse_unmatched(poutine.trace(poutine.replay(model, trace=once)).get_trace(*args, **kwargs), once)
             drawn = _latents(poutine.trace(self._vectorized_num_particles(guide)).get_trace(*args, **kwargs))

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
-from pyro.util import get_rng_state, set_rng_state
 from torch import Size, Tensor
 
 from pyro_dgm.core.handlers import Given, Redraw
+from pyro_dgm.core.noise import apart, seed_everywhere
 from pyro_dgm.core.sites import is_drawn
 from pyro_dgm.core.vectorize import How, together
 
@@ -167,20 +167,20 @@ def _single(program: Program, given: dict[str, Tensor]) -> tuple[dict[str, Tenso
 @contextmanager
 def random_state(seed: int) -> Iterator[None]:
     """Random numbers of torch, numpy and Python from a seed; afterwards they go on as before."""
-    before = get_rng_state()
-    _set_state(seed, 0)
-    try:
-        yield
-    finally:
-        set_rng_state(before)
+    others = random.getstate(), np.random.get_state()
+    with apart():
+        _set_state(seed, 0)
+        try:
+            yield
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
 
 
 def _set_state(seed: int, index: int) -> None:
     """The random state that belongs to one simulation, or block, of a seed."""
     state = _scrambled(_scrambled(seed) + index)  # neighbouring seeds share nothing
-    torch.default_generator.manual_seed(state)  # torch.manual_seed is slow, and queues a call for every absent device
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(state)
+    seed_everywhere(state)
     random.seed(state)
     np.random.seed(state)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_dgm.core.average import Average
 from pyro_dgm.core.data import first_rows
 from pyro_dgm.core.files import save_checkpoint
+from pyro_dgm.core.noise import apart, put_random_states, random_states
 from pyro_dgm.train.batches import Batches
 from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.schedule import Limits, rate_at
@@ -54,7 +55,7 @@ class AdversarialRun:
         self.held_out = self._held_out(validation)
         self.history, self.good, self.lost = History(), self._state(), 0
         self.every = max(50, limits.max_steps // _CHECKS) if limits.max_steps else 500
-        self.position, self.epoch_rng = 0, torch.get_rng_state()
+        self.position, self.epoch_rng = 0, random_states()
         self.saved_at, self.whole, self.warned = 0.0, True, False
 
     def run(self, saved: dict[str, Any] | None) -> History:
@@ -100,7 +101,7 @@ class AdversarialRun:
 
     def _next(self) -> tuple[Any, ...]:
         if self.position % (self.batches.epoch or 1) == 0:
-            self.epoch_rng = torch.get_rng_state()
+            self.epoch_rng = random_states()
         self.position += 1
         return next(self.iterator)
 
@@ -133,8 +134,7 @@ class AdversarialRun:
     def _check(self) -> None:
         """Judge the averaged generator on held-out rows, keep the state, warn of a low coverage, save."""
         history = self.history
-        with self.average.in_place(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with self.average.in_place(), apart(0):
             energy, coverage = self.objective.quality(*self.held_out)
         history.quality.append((history.steps, energy, coverage))
         history.best_step, history.best_loss = history.steps, energy
@@ -158,8 +158,7 @@ class AdversarialRun:
     def _held_out(self, validation: Any) -> tuple[Any, ...]:
         """The given held-out rows, or some of the training data: at most 500."""
         if validation is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with apart(0):
                 x, context = first_rows(iter(self.batches), _JUDGED)
             validation = (x,) if context is None else (x, context)
         rows = validation if isinstance(validation, tuple | list) else (validation,)
@@ -203,7 +202,7 @@ class AdversarialRun:
     def _save(self) -> None:
         state: dict[str, Any] = {k: getattr(self, k) for k in ("position", "epoch_rng", "lost", "warned")}
         state |= self._state() | {"module": self.objective.state_dict()}
-        state["optimizers"], state["rng"] = [o.state_dict() for o in self.optimizers], torch.get_rng_state()
+        state["optimizers"], state["rng"] = [o.state_dict() for o in self.optimizers], random_states()
         save_checkpoint(self.checkpoint, state | {"history": vars(self.history)})  # type: ignore[arg-type]
         self.saved_at = self.limits.seconds()
 
@@ -217,10 +216,10 @@ class AdversarialRun:
             saved[k] for k in ("position", "epoch_rng", "lost", "warned")
         )
         self.good = self._state()
-        torch.set_rng_state(self.epoch_rng)
+        put_random_states(self.epoch_rng)
         for _ in range(self.position % (self.batches.epoch or 1)):
             next(self.iterator)
-        torch.set_rng_state(saved["rng"])
+        put_random_states(saved["rng"])
 
 
 def _rates(objective: Any, lr: float | None) -> tuple[float, float]:

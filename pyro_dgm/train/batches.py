@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pyro_dgm.core.devices import moved
+
 __all__ = ["Batches", "held_out_split"]
 
 
@@ -19,12 +21,15 @@ class Batches:
         data: a tensor, a tuple of an objective's arguments, a mapping of tensors (one argument: a batch is then a
             dictionary), or a DataLoader.
         batch_size: rows per batch; None passes everything each time.
+        device: where batches are moved; None leaves them.
     """
 
-    def __init__(self, data: Any, batch_size: int | None) -> None:
+    def __init__(self, data: Any, batch_size: int | None, device: torch.device | None = None) -> None:
+        self.device = device
         self.loader = data if isinstance(data, DataLoader) else None
         self.args = () if self.loader else _as_args(data)
         self.rows = None if self.loader or batch_size is None else _rows(self.args)
+        self.args = self.args if self.rows else moved(self.args, device)
         self.batch_size: int = batch_size or 0
         if self.rows is not None:
             _refuse_non_finite(self.args)
@@ -38,7 +43,7 @@ class Batches:
     def example(self) -> tuple[Any, ...]:
         """Arguments for a first run: everything, or one batch."""
         if self.loader is not None:
-            return _as_args(next(iter(self.loader)))
+            return moved(_as_args(next(iter(self.loader))), self.device)
         return self.args if self.rows is None else self._take(torch.arange(min(self.batch_size, self.rows)))
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
@@ -47,13 +52,13 @@ class Batches:
 
     def _one_pass(self) -> Iterable[tuple[Any, ...]]:
         if self.loader is not None:
-            return (_as_args(batch) for batch in self.loader)
+            return (moved(_as_args(batch), self.device) for batch in self.loader)
         if self.rows is None:
             return [self.args]
         return (self._take(index) for index in torch.randperm(self.rows).split(self.batch_size))
 
     def _take(self, index: Tensor) -> tuple[Any, ...]:
-        return _picked(self.args, index)
+        return moved(_picked(self.args, index), self.device)
 
 
 def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

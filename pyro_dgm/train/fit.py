@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_dgm.core.average import Average
+from pyro_dgm.core.devices import device_of, moved
 from pyro_dgm.core.files import load_checkpoint, save_checkpoint
+from pyro_dgm.core.noise import apart, put_random_states, random_states, seeded
 from pyro_dgm.core.training import Alternating, Convergent, Pretrainable, Recipe, Recommending, Settling, Startable
 from pyro_dgm.train.adversarial import AdversarialRun
 from pyro_dgm.train.batches import Batches, held_out_split, named_tensors, non_finite, row_count
@@ -59,7 +61,8 @@ def fit(
 
     Args:
         objective: a module that turns a batch into a scalar loss, such as ``STL_ELBO()(model, guide)``.
-        data: the objective's arguments: a tensor, a tuple, a mapping of tensors (one argument), or a ``DataLoader``.
+        data: the objective's arguments: a tensor, a tuple, a mapping of tensors (one argument), or a ``DataLoader``. Batches are
+            moved to the objective's device.
         optimizer: makes the optimiser from a list of parameters; None for Adam with betas (0.9, 0.99).
         lr: peak learning rate, used where ``optimizer`` is None; 0.005, or what the objective asks for. Of an adversarial
             pair it is the critic's, and the generator's in proportion. So with the other
@@ -70,7 +73,7 @@ def fit(
             the lowest held-out loss.
         patience: checks (each 50 steps, or each epoch) without improvement before the fit stops; 10 with validation.
         checkpoint: a file to save the state to, every few seconds.
-        resume: continue from that file where it exists; on the CPU the result is the same as without a stop.
+        resume: continue from that file where it exists, on any device; on the CPU the result is the same as without a stop.
         progress: show a progress bar.
         seed: makes the fit reproducible, and leaves the global random state as it was.
 
@@ -94,9 +97,7 @@ def fit(
         >>> round(objective.w.item(), 2)
         2.0
     """
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         recipe = objective.recipe(row_count(data)) if isinstance(objective, Recommending) else Recipe()
         batch_size, patience = batch_size or recipe.batch_size, patience or recipe.patience
         validation = recipe.validation if validation is None else validation
@@ -104,7 +105,7 @@ def fit(
             max_epochs = recipe.max_epochs
         if isinstance(validation, float):
             data, validation = held_out_split(data, validation)
-        batches = Batches(data, batch_size)
+        batches = Batches(data, batch_size, where := device_of(objective))
         limits = Limits(_smaller(max_steps, max_epochs and max_epochs * (batches.epoch or 1)), max_seconds)
         saved = load_checkpoint(checkpoint) if resume and checkpoint else None
         bar = tqdm(desc="warm start", unit="step", disable=not progress, mininterval=0.5)
@@ -113,7 +114,7 @@ def fit(
             owned_parameters(objective, batches.example(), lambda: _prepare(objective, batches, saved, bar)) as found,
         ):
             bar.reset(), bar.set_description("fit", refresh=False)
-            ends: Any = (batches, limits, validation, patience, bar, checkpoint)
+            ends: Any = (batches, limits, moved(validation, where), patience, bar, checkpoint)
             if isinstance(objective, Alternating):
                 return AdversarialRun(objective, found, optimizer, lr, *ends).run(saved)
             made = _adam(found, lr or recipe.lr, recipe.weight_decay) if optimizer is None else optimizer(found)
@@ -184,7 +185,7 @@ class _Run:
 
     def _refuse_bad_start(self) -> None:
         args = self.batches.example()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), apart():
             losses = [float(self._loss(args)) for _ in range(3)]
         if not any(math.isfinite(loss) for loss in losses):
             found = non_finite(args)
@@ -274,8 +275,7 @@ class _Run:
             self._save()
 
     def _held_out(self) -> float:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.no_grad(), apart(0):
             loss = float(self.objective(*self.validation))
         self.history.validation.append((self.history.steps, loss))
         return loss
@@ -338,7 +338,7 @@ class _Run:
     def _save(self) -> None:
         fields = ("round", "round_began", "round_best", "stale", "lost", "best")
         state = {k: getattr(self, k) for k in fields} | {"previous_best": getattr(self, "_previous_best", math.inf)}
-        now = {"tensors": self._snapshot(), "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        now = {"tensors": self._snapshot(), "optimizer": self.optimizer.state_dict(), "rng": random_states()}
         now |= {"module": self.objective.state_dict(), "average": self.average.state()}
         save_checkpoint(self.checkpoint, state | now | {"history": vars(self.history)})
         self.saved_at = self.limits.seconds()
@@ -347,7 +347,7 @@ class _Run:
         self._restore(saved["tensors"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.average.restore(saved["average"])
-        torch.set_rng_state(saved["rng"])
+        put_random_states(saved["rng"])
         self.history = History.resumed(saved["history"])
         for name in ("round", "round_began", "round_best", "stale", "lost", "best"):
             setattr(self, name, saved[name])

@@ -14,6 +14,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_dgm.core.noise import apart
+
 __all__ = ["owned_parameters"]
 
 
@@ -25,7 +27,7 @@ def owned_parameters(
     store = pyro.get_param_store()
     outer = store.get_state()
     with store.scope():
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), apart():
             objective(*example)
         _continue_from(outer, objective)
         prepare()

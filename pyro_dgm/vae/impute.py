@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_dgm.core.noise import seeded
+
 __all__ = ["impute"]
 
 
@@ -47,9 +49,7 @@ def impute(
         >>> impute(vae, x, mask, num_samples=5)[..., 0].unique()
         tensor([1.])
     """
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         z, log_q = vae.encode(x, context, mask).rsample_and_log_prob((proposals,))
         log_w = vae.log_joint(x, z, context, mask) - log_q
         chosen = torch.distributions.Categorical(logits=log_w.T).sample((num_samples,))

@@ -49,8 +49,9 @@ class Joint:
         self.nesting = structure.nesting
         self.sites = structure.latents
         self.discrete = any(s.classes for s in self.sites)
-        self.units = {s.name: Units([s], "map") for s in self.sites if not s.classes}
         example = posterior.sample((3,))
+        where = next(iter(example.values())).device
+        self.units = {s.name: Units([s], "map").to(where) for s in self.sites if not s.classes}
         self.shapes = {k: v.shape[1:] for k, v in example.items()}
         self.how, fault = how_to_vectorize(posterior.model, self._in_plate(example), self.shapes, self.nesting, (), {})
         if self.how == "loop":
@@ -103,7 +104,7 @@ class Joint:
         return self.units[site.name].flatten({site.name: value})[0].reshape(len(value), -1)
 
     def _unpacked(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        values, log_det, at = {}, torch.zeros(len(u), dtype=torch.float64), 0
+        values, log_det, at = {}, u.new_zeros(len(u), dtype=torch.float64), 0
         for site in self.sites:
             batch = self.shapes[site.name][: site.depth]
             width = batch.numel() * (site.width if site.classes else self.units[site.name].features)

@@ -17,6 +17,7 @@ from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
+from pyro_dgm.core.noise import apart, seed_everywhere
 from pyro_dgm.core.sites import is_subsample
 
 __all__ = ["independent_parts"]
@@ -37,7 +38,7 @@ def independent_parts(
     drawn, others = (_values(t, observed) for t in traces)
     hidden = set(drawn) - set(observed)
     quiet = warnings.catch_warnings()
-    with quiet, torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+    with quiet, apart(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
         warnings.simplefilter("ignore")
         try:
             given = poutine.condition(model, data={k: drawn[k] for k in observed})
@@ -63,8 +64,8 @@ def _connected(upstream: Mapping[str, Any], hidden: set[str]) -> list[set[str]]:
     parts: list[set[str]] = []
     for site, sources in upstream.items():
         joined = ({site} | set(sources)) & hidden
-        apart = [p for p in parts if not p & joined]
-        parts = apart + [joined.union(*(p for p in parts if p & joined))] if joined else parts
+        others = [p for p in parts if not p & joined]
+        parts = others + [joined.union(*(p for p in parts if p & joined))] if joined else parts
     return parts
 
 
@@ -76,7 +77,7 @@ def _alone(part: set[str], upstream: Mapping[str, Any], drawn: Any, others: Any,
 
 
 def _densities(model: Any, values: dict[str, Tensor], args: Any, kwargs: Any) -> dict[str, Tensor]:
-    torch.manual_seed(0)
+    seed_everywhere(0)
     trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
     sites = {k: s for k, s in trace.nodes.items() if s["type"] == "sample" and not is_subsample(s)}
     return {k: s["fn"].log_prob(s["value"]) for k, s in sites.items() if not s["infer"].get("_deterministic")}

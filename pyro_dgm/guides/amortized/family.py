@@ -119,7 +119,7 @@ class MixtureChain(DistributionModule):
     def regress(self, context: Tensor, u: Tensor, ridge: float = 1e-3) -> None:
         """Start at the linear Gaussian that fits rows ``(N, C)`` and ``(N, D)``."""
         rows = torch.cat([context, torch.ones_like(context[:, :1])], -1).double()
-        gram = rows.mT @ rows / len(rows) + ridge * torch.eye(rows.shape[-1], dtype=rows.dtype)
+        gram = rows.mT @ rows / len(rows) + ridge * torch.eye(rows.shape[-1]).to(rows)
         weights = torch.linalg.solve(gram, rows.mT @ u.double() / len(rows))
         self.linear.weight.copy_(weights[:-1].mT), self.linear.bias.copy_(weights[-1])
         self.residual.copy_((u - self.linear(context)).std(0).clamp_min(1e-3))

@@ -91,7 +91,7 @@ class Group(nn.Module):
 
     def log_prob_discrete(self, values: dict[str, Tensor], context: Tensor, u: Tensor | None) -> Tensor:
         """Log probability of the discrete sites, each given those before it, in nats."""
-        total, seen = torch.zeros(()), joined(context, u)
+        total, seen = context.new_zeros(()), joined(context, u)
         for head, site in zip(self.heads, self.discrete, strict=True):
             flat = values[site.name].reshape(*values[site.name].shape[: -len(site.event_shape) or None], site.width)
             total = total + _categorical(head, seen, site).log_prob(flat.long()).sum(-1)

@@ -18,6 +18,8 @@ import torch
 from torch import Size, Tensor, nn
 
 from pyro_dgm.core import DistributionModule
+from pyro_dgm.core.devices import device_of, moved
+from pyro_dgm.core.noise import apart
 from pyro_dgm.guides.amortized.arguments import Arguments, covariate_sites
 from pyro_dgm.guides.amortized.group import Drawn, Group
 from pyro_dgm.guides.amortized.posterior import ConditionedGuide
@@ -97,7 +99,7 @@ class AmortizedGuide(nn.Module):
         if bounds not in (None, "map", "truncate"):
             raise ValueError(f"AmortizedGuide: bounds={bounds!r}, expected 'map', 'truncate' or None.")
         self.arguments = Arguments(model, tuple(args), dict(kwargs or {}))
-        with torch.random.fork_rng(devices=[]):
+        with apart():
             self.structure = read(model, observed, tuple(args), dict(kwargs or {}))
             self.covariates = covariate_sites(self.arguments, covariates, self.structure)
             self.prior = PriorUnits(self.arguments, self.structure, self.covariates)
@@ -116,17 +118,21 @@ class AmortizedGuide(nn.Module):
 
         Args:
             mask: ``{site: True where there is a datum}`` for missing data.
-            data: all observed sites and covariates by name; leading dimensions stand for many data sets at once.
+            data: all observed sites and covariates by name; leading dimensions stand for many data sets at once. They are
+                moved to the guide's device.
 
         Raises:
             ValueError: for a name that is unknown or missing, a wrong shape, and data with NaN outside the mask.
         """
+        where = device_of(self)
+        data, mask = moved(data, where), moved(mask, where)
         batch = self.arguments.checked_data(data, mask, self.structure, self.covariates)
         return ConditionedGuide(self, batch, self.streams.lead(batch))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The Pyro guide: takes the model's arguments, with data among them under the names of the sites."""
-        return self.trace_draws(self.arguments.data_of(args, kwargs, self.structure, self.covariates))
+        data = self.arguments.data_of(args, kwargs, self.structure, self.covariates)
+        return self.trace_draws(moved(data, device_of(self)))
 
     def conditioned_model(self, data: Mapping[str, Any]) -> Callable[..., Any]:
         """The model with these data and covariates in it, as a program without arguments (it ignores those it gets)."""
@@ -155,7 +161,7 @@ class AmortizedGuide(nn.Module):
                 known |= values
         for group, u, context, _, _, mask in self.pieces(batch):
             if u is not None and hasattr(group.family, "regress"):
-                rows = torch.ones(u.shape[:-1], dtype=torch.bool) if mask is None else mask.expand(u.shape[:-1])
+                rows = u.new_ones(u.shape[:-1], dtype=torch.bool) if mask is None else mask.expand(u.shape[:-1])
                 context = context.expand(*u.shape[:-1], -1)
                 group.family.regress(context[rows].detach()[:_REGRESSED], u[rows].detach()[:_REGRESSED])
         self.standardized.fill_(True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Size, Tensor, nn
 
+from pyro_dgm.core.noise import apart, seeded
 from pyro_dgm.guides.amortized.densities import refined
 from pyro_dgm.guides.amortized.refined import Refined
 from pyro_dgm.guides.amortized.transport import Transport
@@ -61,8 +62,7 @@ class ConditionedGuide(nn.Module):
     def masses(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """For each group the share of its flow inside the box, and the error; estimated once."""
         if self._masses is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with apart(0):
                 self._masses = self.guide.masses(self.data, self.lead)
         return self._masses
 
@@ -102,9 +102,7 @@ class ConditionedGuide(nn.Module):
             UserWarning: where k-hat is 0.7 or more.
         """
         self._refuse_many("refined")
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed):
             return refined(self, num_samples, proposals or 4 * num_samples, steps)
 
     def transport(self) -> Transport:

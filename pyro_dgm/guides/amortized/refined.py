@@ -82,7 +82,7 @@ def refine(
             "model simulates, or the guide is not trained."
         )
     log_w = torch.where(finite, lp - lq, -torch.inf).double()
-    smooth, k = _smoothed(log_w)
+    smooth, k = _smoothed(log_w.cpu())
     ess = float(1.0 / np.square(smooth).sum())
     evidence, error = _evidence(log_w)
     index = torch.from_numpy(_stratified(smooth, n))
@@ -125,11 +125,11 @@ def _fresh(state: _State, sample: Any, log_q: Any, log_p: Any) -> Tensor:
 def _difference(state: _State, log_p: Any, jump: bool) -> Tensor:
     """Half the chains at a time move by the difference of two chains of the other half, which stays as it is."""
     n, dim = state.u.shape
-    order, taken = torch.randperm(n), torch.zeros(n, dtype=torch.bool)
+    order, taken = torch.randperm(n), torch.zeros_like(state.log_p, dtype=torch.bool)
     for movers, rest in ((order[: n // 2], order[n // 2 :]), (order[n // 2 :], order[: n // 2])):
         a = torch.randint(len(rest), (len(movers),))
         b = (a + torch.randint(1, len(rest), (len(movers),))) % len(rest)
-        gamma = 1.0 if jump else 2.38 / math.sqrt(2.0 * dim) * torch.rand(len(movers), 1)
+        gamma = 1.0 if jump else 2.38 / math.sqrt(2.0 * dim) * torch.rand(len(movers), 1, device=state.u.device)
         u = state.u[movers] + gamma * (state.u[rest[a]] - state.u[rest[b]])
         u = u + 1e-4 * torch.randn_like(u)  # chains that share a point must part
         part = _State(state.u[movers], state.log_p[movers])
@@ -161,9 +161,9 @@ def _evidence(log_w: Tensor) -> tuple[float, float]:
 
 def _stratified(weight: np.ndarray, n: int) -> np.ndarray:
     edges = np.cumsum(weight)
-    at = (np.arange(n) + torch.rand(n, dtype=torch.float64).numpy()) / n
+    at = (np.arange(n) + torch.rand(n, dtype=torch.float64, device="cpu").numpy()) / n
     index = np.searchsorted(edges / edges[-1], at).clip(max=len(weight) - 1)
-    return index[torch.randperm(n).numpy()]
+    return index[torch.randperm(n, device="cpu").numpy()]
 
 
 def _carried(k: float, effective: float) -> bool:

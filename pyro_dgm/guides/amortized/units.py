@@ -60,7 +60,8 @@ def box_of(site: Site) -> tuple[Tensor, Tensor] | None:
         ends = (inner.lower_bound, inner.upper_bound)
     if ends is None:
         return None
-    low, high = (torch.as_tensor(e, dtype=torch.get_default_dtype()).expand(site.event_shape).clone() for e in ends)
+    like = torch.empty(())  # of the default device and precision, as the guide is made
+    low, high = (torch.as_tensor(e).to(like).expand(site.event_shape).clone() for e in ends)
     return low, high
 
 

@@ -1,0 +1,81 @@
+"""Random numbers of the CPU and of the accelerator in use: from a seed, apart from the rest, or from a kept state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["apart", "put_random_states", "random_states", "seed_everywhere", "seeded"]
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """What is drawn here comes from the seed, and the stream goes on as before; None draws from the stream.
+
+    Example:
+        >>> with seeded(0):
+        ...     a = torch.rand(1)
+        >>> with seeded(0):
+        ...     b = torch.rand(1)
+        >>> bool(a == b)
+        True
+    """
+    if seed is None:
+        yield
+        return
+    with apart(seed):
+        yield
+
+
+@contextmanager
+def apart(seed: int | None = None) -> Iterator[None]:
+    """What is drawn here takes nothing from the stream; it comes from the seed, where there is one."""
+    before = random_states()
+    try:
+        if seed is not None:
+            seed_everywhere(seed)
+        yield
+    finally:
+        put_random_states(before)
+
+
+def random_states() -> list[Tensor]:
+    """Of the CPU, then of each accelerator, if one was used."""
+    return [torch.get_rng_state()] + [module.get_rng_state(*at) for module, at in _generators()]
+
+
+def put_random_states(states: list[Tensor]) -> None:
+    """Go on from there; states of devices that this machine lacks are left out."""
+    torch.set_rng_state(states[0])
+    for state, (module, at) in zip(states[1:], _generators(), strict=False):
+        module.set_rng_state(state, *at)
+
+
+def seed_everywhere(seed: int) -> None:
+    """As ``torch.manual_seed``, which is slow and queues a call for every absent device."""
+    torch.default_generator.manual_seed(seed)
+    module = _accelerator()
+    if module is not None:
+        getattr(module, "manual_seed_all", module.manual_seed)(seed)
+
+
+def _accelerator() -> Any:
+    """Torch's module of the accelerator; None without one, or where nothing was put on it yet."""
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        return None
+    module = torch.get_device_module(device)
+    used = getattr(module, "is_initialized", torch.accelerator.is_available)  # Apple's has no such function
+    return module if used() else None
+
+
+def _generators() -> list[tuple[Any, tuple[int, ...]]]:
+    """Module and index of each; Apple's one device takes no index."""
+    module = _accelerator()
+    if module is None:
+        return []
+    return [(module, () if module is torch.mps else (i,)) for i in range(module.device_count())]
