@@ -57,6 +57,7 @@ def put_random_states(states: list[Tensor]) -> None:
 
 def seed_everywhere(seed: int) -> None:
     """As ``torch.manual_seed``, which is slow and queues a call for every absent device."""
+    seed = int(seed)  # also numpy's
     torch.default_generator.manual_seed(seed)
     module = _accelerator()
     if module is not None:
