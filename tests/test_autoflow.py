@@ -197,6 +197,8 @@ def test_neutra_is_right_where_the_guide_is_not():
     import arviz as az
 
     guide = dgm.AutoFlow(conjugate, init_scale=1.0).setup(DATA)
+    with pytest.raises(ValueError, match="at least 4"):
+        dgm.neutra(conjugate, guide, DATA, num_samples=3)
     idata = dgm.neutra(conjugate, guide, DATA, num_samples=200, warmup_steps=100, seed=0, progress=False)
     z = torch.as_tensor(idata.posterior.z.values).reshape(-1, 2)
     assert ((z.mean(0) - MEAN) * PRECISION**0.5).abs().max() < 0.2

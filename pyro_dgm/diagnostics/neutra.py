@@ -56,6 +56,7 @@ def neutra(
 
     Raises:
         NotImplementedError: if the guide is no transform of a base distribution (a mixture).
+        ValueError: for fewer than four draws per chain.
 
     References:
         | Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte Carlo", arXiv 1903.03704.
@@ -72,6 +73,8 @@ def neutra(
         (2, 50)
     """
     kwargs = model_kwargs or {}
+    if num_samples < 4:
+        raise ValueError(f"neutra: num_samples is {num_samples}, expected at least 4: R-hat halves each chain.")
     with seeded(seed), frozen(*guide.parameters()):
         guide.get_transform(*args, **kwargs)
         draws, diverging = _chains(model, guide, args, kwargs, num_samples, warmup_steps, num_chains, progress)
