@@ -1,4 +1,4 @@
-"""All that is trained and read also runs on another device: by moving the module, and where that device is torch's default.
+"""What is trained and read also runs on another device: by moving the module, and where that device is torch's default.
 
 The device is a GPU where there is one. Everywhere it is also one made of Python (`pretend_device.py`), which refuses what a GPU
 refuses: tensors of two devices in one operation, numpy, a generator of the CPU. It says nothing about kernels or speed.
