@@ -5,6 +5,8 @@ raises, as on a GPU, numpy cannot read it, and it has its own stream of random n
 may mix, and indices may stay on the CPU.
 """
 
+import functools
+
 import torch
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -208,4 +210,4 @@ _RESIZING = (
 for _name in _RESIZING:  # torch would make an empty tensor and resize it
     _packet, _, _overload = _name.partition(".")
     _op = getattr(getattr(torch.ops.aten, _packet), _overload or "default")
-    _ATEN.impl(_name, (lambda op: lambda *args, **kwargs: _made(op, *args, **kwargs))(_op), "PrivateUse1")
+    _ATEN.impl(_name, functools.partial(_made, _op), "PrivateUse1")

@@ -15,7 +15,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from torch import Size, Tensor
 
-from pyro_dgm.core.noise import apart, seed_everywhere
+from pyro_dgm.core.noise import apart
 
 __all__ = [
     "NOT_VECTORIZED",
@@ -128,7 +128,7 @@ def how_to_vectorize(
     """
     n = len(next(iter(values.values())))
     rows = {k: v.reshape(n, *shapes[k]) for k, v in values.items()}
-    with torch.no_grad(), apart(), pyro.validation_enabled(False), poutine.block():
+    with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
         each = [{k: v[i] for k, v in rows.items()} for i in range(n)]
         single = torch.stack([_seeded(partial(joint_alone, model, row, nesting, args, kwargs)) for row in each])
         fault = _fault(lambda: joint_in_plate(model, values, n, nesting, args, kwargs), single)
@@ -157,8 +157,8 @@ def _fault(run: Callable[[], Tensor], expected: Tensor) -> str:
 
 def _seeded(run: Callable[[], Tensor]) -> Tensor:
     """The same subsamples in each run."""
-    seed_everywhere(0)
-    return run()
+    with apart(0):
+        return run()
 
 
 def joint_alone(model: Model, values: dict[str, Tensor], nesting: int, args: Any, kwargs: Any) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
+from pyro.util import get_rng_state, set_rng_state
 from torch import Size, Tensor
 
 from pyro_dgm.core.handlers import Given, Redraw
@@ -167,14 +168,13 @@ def _single(program: Program, given: dict[str, Tensor]) -> tuple[dict[str, Tenso
 @contextmanager
 def random_state(seed: int) -> Iterator[None]:
     """Random numbers of torch, numpy and Python from a seed; afterwards they go on as before."""
-    others = random.getstate(), np.random.get_state()
-    with apart():
-        _set_state(seed, 0)
-        try:
+    before = get_rng_state()
+    try:
+        with apart():
+            _set_state(seed, 0)
             yield
-        finally:
-            random.setstate(others[0])
-            np.random.set_state(others[1])
+    finally:
+        set_rng_state(before)
 
 
 def _set_state(seed: int, index: int) -> None:

@@ -105,7 +105,7 @@ def fit(
             max_epochs = recipe.max_epochs
         if isinstance(validation, float):
             data, validation = held_out_split(data, validation)
-        batches = Batches(data, batch_size, where := device_of(objective))
+        batches = Batches(data, batch_size, device_of(objective))
         limits = Limits(_smaller(max_steps, max_epochs and max_epochs * (batches.epoch or 1)), max_seconds)
         saved = load_checkpoint(checkpoint) if resume and checkpoint else None
         bar = tqdm(desc="warm start", unit="step", disable=not progress, mininterval=0.5)
@@ -114,7 +114,7 @@ def fit(
             owned_parameters(objective, batches.example(), lambda: _prepare(objective, batches, saved, bar)) as found,
         ):
             bar.reset(), bar.set_description("fit", refresh=False)
-            ends: Any = (batches, limits, moved(validation, where), patience, bar, checkpoint)
+            ends: Any = (batches, limits, moved(validation, batches.device), patience, bar, checkpoint)
             if isinstance(objective, Alternating):
                 return AdversarialRun(objective, found, optimizer, lr, *ends).run(saved)
             made = _adam(found, lr or recipe.lr, recipe.weight_decay) if optimizer is None else optimizer(found)

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_dgm.core.devices import device_of
 from pyro_dgm.core.vectorize import NOT_VECTORIZED, how_to_vectorize, joint_alone, joint_in_plate, joint_of_rows
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.guides.amortized.refined import Refined, refine
@@ -50,7 +51,7 @@ class Joint:
         self.sites = structure.latents
         self.discrete = any(s.classes for s in self.sites)
         example = posterior.sample((3,))
-        where = next(iter(example.values())).device
+        where = device_of(posterior.guide)
         self.units = {s.name: Units([s], "map").to(where) for s in self.sites if not s.classes}
         self.shapes = {k: v.shape[1:] for k, v in example.items()}
         self.how, fault = how_to_vectorize(posterior.model, self._in_plate(example), self.shapes, self.nesting, (), {})

@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
-from pyro_dgm.core.noise import apart, seed_everywhere
+from pyro_dgm.core.noise import apart
 from pyro_dgm.core.sites import is_subsample
 
 __all__ = ["independent_parts"]
@@ -77,7 +77,7 @@ def _alone(part: set[str], upstream: Mapping[str, Any], drawn: Any, others: Any,
 
 
 def _densities(model: Any, values: dict[str, Tensor], args: Any, kwargs: Any) -> dict[str, Tensor]:
-    seed_everywhere(0)
-    trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
+    with apart(0):
+        trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
     sites = {k: s for k, s in trace.nodes.items() if s["type"] == "sample" and not is_subsample(s)}
     return {k: s["fn"].log_prob(s["value"]) for k, s in sites.items() if not s["infer"].get("_deterministic")}
