@@ -10,9 +10,9 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDiagonalNormal, init_to_value
 
 import pyro_dgm as dgm
-from pyro_dgm.core.log_joint import LogJoint
 from pyro_dgm.diagnostics.explore import explore
 from pyro_dgm.guides.start import find_start
+from pyro_dgm.model.log_joint import LogJoint
 from tests.compat_cells import DATA, EVIDENCE, MEAN, PRECISION, conjugate
 
 SCALES = torch.tensor([1e-3, 1.0, 1e4])

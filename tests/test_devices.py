@@ -16,7 +16,7 @@ from pyro.infer import MCMC, NUTS, SVI, Importance, Predictive, Trace_ELBO
 
 import pyro_dgm as dgm
 from pyro_dgm.core.devices import device_of
-from pyro_dgm.core.noise import apart, put_random_states, random_states, seeded
+from pyro_dgm.core.random import fork_rng, put_random_states, random_states, seeded
 from pyro_dgm.train.adversarial import AdversarialRun
 from pyro_dgm.train.fit import _Run
 
@@ -310,7 +310,7 @@ def test_a_seed_leaves_the_device_s_stream_as_it_was(device):
     found = [draw()]
     with seeded(7):
         first = draw()
-    with apart(7):
+    with fork_rng(7):
         assert draw() == first
     found.append(draw())
     assert found == expected
@@ -328,7 +328,7 @@ def test_the_random_state_of_a_mac(monkeypatch):
     monkeypatch.setattr(mac, "get_rng_state", lambda: states[-1])
     monkeypatch.setattr(mac, "set_rng_state", states.append)
     monkeypatch.setattr(mac, "manual_seed", lambda seed: states.append(torch.tensor([seed])))
-    with apart(7):
+    with fork_rng(7):
         assert int(random_states()[1]) == 7
     assert [int(s) for s in states] == [1, 7, 1]
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)

@@ -1,4 +1,4 @@
-"""The star of imports, the size of files and functions, and what importing the package leaves behind."""
+"""The order of rooms, the size of files and functions, and what importing the package leaves behind."""
 
 import ast
 import pathlib
@@ -10,12 +10,21 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(p for p in (ROOT / "pyro_dgm").rglob("*.py") if p.name != "conftest.py")
 
-# Besides core and itself, a folder may import these.
-ALLOWED = {
-    "guides": {"flows"},
-    "objectives": {"cnf"},  # a generator starts as the student of a continuous flow
-    "cnf": {"flows"},  # a continuous flow is a normalizing flow: the same units, supports and transforms
-}
+# A room may import those that stand before it.
+ROOMS = [
+    "core",
+    "model",
+    "train",
+    "flows",
+    "cnf",
+    "objectives",
+    "vae",
+    "guides",
+    "gan",
+    "simulation",
+    "evaluate",
+    "diagnostics",
+]
 # Imported inside functions only: they are slow, or optional.
 LAZY = {"arviz", "arviz_base", "arviz_stats", "matplotlib", "sklearn", "lightning", "torchdiffeq"}
 
@@ -29,11 +38,16 @@ def imported(tree):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_form_a_star(path):
-    folder = path.relative_to(ROOT / "pyro_dgm").parts[0]
+def test_rooms_import_downwards(path):
+    room = path.relative_to(ROOT / "pyro_dgm").parts[0]
     for name, _ in imported(ast.parse(path.read_text())):
-        if name.startswith("pyro_dgm.") and folder != "__init__.py":
-            assert name.split(".")[1] in {"core", folder} | ALLOWED.get(folder, set()), f"{path.name} imports {name}"
+        if name.startswith("pyro_dgm.") and room != "__init__.py":
+            below = ROOMS[: ROOMS.index(room) + 1]
+            assert name.split(".")[1] in below, f"{path.name} of {room}/ imports {name}"
+
+
+def test_every_room_has_a_place_in_the_order():
+    assert sorted(ROOMS) == sorted(p.parent.name for p in (ROOT / "pyro_dgm").glob("*/__init__.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

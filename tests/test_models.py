@@ -10,7 +10,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.reparam import AutoReparam
 
 import pyro_dgm as dgm
-from pyro_dgm.core.log_joint import LogJoint
+from pyro_dgm.model.log_joint import LogJoint
 
 X = torch.tensor([-1.5, -0.7, 0.2, 1.1, 1.9])
 

@@ -22,7 +22,7 @@ from pyro_dgm.cnf.solver import FIXED, MOST, Solver
 from pyro_dgm.cnf.transform import FlowMap
 from pyro_dgm.cnf.two_layer import TwoLayerField
 from pyro_dgm.core import zuko
-from pyro_dgm.core.noise import apart
+from pyro_dgm.core.random import fork_rng
 from pyro_dgm.flows.base import NormalizingFlow
 
 __all__ = ["FFJORD", "ContinuousFlow", "OTFlow"]
@@ -177,7 +177,7 @@ class ContinuousFlow(NormalizingFlow):
         n, scores = int(self.solver.steps), []
         u = self._solve(u, context, True)[0] if sampling else u
         for steps in (n, 2 * n):
-            with apart(0):  # the same probes, where the trace is stochastic
+            with fork_rng(0):  # the same probes, where the trace is stochastic
                 z, ladj, _ = self._solve(u, context, False, steps=steps)
                 scores.append(ladj - 0.5 * z.square().sum(-1))
         return (scores[0] - scores[1]).abs()

@@ -1,4 +1,4 @@
-"""The contract: distributions, families, shapes, networks and data. The only folder that all others import."""
+"""The contract: distributions, families, shapes, networks and data. Every other room builds on it."""
 
 from pyro_dgm.core.data import Dequantize, Standardize
 from pyro_dgm.core.distribution import ImplicitDistribution, LearnedDistribution, NoDensityError, frozen

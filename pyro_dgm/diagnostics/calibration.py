@@ -15,8 +15,8 @@ import numpy as np
 
 from pyro_dgm.core.psis import arviz_major
 from pyro_dgm.diagnostics.containers import build
-from pyro_dgm.diagnostics.draws import Model
 from pyro_dgm.diagnostics.posteriors import Experiment, experiment
+from pyro_dgm.model.program import Model
 
 __all__ = ["Calibration", "coverage", "sbc", "tarp"]
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.noise import seeded
+from pyro_dgm.core.random import seeded
 from pyro_dgm.diagnostics.containers import coords_of, extended, group
-from pyro_dgm.diagnostics.draws import Model, Program
 from pyro_dgm.diagnostics.export import safe, site_dims
 from pyro_dgm.diagnostics.groups import Product, Wanted, log_likelihoods, log_priors, predictions_of, product
 from pyro_dgm.diagnostics.khat import judge
-from pyro_dgm.diagnostics.runs import Draws
+from pyro_dgm.model.program import Model, Program
+from pyro_dgm.model.runs import Draws
 
 __all__ = [
     "compute_log_likelihood",

@@ -9,9 +9,9 @@ import numpy as np
 import pyro
 
 from pyro_dgm.diagnostics.containers import build
-from pyro_dgm.diagnostics.draws import Program
-from pyro_dgm.diagnostics.runs import Table
-from pyro_dgm.diagnostics.terms import Term
+from pyro_dgm.model.program import Program
+from pyro_dgm.model.runs import Table
+from pyro_dgm.model.terms import Term
 
 __all__ = ["contained", "likelihoods", "safe", "site_dims"]
 

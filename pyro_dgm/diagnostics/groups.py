@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pyro_dgm.diagnostics.draws import Program
 from pyro_dgm.diagnostics.export import contained, likelihoods
-from pyro_dgm.diagnostics.runs import Draws, Table
+from pyro_dgm.model.program import Program
+from pyro_dgm.model.runs import Draws, Table
 
 __all__ = ["Product", "Wanted", "data_arrays", "log_likelihoods", "predictions_of", "product"]
 

@@ -15,12 +15,12 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from pyro_dgm.core import frozen
-from pyro_dgm.core.log_joint import LogJoint
 from pyro_dgm.core.module import whole_event
-from pyro_dgm.core.noise import seeded
-from pyro_dgm.diagnostics.draws import Model, Program
+from pyro_dgm.core.random import seeded
 from pyro_dgm.diagnostics.explore import pulled_back
 from pyro_dgm.diagnostics.groups import Wanted, product
+from pyro_dgm.model.log_joint import LogJoint
+from pyro_dgm.model.program import Model, Program
 
 __all__ = ["neutra"]
 

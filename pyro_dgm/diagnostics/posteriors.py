@@ -12,9 +12,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_dgm.core.noise import seeded
-from pyro_dgm.diagnostics.draws import Model, Program
-from pyro_dgm.diagnostics.runs import Draws
+from pyro_dgm.core.random import seeded
+from pyro_dgm.model.program import Model, Program
+from pyro_dgm.model.runs import Draws
 
 __all__ = ["Amortised", "Experiment", "Posterior", "Refit", "experiment"]
 

@@ -11,13 +11,13 @@ import pyro
 import torch
 from pyro.infer.autoguide import AutoDelta
 
-from pyro_dgm.core.noise import seed_everywhere, seeded
 from pyro_dgm.core.psis import psis
-from pyro_dgm.diagnostics.draws import Model, Program
+from pyro_dgm.core.random import seed_everywhere, seeded
 from pyro_dgm.diagnostics.explore import explore
 from pyro_dgm.diagnostics.export import contained
 from pyro_dgm.diagnostics.groups import Wanted, product
 from pyro_dgm.diagnostics.khat import Exploration, judge
+from pyro_dgm.model.program import Model, Program
 
 __all__ = ["contained", "from_fits", "from_svi"]
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.noise import seeded
 from pyro_dgm.core.psis import psis
+from pyro_dgm.core.random import seeded
 
 __all__ = ["AIS", "EvidenceBound", "ais", "evidence_bound"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_dgm.core.distribution import NoDensityError
-from pyro_dgm.core.noise import seeded
+from pyro_dgm.core.random import seeded
 from pyro_dgm.evaluate.c2st import c2st
 from pyro_dgm.evaluate.coverage import precision_recall_density_coverage
 from pyro_dgm.evaluate.density import held_out_score

@@ -15,7 +15,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
 
-from pyro_dgm.core.noise import seeded
+from pyro_dgm.core.random import seeded
 from pyro_dgm.core.ratio import Calibration, DensityRatio, learn_ratio
 
 __all__ = ["Refined", "refine"]

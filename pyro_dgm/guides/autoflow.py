@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
-from pyro_dgm.core.log_joint import LogJoint
 from pyro_dgm.flows.standard_normal import StandardNormal
 from pyro_dgm.guides.modes import Modes
 from pyro_dgm.guides.posterior import WhitenedPosterior
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.tailed import TailedCoupling
 from pyro_dgm.guides.vector import VectorGuide
+from pyro_dgm.model.log_joint import LogJoint
 
 __all__ = ["AutoFlow", "as_pyro"]
 

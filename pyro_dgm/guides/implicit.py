@@ -21,10 +21,10 @@ from pyro.params.param_store import param_with_module_name
 from torch import Size, Tensor, nn
 
 from pyro_dgm.core import MLP, ImplicitDistribution
-from pyro_dgm.core.log_joint import LogJoint
 from pyro_dgm.guides.modes import fitted_log_weights
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
+from pyro_dgm.model.log_joint import LogJoint
 
 __all__ = ["EstimatedDensity", "ImplicitGuide"]
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.basins import barrier, other_basins, spread
-from pyro_dgm.core.log_joint import LogJoint, prior_draws
+from pyro_dgm.model.log_joint import LogJoint, prior_draws
+from pyro_dgm.model.modes import barrier, other_modes, spread
 
 __all__ = ["Gaussians", "find_start"]
 
@@ -110,7 +110,7 @@ def _starts(log_joint: LogJoint) -> Gaussians:
         "optimised from zero": (_climb(log_joint, zero), 0.1 * ones),
         "prior median": (median, 0.1 * scale),
     }
-    for i, end in enumerate(other_basins(log_joint, starts["optimised from prior"][0], u)):
+    for i, end in enumerate(other_modes(log_joint, starts["optimised from prior"][0], u)):
         starts[f"other basin {i + 1}"] = (end, 0.1 * scale)
     loc, sd = (torch.stack(column) for column in zip(*starts.values(), strict=True))
     return Gaussians(loc, torch.diag_embed(sd), loc.new_full((len(loc),), -torch.inf), list(starts))

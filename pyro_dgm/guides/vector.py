@@ -11,8 +11,8 @@ from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_dgm.core.noise import apart
-from pyro_dgm.core.sites import is_enumerable, latent_sites, refuse_implicit
+from pyro_dgm.core.random import fork_rng
+from pyro_dgm.model.sites import is_enumerable, latent_sites, refuse_implicit
 
 __all__ = ["VectorGuide"]
 
@@ -37,7 +37,7 @@ class VectorGuide(AutoContinuous):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with apart():
+        with fork_rng():
             _refuse_unfit_sites(type(self).__name__, self.model, args, kwargs)
             super()._setup_prototype(*args, **kwargs)
             with poutine.block():  # a plate's index is a sample site of its own
@@ -67,7 +67,7 @@ class VectorGuide(AutoContinuous):
         The Monte-Carlo error of a median is about 0.0125 posterior standard deviations. Elementwise medians of a
         simplex need not sum to one.
         """
-        with apart(0):
+        with fork_rng(0):
             draws = self.draws(10_000, *args, **kwargs)
         return {k: torch.quantile(v, torch.as_tensor(quantiles).to(v), dim=0) for k, v in draws.items()}
 

@@ -19,12 +19,12 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_dgm.core.average import Average
-from pyro_dgm.core.basins import uncovered
-from pyro_dgm.core.log_joint import LogJoint
-from pyro_dgm.core.noise import seeded
 from pyro_dgm.core.psis import psis
+from pyro_dgm.core.random import seeded
 from pyro_dgm.core.ratio import DensityRatio
 from pyro_dgm.core.training import Implicit
+from pyro_dgm.model.log_joint import LogJoint
+from pyro_dgm.model.modes import uncovered
 from pyro_dgm.objectives.contrast import AdaptiveContrast, Contrast, PriorContrast
 from pyro_dgm.objectives.diagnosis import Diagnosis, diagnosed
 from pyro_dgm.objectives.players import DECAY, descend

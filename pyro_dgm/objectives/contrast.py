@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from pyro_dgm.core import frozen
-from pyro_dgm.core.log_joint import LogJoint, prior_draws
 from pyro_dgm.core.ratio import DensityRatio, logistic_loss
+from pyro_dgm.model.log_joint import LogJoint, prior_draws
 
 __all__ = ["AdaptiveContrast", "Contrast", "PriorContrast"]
 

@@ -25,8 +25,8 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
 from torch import Tensor
 
-from pyro_dgm.core.sites import is_enumerable, latent_sites, plate_frames
-from pyro_dgm.core.vectorize import enumerated, packed_log_probs, together
+from pyro_dgm.model.sites import is_enumerable, latent_sites, plate_frames
+from pyro_dgm.model.vectorize import enumerated, packed_log_probs, together
 from pyro_dgm.objectives.stl import parameters_of, rescored
 
 __all__ = ["IWAE_ELBO"]

@@ -27,11 +27,11 @@ from pyro.util import check_model_guide_match
 from torch import Tensor, nn
 
 from pyro_dgm.core import LearnedDistribution, frozen
-from pyro_dgm.core.log_joint import LogJoint
-from pyro_dgm.core.noise import apart
 from pyro_dgm.core.psis import psis
-from pyro_dgm.core.sites import is_enumerable, latent_sites
-from pyro_dgm.core.vectorize import NOT_VECTORIZED, enumerated, how_to_vectorize, joint_of_rows, log_probs, per_draw
+from pyro_dgm.core.random import fork_rng
+from pyro_dgm.model.log_joint import LogJoint
+from pyro_dgm.model.sites import is_enumerable, latent_sites
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, enumerated, how_to_vectorize, joint_of_rows, log_probs, per_draw
 
 __all__ = ["STL_ELBO", "parameters_of", "rescored"]
 
@@ -138,7 +138,7 @@ class STL_ELBO(Trace_ELBO):
 
     def _check_vectorization(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         self._checked = True
-        with torch.no_grad(), poutine.block(), apart():
+        with torch.no_grad(), poutine.block(), fork_rng():
             once = poutine.trace(guide).get_trace(*args, **kwargs)
             _refuse_unmatched(poutine.trace(poutine.replay(model, trace=once)).get_trace(*args, **kwargs), once)
             drawn = _latents(poutine.trace(self._vectorized_num_particles(guide)).get_trace(*args, **kwargs))

@@ -19,7 +19,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyro_dgm.core.sites import latent_sites, plate_frames
+from pyro_dgm.model.sites import latent_sites, plate_frames
 
 __all__ = ["WeightedKL_ELBO"]
 

@@ -8,8 +8,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_dgm.core.sites import is_drawn
-from pyro_dgm.core.vectorize import how_to_vectorize
+from pyro_dgm.model.sites import is_drawn
+from pyro_dgm.model.vectorize import how_to_vectorize
 from pyro_dgm.simulation.program import Program, random_state
 
 __all__ = ["TOO_FEW", "fault_of_plate"]

@@ -18,10 +18,10 @@ from pyro import poutine
 from pyro.util import get_rng_state, set_rng_state
 from torch import Size, Tensor
 
-from pyro_dgm.core.handlers import Given, Redraw
-from pyro_dgm.core.noise import apart, seed_everywhere
-from pyro_dgm.core.sites import is_drawn
-from pyro_dgm.core.vectorize import How, together
+from pyro_dgm.core.random import fork_rng, seed_everywhere
+from pyro_dgm.model.handlers import Given, Redraw
+from pyro_dgm.model.sites import is_drawn
+from pyro_dgm.model.vectorize import How, together
 
 __all__ = ["Part", "Program", "random_state", "run_job", "run_whole_job"]
 
@@ -170,7 +170,7 @@ def random_state(seed: int) -> Iterator[None]:
     """Random numbers of torch, numpy and Python from a seed; afterwards they go on as before."""
     before = get_rng_state()
     try:
-        with apart():
+        with fork_rng():
             _set_state(seed, 0)
             yield
     finally:

@@ -16,8 +16,8 @@ from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_dgm.core.sites import is_data, is_drawn, is_factor, is_subsample
-from pyro_dgm.core.vectorize import NOT_VECTORIZED, plate_nesting
+from pyro_dgm.model.sites import is_data, is_drawn, is_factor, is_subsample
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, plate_nesting
 from pyro_dgm.simulation.agree import TOO_FEW, fault_of_plate
 from pyro_dgm.simulation.program import Part, Program, random_state, run_job, run_whole_job
 from pyro_dgm.simulation.simulations import Simulations

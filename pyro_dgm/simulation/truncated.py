@@ -17,9 +17,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_dgm.core.handlers import Redraw
-from pyro_dgm.core.sites import is_drawn
-from pyro_dgm.core.vectorize import together
+from pyro_dgm.model.handlers import Redraw
+from pyro_dgm.model.sites import is_drawn
+from pyro_dgm.model.vectorize import together
 
 if TYPE_CHECKING:
     from pyro_dgm.simulation.program import Program

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_dgm.core.average import Average
 from pyro_dgm.core.data import first_rows
 from pyro_dgm.core.files import save_checkpoint
-from pyro_dgm.core.noise import apart, put_random_states, random_states
+from pyro_dgm.core.random import fork_rng, put_random_states, random_states
 from pyro_dgm.train.batches import Batches
 from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.schedule import Limits, rate_at
@@ -134,7 +134,7 @@ class AdversarialRun:
     def _check(self) -> None:
         """Judge the averaged generator on held-out rows, keep the state, warn of a low coverage, save."""
         history = self.history
-        with self.average.in_place(), apart(0):
+        with self.average.in_place(), fork_rng(0):
             energy, coverage = self.objective.quality(*self.held_out)
         history.quality.append((history.steps, energy, coverage))
         history.best_step, history.best_loss = history.steps, energy
@@ -158,7 +158,7 @@ class AdversarialRun:
     def _held_out(self, validation: Any) -> tuple[Any, ...]:
         """The given held-out rows, or some of the training data: at most 500."""
         if validation is None:
-            with apart(0):
+            with fork_rng(0):
                 x, context = first_rows(iter(self.batches), _JUDGED)
             validation = (x,) if context is None else (x, context)
         rows = validation if isinstance(validation, tuple | list) else (validation,)

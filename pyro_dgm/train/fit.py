@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from pyro_dgm.core.average import Average
 from pyro_dgm.core.devices import device_of, moved
 from pyro_dgm.core.files import load_checkpoint, save_checkpoint
-from pyro_dgm.core.noise import apart, put_random_states, random_states, seeded
+from pyro_dgm.core.random import fork_rng, put_random_states, random_states, seeded
 from pyro_dgm.core.training import Alternating, Convergent, Pretrainable, Recipe, Recommending, Settling, Startable
 from pyro_dgm.train.adversarial import AdversarialRun
 from pyro_dgm.train.batches import Batches, held_out_split, named_tensors, non_finite, row_count
@@ -185,7 +185,7 @@ class _Run:
 
     def _refuse_bad_start(self) -> None:
         args = self.batches.example()
-        with torch.no_grad(), apart():
+        with torch.no_grad(), fork_rng():
             losses = [float(self._loss(args)) for _ in range(3)]
         if not any(math.isfinite(loss) for loss in losses):
             found = non_finite(args)
@@ -275,7 +275,7 @@ class _Run:
             self._save()
 
     def _held_out(self) -> float:
-        with torch.no_grad(), apart(0):
+        with torch.no_grad(), fork_rng(0):
             loss = float(self.objective(*self.validation))
         self.history.validation.append((self.history.steps, loss))
         return loss

@@ -14,7 +14,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_dgm.core.noise import apart
+from pyro_dgm.core.random import fork_rng
 
 __all__ = ["owned_parameters"]
 
@@ -27,7 +27,7 @@ def owned_parameters(
     store = pyro.get_param_store()
     outer = store.get_state()
     with store.scope():
-        with torch.no_grad(), apart():
+        with torch.no_grad(), fork_rng():
             objective(*example)
         _continue_from(outer, objective)
         prepare()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.noise import seeded
+from pyro_dgm.core.random import seeded
 
 __all__ = ["impute"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_dgm.core import DistributionModule, joined
-from pyro_dgm.core.noise import apart
+from pyro_dgm.core.random import fork_rng
 from pyro_dgm.vae.checks import check_data, refuse_batch_norm, refuse_mismatch, refuse_outside, refuse_width
 
 __all__ = ["VAE"]
@@ -114,7 +114,7 @@ class VAE(nn.Module):
         try:
             return q.mean
         except NotImplementedError:
-            with apart(0):
+            with fork_rng(0):
                 return q.sample((draws,)).mean(0)
 
     def log_joint(self, x: Tensor, z: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from pyro import poutine
 from torch import Size, Tensor
 
-from pyro_dgm.core.vectorize import together
 from pyro_dgm.guides.amortized.structure import Site, Structure
+from pyro_dgm.model.vectorize import together
 
 __all__ = ["Arguments", "covariate_sites"]
 

@@ -11,10 +11,10 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_dgm.core.devices import device_of
-from pyro_dgm.core.vectorize import NOT_VECTORIZED, how_to_vectorize, joint_alone, joint_in_plate, joint_of_rows
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.guides.amortized.refined import Refined, refine
 from pyro_dgm.guides.amortized.units import Units
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, how_to_vectorize, joint_alone, joint_in_plate, joint_of_rows
 
 if TYPE_CHECKING:
     from pyro_dgm.guides.amortized.posterior import ConditionedGuide

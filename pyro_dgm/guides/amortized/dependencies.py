@@ -17,8 +17,8 @@ from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
-from pyro_dgm.core.noise import apart
-from pyro_dgm.core.sites import is_subsample
+from pyro_dgm.core.random import fork_rng
+from pyro_dgm.model.sites import is_subsample
 
 __all__ = ["independent_parts"]
 
@@ -38,7 +38,7 @@ def independent_parts(
     drawn, others = (_values(t, observed) for t in traces)
     hidden = set(drawn) - set(observed)
     quiet = warnings.catch_warnings()
-    with quiet, apart(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+    with quiet, fork_rng(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
         warnings.simplefilter("ignore")
         try:
             given = poutine.condition(model, data={k: drawn[k] for k in observed})
@@ -77,7 +77,7 @@ def _alone(part: set[str], upstream: Mapping[str, Any], drawn: Any, others: Any,
 
 
 def _densities(model: Any, values: dict[str, Tensor], args: Any, kwargs: Any) -> dict[str, Tensor]:
-    with apart(0):
+    with fork_rng(0):
         trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
     sites = {k: s for k, s in trace.nodes.items() if s["type"] == "sample" and not is_subsample(s)}
     return {k: s["fn"].log_prob(s["value"]) for k, s in sites.items() if not s["infer"].get("_deterministic")}

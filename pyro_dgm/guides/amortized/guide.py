@@ -19,7 +19,7 @@ from torch import Size, Tensor, nn
 
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.devices import device_of, moved
-from pyro_dgm.core.noise import apart
+from pyro_dgm.core.random import fork_rng
 from pyro_dgm.guides.amortized.arguments import Arguments, covariate_sites
 from pyro_dgm.guides.amortized.group import Drawn, Group
 from pyro_dgm.guides.amortized.posterior import ConditionedGuide
@@ -99,7 +99,7 @@ class AmortizedGuide(nn.Module):
         if bounds not in (None, "map", "truncate"):
             raise ValueError(f"AmortizedGuide: bounds={bounds!r}, expected 'map', 'truncate' or None.")
         self.arguments = Arguments(model, tuple(args), dict(kwargs or {}))
-        with apart():
+        with fork_rng():
             self.structure = read(model, observed, tuple(args), dict(kwargs or {}))
             self.covariates = covariate_sites(self.arguments, covariates, self.structure)
             self.prior = PriorUnits(self.arguments, self.structure, self.covariates)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_dgm.core.noise import apart, seeded
+from pyro_dgm.core.random import fork_rng, seeded
 from pyro_dgm.guides.amortized.densities import refined
 from pyro_dgm.guides.amortized.refined import Refined
 from pyro_dgm.guides.amortized.transport import Transport
@@ -62,7 +62,7 @@ class ConditionedGuide(nn.Module):
     def masses(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """For each group the share of its flow inside the box, and the error; estimated once."""
         if self._masses is None:
-            with apart(0):
+            with fork_rng(0):
                 self._masses = self.guide.masses(self.data, self.lead)
         return self._masses
 

@@ -12,9 +12,9 @@ from pyro import poutine
 from torch import Size, Tensor
 from torch.distributions import biject_to, constraints
 
-from pyro_dgm.core.sites import is_enumerable, is_subsample, latent_sites, plate_frames
-from pyro_dgm.core.vectorize import plate_nesting
 from pyro_dgm.guides.amortized.dependencies import independent_parts
+from pyro_dgm.model.sites import is_enumerable, is_subsample, latent_sites, plate_frames
+from pyro_dgm.model.vectorize import plate_nesting
 
 __all__ = ["Site", "Structure", "read"]
 

@@ -20,8 +20,8 @@ from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from torch import Tensor
 
 from pyro_dgm.core.distribution import ImplicitDistribution
-from pyro_dgm.core.sites import is_computed, is_data, is_subsample
-from pyro_dgm.diagnostics.layout import Layout, subsampled, with_shape
+from pyro_dgm.model.layout import Layout, subsampled, with_shape
+from pyro_dgm.model.sites import is_computed, is_data, is_subsample
 
 __all__ = ["Term", "is_scored", "joined", "subsampling_factor", "terms_of", "total"]
 

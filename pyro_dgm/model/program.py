@@ -18,12 +18,12 @@ from pyro import poutine
 from pyro.infer.autoguide.guides import AutoCallable, AutoGuide, AutoGuideList
 
 from pyro_dgm.core.distribution import ImplicitDistribution
-from pyro_dgm.core.noise import apart
-from pyro_dgm.core.sites import is_computed, is_data, is_enumerable, is_subsample, latent_sites, plate_frames
-from pyro_dgm.core.vectorize import NOT_VECTORIZED, How, Model, how_to_vectorize, plate_nesting
-from pyro_dgm.diagnostics.layout import subsampled
-from pyro_dgm.diagnostics.runs import Draws, Given, Runs, Table, rounds_of, stacked
-from pyro_dgm.diagnostics.terms import total
+from pyro_dgm.core.random import fork_rng
+from pyro_dgm.model.layout import subsampled
+from pyro_dgm.model.runs import Draws, Given, Runs, Table, rounds_of, stacked
+from pyro_dgm.model.sites import is_computed, is_data, is_enumerable, is_subsample, latent_sites, plate_frames
+from pyro_dgm.model.terms import total
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, how_to_vectorize, plate_nesting
 
 __all__ = ["Model", "Program"]
 
@@ -82,7 +82,7 @@ class Program:
         return name in self.runs.layouts and tuple(values.shape[1:]) == tuple(self.runs.layouts[name].full_shape)
 
     def _trace(self, fn: Model) -> poutine.Trace:
-        with torch.no_grad(), poutine.block(), apart():
+        with torch.no_grad(), poutine.block(), fork_rng():
             return poutine.trace(fn).get_trace(*self.args, **self.kwargs)
 
     def _prototype(self, known: Draws) -> poutine.Trace:

@@ -9,7 +9,7 @@ import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Size, Tensor
 
-from pyro_dgm.core.sites import plate_frames
+from pyro_dgm.model.sites import plate_frames
 
 __all__ = ["Layout", "layout_of", "mask_of", "subsampled", "with_shape"]
 

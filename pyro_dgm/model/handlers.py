@@ -7,7 +7,7 @@ from typing import Any
 from pyro import poutine
 from torch import Tensor
 
-from pyro_dgm.core.sites import is_data
+from pyro_dgm.model.sites import is_data
 
 __all__ = ["Given", "Redraw"]
 

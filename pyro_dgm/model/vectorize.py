@@ -15,7 +15,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from torch import Size, Tensor
 
-from pyro_dgm.core.noise import apart
+from pyro_dgm.core.random import fork_rng
 
 __all__ = [
     "NOT_VECTORIZED",
@@ -157,7 +157,7 @@ def _fault(run: Callable[[], Tensor], expected: Tensor) -> str:
 
 def _seeded(run: Callable[[], Tensor]) -> Tensor:
     """The same subsamples in each run."""
-    with apart(0):
+    with fork_rng(0):
         return run()
 
 

@@ -20,11 +20,11 @@ from pyro.infer.discrete import infer_discrete
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_dgm.core.handlers import Given, Redraw
-from pyro_dgm.core.sites import is_computed, is_data, is_subsample, latent_sites, plate_frames
-from pyro_dgm.core.vectorize import NOT_VECTORIZED, How, Model, enumerated, together
-from pyro_dgm.diagnostics.layout import Layout, layout_of, mask_of, subsampled, with_shape
-from pyro_dgm.diagnostics.terms import Term, is_scored, joined, subsampling_factor, terms_of, total
+from pyro_dgm.model.handlers import Given, Redraw
+from pyro_dgm.model.layout import Layout, layout_of, mask_of, subsampled, with_shape
+from pyro_dgm.model.sites import is_computed, is_data, is_subsample, latent_sites, plate_frames
+from pyro_dgm.model.terms import Term, is_scored, joined, subsampling_factor, terms_of, total
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, enumerated, together
 
 __all__ = ["Runs", "Table", "rounds_of"]
 

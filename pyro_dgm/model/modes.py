@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.log_joint import LogJoint, prior_draws
+from pyro_dgm.model.log_joint import LogJoint, prior_draws
 
-__all__ = ["barrier", "other_basins", "spread", "uncovered"]
+__all__ = ["barrier", "other_modes", "spread", "uncovered"]
 
 
 def barrier(log_density: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:
@@ -24,7 +24,7 @@ def spread(u: Tensor) -> Tensor:
     return (u.quantile(0.84, 0) - u.quantile(0.16, 0)).div(2).clamp(1e-3, 1e3)
 
 
-def other_basins(log_joint: LogJoint, best: Tensor, u: Tensor, limit: int = 3) -> list[Tensor]:
+def other_modes(log_joint: LogJoint, best: Tensor, u: Tensor, limit: int = 3) -> list[Tensor]:
     """Where some prior draws climb to, if a barrier of a nat lies between them and ``best`` and one another."""
     if not log_joint.vectorized:
         return []
@@ -54,7 +54,7 @@ def uncovered(
     Valleys are looked for on straight lines of ``z = to_z(u)``, whose log density is given.
     """
     value = log_joint(u).detach()
-    ends = other_basins(log_joint, u[value.argmax()], prior_draws(log_joint, 256))
+    ends = other_modes(log_joint, u[value.argmax()], prior_draws(log_joint, 256))
     dense = [end for end in ends if float(log_joint(end[None])) > float(value.median()) - 6.0]
     return [end for end in dense if _apart(density, to_z, end, u)]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["apart", "put_random_states", "random_states", "seed_everywhere", "seeded"]
+__all__ = ["fork_rng", "put_random_states", "random_states", "seed_everywhere", "seeded"]
 
 
 @contextmanager
@@ -27,12 +27,12 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with apart(seed):
+    with fork_rng(seed):
         yield
 
 
 @contextmanager
-def apart(seed: int | None = None) -> Iterator[None]:
+def fork_rng(seed: int | None = None) -> Iterator[None]:
     """What is drawn here takes nothing from the stream; it comes from the seed, where there is one."""
     before = random_states()
     try:

@@ -16,9 +16,9 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_dgm.core.noise import apart
-from pyro_dgm.core.sites import is_enumerable, latent_sites
-from pyro_dgm.core.vectorize import (
+from pyro_dgm.core.random import fork_rng
+from pyro_dgm.model.sites import is_enumerable, latent_sites
+from pyro_dgm.model.vectorize import (
     NOT_VECTORIZED,
     How,
     how_to_vectorize,
@@ -60,7 +60,7 @@ class LogJoint:
         self.dim = guide.latent_dim
         known = {k: s["value"] for k, s in latent_sites(guide.prototype_trace)}
         self._shapes = {k: v.shape for k, v in known.items()}
-        with pyro.validation_enabled(False), apart():
+        with pyro.validation_enabled(False), fork_rng():
             conditioned = poutine.trace(poutine.condition(model, data=known))
             trace = poutine.block(conditioned.get_trace)(*args, **kwargs)
         self.nesting = plate_nesting(trace)
@@ -123,7 +123,7 @@ class LogJoint:
         return values, log_det
 
     def _find_how(self) -> How:
-        with apart(0), torch.no_grad():
+        with fork_rng(0), torch.no_grad():
             loc = self.guide._init_loc()
             u = loc + 0.1 * torch.randn(3, self.dim).to(loc)
             values, _ = self._constrain(u.reshape(3, *(1,) * self.nesting, self.dim))
