@@ -25,11 +25,14 @@ from pyro_dgm.model.vectorize import Model
 
 __all__ = ["explore", "pulled_back"]
 
+_ROUNDS = 20  # runs of the model for one density; the chains ask for some 160 gradients
 Density = Callable[[Tensor], Tensor]  # of many points, in nats
 
 
 def explore(model: Model, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int = 512) -> Exploration:
-    """Look around the guide's draws; a guide or model for which that cannot be done in one batch is left alone.
+    """Look around the guide's draws; where that cannot be done in one batch, the result says why.
+
+    A subsampled plate is visited whole at every step: the chains need one fixed density.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
@@ -42,11 +45,12 @@ def explore(model: Model, guide: Any, args: tuple[Any, ...], kwargs: dict[str, A
         True
     """
     if not isinstance(guide, AutoContinuous):
-        return Exploration()
+        return Exploration(unseen="the guide has no vector of all latents")
     with frozen(*guide.parameters()):
-        log_joint = LogJoint(guide, model, args, kwargs)
-        if log_joint.missing or not log_joint.vectorized:
-            return Exploration()
+        log_joint = LogJoint(guide, model, args, kwargs, whole=True)
+        unseen = _reason_not_to(log_joint)
+        if unseen:
+            return Exploration(unseen=unseen)
         u = guide.get_posterior(*args, **kwargs).sample((chains,)).detach()
         try:
             transform = whole_event(guide.get_transform(*args, **kwargs), 1)
@@ -57,6 +61,16 @@ def explore(model: Model, guide: Any, args: tuple[Any, ...], kwargs: dict[str, A
             uncovered(log_joint, u, transform.inv, lambda z: value_and_grad(density, z)[0])
         )  # funnels are straight in z
         return Exploration(*_drift(density, transform, u), found)
+
+
+def _reason_not_to(log_joint: LogJoint) -> str:
+    if log_joint.missing:
+        return f"latent site '{log_joint.missing[0]}' is not in the guide"
+    if not log_joint.vectorized:
+        return "the model runs one draw at a time"
+    if log_joint.rounds > _ROUNDS:
+        return f"a pass over the subsampled plate takes {log_joint.rounds} runs of the model"
+    return ""
 
 
 def pulled_back(log_joint: LogJoint, transform: Any) -> Density:

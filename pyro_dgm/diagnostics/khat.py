@@ -38,6 +38,7 @@ class Exploration:
         acceptance: share of accepted proposals in the second half.
         other_modes: modes of comparable density that the guide's draws do not reach.
         correction: largest change of a posterior mean by importance weights, in standard deviations.
+        unseen: why no chains were run and no modes were looked for; empty where they were.
     """
 
     drift: float = 0.0
@@ -45,6 +46,7 @@ class Exploration:
     acceptance: float = 1.0
     other_modes: int = 0
     correction: float = 0.0
+    unseen: str = ""
 
     @property
     def moved(self) -> bool:
@@ -90,6 +92,8 @@ class KHat(Exploration):
             return f"Short MCMC leaves it ({moved}): run neutra."
         if self.correction >= _CORRECTED:
             return f"Importance weights move a mean by {self.correction:.2f} sd: use resample."
+        if self.unseen:
+            return f"No short MCMC was run and no modes were looked for: {self.unseen}."
         return "A mode that no start and no draw has seen stays unseen."
 
     def attrs(self) -> dict[str, Any]:

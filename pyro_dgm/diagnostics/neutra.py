@@ -88,7 +88,8 @@ def neutra(
 def _chains(model: Model, guide: Any, args: Any, kwargs: Any, n: int, warmup: int, chains: int, bar: bool) -> Any:
     """Site values of all draws, and which diverged. The guide's map is built once; NUTS sees a function of z."""
     transform = whole_event(guide.get_transform(*args, **kwargs), 1)
-    density = pulled_back(LogJoint(guide, model, args, kwargs), transform)
+    joint = LogJoint(guide, model, args, kwargs, whole=True)  # NUTS needs one density: all rows of subsampled plates
+    density = pulled_back(joint, transform)
     starts = transform.inv(guide.get_posterior(*args, **kwargs).sample((chains,))).detach()
 
     def potential(values: dict[str, Tensor]) -> Tensor:
@@ -101,4 +102,4 @@ def _chains(model: Model, guide: Any, args: Any, kwargs: Any, n: int, warmup: in
         mcmc.run()
         diverging[chain, mcmc.diagnostics()["divergences"]["chain 0"]] = True
         rows.append(mcmc.get_samples()["z"].detach())
-    return guide.constrained(transform(torch.cat(rows))), diverging.reshape(-1)
+    return joint.constrain(transform(torch.cat(rows)))[0], diverging.reshape(-1)

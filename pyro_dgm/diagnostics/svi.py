@@ -21,6 +21,8 @@ from pyro_dgm.model.program import Model, Program
 
 __all__ = ["contained", "from_fits", "from_svi"]
 
+_UNASKED = "it was not asked for"
+
 
 def from_svi(
     model: Model,
@@ -169,7 +171,7 @@ def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: A
         made = product(program, draws, total, wanted, scored)
         log_q = _log_q(programs, guided, scored, n)
         weighted = log_q is not None and program.has_density
-        explored = explore(model, guides[0], args, kwargs) if check and weighted else Exploration()
+        explored = explore(model, guides[0], args, kwargs) if check and weighted else Exploration(unseen=_UNASKED)
     stats, attrs = made.groups["sample_stats"], {"guide": type(guides[0]).__name__}
     if log_q is not None:
         stats["log_q"] = log_q

@@ -78,7 +78,6 @@ class AutoFlow(VectorGuide):
     ) -> None:
         model = model if reparam is None else poutine.reparam(model, config=reparam)
         super().__init__(model, init_loc_fn=init_loc_fn)
-        self._plain_model = (model,)
         self._make_family = (family or TailedCoupling,)
         self.init_scale = init_scale
         self._untouched: int | None = None
@@ -101,6 +100,7 @@ class AutoFlow(VectorGuide):
         log_joint = LogJoint(self, self.target, args, kwargs)
         if log_joint.missing:  # they were blocked from the guide: the density is not known
             return
+        self.centre_circles(log_joint)
         start = find_start(log_joint)
         self._posterior.grow(len(start.loc))
         for component, loc, scale_tril in zip(self._posterior.components, start.loc, start.scale_tril, strict=True):
@@ -108,18 +108,13 @@ class AutoFlow(VectorGuide):
             if isinstance(component.family, TailedCoupling):
                 component.family.start_with_tails()
         if len(start.loc) > 1:
-            weights = self._posterior.weigh(log_joint)
+            weights = self._posterior.weigh(LogJoint(self, self.target, args, kwargs, whole=True))
             self._posterior.keep([i for i, w in enumerate(weights.tolist()) if w >= _LEAST_WEIGHT])
 
     def settle(self, *args: Any, **kwargs: Any) -> None:
         """Weigh the modes of a trained posterior anew; nothing happens where there is one mode."""
         if len(self._posterior.components) > 1:
-            self._posterior.weigh(LogJoint(self, self.target, args, kwargs))
-
-    @property
-    def target(self) -> Callable[..., Any]:
-        """The model whose posterior this is: the reparameterised one, where ``reparam`` was given."""
-        return self._plain_model[0]
+            self._posterior.weigh(LogJoint(self, self.target, args, kwargs, whole=True))
 
     @property
     def modes(self) -> int:
@@ -168,6 +163,7 @@ class AutoFlow(VectorGuide):
         if fill:
             posterior.grow(sum(k.startswith(f"{prefix}$$$components") and k.endswith(".affine") for k in store._params))
         buffers = [(n, b) for n, b in posterior.named_buffers() if b.is_floating_point()]
+        buffers += [("centre", self.centre)] if self.coordinates.circular else []
         for name, tensor in [*posterior.named_parameters(), *buffers]:
             full = param_with_module_name(prefix, name)
             if fill and full in store:

@@ -73,7 +73,7 @@ class ImplicitGuide(VectorGuide):
         init_scale: float = 0.1,
     ) -> None:
         super().__init__(model, init_loc_fn=init_loc_fn)
-        self._plain_model, self._make_network = (model,), (network,)
+        self._make_network = (network,)
         self.noise_features, self.init_scale = noise_features, init_scale
         self._scored_by: tuple[Callable[[Tensor], Tensor]] | None = None
         self._untouched: int | None = None
@@ -86,11 +86,6 @@ class ImplicitGuide(VectorGuide):
         _check_network(network.to(loc), size + self.noise_features, size)
         self.push = Push(network, loc, self.init_scale, self.noise_features)
         self._untouched = self._push.version()
-
-    @property
-    def target(self) -> Callable[..., Any]:
-        """The model whose posterior this is."""
-        return self._plain_model[0]
 
     @property
     def _push(self) -> Any:
@@ -110,6 +105,7 @@ class ImplicitGuide(VectorGuide):
         log_joint = LogJoint(self, self.target, args, kwargs)
         if log_joint.missing:
             return
+        self.centre_circles(log_joint)
         start = find_start(log_joint)
         gaussians = [MultivariateNormal(m, scale_tril=s) for m, s in zip(start.loc, start.scale_tril, strict=True)]
         log_weight = fitted_log_weights(gaussians, log_joint)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_dgm.core.random import fork_rng
+from pyro_dgm.model.coordinates import Constrain, Coordinates
+from pyro_dgm.model.log_joint import LogJoint, prior_draws
+from pyro_dgm.model.modes import ascend, spread
 from pyro_dgm.model.sites import is_enumerable, latent_sites, refuse_implicit
+from pyro_dgm.model.stability import changing_supports, circular_sites, runs_from_the_prior
 
 __all__ = ["VectorGuide"]
 
@@ -23,12 +32,21 @@ def _hidden(site: dict[str, Any]) -> bool:
 
 
 class VectorGuide(AutoContinuous):
-    """Abstract: an :class:`~pyro.infer.autoguide.AutoContinuous` whose ``get_posterior`` is one law over the latent vector."""
+    """Abstract: an :class:`~pyro.infer.autoguide.AutoContinuous` whose ``get_posterior`` is one law over the latent vector.
+
+    A support that follows other latents, as that of ``Uniform(0, top)``, is the one of each draw; an angle stays on its circle.
+    """
 
     _prototype_hide_fn = staticmethod(_hidden)
 
     def __init__(self, model: Callable[..., Any], *, init_loc_fn: Callable[..., Tensor]) -> None:
         super().__init__(model, init_loc_fn=_or_zero(init_loc_fn))
+        self._plain_model: Any = (model,)
+
+    @property
+    def target(self) -> Callable[..., Any]:
+        """The model whose posterior this is."""
+        return self._plain_model[0]
 
     def setup(self, *args: Any, **kwargs: Any) -> Any:
         """Read the model's structure and create all parameters, without a training step; returns the guide."""
@@ -37,25 +55,108 @@ class VectorGuide(AutoContinuous):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        who = type(self).__name__
         with fork_rng():
-            _refuse_unfit_sites(type(self).__name__, self.model, args, kwargs)
+            _refuse_unfit_sites(who, self.model, args, kwargs)
             super()._setup_prototype(*args, **kwargs)
+            traces = runs_from_the_prior(who, self.target, self.prototype_trace, args, kwargs)
+            self._read_supports(traces, changing_supports(who, self.target, traces, args, kwargs))
             with poutine.block():  # a plate's index is a sample site of its own
                 self._create_plates(*args, **kwargs)
+
+    def _read_supports(self, traces: list[poutine.Trace], moving: frozenset[str]) -> None:
+        circular = circular_sites(type(self).__name__, traces)
+        fixed = Coordinates.of(self)
+        self._coordinates = replace(fixed, moving=moving, circular=circular)
+        if circular:
+            centres = [(k, s["fn"], s["value"] if k in circular else torch.zeros_like(s["value"]))
+                       for k, s in latent_sites(self.prototype_trace)]  # fmt: skip
+            self.register_buffer("centre", fixed.vector(centres).nan_to_num(0.0, 0.0, 0.0).detach())
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """How site values and the latent vector belong together."""
+        if not self._coordinates.circular:
+            return self._coordinates
+        return replace(self._coordinates, centre=self.centre)
+
+    def _init_loc(self) -> Tensor:
+        sites = [(k, s["fn"], s["value"].detach()) for k, s in latent_sites(self.prototype_trace)]
+        return self.coordinates.vector(sites)
+
+    def _unpack_latent(self, latent: Tensor) -> Any:
+        """What NeuTraReparam asks; it maps sites by the supports of the prototype, or of the real line for an angle."""
+        odd = sorted(self.coordinates.moving | self.coordinates.circular)
+        if odd:
+            raise ValueError(
+                f"{type(self).__name__}: NeuTraReparam maps latent site '{odd[0]}' by a fixed support, and its support follows "
+                "other latents or is a circle. Use pyro_dgm.neutra(model, guide, ...), which maps it right."
+            )
+        return super()._unpack_latent(latent)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample statements of the guide: the latent vector, and a Delta for every site."""
+        self.setup(*args, **kwargs)
+        latent = self.sample_latent(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        values, log_dets = self._placed(latent, args, kwargs)
+        return {k: self._emitted(k, values[k], log_dets[k], plates) for k in values}
+
+    def _placed(self, latent: Tensor, args: Any, kwargs: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Values and log-determinants by site."""
+        coordinates = self.coordinates
+        if not coordinates.moving:
+            return coordinates.constrain(latent)
+        made = Constrain(coordinates, latent, stop=True).run(self._known_model(), args, kwargs)
+        return {k: made.values[k] for k in coordinates.latents}, made.log_dets
+
+    def _known_model(self) -> Callable[..., Any]:
+        if self._plain_model is None:
+            raise ValueError(
+                f"{type(self).__name__}: the supports of {sorted(self.coordinates.moving)} follow other latents, so draws need "
+                "the model, which a pickled guide has lost. Build the guide of the model anew and load its state_dict."
+            )
+        return self.target
+
+    def _emitted(self, name: str, value: Tensor, log_det: Tensor, plates: dict[str, Any]) -> Tensor:
+        event_dim = self.coordinates.latents[name].fn.event_dim
+        log_density: Any = 0.0
+        if poutine.get_mask() is not False:
+            log_density = -sum_rightmost(log_det, log_det.dim() - value.dim() + event_dim)
+        with ExitStack() as stack:
+            for frame in self._cond_indep_stacks[name]:
+                stack.enter_context(plates[frame.name])
+            return pyro.sample(name, dist.Delta(value, log_density=log_density, event_dim=event_dim))
 
     @torch.no_grad()
     def draws(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Independent posterior draws of every latent, shape ``(num_samples, *site)``, in one pass."""
         self.setup(*args, **kwargs)
-        return self.constrained(self.get_posterior(*args, **kwargs).sample((num_samples,)))
+        return self.constrained(self.get_posterior(*args, **kwargs).sample((num_samples,)), *args, **kwargs)
 
-    def constrained(self, latent: Tensor) -> dict[str, Tensor]:
-        """Site values ``(S, *site)`` of unconstrained latent vectors ``(S, D)``."""
+    def constrained(self, latent: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Site values ``(S, *site)`` of unconstrained latent vectors ``(S, D)``.
+
+        The model's arguments are needed where the support of a site follows other latents.
+        """
+        if self.coordinates.moving:
+            return LogJoint(self, self._known_model(), args, kwargs).constrain(latent)[0]
         num_samples = len(latent)
         nesting = max((-f.dim for f in self._prototype_frames.values()), default=0)
-        latent = latent.reshape(num_samples, *(1,) * nesting, -1)
-        values = {s["name"]: biject_to(s["fn"].support)(u) for s, u in self._unpack_latent(latent)}
-        return {k: v.reshape(num_samples, *self.prototype_trace.nodes[k]["value"].shape) for k, v in values.items()}
+        values, _ = self.coordinates.constrain(latent.reshape(num_samples, *(1,) * nesting, -1))
+        return {k: v.reshape(num_samples, *self.coordinates.latents[k].shape) for k, v in values.items()}
+
+    @torch.no_grad()
+    def centre_circles(self, log_joint: LogJoint) -> None:
+        """Cut each circle open opposite to the best point that climbing from prior draws finds."""
+        if not self.coordinates.circular:
+            return
+        u = prior_draws(log_joint, 256 if log_joint.vectorized else 32)
+        ends = ascend(log_joint, u[log_joint(u).argsort(descending=True)[:32]], spread(u))
+        best = ends[log_joint(ends).argmax()]
+        values, _ = log_joint.constrain(best[None])
+        for name in self.coordinates.circular:
+            self.coordinates.parts(self.centre)[name].copy_(values[name][0])
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Elementwise posterior medians, from 10,000 draws with a fixed seed, in the constrained space."""

@@ -14,17 +14,19 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_dgm.core.random import fork_rng
+from pyro_dgm.model.coordinates import Constrain, Coordinates
+from pyro_dgm.model.runs import Runs, rounds_of
 from pyro_dgm.model.sites import is_enumerable, latent_sites
+from pyro_dgm.model.stability import AnySite
 from pyro_dgm.model.vectorize import (
     NOT_VECTORIZED,
     How,
     how_to_vectorize,
     joint_alone,
     joint_in_plate,
-    joint_of_rows,
+    log_probs,
     plate_nesting,
     together,
 )
@@ -47,25 +49,38 @@ class LogJoint:
     """``log_joint(u)``: shape ``(N, D) -> (N,)``, in nats, differentiable; NaN and failed Cholesky factors become -inf.
 
     All N vectors run in one outer plate or by vmap, as a check against single runs allows; otherwise one by one, with a
-    warning.
+    warning. With a subsampled plate each evaluation sees another subsample, unless ``whole``: then all rows of the plate are
+    visited, a subsample at a time, and the density is one and the same at every call.
 
     Args:
         guide: a guide that was set up (it knows the sites, their order and supports).
         model: the model whose density is asked.
         args, kwargs: the model's arguments.
+        whole: visit all rows of subsampled plates.
+
+    Raises:
+        ValueError: at an evaluation, for a support that depends on the arguments; with ``whole``, for subsampled plates that
+            cannot be visited row by row.
     """
 
-    def __init__(self, guide: AutoContinuous, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, guide: AutoContinuous, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, whole: bool = False
+    ) -> None:
         self.guide, self.model, self.args, self.kwargs = guide, model, args, kwargs
         self.dim = guide.latent_dim
+        self._fixed = None if hasattr(guide, "coordinates") else Coordinates.of(guide)
         known = {k: s["value"] for k, s in latent_sites(guide.prototype_trace)}
-        self._shapes = {k: v.shape for k, v in known.items()}
         with pyro.validation_enabled(False), fork_rng():
             conditioned = poutine.trace(poutine.condition(model, data=known))
             trace = poutine.block(conditioned.get_trace)(*args, **kwargs)
         self.nesting = plate_nesting(trace)
         self.missing = [n for n, s in latent_sites(trace) if not is_enumerable(s)]
         self.how = self._find_how()
+        rounds = rounds_of([trace]) if whole else []
+        self.rounds = len(rounds)
+        self._runs = None
+        if len(rounds) > 1:
+            self._runs = Runs(model, args, kwargs, trace, self.nesting, self.how, rounds, with_grad=True)
 
     def __call__(self, u: Tensor) -> Tensor:
         with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
@@ -81,6 +96,46 @@ class LogJoint:
         """Log joint and its gradient; where either is not finite the value is -inf and the gradient zero."""
         return value_and_grad(self, u)
 
+    @property
+    def vectorized(self) -> bool:
+        """Whether many vectors run at once."""
+        return self.how != "loop"
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """Of the guide, as they are now."""
+        return self._fixed or self.guide.coordinates
+
+    def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Site values ``(N, *site)`` of vectors ``(N, D)``, and the log-determinants ``(N,)``."""
+        with pyro.validation_enabled(False):
+            if self.how == "plate" or not self.coordinates.moving:
+                return self._constrain_together(u)
+            if self.how == "vmap":
+                return torch.vmap(self._constrain_one, randomness="same")(u)
+            rows = [self._constrain_one(v) for v in u]
+        return {k: torch.stack([v[k] for v, _ in rows]) for k in rows[0][0]}, torch.stack([d for _, d in rows])
+
+    def _constrain_together(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        coordinates, wide = self.coordinates, self._wide(u)
+        if coordinates.moving:
+            made = Constrain(coordinates, wide, stop=True)
+            made.run(together(self.model, len(u), self.nesting), self.args, self.kwargs)
+            values, log_dets = made.values, made.log_dets
+        else:
+            values, log_dets = coordinates.constrain(wide)
+        shapes = {k: latent.shape for k, latent in coordinates.latents.items()}
+        values = {k: v.reshape(len(u), *shapes[k]) for k, v in values.items()}
+        return values, _summed(log_dets, len(u))
+
+    def _constrain_one(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        made = Constrain(self.coordinates, u, stop=True).run(self.model, self.args, self.kwargs)
+        return made.values, _summed(made.log_dets)
+
+    def _wide(self, u: Tensor) -> Tensor:
+        """Vectors left of all plates, ``(N, 1, .., D)``."""
+        return u.reshape(len(u), *(1,) * self.nesting, self.dim)
+
     def _parallel(self, u: Tensor) -> Tensor:
         """All draws in one run; those whose matrices cannot be factorised are found by halving, and get -inf."""
         try:
@@ -90,73 +145,78 @@ class LogJoint:
                 return 0.0 * u.sum(-1) - torch.inf
             return torch.cat([self._parallel(half) for half in u.split(-(-len(u) // 2))])
 
-    @property
-    def vectorized(self) -> bool:
-        """Whether many vectors run at once."""
-        return self.how != "loop"
-
     def _together(self, u: Tensor) -> Tensor:
-        values, log_det = self._constrain(u.reshape(len(u), *(1,) * self.nesting, self.dim))
+        if self._runs is not None:
+            return self._whole(u)
         if self.how == "vmap":
-            rows = {k: v.reshape(len(u), *self._shapes[k]) for k, v in values.items()}
-            return log_det + joint_of_rows(self.model, rows, self.args, self.kwargs)
-        return log_det + joint_in_plate(self.model, values, len(u), self.nesting, self.args, self.kwargs)
+            return torch.vmap(self._without_enumeration, randomness="same")(u)
+        made = Constrain(self.coordinates, self._wide(u))
+        joint = joint_in_plate(made(self.model), {}, len(u), self.nesting, self.args, self.kwargs)
+        return joint + _summed(made.log_dets, len(u))
 
     def _single(self, u: Tensor) -> Tensor:
         try:
-            return self._alone(u)
+            return self._whole(u[None])[0] if self._runs is not None else self._alone(u)
         except torch.linalg.LinAlgError:
             return 0.0 * u.sum() - torch.inf
 
     def _alone(self, u: Tensor) -> Tensor:
-        values, log_det = self._constrain(u)
-        return log_det + joint_alone(self.model, values, self.nesting, self.args, self.kwargs)
+        made = Constrain(self.coordinates, u)
+        joint = joint_alone(made(self.model), {}, self.nesting, self.args, self.kwargs)
+        return joint + _summed(made.log_dets)
 
-    def _constrain(self, latent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Constrained site values, and the log-determinant of each draw (one draw where ``latent`` is a vector)."""
-        values, log_det, rows = {}, latent.new_zeros(()), latent.shape[:1] if latent.dim() > 1 else ()
-        for site, v in self.guide._unpack_latent(latent):
-            to_support = biject_to(site["fn"].support)
-            values[site["name"]] = to_support(v)
-            terms = to_support.log_abs_det_jacobian(v, values[site["name"]])
-            log_det = log_det + terms.reshape(*rows, -1).sum(-1)
-        return values, log_det
+    def _without_enumeration(self, u: Tensor) -> Tensor:
+        """Of one vector; vmap cannot enumerate."""
+        made = Constrain(self.coordinates, u)
+        trace = poutine.trace(made(self.model)).get_trace(*self.args, **self.kwargs)
+        return sum((t.sum() for t in log_probs(trace)), torch.zeros(())) + _summed(made.log_dets)
+
+    def _whole(self, u: Tensor) -> Tensor:
+        """With all rows of subsampled plates."""
+        values, log_det = self.constrain(u)
+        return self._runs.run(len(u), values, keep=(), score=True, discrete="sum").total(len(u)).to(u) + log_det  # type: ignore[union-attr]
 
     def _find_how(self) -> How:
-        with fork_rng(0), torch.no_grad():
+        with fork_rng(0), torch.no_grad(), pyro.validation_enabled(False):
             loc = self.guide._init_loc()
-            u = loc + 0.1 * torch.randn(3, self.dim).to(loc)
-            values, _ = self._constrain(u.reshape(3, *(1,) * self.nesting, self.dim))
-        how, fault = how_to_vectorize(self.model, values, self._shapes, self.nesting, self.args, self.kwargs)
+            rows = [self._constrain_one(v)[0] for v in loc + 0.1 * torch.randn(3, self.dim).to(loc)]
+        if not rows[0]:  # a guide of another model
+            return "plate"
+        latents = self.coordinates.latents
+        stacked = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+        values = {k: v.reshape(3, *(1,) * self._padding(k), *v.shape[1:]) for k, v in stacked.items()}
+        shapes = {k: latents[k].shape for k in values}
+        how, fault = how_to_vectorize(self.model, values, shapes, self.nesting, self.args, self.kwargs)
         if how == "loop":
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=3)
         return how
+
+    def _padding(self, name: str) -> int:
+        """Plates of the model that a site's value has no dimension for."""
+        latent = self.coordinates.latents[name]
+        return self.nesting - (len(latent.shape) - latent.fn.event_dim)
+
+
+def _summed(log_dets: dict[str, Tensor], rows: int | None = None) -> Tensor:
+    """Log-determinants of all sites, of each of the rows, or of the one run."""
+    shape = () if rows is None else (rows,)
+    return sum((d.reshape(*shape, -1).sum(-1) for d in log_dets.values()), torch.zeros(()))
 
 
 @torch.no_grad()
 def prior_draws(log_joint: LogJoint, n: int) -> Tensor:
     """Unconstrained prior draws, shape ``(n, D)``; sites without a sampler draw standard normals."""
-    guide, rows = log_joint.guide, []
-    with pyro.validation_enabled(False), poutine.block(), _AnySite():
+    rows = []
+    with pyro.validation_enabled(False), poutine.block(), AnySite():
         if log_joint.how == "plate":
             model = together(log_joint.model, n, log_joint.nesting)
-            return _packed(poutine.trace(model).get_trace(*log_joint.args, **log_joint.kwargs), guide, n)
+            return _packed(poutine.trace(model).get_trace(*log_joint.args, **log_joint.kwargs), log_joint, n)
         for _ in range(n):
             trace = poutine.trace(log_joint.model).get_trace(*log_joint.args, **log_joint.kwargs)
-            rows.append(_packed(trace, guide, 1))
+            rows.append(_packed(trace, log_joint, 1))
     return torch.cat(rows)
 
 
-def _packed(trace: poutine.Trace, guide: Any, n: int) -> Tensor:
-    sites = [(s["value"], biject_to(s["fn"].support)) for k, s in latent_sites(trace) if k in guide.prototype_trace]
-    u = torch.cat([to_support.inv(value).reshape(n, -1) for value, to_support in sites], -1)
-    return u.nan_to_num(0.0, 1e3, -1e3)
-
-
-class _AnySite(poutine.messenger.Messenger):
-    """Lets latent sites without a sampler (ImproperUniform) draw standard normals in unconstrained space."""
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["value"] is None and type(msg["fn"]).__name__ == "ImproperUniform":
-            to_support = biject_to(msg["fn"].support)
-            msg["value"] = to_support(torch.randn(to_support.inverse_shape(msg["fn"].shape())))
+def _packed(trace: poutine.Trace, log_joint: LogJoint, n: int) -> Tensor:
+    sites = [(k, s["fn"], s["value"]) for k, s in latent_sites(trace)]
+    return log_joint.coordinates.vector(sites, n).nan_to_num(0.0, 1e3, -1e3)

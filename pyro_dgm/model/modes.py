@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_dgm.model.log_joint import LogJoint, prior_draws
 
-__all__ = ["barrier", "other_modes", "spread", "uncovered"]
+__all__ = ["ascend", "barrier", "other_modes", "spread", "uncovered"]
 
 
 def barrier(log_density: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:
@@ -28,7 +28,7 @@ def other_modes(log_joint: LogJoint, best: Tensor, u: Tensor, limit: int = 3) ->
     """Where some prior draws climb to, if a barrier of a nat lies between them and ``best`` and one another."""
     if not log_joint.vectorized:
         return []
-    ends = _ascend(log_joint, u[:32], spread(u))
+    ends = ascend(log_joint, u[:32], spread(u))
     found = [best]
     for i in log_joint(ends).detach().argsort(descending=True).tolist():
         if len(found) <= limit and all(barrier(log_joint, ends[i], known) > 1.0 for known in found):
@@ -36,7 +36,7 @@ def other_modes(log_joint: LogJoint, best: Tensor, u: Tensor, limit: int = 3) ->
     return found[1:]
 
 
-def _ascend(log_joint: LogJoint, u: Tensor, scale: Tensor, steps: int = 60) -> Tensor:
+def ascend(log_joint: LogJoint, u: Tensor, scale: Tensor, steps: int = 60) -> Tensor:
     """Points after some steps of Adam uphill, each on its own, in units of ``scale``."""
     v = (u / scale).clone().requires_grad_()
     optimizer = torch.optim.Adam([v], lr=0.15)

@@ -136,10 +136,12 @@ class Runs:
         nesting: depth of the plates; draws go to the dimension left of them.
         how: "plate", "vmap" or "loop".
         rounds: of :func:`rounds_of`.
+        with_grad: whether densities have gradients towards the values that are given.
     """
 
     def __init__(self, fn: Model, args: Any, kwargs: Any, prototype: poutine.Trace, nesting: int, how: How,
-                 rounds: list[Round]) -> None:  # fmt: skip
+                 rounds: list[Round], *, with_grad: bool = False) -> None:  # fmt: skip
+        self.with_grad = with_grad
         self.fn, self.args, self.kwargs, self.prototype = fn, args, kwargs, prototype
         self.nesting, self.how, self.rounds = nesting, how, rounds
         sites = {k: s for k, s in prototype.nodes.items() if s["type"] == "sample" and not is_subsample(s)}
@@ -168,6 +170,9 @@ class Runs:
                 }
             parts.append(part)
         return parts[0] if len(parts) == 1 else self._merged(parts)
+
+    def _grad(self) -> Any:
+        return torch.set_grad_enabled(self.with_grad and torch.is_grad_enabled())
 
     def run_round(self, n: int) -> Draws:
         """Draws of the latents in the first round, in the shape of single runs."""
@@ -235,7 +240,7 @@ class Runs:
         try:
             if options.discrete == "draw":
                 program = infer_discrete(program, first_available_dim=-nesting - 1, temperature=1)
-            with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+            with self._grad(), poutine.block(), pyro.validation_enabled(False):
                 run = enumerated(program, nesting) if options.discrete == "sum" else program
                 trace = poutine.trace(run).get_trace(*self.args, **self.kwargs)
                 return self._table(trace, n, options)
@@ -269,7 +274,7 @@ class Runs:
             }
 
         try:
-            with torch.no_grad(), pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
+            with self._grad(), pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
                 values, log_probs = torch.vmap(single, randomness="different")(rows, torch.zeros(n))
         except RuntimeError as error:
             warnings.warn(NOT_VECTORIZED.format(str(error).strip().splitlines()[0]), stacklevel=2)

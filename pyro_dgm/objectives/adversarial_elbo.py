@@ -175,12 +175,13 @@ class Adversarial_ELBO(nn.Module):
 
     def missed(self, *args: Any, **kwargs: Any) -> list[dict[str, Tensor]]:
         """Modes of the posterior that climbing from prior draws finds and the guide's draws do not reach, as site values."""
-        joint = self.setup(*args, **kwargs)._joint
-        if joint is None or not joint.vectorized:
+        self.setup(*args, **kwargs)
+        joint = LogJoint(self.guide, self.model, args, kwargs, whole=True)
+        if not joint.vectorized:
             return []
         with torch.no_grad():
             u = self.guide.draw(512)[0]
-        return [self.guide.constrained(end[None]) for end in uncovered(joint, u, lambda x: x, joint)]
+        return [joint.constrain(end[None])[0] for end in uncovered(joint, u, lambda x: x, joint)]
 
     def settle(self, *args: Any, **kwargs: Any) -> None:
         """Give the guide its averaged parameters, weigh its modes anew, and warn of modes that it misses."""

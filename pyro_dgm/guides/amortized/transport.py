@@ -40,6 +40,7 @@ class Transport(VectorGuide):
         self.amortized = posterior.guide
         self._data = posterior.data
         self.setup()
+        _refuse_circles(self.coordinates.circular)
 
     def get_base_dist(self) -> Distribution:
         return as_pyro(self._built().base)
@@ -119,6 +120,14 @@ def _refuse(posterior: ConditionedGuide) -> None:
         raise ValueError(
             f"transport: {type(groups[0].family).__name__} is no transform of a base. Build the guide with a flow, such as "
             "family=dgm.NSF."
+        )
+
+
+def _refuse_circles(circular: frozenset[str]) -> None:
+    if circular:
+        raise ValueError(
+            f"transport: latent site '{sorted(circular)[0]}' lives on a circle, which has no map from a base. Use AutoFlow with "
+            "dgm.neutra, or posterior.refine()."
         )
 
 

@@ -1,0 +1,159 @@
+r"""The continuous latents of a model as one vector of real numbers, :math:`\theta = T(u),\ u \in R^D`.
+
+The map of a site leads onto its support. Where that follows other latents, as in ``Uniform(0, top)``, it is the support that the
+site has in the run at hand, so the latents before it are known: the model is run, and each site takes its part of the vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.guides import AutoContinuous
+from torch import Size, Tensor
+from torch.distributions import Transform
+
+from pyro_dgm.model.sites import latent_sites
+from pyro_dgm.model.supports import onto, same_support
+
+__all__ = ["Constrain", "Coordinates", "Latent"]
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A site in one run.
+
+    Attributes:
+        shape: of its value.
+        inner: of its value mapped to real numbers.
+        inner_dim: how many dimensions of ``inner`` belong to the event.
+        fn: its distribution.
+    """
+
+    shape: Size
+    inner: Size
+    inner_dim: int
+    fn: Any
+
+    @classmethod
+    def of(cls, site: dict[str, Any]) -> Latent:
+        fn, shape = site["fn"], site["value"].shape
+        inner = onto(fn, None).inv(site["value"].detach()).shape
+        return cls(shape, inner, fn.event_dim + len(inner) - len(shape), fn)
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Sites of a model, in the order of the vector.
+
+    Attributes:
+        latents: by name.
+        moving: sites whose support follows other latents or parameters.
+        circular: sites that live on a circle.
+        centre: where each circle's coordinate is zero, shape ``(D,)``; None without circles.
+    """
+
+    latents: dict[str, Latent]
+    moving: frozenset[str] = frozenset()
+    circular: frozenset[str] = frozenset()
+    centre: Tensor | None = None
+
+    @classmethod
+    def of(cls, guide: AutoContinuous) -> Coordinates:
+        """Those of a guide that was set up, with the supports of its prototype."""
+        return cls({k: Latent.of(s) for k, s in latent_sites(guide.prototype_trace)})
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return sum(latent.inner.numel() for latent in self.latents.values())
+
+    def parts(self, u: Tensor) -> dict[str, Tensor]:
+        """Each site's part of vectors ``(*batch, D)``; the batch stands left of the site's plates."""
+        sizes = [latent.inner.numel() for latent in self.latents.values()]
+        out = {}
+        for (name, latent), part in zip(self.latents.items(), u.split(sizes, -1), strict=True):
+            shape = torch.broadcast_shapes(latent.inner, u.shape[:-1] + (1,) * latent.inner_dim)
+            out[name] = part.reshape(shape)
+        return out
+
+    def bijection(self, name: str, fn: Any) -> Transform:
+        """The map onto the support that the site has with this distribution."""
+        return onto(fn, self._centre_of(name) if name in self.circular else None)
+
+    def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Values and log-determinants by site, where no support moves."""
+        values, log_dets = {}, {}
+        for name, part in self.parts(u).items():
+            to_support = self.bijection(name, self.latents[name].fn)
+            values[name] = to_support(part)
+            log_dets[name] = to_support.log_abs_det_jacobian(part, values[name])
+        return values, log_dets
+
+    def vector(self, sites: Iterable[tuple[str, Any, Tensor]], rows: int | None = None) -> Tensor:
+        """Values ``(name, distribution, value)`` as vectors ``(rows, D)``; as one vector where no rows are given."""
+        found = {name: self.bijection(name, fn).inv(value) for name, fn, value in sites if name in self.latents}
+        shape = (-1,) if rows is None else (rows, -1)
+        return torch.cat([found[name].reshape(shape) for name in self.latents], -1)
+
+    def refuse_another_support(self, name: str, fn: Any) -> None:
+        """The support of a site that does not move is that of the prototype."""
+        before = self.latents[name].fn.support
+        if name not in self.circular and not same_support(fn.support, before):
+            raise ValueError(
+                f"The support of latent site '{name}' is {fn.support} in this run and was {before} when the guide was set up. "
+                "It depends on the arguments, so the guide's draws would lie outside: build a guide for these arguments."
+            )
+
+    def _centre_of(self, name: str) -> Tensor:
+        if self.centre is None:
+            raise ValueError(f"Coordinates: site '{name}' is circular and no centre was given.")
+        return self.parts(self.centre)[name]
+
+
+class Constrain(poutine.messenger.Messenger):
+    """Gives latents their values from real numbers, each by the support that it has in this run; keeps what was given.
+
+    Args:
+        coordinates: of the model.
+        u: vectors ``(*batch, D)``.
+        stop: end the run after the last latent.
+    """
+
+    def __init__(self, coordinates: Coordinates, u: Tensor, *, stop: bool = False) -> None:
+        super().__init__()
+        self.coordinates, self.parts, self.stop = coordinates, coordinates.parts(u), stop
+        self.values: dict[str, Tensor] = {}
+        self.log_dets: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        name = msg["name"]
+        if name not in self.parts or msg["is_observed"]:
+            return
+        if name not in self.coordinates.moving:
+            self.coordinates.refuse_another_support(name, msg["fn"])
+        to_support = self.coordinates.bijection(name, msg["fn"])
+        value = to_support(self.parts[name])
+        self.values[name] = msg["value"] = value
+        self.log_dets[name] = to_support.log_abs_det_jacobian(self.parts[name], value)
+        msg["infer"] = {k: v for k, v in msg["infer"].items() if k != "enumerate"}
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if self.stop and len(self.values) == len(self.parts):
+            raise _Reached
+
+    def run(self, model: Callable[..., Any], args: Any, kwargs: Any) -> Constrain:
+        """Run the model as far as its last latent; nothing of it is seen outside."""
+        with poutine.block(), self:
+            try:
+                model(*args, **kwargs)
+            except _Reached:
+                pass
+        return self
+
+
+class _Reached(Exception):
+    """All latents have their values."""

@@ -1,0 +1,161 @@
+"""What runs of a model have in common: a guide over one vector needs the same latents, shapes and plates in all of them.
+
+Supports may differ: those that follow other latents are found here, and angles, whose declared support is too wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import TransformedDistribution
+from torch.distributions import biject_to
+
+from pyro_dgm.core.random import fork_rng
+from pyro_dgm.core.warn import warn_user
+from pyro_dgm.model.sites import is_enumerable, latent_sites
+from pyro_dgm.model.supports import follows_parameters, innermost, is_circular, mass, same_support
+
+__all__ = ["AnySite", "changing_supports", "circular_sites", "runs_from_the_prior"]
+
+_RUNS = 8  # a branch that is taken with probability p in a run goes unseen with probability (1 - p)^8
+
+
+class AnySite(poutine.messenger.Messenger):
+    """Lets latent sites without a sampler (ImproperUniform) draw standard normals in unconstrained space."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["value"] is None and type(msg["fn"]).__name__ == "ImproperUniform":
+            to_support = biject_to(msg["fn"].support)
+            msg["value"] = to_support(torch.randn(to_support.inverse_shape(msg["fn"].shape())))
+
+
+def runs_from_the_prior(
+    who: str, model: Callable[..., Any], prototype: poutine.Trace, args: Any, kwargs: Any
+) -> list[poutine.Trace]:
+    """Traces of several runs, the prototype first; all have the same latents, shapes and plates.
+
+    Raises:
+        ValueError: for a latent that some runs lack, or whose shape or plates differ; it names the site.
+    """
+    with fork_rng(), pyro.validation_enabled(False), poutine.block(), AnySite():
+        drawn = [_tried(model, args, kwargs) for _ in range(_RUNS)]
+    traces = [prototype, *(t for t in drawn if t is not None)]
+    known = [{k: s for k, s in latent_sites(t) if not is_enumerable(s)} for t in traces]
+    for sites in known[1:]:
+        _refuse_other_sites(who, known, set(known[0]) ^ set(sites))
+        for name, site in sites.items():
+            _refuse_other_shape(who, name, known[0][name], site)
+    return traces
+
+
+def _tried(model: Callable[..., Any], args: Any, kwargs: Any) -> poutine.Trace | None:
+    """A run, or None where the prior's draws cannot be used (a matrix that is not positive definite, say)."""
+    try:
+        return poutine.trace(model).get_trace(*args, **kwargs)
+    except (ValueError, RuntimeError, NotImplementedError):
+        return None
+
+
+def _refuse_other_sites(who: str, known: list[dict[str, Any]], odd: set[str]) -> None:
+    if odd:
+        name = sorted(odd)[0]
+        share = sum(name in sites for sites in known)
+        raise ValueError(
+            f"{who}: latent site '{name}' is in {share} of {len(known)} runs of the model. One vector needs the same latents in "
+            "every run: draw the site always, and let the model use it or not; or sum over the cases as a discrete site."
+        )
+
+
+def _refuse_other_shape(who: str, name: str, first: dict[str, Any], other: dict[str, Any]) -> None:
+    a, b = _signature(first), _signature(other)
+    if a != b:
+        raise ValueError(
+            f"{who}: latent site '{name}' has shape and plates {a} in one run of the model, and {b} in another. One vector needs "
+            "a fixed length: take sizes from the arguments, or draw the largest size and mask what is not used."
+        )
+
+
+def _signature(site: dict[str, Any]) -> tuple[Any, ...]:
+    frames = [(f.name, f.dim, f.size) for f in site["cond_indep_stack"]]
+    return tuple(site["value"].shape), tuple(frames)
+
+
+def changing_supports(
+    who: str, model: Callable[..., Any], traces: list[poutine.Trace], args: Any, kwargs: Any
+) -> frozenset[str]:
+    """Latents whose support follows other latents, or a parameter.
+
+    Raises:
+        ValueError: for a support that differs between runs in which all latents before are the same.
+    """
+    found = set()
+    for name, site in latent_sites(traces[0]) if traces else ():
+        supports = [t.nodes[name]["fn"].support for t in traces] if not is_enumerable(site) else [None]
+        if any(not same_support(supports[0], s) for s in supports[1:]):
+            found.add(name)
+        elif follows_parameters(supports[0]):
+            found.add(name)
+    if found:
+        _refuse_random_supports(who, found, model, traces[0], args, kwargs)
+    return frozenset(found)
+
+
+def _refuse_random_supports(
+    who: str, names: set[str], model: Callable[..., Any], trace: poutine.Trace, args: Any, kwargs: Any
+) -> None:
+    """The same latents have to give the same supports; a discrete site that is summed out would give another one."""
+    values = {k: s["value"] for k, s in latent_sites(trace) if not is_enumerable(s)}
+    with fork_rng(), pyro.validation_enabled(False), poutine.block(), poutine.condition(data=values):
+        again = [t for t in (_tried(model, args, kwargs) for _ in range(_RUNS)) if t is not None]
+    for name in sorted(names):
+        if any(not same_support(trace.nodes[name]["fn"].support, t.nodes[name]["fn"].support) for t in again):
+            raise ValueError(
+                f"{who}: the support of latent site '{name}' depends on something that is no continuous latent (a discrete site, "
+                "a subsample, a random number). Draw it on a fixed support, such as Uniform(0, 1), and scale it in the model."
+            )
+
+
+def circular_sites(who: str, traces: list[poutine.Trace]) -> frozenset[str]:
+    """Latents that are declared on the real line and live on a circle; other densities without mass one are named in a warning.
+
+    Raises:
+        ValueError: for a transform of an angle.
+    """
+    found = set()
+    for name, site in latent_sites(traces[0]) if traces else ():
+        if is_enumerable(site):
+            continue
+        if is_circular(site["fn"]):
+            found.add(name)
+        else:
+            _check_mass(who, name, site["fn"])
+    return frozenset(found)
+
+
+def _check_mass(who: str, name: str, fn: Any) -> None:
+    _refuse_moved_circle(who, name, fn)
+    with fork_rng(0):
+        total = mass(fn)
+    if total is None or abs(total - 1.0) < 0.05:
+        return
+    warn_user(
+        f"{who}: the density of latent site '{name}' ({type(fn).__name__}) integrates to {total:.3g} over its declared support "
+        f"{innermost(fn.support)}, expected 1: the evidence is that of this density. If no improper prior is meant, declare "
+        "the set on which it is one; an angle is a VonMises in [-pi, pi]."
+    )
+
+
+def _refuse_moved_circle(who: str, name: str, fn: Any) -> None:
+    """An angle under a transform (in degrees, say) has another period."""
+    base = fn
+    while isinstance(base, TransformedDistribution):
+        base = base.base_dist
+    if base is not fn and is_circular(base):
+        raise ValueError(
+            f"{who}: latent site '{name}' is a transform of an angle, whose period is not known. Sample the angle itself and "
+            "compute the rest from it, with pyro.deterministic."
+        )
