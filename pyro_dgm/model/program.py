@@ -19,6 +19,7 @@ from pyro.infer.autoguide.guides import AutoCallable, AutoGuide, AutoGuideList
 
 from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.core.random import fork_rng
+from pyro_dgm.model.discrete import warn_of_masked_sums
 from pyro_dgm.model.layout import subsampled
 from pyro_dgm.model.runs import Draws, Given, Runs, Table, rounds_of, stacked
 from pyro_dgm.model.sites import is_computed, is_data, is_enumerable, is_subsample, latent_sites, plate_frames
@@ -66,6 +67,7 @@ class Program:
         if len(rounds) > 1:
             self._refuse_data_without_index(rounds)
         self.enumerable = [n for n, s in latent_sites(self.prototype) if is_enumerable(s)]
+        warn_of_masked_sums({k: self.prototype.nodes[k] for k in self.enumerable}, stacklevel=5)
         nesting = max(_nesting(t) for t in traces)
         self.runs = Runs(model, args, kwargs, self.prototype, nesting, "loop", rounds)
         self.guide_runs = Runs(guide, args, kwargs, guided, nesting, "loop", rounds) if guide and guided else None

@@ -16,10 +16,10 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.discrete import infer_discrete
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_dgm.model.discrete import posterior_draws_of
 from pyro_dgm.model.handlers import Given, Redraw
 from pyro_dgm.model.layout import Layout, layout_of, mask_of, subsampled, with_shape
 from pyro_dgm.model.sites import is_computed, is_data, is_subsample, latent_sites, plate_frames
@@ -234,7 +234,7 @@ class Runs:
     def _traced(self, program: Model, n: int, nesting: int, options: _Options) -> Table:
         try:
             if options.discrete == "draw":
-                program = infer_discrete(program, first_available_dim=-nesting - 1, temperature=1)
+                program = posterior_draws_of(program, -nesting - 1)
             with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
                 run = enumerated(program, nesting) if options.discrete == "sum" else program
                 trace = poutine.trace(run).get_trace(*self.args, **self.kwargs)
