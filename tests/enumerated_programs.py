@@ -23,7 +23,7 @@ MOVE = torch.tensor([[[0.8, 0.2], [0.35, 0.65]], [[0.4, 0.6], [0.15, 0.85]]])  #
 SAME = MOVE[0].expand(2, 2, 2)
 OFF = torch.tensor([[0.1, 0.7, -0.4], [-1.1, 0.6, 0.9], [0.2, 1.4, -0.3]])  # values of latents in rows
 ENUM = {"enumerate": "parallel"}
-ALL = torch.ones(())
+OBSERVED = "y0_observed_y1_observed_y2_observed"
 
 
 @dataclass
@@ -59,9 +59,10 @@ class Program:
     plain: Tensor = field(default_factory=lambda: torch.zeros(()))
     scale: float = 1.0
     nesting: int = 1
-    local: bool = True  # the sum is over the rows of a plate
     seen: Tensor | None = None  # rows with any datum
     full: Callable | None = None  # the same model without subsampling
+    datum: str | None = "x"  # the variable of log_likelihood that holds ``sums.likelihood``
+    others: tuple[str, ...] = ()  # the variables of data that are in no sum
     iwae: bool = True
 
     @property
@@ -129,7 +130,7 @@ def chain(mask="both", history=1, scale=1.0, kind=dist.Categorical, lengths=LENG
             before = z = torch.zeros(())
             for t in pyro.markov(range(T), history=history):
                 keep = column(seen[i, t])
-                before, z = z, state(f"z{t}", before, z, keep)
+                before, z = (z if history == 2 else before), state(f"z{t}", before, z, keep)
                 emit(t, loc, z, i, keep)
 
     z = combinations(T)
@@ -146,7 +147,7 @@ def chain(mask="both", history=1, scale=1.0, kind=dist.Categorical, lengths=LENG
     rows = seen.any(-1) if mask in ("both", "data", "distribution", "own", "obs_mask") else None
     sums = Sums(z, prior, where(shown, terms).sum(-1), hidden)
     return Program(model, values, sums, [f"z{t}" for t in range(T)], LOC_PRIOR, scale, -dim, seen=rows,
-                   full=(lambda: model(None)) if size else None)  # fmt: skip
+                   full=(lambda: model(None)) if size else None, datum="y0_y1_y2" if mask != "obs_mask" else OBSERVED)  # fmt: skip
 
 
 def factorial(history=1):
@@ -167,7 +168,8 @@ def factorial(history=1):
     z, w = v[:, :T], v[:, T:]
     prior = walk(z, SAME) + walk(w, MOVE[1].expand(2, 2, 2))
     data = where(SEEN[:, None], normal(LOC[z] + 0.5 * w, Y[:, None])).sum(-1)
-    return Program(model, {"loc": LOC}, Sums(v, prior, data), [f"{k}{t}" for k in "zw" for t in range(T)], LOC_PRIOR)
+    return Program(model, {"loc": LOC}, Sums(v, prior, data), [f"{k}{t}" for k in "zw" for t in range(T)], LOC_PRIOR,
+                   datum="y0_y1_y2")  # fmt: skip
 
 
 def latent_chain(masked=True):
@@ -187,7 +189,9 @@ def latent_chain(masked=True):
     hidden = where(keep[:, None] if masked else keep, normal(LOC[z], OFF[:, None])).sum(-1)
     plain = LOC_PRIOR + where(keep, normal(OFF, Y)).sum()
     values = {"loc": LOC} | {f"h{t}": OFF[:, t] for t in range(T)}
-    return Program(model, values, Sums(z, walk(z, SAME), torch.zeros(ROWS, 1), hidden), [f"z{t}" for t in range(T)], plain)
+    sums = Sums(z, walk(z, SAME), torch.zeros(ROWS, 1), hidden)
+    return Program(model, values, sums, [f"z{t}" for t in range(T)], plain, datum=None,
+                   others=("y0", "y1", "y2"))  # fmt: skip
 
 
 def feedback():
@@ -207,16 +211,19 @@ def feedback():
     z, last = combinations(T), torch.cat([torch.zeros(ROWS, 1), Y[:, :-1]], -1)
     data = where(SEEN[:, None], normal(LOC[z] + 0.4 * last[:, None], Y[:, None])).sum(-1)
     hidden = where(SEEN[:, None], -0.3 * z).sum(-1)
-    return Program(model, {"loc": LOC}, Sums(z, walk(z, SAME), data, hidden), [f"z{t}" for t in range(T)], LOC_PRIOR)
+    sums = Sums(z, walk(z, SAME), data, hidden)
+    return Program(model, {"loc": LOC}, sums, [f"z{t}" for t in range(T)], LOC_PRIOR, datum="y0_y1_y2")
 
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
 
 KEEP, P = torch.tensor([True, False, True]), torch.tensor([0.3, 0.7])
-X = Y[:, 0]
+FIRST_TWO, X = torch.tensor([True, True, False]), Y[:, 0]
 
 
-def rows(body, data, hidden=None, m=1, names=("k",), prior=None, keep=KEEP, size=None, plain=None, scale=1.0, **latents):
+def rows(
+    body, data, hidden=None, m=1, names=("k",), prior=None, keep=KEEP, size=None, plain=None, scale=1.0, **latents
+):
     """Rows of a plate with ``m`` variables each; ``body(loc, i, keep)`` draws them under the mask ``keep`` of the row."""
 
     def model(size=size):
@@ -261,7 +268,7 @@ def two_states(loc, i, keep):
 
 
 def nested_masks(loc, i, keep):
-    with poutine.mask(mask=keep), poutine.mask(mask=torch.tensor([True, True, False])[i]):
+    with poutine.mask(mask=keep), poutine.mask(mask=FIRST_TWO[i]):
         observe(loc, state(), i)
 
 
@@ -284,8 +291,8 @@ def latent_beside_data(loc, i, keep):
 
 def half_labelled(loc, i, keep):
     """Labels that are known in some rows."""
-    k = pyro.sample("k", dist.Categorical(P), obs=torch.tensor([1, 0, 0])[i], obs_mask=keep, infer=ENUM)
-    observe(loc, k, i)
+    label = pyro.infer.config_enumerate(pyro.sample)  # obs_mask drops infer=
+    observe(loc, label("k", dist.Categorical(P), obs=torch.tensor([1, 0, 0])[i], obs_mask=keep), i)
 
 
 def bernoulli_row(loc, i, keep):
@@ -302,7 +309,7 @@ def labelled():
     program = rows(half_labelled, one_row, names=["k_unobserved"])
     known = torch.tensor([1, 0, 0])
     chosen = torch.where(KEEP[:, None], known[:, None], program.sums.z[:, 0])
-    program.sums.data, program.seen = normal(LOC[chosen], X[:, None]), None
+    program.sums.data, program.seen, program.others = normal(LOC[chosen], X[:, None]), None, ("k_observed",)
     program.plain = program.plain + where(KEEP, P[known].log()).sum()
     return program
 
@@ -314,10 +321,25 @@ def beside():
     return program
 
 
+def in_masks():
+    both = KEEP & FIRST_TWO
+    program = rows(nested_masks, lambda z: where(both[:, None], one_row(z)))
+    program.seen = both
+    return program
+
+
+def nothing_seen():
+    program = rows(masked_row, one_row, keep=False)
+    program.datum = None
+    return program
+
+
 def through_a_latent():
     hidden = lambda z: where(KEEP[:, None], normal(LOC[z[:, 0]], OFF[:, :1]))
-    return rows(masked_latent, lambda z: torch.zeros(ROWS, 1), hidden, h=OFF[:, 0],
-                plain=where(KEEP, normal(OFF[:, 0], X)).sum())  # fmt: skip
+    program = rows(masked_latent, lambda z: torch.zeros(ROWS, 1), hidden, h=OFF[:, 0],
+                   plain=where(KEEP, normal(OFF[:, 0], X)).sum())  # fmt: skip
+    program.datum, program.others = None, ("x",)
+    return program
 
 
 # --- Plates in plates, and sums over whole plates ----------------------------------------------------------------------
@@ -354,7 +376,7 @@ def around_a_plate(hide_state=False):
 
     z = combinations(1)
     data = where(KEEP[:, None], one_row(z)).sum(0, keepdim=True)
-    return Program(model, {"loc": LOC}, Sums(z, P[z].log().sum(-1), data), ["k"], LOC_PRIOR, local=False)
+    return Program(model, {"loc": LOC}, Sums(z, P[z].log().sum(-1), data), ["k"], LOC_PRIOR, datum=None)
 
 
 def one_chain(scale=1.0):
@@ -373,7 +395,7 @@ def one_chain(scale=1.0):
     z = combinations(T)
     data = where(SEEN[:, None], normal(LOC[z], Y[:, None])).sum(-1).sum(0, keepdim=True)
     names = [f"z{t}" for t in range(T)]
-    return Program(model, {"loc": LOC}, Sums(z, walk(z, SAME), data), names, LOC_PRIOR, scale, local=False)
+    return Program(model, {"loc": LOC}, Sums(z, walk(z, SAME), data), names, LOC_PRIOR, scale, datum=None)
 
 
 def loop():
@@ -388,7 +410,7 @@ def loop():
 
     z = combinations(1)
     sums = Sums(z, P[z].log().sum(-1), where(KEEP[:, None], one_row(z)))
-    return Program(model, {"loc": LOC}, sums, ["z0"], LOC_PRIOR, nesting=0, local=False, iwae=False)
+    return Program(model, {"loc": LOC}, sums, ["z0"], LOC_PRIOR, nesting=0, datum=None, others=("x0", "x2"), iwae=False)
 
 
 PROGRAMS = {
@@ -410,14 +432,14 @@ PROGRAMS = {
     "chain with latents": latent_chain(False),
     "chain with feedback and factors": feedback(),
     "row": rows(masked_row, one_row),
-    "row, all masked by a number": rows(masked_row, one_row, keep=False),
+    "row, all masked by a number": nothing_seen(),
     "row, scaled": rows(masked_row, one_row, scale=3.0),
     "row of Bernoulli": rows(bernoulli_row, one_row),
     "row in a subsampled plate": rows(masked_row, one_row, size=2),
     "row, a masked state without data": rows(row_without_data, one_row),
     "row, two states": rows(two_states, one_row, m=2, names=["k", "j"],
                             prior=lambda z: P[z[:, 0]].log() + MOVE[0][z[:, 0], z[:, 1]].log()),
-    "row, masks in masks": rows(nested_masks, lambda z: where(torch.tensor([[True], [True], [False]]), one_row(z))),
+    "row, masks in masks": in_masks(),
     "row, masked latent": through_a_latent(),
     "row, masked latent beside data": beside(),
     "row, some labels known": labelled(),

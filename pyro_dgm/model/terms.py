@@ -118,9 +118,15 @@ def _summed(trace: poutine.Trace, sites: dict[str, Site], n: int) -> tuple[str, 
     _refuse_sums_across_a_subsample(sites, frames)
     scale = _get_common_scale([s["scale"] / subsampling_factor(s) for s in sites.values()])
     joint, hidden = (_aligned(t, trace, frames, n) * scale for t in (joint, hidden))
-    local = bool(frames) and bool(observed)
+    local = bool(observed) and (bool(frames) or _in_one_turn(sites.values()))
     axes = {f.name: 1 + i for i, f in enumerate(frames)}
     return "_".join(observed or sites), Term(axes, joint, joint - hidden if local else None, observed)
+
+
+def _in_one_turn(sites: Iterable[Site]) -> bool:
+    """Whether all sites lie in the same turn of a plate that is a loop."""
+    turns = [{(f.name, f.counter) for f in s["cond_indep_stack"] if not f.vectorized} for s in sites]
+    return bool(set.intersection(*turns))
 
 
 def _dims(site: Site) -> set[str]:
