@@ -12,7 +12,15 @@ from torch import Tensor
 from pyro_dgm.core.random import seeded
 from pyro_dgm.diagnostics.containers import coords_of, extended, group
 from pyro_dgm.diagnostics.export import safe, site_dims
-from pyro_dgm.diagnostics.groups import Product, Wanted, log_likelihoods, log_priors, predictions_of, product
+from pyro_dgm.diagnostics.groups import (
+    Product,
+    Wanted,
+    log_likelihoods,
+    log_priors,
+    predictions_of,
+    predictive,
+    product,
+)
 from pyro_dgm.diagnostics.khat import judge
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws
@@ -252,8 +260,7 @@ def sample_posterior_predictive(idata: Any, model: Model, *args: Any, model_kwar
             program, made = predictions_of(model, draws, args, kwargs, sizes, batch_size)
         else:
             program, draws, chains = _read(idata, model, args, kwargs, parallel, also_discrete=True)
-            table = program.redrawn(draws, _count(draws), program.sites("observed"), batch_size)
-            made = Product({"posterior_predictive": {k: program.array(table, k) for k in program.sites("observed")}})
+            made = Product(predictive(program, draws, _count(draws), batch_size))
     return _added(idata, program, made, chains, extend)
 
 
