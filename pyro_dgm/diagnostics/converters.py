@@ -66,6 +66,9 @@ def from_pyro_mcmc(
     Raises:
         ValueError: if ``mcmc`` did not run, or its kernel has no model (``potential_fn``).
 
+    Warns:
+        UserWarning: for each group that the model cannot give, and each site that it cannot draw; the others are there.
+
     Example:
         >>> import torch, pyro, pyro.distributions as dist
         >>> from pyro.infer import MCMC, NUTS
@@ -141,6 +144,9 @@ def from_posterior_samples(
 
     Raises:
         ValueError: for draws of unequal number, a number that the chains do not divide, or missing latents.
+
+    Warns:
+        UserWarning: for each group that the model cannot give, and each site that it cannot draw; the others are there.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist

@@ -82,7 +82,7 @@ def product(program: Program, draws: Draws, n: int, wanted: Wanted, scored: Tabl
     if wanted.posterior_predictive:
         complete = draws | {k: replayed.values[k] for k in program.enumerable if k in replayed.values}
         given = partial(predictive, program, complete, n, wanted.batch_size)
-        made.groups |= attempted("posterior_predictive", given, "posterior_predictive=False") or {}
+        made.groups |= attempted("posterior_predictive", given) or {}
     if wanted.predictions is not None:
         predicted = _predictions(program, draws, wanted)
         made.groups |= predicted.groups
@@ -127,21 +127,26 @@ def log_priors(program: Program, scored: Table) -> dict[str, np.ndarray]:
     return {k: t.joint.double().cpu().numpy() for k, t in known.items()}
 
 
-def attempted(groups: str, make: Callable[[], Any], off: str) -> Any:
+_REMEDIES = {
+    "posterior_predictive": "The model must run on data that it draws itself; posterior_predictive=False asks for none",
+    "predictions": "The model must run with these arguments, on data that it draws itself; predictions=None asks for none",
+    "prior": "The model must run on all that its prior draws, and on such data; prior=0 asks for none",
+}
+
+
+def attempted(name: str, make: Callable[[], Any]) -> Any:
     """What can be made, or None and a warning that says why it cannot; the rest of the container does not need it."""
     try:
         return make()
     except Exception as error:  # whatever the user's model raises
-        _say_missing(groups, error, off)
+        _say_missing(name, error)
         return None
 
 
-def _say_missing(groups: str, error: Exception, off: str) -> None:
-    what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    warn_user(
-        f"The container has no {groups}: {what.strip().rstrip('.')}. All other groups are there. The model must run on data "
-        f"that it draws itself, and its sites must have samplers; {off} asks for none."
-    )
+def _say_missing(groups: str, error: Exception) -> None:
+    why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    remedy = _REMEDIES.get(groups, _REMEDIES["prior"])
+    warn_user(f"The container has no {groups}: {why.strip().rstrip('.')}. All other groups are there. {remedy}.")
 
 
 def say_lost(groups: str, lost: dict[str, str]) -> None:
@@ -166,7 +171,7 @@ def _predictions(program: Program, draws: Draws, wanted: Wanted) -> Product:
     args, kwargs = _arguments(wanted.predictions)
     sizes = {f.name: f.size for layout in program.runs.layouts.values() for f in layout.plates}
     make = partial(predictions_of, program.model, draws, args, kwargs, sizes, wanted.batch_size)
-    made = attempted("predictions", make, "predictions=None")
+    made = attempted("predictions", make)
     return Product({}) if made is None else made[1]
 
 
@@ -178,10 +183,10 @@ def _prior_groups(program: Program, n: int, names: list[str]) -> Groups:
         table = program.forward(n)
     except Undrawn as error:
         if not error.anew:
-            _say_missing("prior and no prior_predictive", error, "prior=0")
+            _say_missing("prior and no prior_predictive", error)
             return {}
-        _say_missing("prior_predictive", error, "prior=0")
-        data, table = [], attempted("prior", partial(program.prior, n), "prior=0") or Table()
+        _say_missing("prior_predictive", error)
+        data, table = [], attempted("prior", partial(program.prior, n)) or Table()
     say_lost("prior_predictive", {k: why for k, why in table.lost.items() if k in data})
     say_lost("prior", {k: why for k, why in table.lost.items() if k not in data})
     kept = {"prior": names, "prior_predictive": data}

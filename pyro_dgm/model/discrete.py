@@ -6,7 +6,6 @@ one. A scale stands outside of the sum.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,8 @@ from pyro.infer.discrete import _sample_posterior_from_trace
 from pyro.ops import packed
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
+
+from pyro_dgm.core.warn import warn_user
 
 __all__ = ["factor_of", "is_enumerated", "posterior_draws_of", "warn_of_masked_sums"]
 
@@ -56,14 +57,13 @@ def posterior_draws_of(model: Callable[..., Any], first_available_dim: int) -> C
     return run
 
 
-def warn_of_masked_sums(sites: dict[str, Site], stacklevel: int) -> None:
+def warn_of_masked_sums(sites: dict[str, Site]) -> None:
     """Say that ``.mask()`` of a distribution that is summed over leaves ones, of which there are as many as values."""
     for name, site in sites.items():
         own = site["fn"]._mask if isinstance(site["fn"], MaskedDistribution) else True
         if not bool(torch.as_tensor(own).all()):
-            warnings.warn(
+            warn_user(
                 f"Site '{name}' is summed out and its distribution is masked by .mask(): every hidden row of K values adds "
                 "log K to the density, as in TraceEnum_ELBO. Write `with poutine.mask(mask=...)` around the site instead: a "
-                "hidden row then adds nothing.",
-                stacklevel=stacklevel + 1,
+                "hidden row then adds nothing."
             )

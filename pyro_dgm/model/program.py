@@ -69,7 +69,7 @@ class Program:
         if len(rounds) > 1:
             self._refuse_data_without_index(rounds, known)
         self.enumerable = [n for n, s in latent_sites(self.prototype) if is_enumerable(s)]
-        warn_of_masked_sums({k: self.prototype.nodes[k] for k in self.enumerable}, stacklevel=5)
+        warn_of_masked_sums({k: self.prototype.nodes[k] for k in self.enumerable})
         nesting = max(_nesting(t) for t in traces)
         self.runs = Runs(model, args, kwargs, self.prototype, nesting, "loop", rounds)
         self.guide_runs = Runs(guide, args, kwargs, guided, nesting, "loop", rounds) if guide and guided else None
