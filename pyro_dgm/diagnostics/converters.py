@@ -12,7 +12,15 @@ from torch import Tensor
 from pyro_dgm.core.random import seeded
 from pyro_dgm.diagnostics.containers import coords_of, extended, group
 from pyro_dgm.diagnostics.export import safe, site_dims
-from pyro_dgm.diagnostics.groups import Product, Wanted, log_likelihoods, log_priors, predictions_of, product
+from pyro_dgm.diagnostics.groups import (
+    Product,
+    Wanted,
+    log_likelihoods,
+    log_priors,
+    predictions_of,
+    predictive,
+    product,
+)
 from pyro_dgm.diagnostics.khat import judge
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws
@@ -57,6 +65,9 @@ def from_pyro_mcmc(
 
     Raises:
         ValueError: if ``mcmc`` did not run, or its kernel has no model (``potential_fn``).
+
+    Warns:
+        UserWarning: for each group that the model cannot give, and each site that it cannot draw; the others are there.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -133,6 +144,9 @@ def from_posterior_samples(
 
     Raises:
         ValueError: for draws of unequal number, a number that the chains do not divide, or missing latents.
+
+    Warns:
+        UserWarning: for each group that the model cannot give, and each site that it cannot draw; the others are there.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -252,8 +266,7 @@ def sample_posterior_predictive(idata: Any, model: Model, *args: Any, model_kwar
             program, made = predictions_of(model, draws, args, kwargs, sizes, batch_size)
         else:
             program, draws, chains = _read(idata, model, args, kwargs, parallel, also_discrete=True)
-            table = program.redrawn(draws, _count(draws), program.sites("observed"), batch_size)
-            made = Product({"posterior_predictive": {k: program.array(table, k) for k in program.sites("observed")}})
+            made = Product(predictive(program, draws, _count(draws), batch_size))
     return _added(idata, program, made, chains, extend)
 
 

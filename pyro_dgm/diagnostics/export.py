@@ -91,7 +91,7 @@ def likelihoods(
         if seen.all():
             arrays[name] = values
             dims |= {f"log_likelihood/{name}": plates} if len(plates) == values.ndim - 1 else {}
-        else:
+        elif seen.any():
             arrays[name], row = values[:, seen], f"{name}_seen"
             dims[f"log_likelihood/{name}"] = [row]
             labels[row] = _labels(seen, plates, coords)
@@ -107,7 +107,7 @@ def _seen(program: Program, table: Table, observed: dict[str, np.ndarray], term:
         there = ~np.isnan(data) if data.dtype.kind == "f" else np.ones(data.shape, dtype=bool)
         if name in table.masks:
             mask = table.masks[name].cpu().numpy()
-            there = there & mask.reshape(*mask.shape, *(1,) * (there.ndim - mask.ndim))
+            there = there & mask.reshape(mask.shape + (1,) * (there.ndim - mask.ndim))
         if len(plates) == len(shape):
             there = np.moveaxis(there, [axes[p] - 1 for p in plates], range(len(plates)))
         rows |= there.reshape(*shape, -1).any(-1)

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.diagnostics.export import contained, likelihoods
+from pyro_dgm.model.handlers import Undrawn
 from pyro_dgm.model.program import Program
 from pyro_dgm.model.runs import Draws, Table
 
-__all__ = ["Product", "Wanted", "data_arrays", "log_likelihoods", "predictions_of", "product"]
+__all__ = [
+    "Product",
+    "Wanted",
+    "attempted",
+    "data_arrays",
+    "log_likelihoods",
+    "predictions_of",
+    "predictive",
+    "product",
+    "say_lost",
+]
 
 Groups = dict[str, dict[str, np.ndarray]]
 
@@ -68,12 +81,10 @@ def product(program: Program, draws: Draws, n: int, wanted: Wanted, scored: Tabl
         made.groups["log_prior"] = log_priors(program, scored)
     if wanted.posterior_predictive:
         complete = draws | {k: replayed.values[k] for k in program.enumerable if k in replayed.values}
-        redrawn = program.redrawn(complete, n, program.sites("observed"), wanted.batch_size)
-        made.groups["posterior_predictive"] = {k: program.array(redrawn, k) for k in program.sites("observed")}
+        given = partial(predictive, program, complete, n, wanted.batch_size)
+        made.groups |= attempted("posterior_predictive", given) or {}
     if wanted.predictions is not None:
-        args, kwargs = _arguments(wanted.predictions)
-        sizes = {f.name: f.size for layout in program.runs.layouts.values() for f in layout.plates}
-        predicted = predictions_of(program.model, draws, args, kwargs, sizes, wanted.batch_size)[1]
+        predicted = _predictions(program, draws, wanted)
         made.groups |= predicted.groups
         made.dims |= predicted.dims
     made.groups |= _prior_groups(program, wanted.prior, names) | {"observed_data": observed}
@@ -116,19 +127,71 @@ def log_priors(program: Program, scored: Table) -> dict[str, np.ndarray]:
     return {k: t.joint.double().cpu().numpy() for k, t in known.items()}
 
 
+_REMEDIES = {
+    "posterior_predictive": "The model must run on data that it draws itself; posterior_predictive=False asks for none",
+    "predictions": "The model must run with these arguments, on data that it draws itself; predictions=None asks for none",
+    "prior": "The model must run on all that its prior draws, and on such data; prior=0 asks for none",
+}
+
+
+def attempted(name: str, make: Callable[[], Any]) -> Any:
+    """What can be made, or None and a warning that says why it cannot; the rest of the container does not need it."""
+    try:
+        return make()
+    except Exception as error:  # whatever the user's model raises
+        _say_missing(name, error)
+        return None
+
+
+def _say_missing(groups: str, error: Exception) -> None:
+    why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    remedy = _REMEDIES.get(groups, _REMEDIES["prior"])
+    warn_user(f"The container has no {groups}: {why.strip().rstrip('.')}. All other groups are there. {remedy}.")
+
+
+def say_lost(groups: str, lost: dict[str, str]) -> None:
+    """Warn of each site of a group that could not be drawn."""
+    for name, why in lost.items():
+        warn_user(
+            f"{groups} lacks site '{name}': {why.strip().rstrip('.')}. Other sites are there; what depends on '{name}' was "
+            "drawn given its data. Give its distribution a sampler whose draws have the shape of the data (a plate, or "
+            ".expand)."
+        )
+
+
+def predictive(program: Program, draws: Draws, n: int, batch_size: int | None) -> Groups:
+    """New data for posterior draws, of all sites that can be drawn."""
+    redrawn = program.redrawn(draws, n, program.sites("observed"), batch_size)
+    say_lost("posterior_predictive", redrawn.lost)
+    known = [k for k in program.sites("observed") if k in redrawn.values]
+    return {"posterior_predictive": {k: program.array(redrawn, k) for k in known}} if known else {}
+
+
+def _predictions(program: Program, draws: Draws, wanted: Wanted) -> Product:
+    args, kwargs = _arguments(wanted.predictions)
+    sizes = {f.name: f.size for layout in program.runs.layouts.values() for f in layout.plates}
+    make = partial(predictions_of, program.model, draws, args, kwargs, sizes, wanted.batch_size)
+    made = attempted("predictions", make)
+    return Product({}) if made is None else made[1]
+
+
 def _prior_groups(program: Program, n: int, names: list[str]) -> Groups:
     if not n:
         return {}
+    data = program.sites("observed")
     try:
         table = program.forward(n)
-    except NotImplementedError as error:
-        warnings.warn(f"from_svi: no prior draws, since a site cannot be sampled ({error}).", stacklevel=4)
-        return {}
-    data = program.sites("observed")
-    return {
-        "prior": {k: program.array(table, k) for k in names},
-        "prior_predictive": {k: program.array(table, k) for k in data},
-    }
+    except Undrawn as error:
+        if not error.anew:
+            _say_missing("prior and no prior_predictive", error)
+            return {}
+        _say_missing("prior_predictive", error)
+        data, table = [], attempted("prior", partial(program.prior, n)) or Table()
+    say_lost("prior_predictive", {k: why for k, why in table.lost.items() if k in data})
+    say_lost("prior", {k: why for k, why in table.lost.items() if k not in data})
+    kept = {"prior": names, "prior_predictive": data}
+    groups = {g: {k: program.array(table, k) for k in sites if k in table.values} for g, sites in kept.items()}
+    return {g: v for g, v in groups.items() if v}
 
 
 def predictions_of(model: Any, draws: Draws, args: Any, kwargs: Any, sizes: dict[str, int],
@@ -150,6 +213,8 @@ def predictions_of(model: Any, draws: Draws, args: Any, kwargs: Any, sizes: dict
     free = [k for k in new.sites("latent") + new.enumerable if k not in given]
     names = free + new.sites("observed") + new.sites("deterministic")
     table = new.redrawn(given, len(next(iter(draws.values()))), names, batch_size)
+    say_lost("predictions", table.lost)
+    names = [k for k in names if k in table.values]
     made = Product({"predictions": {k: new.array(table, k) for k in names}})
     made.groups["predictions_constant_data"] = _named_tensors(new, args, kwargs)
     for k in names:

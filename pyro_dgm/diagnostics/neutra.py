@@ -58,6 +58,9 @@ def neutra(
         NotImplementedError: if the guide is no transform of a base distribution (a mixture).
         ValueError: for fewer than four draws per chain.
 
+    Warns:
+        UserWarning: for each group that the model cannot give, and each site that it cannot draw; the others are there.
+
     References:
         | Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte Carlo", arXiv 1903.03704.
 

@@ -133,7 +133,10 @@ def _simulated(program: Program | None, observed: Sequence[str] | None, m: int) 
         raise ValueError("model is None: expected a model that simulates, or simulations=dgm.simulate(...).")
     names: list[str] = list(observed or program.sites("observed"))
     _refuse_unknown(names, list(program.runs.layouts))
-    values = program.forward(m).values
+    table = program.forward(m)
+    if table.lost:
+        raise ValueError(f"The model cannot simulate its data: {'; '.join(table.lost.values())}.")
+    values = table.values
     wanted = [*program.sites("latent"), *program.enumerable, *names]
     return names, {k: values[k] for k in dict.fromkeys(wanted)}
 

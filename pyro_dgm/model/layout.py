@@ -90,7 +90,7 @@ def mask_of(site: Site, layout: Layout) -> Tensor | None:
     """Which data a site has, shape ``batch``, by ``poutine.mask``, ``obs_mask`` or ``.mask``; None for all of them."""
     fn, mask = site["fn"], site["mask"]
     own = fn._mask if isinstance(fn, MaskedDistribution) else None
-    masks = [m for m in (mask, own) if isinstance(m, Tensor)]
+    masks = [torch.as_tensor(m) for m in (mask, own) if m is not None and m is not True]
     if not masks:
         return None
     together = masks[0] if len(masks) == 1 else masks[0] & masks[1]

@@ -7,7 +7,7 @@ draws, whoever drew them: a guide, MCMC, or the user.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,10 @@ from pyro.infer.autoguide.guides import AutoCallable, AutoGuide, AutoGuideList
 
 from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.core.random import fork_rng
+from pyro_dgm.model.discrete import warn_of_masked_sums
+from pyro_dgm.model.handlers import Given, Undrawn
 from pyro_dgm.model.layout import subsampled
-from pyro_dgm.model.runs import Draws, Given, Runs, Table, rounds_of, stacked
+from pyro_dgm.model.runs import Draws, Runs, Table, rounds_of, stacked
 from pyro_dgm.model.sites import is_computed, is_data, is_enumerable, is_subsample, latent_sites, plate_frames
 from pyro_dgm.model.terms import total
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, how_to_vectorize, plate_nesting
@@ -60,12 +62,14 @@ class Program:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         guided = self._trace(guide) if guide is not None else None
         known = {k: v[0] for k, v in (draws or {}).items()}
-        self.prototype = self._prototype(_values(guided) if guided else known)
+        known = _values(guided) if guided else known
+        self.prototype = self._anyhow(model, known)
         traces = [t for t in (self.prototype, guided) if t is not None]
         rounds = rounds_of(traces)
         if len(rounds) > 1:
-            self._refuse_data_without_index(rounds)
+            self._refuse_data_without_index(rounds, known)
         self.enumerable = [n for n, s in latent_sites(self.prototype) if is_enumerable(s)]
+        warn_of_masked_sums({k: self.prototype.nodes[k] for k in self.enumerable})
         nesting = max(_nesting(t) for t in traces)
         self.runs = Runs(model, args, kwargs, self.prototype, nesting, "loop", rounds)
         self.guide_runs = Runs(guide, args, kwargs, guided, nesting, "loop", rounds) if guide and guided else None
@@ -85,24 +89,26 @@ class Program:
         with torch.no_grad(), poutine.block(), fork_rng():
             return poutine.trace(fn).get_trace(*self.args, **self.kwargs)
 
-    def _prototype(self, known: Draws) -> poutine.Trace:
-        """One run of the model, for shapes and plates; sites that cannot be sampled take a draw that is known."""
+    def _anyhow(self, model: Model, known: Draws) -> poutine.Trace:
+        """One run of the model, for shapes and plates; where it fails on prior draws, on draws that are known."""
         try:
-            return self._trace(self.model)
-        except NotImplementedError:
-            return self._trace(Given(known)(self.model))
+            return self._trace(model)
+        except Exception:  # a site without a sampler, a matrix that cannot be factorised, an index out of range
+            if not known:
+                raise
+            return self._trace(Given(known)(model))
 
-    def _refuse_data_without_index(self, rounds: list[Any]) -> None:
+    def _refuse_data_without_index(self, rounds: list[Any], known: Draws) -> None:
         """A subsampled plate can be visited row by row only if the data follow its index."""
         preset = _Preset()
-        self._trace(preset(self.model))
+        self._anyhow(preset(self.model), known)
         if preset.found:
             raise ValueError(
                 f"Plate '{preset.found[0]}' is subsampled by subsample=, so its other rows cannot be reached. Pass the full "
                 "data and subsample_size=, and use the index that the plate gives."
             )
         index = [{k: i for k, (i, _) in visited.items()} for visited in rounds[:2]]
-        first, second = (self._trace(Given(i)(self.model)) for i in index)
+        first, second = (self._anyhow(Given(i)(self.model), known) for i in index)
         for name, site in first.nodes.items():
             plates = [f.name for f in plate_frames(site) if subsampled(f)] if is_data(site) else []
             if plates and site["value"].data_ptr() == second.nodes[name]["value"].data_ptr():
@@ -223,12 +229,33 @@ class Program:
         return self._over(draws, n, batch_size, keep=keep, discrete="draw" if self.enumerable else None)
 
     def redrawn(self, draws: Draws, n: int, keep: Collection[str], batch_size: int | None = None) -> Table:
-        """New data for given draws; enumerable sites that are not given are drawn as the model says."""
-        return self._over(draws, n, batch_size, keep=keep, redraw=True)
+        """New data for given draws; enumerable sites that are not given are drawn as the model says.
+
+        Data that cannot be drawn stay what they are, for what comes after them, and are ``lost`` to the table.
+        """
+        return self._leaving(lambda leave: self._over(draws, n, batch_size, keep=keep, redraw=True, leave=leave))
 
     def forward(self, n: int) -> Table:
-        """The model's sites from the prior, data included."""
-        return self.runs.run(n, redraw=True)
+        """The model's sites from the prior, data included; data are lost as by :meth:`redrawn`."""
+        return self._leaving(lambda leave: self.runs.run(n, redraw=True, leave=leave))
+
+    def prior(self, n: int) -> Table:
+        """The model's sites from the prior, given that data stay what they are."""
+        return self.runs.run(n)
+
+    def _leaving(self, run: Callable[[Collection[str]], Table]) -> Table:
+        lost: dict[str, str] = {}
+        while True:
+            try:
+                table = run(tuple(lost))
+            except Undrawn as error:
+                if error.site not in self.sites("observed") or error.site in lost:
+                    raise
+                lost[error.site] = str(error)
+                continue
+            table.lost |= lost
+            table.values = {k: v for k, v in table.values.items() if k not in lost}
+            return table
 
     def _over(self, draws: Draws, n: int, batch_size: int | None, **options: Any) -> Table:
         """The draws in batches of the given size, each run at once."""

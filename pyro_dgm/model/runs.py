@@ -7,7 +7,6 @@ of the plate counts once, what is inside counts row by row, so densities are tho
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,11 +15,12 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.discrete import infer_discrete
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_dgm.model.handlers import Given, Redraw
+from pyro_dgm.core.warn import warn_user
+from pyro_dgm.model.discrete import posterior_draws_of
+from pyro_dgm.model.handlers import Given, Redraw, Undrawn
 from pyro_dgm.model.layout import Layout, layout_of, mask_of, subsampled, with_shape
 from pyro_dgm.model.sites import is_computed, is_data, is_subsample, latent_sites, plate_frames
 from pyro_dgm.model.terms import Term, is_scored, joined, subsampling_factor, terms_of, total
@@ -60,11 +60,13 @@ class Table:
         values: by site, shape ``(n, *batch, *event)``.
         terms: of the log density, by site.
         masks: which data are there, shape ``batch``, for sites where not all are.
+        lost: data that could not be drawn anew, and why.
     """
 
     values: Draws = field(default_factory=dict)
     terms: dict[str, Term] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
 
     def total(self, n: int) -> Tensor:
         """Log density of every draw, in nats, summed in float64."""
@@ -77,6 +79,7 @@ class _Options:
     redraw: bool = False
     score: bool = False
     discrete: str | None = None
+    leave: Collection[str] = ()
 
     def keeps(self, name: str) -> bool:
         return self.discrete != "sum" and (self.keep is None or name in self.keep)
@@ -87,9 +90,14 @@ def stacked(tables: list[Table]) -> Table:
     first = tables[0]
     if len(tables) == 1:
         return first
-    values = {k: torch.cat([t.values[k] for t in tables]) for k in first.values}
+    lost = _lost(tables)
+    values = {k: torch.cat([t.values[k] for t in tables]) for k in first.values if k not in lost}
     terms = {k: joined([u.terms[k] for u in tables], torch.cat) for k in first.terms}
-    return Table(values, terms, first.masks)
+    return Table(values, terms, first.masks, lost)
+
+
+def _lost(tables: list[Table]) -> dict[str, str]:
+    return {k: why for t in tables for k, why in t.lost.items()}
 
 
 def rounds_of(traces: list[poutine.Trace]) -> list[Round]:
@@ -149,7 +157,7 @@ class Runs:
         self.latents = [k for k, _ in latent_sites(prototype)]
 
     def run(self, n: int, given: Draws | None = None, *, keep: Collection[str] | None = None, redraw: bool = False,
-            score: bool = False, discrete: str | None = None) -> Table:  # fmt: skip
+            score: bool = False, discrete: str | None = None, leave: Collection[str] = ()) -> Table:  # fmt: skip
         """Run for n draws.
 
         Args:
@@ -160,10 +168,14 @@ class Runs:
             score: with the terms of the log density.
             discrete: what happens to enumerable sites: None (drawn as the model says), "sum", or "draw" from their
                 exact posterior.
+            leave: data that are not drawn anew.
+
+        Raises:
+            Undrawn: if data are drawn anew and the model fails.
         """
         given, parts = dict(given or {}), []
         for i, visited in enumerate(self.rounds):
-            part = self._round(n, given, visited, _Options(keep, redraw, score, discrete))
+            part = self._round(n, given, visited, _Options(keep, redraw, score, discrete, leave))
             if i == 0 and len(self.rounds) > 1:
                 given |= {
                     k: part.values[k] for k in self.latents if not self._plates_in(k, visited) and k in part.values
@@ -200,20 +212,41 @@ class Runs:
         return self._table(self.prototype, 1, _Options())
 
     def _round(self, n: int, given: Draws, visited: Round, options: _Options) -> Table:
-        fn = Redraw()(self.fn) if options.redraw else self.fn
         index = {name: index for name, (index, _) in visited.items()}
         rows = {k: self.rows(k, v, visited) for k, v in given.items() if k in self.layouts}
-        return self._executed(fn, n, rows, index, options)
+        if not options.redraw:
+            return self._executed(self.fn, n, rows, index, options)
+        redraw = Redraw(options.leave)
+        try:
+            return self._executed(redraw(self.fn), n, rows, index, options)
+        except Exception as error:  # whatever a model says of data that it did not expect
+            raise Undrawn(redraw, error) from error
 
     def _executed(self, fn: Model, n: int, rows: Draws, index: Draws, options: _Options) -> Table:
-        if self.how == "vmap":
-            table = self._by_vmap(fn, n, rows, index, options)
-            if table is not None:
-                return table
-        if self.how == "plate":
-            return self._together(fn, n, rows, index, options)
+        fault = ""
+        if self.how != "loop":
+            try:
+                run = self._by_vmap if self.how == "vmap" else self._together
+                return run(fn, n, rows, index, options)
+            except Exception as error:
+                if not self._may_run_singly(error, options):
+                    raise
+                fault = (str(error).strip().splitlines() or [type(error).__name__])[0]
         single = [self._alone(fn, {k: v[i] for k, v in rows.items()} | index, options) for i in range(n)]
+        if fault:
+            self._say_slow(fault)
         return stacked(single)
+
+    def _may_run_singly(self, error: Exception, options: _Options) -> bool:
+        """Samplers that cannot run under vmap, and models that cannot take new data of many draws at once."""
+        if isinstance(error, torch.linalg.LinAlgError) or isinstance(error.__cause__, torch.linalg.LinAlgError):
+            return False
+        return isinstance(error, RuntimeError) if self.how == "vmap" else options.redraw
+
+    def _say_slow(self, fault: str) -> None:
+        """Warn, and go on one by one where vmap failed: its check ran no sampler."""
+        self.how = "loop" if self.how == "vmap" else self.how
+        warn_user(NOT_VECTORIZED.format(fault))
 
     def rows(self, name: str, value: Tensor, visited: Round) -> Tensor:
         """The part of a full-size value that a round needs, in the shape of a single run: ``(n, *value)``."""
@@ -239,14 +272,14 @@ class Runs:
     def _traced(self, program: Model, n: int, nesting: int, options: _Options) -> Table:
         try:
             if options.discrete == "draw":
-                program = infer_discrete(program, first_available_dim=-nesting - 1, temperature=1)
+                program = posterior_draws_of(program, -nesting - 1)
             with self._grad(), poutine.block(), pyro.validation_enabled(False):
                 run = enumerated(program, nesting) if options.discrete == "sum" else program
                 trace = poutine.trace(run).get_trace(*self.args, **self.kwargs)
                 return self._table(trace, n, options)
         except torch.linalg.LinAlgError as error:
             raise ValueError(
-                f"from_svi: a matrix of the model could not be factorised for one of {n} draws. Add jitter to its diagonal "
+                f"A matrix of the model could not be factorised for one of {n} draws. Add jitter to its diagonal "
                 f"(1e-6 of its scale), or work in float64. torch says: {str(error).splitlines()[0]}"
             ) from error
 
@@ -257,12 +290,19 @@ class Runs:
                 mask = mask_of(site, self.layouts[name])
                 table.masks |= {} if mask is None else {name: mask}
                 if options.keeps(name):
-                    table.values[name] = with_shape(site["value"], n, self.layouts[name].shape, name).detach()
+                    self._put(table, name, site["value"].detach(), n, options)
         return table
 
-    def _by_vmap(self, fn: Model, n: int, rows: Draws, index: Draws, options: _Options) -> Table | None:
-        """None, with a warning and for good, where a sampler of the program cannot run under vmap."""
+    def _put(self, table: Table, name: str, value: Tensor, n: int, options: _Options) -> None:
+        """A site's value into the table; new data of a wrong shape are lost, without the rest."""
+        try:
+            table.values[name] = with_shape(value, n, self.layouts[name].shape, name)
+        except ValueError as error:
+            if not options.redraw:
+                raise
+            table.lost[name] = str(error)
 
+    def _by_vmap(self, fn: Model, n: int, rows: Draws, index: Draws, options: _Options) -> Table:
         def single(row: Draws, zero: Tensor) -> tuple[Draws, Draws]:
             with _OwnNoise(zero):
                 trace = poutine.trace(Given(row | index)(fn)).get_trace(*self.args, **self.kwargs)
@@ -273,31 +313,29 @@ class Runs:
                 k: s["log_prob"] for k, s in sites.items() if "log_prob" in s
             }
 
-        try:
-            with self._grad(), pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
-                values, log_probs = torch.vmap(single, randomness="different")(rows, torch.zeros(n))
-        except RuntimeError as error:
-            warnings.warn(NOT_VECTORIZED.format(str(error).strip().splitlines()[0]), stacklevel=2)
-            self.how = "loop"
-            return None
+        with self._grad(), pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
+            values, log_probs = torch.vmap(single, randomness="different")(rows, torch.zeros(n))
         masks = self._alone(fn, {k: v[0] for k, v in rows.items()} | index, _Options(())).masks
-        return self._assembled(values, log_probs, masks, n)
+        table = Table(terms=self._mapped_terms(log_probs, n), masks=masks)
+        for name, value in values.items():
+            self._put(table, name, value, n, options)
+        return table
 
-    def _assembled(self, values: Draws, log_probs: Draws, masks: Draws, n: int) -> Table:
+    def _mapped_terms(self, log_probs: Draws, n: int) -> dict[str, Term]:
         nodes, terms = self.prototype.nodes, {}
         for name, log_prob in log_probs.items():
             layout, data = self.layouts[name], is_data(nodes[name])
             joint = with_shape(log_prob, n, layout.batch, name) / subsampling_factor(nodes[name])
             terms[name] = Term(layout.axes, joint, joint if data else None, (name,) if data else ())
-        shaped = {k: with_shape(v, n, self.layouts[k].shape, k) for k, v in values.items()}
-        return Table(shaped, terms, masks)
+        return terms
 
     def _plates_in(self, name: str, visited: Round) -> bool:
         return any(f.name in visited for f in plate_frames(self.prototype.nodes[name]))
 
     def _merged(self, parts: list[Table]) -> Table:
-        first = parts[0]
-        values = {k: self._joined([t.values[k] for t in parts], self.layouts[k].axes) for k in first.values}
+        first, lost = parts[0], _lost(parts)
+        kept = [k for k in first.values if k not in lost]
+        values = {k: self._joined([t.values[k] for t in parts], self.layouts[k].axes) for k in kept}
         terms = {
             k: joined([t.terms[k] for t in parts], partial(self._joined, axes=first.terms[k].axes)) for k in first.terms
         }
@@ -305,7 +343,7 @@ class Runs:
         for k in first.masks:
             axes = {plate: axis - 1 for plate, axis in self.layouts[k].axes.items()}
             masks[k] = self._joined([t.masks[k] for t in parts], axes)
-        return Table(values, terms, masks)
+        return Table(values, terms, masks, lost)
 
     def _joined(self, parts: list[Tensor], axes: dict[str, int]) -> Tensor:
         """Rows of a subsampled plate, of all rounds; what lies in none is the first round's."""

@@ -2,6 +2,7 @@ r"""Terms of a log joint, site by site, with enumerated sites summed out where t
 
 A discrete :math:`z_n` that is local to a row of a plate gives that row :math:`\log \sum_z p(z)\,p(y_n \mid z)`; what is
 observed in the row has the log-likelihood :math:`\log p(y_n, h_n) - \log p(h_n)`, with :math:`h_n` the row's other sites.
+Masks and scales are those of :mod:`pyro_dgm.model.discrete`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 from opt_einsum import shared_intermediates
 from pyro import poutine
 from pyro.infer.traceenum_elbo import _get_common_scale
-from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from torch import Tensor
 
 from pyro_dgm.core.distribution import ImplicitDistribution
+from pyro_dgm.model.discrete import factor_of, is_enumerated
 from pyro_dgm.model.layout import Layout, subsampled, with_shape
 from pyro_dgm.model.sites import is_computed, is_data, is_subsample
 
@@ -87,7 +88,7 @@ def _plain(name: str, site: Site, n: int, layout: Layout) -> Term:
 
 def _enumerated_groups(trace: poutine.Trace, sites: dict[str, Site]) -> list[list[str]]:
     """Names of sites that are connected through enumerated dimensions, one list per connected component."""
-    if all(s["infer"].get("_enumerate_dim") is None for s in sites.values()):
+    if not any(is_enumerated(s) for s in sites.values()):
         return []
     for site in trace.nodes.values():  # the index of a plate needs an entry to be packed
         site.setdefault("packed", {})
@@ -95,7 +96,7 @@ def _enumerated_groups(trace: poutine.Trace, sites: dict[str, Site]) -> list[lis
     plates = set(trace.plate_to_symbol.values())
     groups: list[tuple[set[str], list[str]]] = []
     for name, site in sites.items():
-        dims = set(site["packed"]["unscaled_log_prob"]._pyro_dims) - plates
+        dims = _dims(site) - plates
         touched = [g for g in groups if g[0] & dims]
         if dims:
             merged = (set.union(dims, *(g[0] for g in touched)), [k for g in touched for k in g[1]] + [name])
@@ -105,31 +106,39 @@ def _enumerated_groups(trace: poutine.Trace, sites: dict[str, Site]) -> list[lis
 
 def _summed(trace: poutine.Trace, sites: dict[str, Site], n: int) -> tuple[str, Term]:
     plates = set(trace.plate_to_symbol.values())
-    enumerated = {d for s in sites.values() for d in s["packed"]["unscaled_log_prob"]._pyro_dims} - plates
+    there = {d for s in sites.values() for d in _dims(s)}  # plates of size one are not
+    enumerated = there - plates
     observed = tuple(k for k, s in sites.items() if is_data(s))
     with shared_intermediates() as cache:
         tree = contract_tensor_tree(_tree(trace, sites.values()), enumerated, cache=cache)
         ((ordinal, (joint,)),) = tree.items()
         rest = _tree(trace, [s for k, s in sites.items() if k not in observed])
-        there = {
-            d for s in sites.values() for d in s["packed"]["unscaled_log_prob"]._pyro_dims
-        }  # plates of size one are not
         hidden = contract_to_tensor(rest, enumerated, target_ordinal=ordinal & there, cache=cache)
     frames = _frames(trace, sites.values(), ordinal)
     _refuse_sums_across_a_subsample(sites, frames)
     scale = _get_common_scale([s["scale"] / subsampling_factor(s) for s in sites.values()])
     joint, hidden = (_aligned(t, trace, frames, n) * scale for t in (joint, hidden))
-    local = bool(frames) and bool(observed)
+    local = bool(observed) and (bool(frames) or _in_one_turn(sites.values()))
     axes = {f.name: 1 + i for i, f in enumerate(frames)}
     return "_".join(observed or sites), Term(axes, joint, joint - hidden if local else None, observed)
+
+
+def _in_one_turn(sites: Iterable[Site]) -> bool:
+    """Whether all sites lie in the same turn of a plate that is a loop."""
+    turns = [{(f.name, f.counter) for f in s["cond_indep_stack"] if not f.vectorized} for s in sites]
+    return bool(set.intersection(*turns))
+
+
+def _dims(site: Site) -> set[str]:
+    """Names of a packed site's dimensions; its mask may have some of its own."""
+    return set(site["packed"]["log_prob"]._pyro_dims)
 
 
 def _tree(trace: poutine.Trace, sites: Iterable[Site]) -> OrderedDict[Any, list[Tensor]]:
     tree: OrderedDict[Any, list[Tensor]] = OrderedDict()
     for site in sites:
         ordinal = frozenset(trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized)
-        p = site["packed"]
-        tree.setdefault(ordinal, []).append(packed.scale_and_mask(p["unscaled_log_prob"], mask=p["mask"]))
+        tree.setdefault(ordinal, []).append(factor_of(site))
     return tree
 
 

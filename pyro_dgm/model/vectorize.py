@@ -16,6 +16,7 @@ from pyro.ops.contract import contract_tensor_tree
 from torch import Size, Tensor
 
 from pyro_dgm.core.random import fork_rng
+from pyro_dgm.model.discrete import is_enumerated
 
 __all__ = [
     "NOT_VECTORIZED",
@@ -91,7 +92,7 @@ def _sample_sites(trace: poutine.Trace) -> list[dict[str, Any]]:
 
 
 def _has_enumerated(trace: poutine.Trace) -> bool:
-    return any(s["infer"].get("_enumerate_dim") is not None for s in _sample_sites(trace))
+    return any(is_enumerated(s) for s in _sample_sites(trace))
 
 
 def _draws_first(term: Tensor, draws: str) -> Tensor:
