@@ -64,10 +64,17 @@ def onto(fn: Any, centre: Tensor | None) -> Transform:
 def _without_infinite_ends(support: Any) -> Any:
     """An interval up to infinity, as Pyro's GeneralizedPareto has one, onto which torch's map is NaN, as a half line."""
     inner = innermost(support)
-    if type(inner) is not type(constraints.unit_interval) or bool(torch.as_tensor(inner.upper_bound).isfinite().any()):
+    if type(inner) is not type(constraints.unit_interval) or not _infinite(inner.upper_bound):
         return support
     half = constraints.greater_than(inner.lower_bound)
     return constraints.independent(half, support.event_dim) if support.event_dim else half
+
+
+def _infinite(bound: Any) -> bool:
+    try:
+        return not bool(torch.as_tensor(bound).isfinite().any())
+    except RuntimeError:  # under vmap no number can be looked at; such a bound follows other latents
+        return False
 
 
 def innermost(support: Any) -> Any:
