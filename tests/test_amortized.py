@@ -310,12 +310,6 @@ def test_a_guide_is_saved_with_its_units(normal_guide, tmp_path):
     assert torch.equal(other.condition(x=x).log_prob(draw), normal_guide.condition(x=x).log_prob(draw))
 
 
-def uniform_of_scale(x=None):
-    t = pyro.sample("t", dist.Uniform(0.0, 1.0))
-    s = pyro.sample("s", dist.Uniform(0.0, t))
-    return pyro.sample("x", dist.Normal(s, 1.0), obs=x)
-
-
 def loose(x=None):
     t = pyro.sample("t", dist.Normal(torch.zeros(3), 1.0))
     return pyro.sample("x", dist.Normal(t.sum(-1), 1.0), obs=x)
@@ -340,7 +334,6 @@ def endless(x=None):
         (normal, {"observed": "x", "bounds": "cut"}, "bounds='cut', expected 'map', 'truncate' or None"),
         (normal, {"observed": "x", "covariates": ["n"]}, "covariate 'n' is no tensor among the prototype's arguments"),
         (normal, {"observed": "x", "family": lambda d, c: dgm.MAF(d)}, r"0 context features for latents \['mu'\]; expected"),
-        (uniform_of_scale, {"observed": "x"}, "support of latent site 's' changes with other latents"),
         (loose, {"observed": "x"}, r"'t' has batch shape \(3,\), and dimension\(s\) \[-1\] are in no plate"),
         (counted, {"observed": "x"}, "discrete latent site 'k' has support .*expected Bernoulli, Categorical or"),
         (endless, {"observed": "x"}, "latent site 's' from its prior are not finite; .* needs a proper prior"),

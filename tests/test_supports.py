@@ -110,6 +110,44 @@ def test_an_implicit_guide_draws_inside():
         assert abs(value.mean() - moments[key][0]) < 0.15 * moments[key][1], key
 
 
+def simulated_window(y=None):
+    centre = pyro.sample("centre", dist.Normal(0.0, 1.0))
+    x = pyro.sample("x", dist.Uniform(centre, centre + 1.0))
+    return pyro.sample("y", dist.Normal(x, 0.5), obs=y)
+
+
+def test_an_amortised_posterior_learns_a_moving_site_on_real_numbers():
+    """Draws lie inside, weights by the model's density give the evidence, and densities take plain or real values."""
+    evidence, moments = CASES["window"].reference()
+    sims = dgm.simulate(simulated_window, 4_000, observed=("y",), seed=0, progress=False)
+    guide = dgm.AmortizedGuide(simulated_window, ["y"])
+    dgm.fit(dgm.ForwardKL(guide), sims, progress=False, seed=0, max_epochs=15)
+    posterior = guide.condition(y=CASES["window"].data[0])
+    refined = posterior.refine(2_000, seed=0)
+    assert abs(refined.log_evidence - evidence) < 5 * refined.log_evidence_error + 0.01
+    draws = posterior.sample((1_000,))
+    for values in (draws, refined.draws):
+        assert bool(((values["x"] >= values["centre"]) & (values["x"] <= values["centre"] + 1.0)).all())
+    for key in ("centre", "x"):
+        assert abs(refined.draws[key].mean() - moments[key][0]) < 0.15 * moments[key][1]
+    plain = {k: draws[k] for k in ("centre", "x")}
+    torch.testing.assert_close(posterior.log_prob(plain), posterior.log_prob(draws), atol=1e-3, rtol=1e-3)
+    both = guide.condition(y=torch.tensor([0.0, 1.2]))
+    assert both.sample((3,))["x"].shape == (3, 2)
+    verdict = dgm.khat(dgm.from_svi(posterior.model, posterior, num_samples=1_000, prior=0, seed=0))
+    assert abs(verdict.log_evidence - evidence) < 5 * verdict.log_evidence_error + 0.01
+
+
+def test_an_amortised_angle_stays_on_its_circle():
+    def model(x=None):
+        phi = pyro.sample("phi", dist.VonMises(3.0, 1.0))
+        return pyro.sample("x", dist.VonMises(phi, 2.0), obs=x)
+
+    guide = dgm.AmortizedGuide(model, ["x"])
+    draws = guide.condition(x=torch.tensor(3.0)).sample((1_000,))["phi"]
+    assert bool((draws.abs() <= math.pi).all())
+
+
 def test_a_bound_that_is_learned_is_followed():
     """y ~ Uniform(0, b) under a latent x ~ Uniform(0, b), b a parameter: the support at setup is not the one later."""
 

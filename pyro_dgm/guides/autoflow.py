@@ -36,7 +36,9 @@ class AutoFlow(VectorGuide):
 
     All latents are mapped to :math:`R^D` by ``biject_to`` of their supports and concatenated; the flow is over that
     vector. It is an :class:`~pyro.infer.autoguide.AutoContinuous`: SVI, ``AutoGuideList``, ``NeuTraReparam``,
-    ``Predictive`` and ``poutine.block`` work. Before training it equals ``AutoDiagonalNormal(init_loc_fn, init_scale)``.
+    ``Predictive`` and ``poutine.block`` work. A support that follows other latents, as that of ``Uniform(0, top)``, is the one
+    that the site has in each draw; an angle (VonMises and its kin) keeps to its circle, cut open far from the posterior. Before
+    training it equals ``AutoDiagonalNormal(init_loc_fn, init_scale)``.
 
     Args:
         model: a Pyro model. Discrete latents marked ``infer={"enumerate": "parallel"}`` are left out; the bound sums over them.
@@ -49,8 +51,12 @@ class AutoFlow(VectorGuide):
             bounds and diagnostics, ``fit(STL_ELBO()(guide.target, guide), data)``.
 
     Raises:
-        ValueError: at the first call (or :meth:`setup`) for a discrete latent, a latent inside a subsampled plate, or
-            a support without a bijection; each names the site.
+        ValueError: at the first call (or :meth:`setup`) for a discrete latent, a latent inside a subsampled plate, a support
+            without a bijection or one that depends on a discrete site, and for latents, shapes or plates that differ between
+            runs of the model; each names the site.
+
+    Warns:
+        UserWarning: for a latent whose density does not integrate to one over its declared support.
 
     Note:
         Gradient steps of Adam move a coordinate by at most the sum of the learning rates. Posteriors far from the

@@ -68,7 +68,8 @@ class Joint:
 
     def unpack(self, u: Tensor) -> dict[str, Tensor]:
         """Vectors as draws."""
-        return self._unpacked(u)[0]
+        values, unbounded = self._unpacked(u)[0], self.posterior.guide.unbounded
+        return values if unbounded is None else values | unbounded.to_sites(values, self.posterior.data, 1)
 
     def log_q(self, u: Tensor) -> Tensor:
         """Log density of the guide over vectors, nats."""

@@ -25,8 +25,9 @@ from pyro_dgm.guides.amortized.group import Drawn, Group
 from pyro_dgm.guides.amortized.posterior import ConditionedGuide
 from pyro_dgm.guides.amortized.prior_units import PriorUnits
 from pyro_dgm.guides.amortized.streams import Stream, Streams
-from pyro_dgm.guides.amortized.structure import Site, read
+from pyro_dgm.guides.amortized.structure import Site, moving_supports, read
 from pyro_dgm.guides.amortized.traced import traced
+from pyro_dgm.guides.amortized.unbounded import Unbounded, rewritten
 from pyro_dgm.guides.amortized.units import Moments
 
 __all__ = ["AmortizedGuide"]
@@ -42,8 +43,9 @@ class AmortizedGuide(nn.Module):
     plates: for the globals, given a permutation-invariant summary of every observed plate; for the locals of a plate,
     shared by its elements, given their own datum and the globals. Parts of the model that are independent given the data
     (where Pyro can follow the model's values) get flows of their own. Discrete latents get categorical heads; those marked
-    for enumeration are left to the model. Data and latents are standardised inside (set by training, kept in
-    ``state_dict``).
+    for enumeration are left to the model. A latent x whose support follows other latents (``Uniform(0, top)``) is learned as the
+    real number ``x_unconstrained``, and an angle inside its turn. Data and latents are standardised inside (set by training,
+    kept in ``state_dict``).
 
     Train it with :class:`~pyro_dgm.ForwardKL` on simulations, with ``STL_ELBO()(model, guide)`` on data, or in that order.
 
@@ -62,8 +64,8 @@ class AmortizedGuide(nn.Module):
             ELBO then); ``"map"`` maps the box to all numbers. None truncates latents outside plates, and maps those inside.
 
     Raises:
-        ValueError: for an observed name that is no site; no latents; subsampled plates; unfixed supports; priors with non-finite
-            draws; batch dimensions outside plates. Each names the site.
+        ValueError: for an observed name that is no site; no latents; subsampled plates; supports that depend on discrete sites;
+            priors with non-finite draws; batch dimensions outside plates. Each names the site.
 
     Note:
         Latents inside a plate are independent given the data and the latents outside. That is exact for nested plates. For
@@ -98,11 +100,14 @@ class AmortizedGuide(nn.Module):
         observed = [observed] if isinstance(observed, str) else list(observed)
         if bounds not in (None, "map", "truncate"):
             raise ValueError(f"AmortizedGuide: bounds={bounds!r}, expected 'map', 'truncate' or None.")
-        self.arguments = Arguments(model, tuple(args), dict(kwargs or {}))
+        given = (tuple(args), dict(kwargs or {}))
         with fork_rng():
-            self.structure = read(model, observed, tuple(args), dict(kwargs or {}))
+            moving = moving_supports(model, observed, *given)
+            self.arguments = Arguments(rewritten(model, moving) if moving else model, *given)
+            self.structure = read(self.arguments.model, observed, *given)
             self.covariates = covariate_sites(self.arguments, covariates, self.structure)
             self.prior = PriorUnits(self.arguments, self.structure, self.covariates)
+            self.unbounded = Unbounded(model, moving, self.prior) if moving else None
             self.streams = Streams(self.structure, self.covariates, _by_site(encoder, observed))
             self.groups: Any = nn.ModuleList(self._groups(family, bounds))
         self.standardized: Tensor
@@ -110,7 +115,7 @@ class AmortizedGuide(nn.Module):
 
     @property
     def model(self) -> Any:
-        """The model that the guide was made from."""
+        """The model that the guide was made from; a latent x whose support moves is ``x_unconstrained`` in it, and x computed."""
         return self.arguments.model
 
     def condition(self, *, mask: Mapping[str, Tensor] | None = None, **data: Tensor) -> ConditionedGuide:
@@ -152,6 +157,7 @@ class AmortizedGuide(nn.Module):
         """Take all units, and the linear start of the flows, from simulations; does nothing the second time."""
         if self.standardized:
             return
+        batch = self.with_real_numbers(batch, batch, 1)
         self.streams.fit(batch)
         known: dict[str, Tensor] = {}
         for group in self.groups:
@@ -166,8 +172,13 @@ class AmortizedGuide(nn.Module):
                 group.family.regress(context[rows].detach()[:_REGRESSED], u[rows].detach()[:_REGRESSED])
         self.standardized.fill_(True)
 
+    def with_real_numbers(self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int) -> Mapping[str, Any]:
+        """Values beside which stand the real numbers behind sites whose support moves."""
+        return values if self.unbounded is None else self.unbounded.to_real(values, data, lead)
+
     def pieces(self, batch: Mapping[str, Any]) -> list[Any]:
         """``(group, u, context, log_det, values, mask)`` of every group for a batch of simulations."""
+        batch = self.with_real_numbers(batch, batch, 1)
         self.arguments.refuse_lacking(batch, self.structure, self.covariates)
         streams, earlier = self.streams(batch, 1), list[Drawn]()
         out, known = list[Any](), dict[str, Tensor]()

@@ -43,7 +43,10 @@ class ConditionedGuide(nn.Module):
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> dict[str, Tensor]:
         """Draws ``{site: (*sample_shape, *lead, *site)}``; never outside a prior's support."""
-        return self.guide.draw(self.data, self.lead, Size(sample_shape))
+        draws, unbounded = self.guide.draw(self.data, self.lead, Size(sample_shape)), self.guide.unbounded
+        if unbounded is None:
+            return draws
+        return draws | unbounded.to_sites(draws, self.data, self.lead + len(Size(sample_shape)))
 
     def log_prob(self, values: dict[str, Tensor]) -> Tensor:
         """Log density (nats) of draws ``{site: (*sample_shape, *lead, *site)}``, shape ``(*sample_shape, *lead)``.
@@ -54,10 +57,16 @@ class ConditionedGuide(nn.Module):
         Raises:
             ValueError: for a latent that is missing.
         """
+        values = dict(self.guide.with_real_numbers(values, self.data, self._leading(values)))
         missing = [s.name for s in self.guide.structure.latents if s.name not in values]
         if missing:
             raise ValueError(f"log_prob: latent sites {missing} are missing; got {sorted(values)}.")
         return self.guide.score(values, self.data, self.lead, self.masses()[0])
+
+    def _leading(self, values: dict[str, Tensor]) -> int:
+        """Dimensions of draws and data sets that stand left of the sites."""
+        site = next((s for s in self.guide.structure.latents if s.name in values), None)
+        return 0 if site is None else values[site.name].dim() - site.depth - len(site.event_shape)
 
     def masses(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """For each group the share of its flow inside the box, and the error; estimated once."""

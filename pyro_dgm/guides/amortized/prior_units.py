@@ -51,7 +51,7 @@ class PriorUnits:
 
     def _run(self, wanted: list[Site], known: Mapping[str, Tensor], data: Mapping[str, Any], lead: Size) -> Moments:
         rows = {k: self._rows(k, v, lead) for k, v in known.items()}
-        arguments = self.arguments.bound(self.arguments.args, self.arguments.kwargs) | self._inputs(data, lead)
+        arguments = self.arguments.bound(self.arguments.args, self.arguments.kwargs) | self.inputs(data, lead)
         names = {s.name for s in wanted}
         with pyro.validation_enabled(False), poutine.block(), _Until(names) as seen, poutine.condition(data=rows):
             try:
@@ -64,7 +64,8 @@ class PriorUnits:
         shape = value.shape[len(self._lead(name, value)) :]
         return value.expand(*lead, *shape).reshape(lead.numel(), *shape)
 
-    def _inputs(self, data: Mapping[str, Any], lead: Size) -> dict[str, Any]:
+    def inputs(self, data: Mapping[str, Any], lead: Size) -> dict[str, Any]:
+        """The model's arguments other than observations, for ``lead.numel()`` draws at once."""
         out = {k: v for k, v in data.items() if k in self.arguments.names and k not in self._observed()}
         for site in self.covariates:
             value = data[site.name]

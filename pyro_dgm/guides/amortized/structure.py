@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ from torch.distributions import biject_to, constraints
 
 from pyro_dgm.guides.amortized.dependencies import independent_parts
 from pyro_dgm.model.sites import is_enumerable, is_subsample, latent_sites, plate_frames
+from pyro_dgm.model.stability import changing_supports
+from pyro_dgm.model.supports import innermost, is_circular
 from pyro_dgm.model.vectorize import plate_nesting
 
-__all__ = ["Site", "Structure", "read"]
+__all__ = ["Site", "Structure", "moving_supports", "read"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,14 @@ def read(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: 
     return Structure(latents, data, plates, plate_nesting(trace), tuple(map(frozenset, parts)))
 
 
+def moving_supports(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: Any) -> frozenset[str]:
+    """Latents whose support follows other latents."""
+    traces = [_simulated(model, args, kwargs) for _ in range(3)]
+    hidden = {name for name, site in latent_sites(traces[0]) if not is_enumerable(site)} - set(observed)
+    moving = changing_supports("AmortizedGuide", model, traces, args, kwargs)
+    return frozenset(k for k in moving & hidden if not traces[0].nodes[k]["fn"].support.is_discrete)
+
+
 def _simulated(model: Callable[..., Any], args: Any, kwargs: Any) -> poutine.Trace:
     with pyro.validation_enabled(False), poutine.block(), torch.no_grad():
         return poutine.trace(model).get_trace(*args, **kwargs)
@@ -158,11 +169,6 @@ def _latent(name: str, sites: list[dict[str, Any]]) -> Site:
     supports = [_event_support(s) for s in sites]
     if supports[0].is_discrete:
         return _site(sites[0], supports[0], _classes(name, supports))
-    if any(not _same(supports[0], s) for s in supports[1:]):
-        raise ValueError(
-            f"AmortizedGuide: the support of latent site '{name}' changes with other latents. Sample it on a fixed "
-            "support, such as Uniform(0, 1), and scale it in the model."
-        )
     try:
         biject_to(supports[0])
     except NotImplementedError as error:
@@ -178,9 +184,10 @@ _BOUNDS = ("lower_bound", "upper_bound")
 def _event_support(site: dict[str, Any]) -> Any:
     """The support of one event: bounds that a plate has expanded are taken from its first element."""
     support, fn = site["fn"].support, site["fn"]
-    inner = support
-    while isinstance(inner, constraints.independent):
-        inner = inner.base_constraint
+    if is_circular(fn):
+        turn = constraints.interval(-math.pi, math.pi)
+        return constraints.independent(turn, len(fn.event_shape)) if fn.event_shape else turn
+    inner = innermost(support)
     if isinstance(support, constraints.independent) and support.event_dim > len(fn.event_shape):
         support = constraints.independent(inner, len(fn.event_shape)) if fn.event_shape else inner
     bounds = {k: getattr(inner, k) for k in _BOUNDS if isinstance(getattr(inner, k, None), Tensor)}
@@ -201,13 +208,6 @@ def _of_event(name: str, bound: Tensor, fn: Any) -> Tensor:
             "Sample Uniform(0, 1) and scale it in the model."
         )
     return rows[0]
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, constraints.independent) and isinstance(b, constraints.independent):
-        return _same(a.base_constraint, b.base_constraint)
-    ends = [(getattr(a, k, 0.0), getattr(b, k, 0.0)) for k in _BOUNDS]
-    return type(a) is type(b) and all(bool((torch.as_tensor(x) == torch.as_tensor(y)).all()) for x, y in ends)
 
 
 def _classes(name: str, supports: list[Any]) -> int:
