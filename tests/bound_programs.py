@@ -4,8 +4,8 @@ A builder returns ``model, guide, *args``. ``@program(kind, ...)`` says what the
 
 - STL_ELBO gives Pyro's own value and gradient (``stl="pyro"``), or raises a ValueError that matches ``stl``;
 - IWAE_ELBO gives the logarithm of mean weights (``iwae="weights"``), for each unit of the plates ``units`` and with one draw
-  of the latents ``shared``; or a number between the ELBO and ``evidence`` (``iwae="between"``); or it raises what ``iwae``
-  says.
+  of the latents ``shared``; where the plate ``averaged`` is subsampled, Pyro's ELBO and a warning that names the plate; a
+  number between the ELBO and ``evidence`` (``iwae="between"``); or it raises what ``iwae`` says.
 """
 
 import math
@@ -31,6 +31,7 @@ class Program(NamedTuple):
     iwae: str = "weights"
     units: tuple = ()
     shared: tuple = ()
+    averaged: str = ""
     enumerated: bool = False
     broadcasts: bool = True
     value: float | None = None
@@ -38,11 +39,12 @@ class Program(NamedTuple):
 
     def gives(self, bound):
         """What a bound does with the program: the value of its field."""
-        return {"STL_ELBO": self.stl, "IWAE_ELBO": self.iwae}[bound]
+        iwae = "average" if self.averaged else self.iwae
+        return {"STL_ELBO": self.stl, "IWAE_ELBO": iwae}[bound]
 
     def mark(self, bound):
         """The letter of the compatibility page."""
-        return {"pyro": "N", "weights": "N", "between": "B"}.get(self.gives(bound), "E")
+        return {"pyro": "N", "weights": "N", "average": "A", "between": "B"}.get(self.gives(bound), "E")
 
 
 def program(kind, **known):
@@ -74,19 +76,15 @@ def see(loc, scale=1.0, x=X, name="x"):
         return normal(name, loc, scale, obs=x)
 
 
-def common_mean(x=X, noise=1.0):
-    """log p(x) for z ~ N(0, 1), x_i ~ N(z, noise)."""
-    return correlated(x, noise**2 * torch.eye(len(x)) + 1.0)
+def common_mean(x=X):
+    """log p(x) for z ~ N(0, 1), x_i ~ N(z, 1)."""
+    covariance = torch.eye(len(x)) + 1.0
+    return dist.MultivariateNormal(torch.zeros(len(x)), covariance).log_prob(x).item()
 
 
 def own_means(x=X):
     """log p(x) for z_i ~ N(0, 1), x_i ~ N(z_i, 1)."""
     return dist.Normal(0.0, 2.0**0.5).log_prob(x).sum().item()
-
-
-def correlated(x, covariance):
-    """log p(x) of a Normal with mean zero."""
-    return dist.MultivariateNormal(torch.zeros(x.shape[-1]), covariance).log_prob(x).sum().item()
 
 
 def gaussian_elbo(loc, scale, x=X):

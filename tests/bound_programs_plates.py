@@ -1,11 +1,9 @@
 """Model/guide programs for the bounds, second part: sequential plates and subsampled ones."""
 
-import math
-
 import pyro
 import torch
 
-from tests.bound_programs import TABLE, X, common_mean, correlated, guess, normal, own_means, program
+from tests.bound_programs import TABLE, X, common_mean, guess, normal, own_means, program
 
 MODEL_ONLY, LOCAL = "subsampled plate in the model only", "subsampled plate in model and guide"
 
@@ -56,7 +54,7 @@ def pairs(rows_size, columns_size):
 # --- sequential plates ------------------------------------------------------------------------------------------------
 
 
-@program("plates: sequential", iwae="between", evidence=own_means(X[:3]))
+@program("plates: sequential")
 def sequential_plate():
     def model():
         for i in pyro.plate("data", 3):
@@ -69,7 +67,7 @@ def sequential_plate():
     return model, guide
 
 
-@program("plates: sequential", iwae="between", evidence=own_means(TABLE[:2].flatten()))
+@program("plates: sequential")
 def sequential_plate_of_plates():
     def model():
         for g in pyro.plate("groups", 2):
@@ -118,17 +116,17 @@ def chain_in_a_loop():
 # --- subsampled in the model only ------------------------------------------------------------------------------------
 
 
-@program(MODEL_ONLY, iwae="between", evidence=common_mean())
+@program(MODEL_ONLY, averaged="data", evidence=common_mean())
 def data_subsampled():
     return rows(subsample_size=2)
 
 
-@program(MODEL_ONLY, iwae="between")
+@program(MODEL_ONLY, averaged="data")
 def data_subsampled_by_given_index():
     return rows(subsample=torch.tensor([4, 1]))
 
 
-@program(MODEL_ONLY, iwae="between")
+@program(MODEL_ONLY, averaged="data")
 def minibatch_by_argument():
     def model(x, index):
         z = normal("z")
@@ -138,7 +136,7 @@ def minibatch_by_argument():
     return model, lambda x, index: guess("z", 0.35, 0.4), X[[0, 3, 5]], torch.tensor([0, 3, 5])
 
 
-@program(MODEL_ONLY, iwae="between", evidence=common_mean())
+@program(MODEL_ONLY, averaged="data", evidence=common_mean())
 def pyro_subsample_of_the_data():
     def model(x):
         z = normal("z")
@@ -148,7 +146,7 @@ def pyro_subsample_of_the_data():
     return model, lambda x: guess("z", 0.35, 0.4), X
 
 
-@program(MODEL_ONLY, iwae="between", evidence=common_mean())
+@program(MODEL_ONLY, averaged="data", evidence=common_mean())
 def sequential_data_subsampled():
     def model():
         z = normal("z")
@@ -158,7 +156,7 @@ def sequential_data_subsampled():
     return model, lambda: guess("z", 0.35, 0.4)
 
 
-@program(MODEL_ONLY, iwae="between", evidence=common_mean(TABLE.flatten()))
+@program(MODEL_ONLY, averaged="columns", evidence=common_mean(TABLE.flatten()))
 def two_levels_of_data_subsampled():
     def model():
         z = normal("z")
@@ -168,7 +166,7 @@ def two_levels_of_data_subsampled():
     return model, lambda: guess("z", 0.35, 0.3)
 
 
-@program(MODEL_ONLY, units=("rows",))
+@program(MODEL_ONLY, averaged="columns")
 def columns_of_data_subsampled_inside_rows():
     def model():
         with pyro.plate("rows", 4, dim=-2) as i:
@@ -183,7 +181,7 @@ def columns_of_data_subsampled_inside_rows():
     return model, guide
 
 
-@program(MODEL_ONLY, iwae="between", evidence=common_mean() + 3.0 * math.log(2.0 * math.pi))
+@program(MODEL_ONLY, averaged="data")
 def factor_in_a_subsampled_plate():
     def model():
         z = normal("z")
@@ -226,7 +224,7 @@ def subsampled_by_the_guide_only():
     return own_rows()[0], own_rows(subsample_size=2)[1]
 
 
-@program(LOCAL, iwae="between", evidence=own_means())
+@program(LOCAL, averaged="data", evidence=own_means())
 def sequential_local_subsampled():
     def model():
         for i in pyro.plate("data", 6, subsample_size=2):
@@ -239,7 +237,7 @@ def sequential_local_subsampled():
     return model, guide
 
 
-@program(LOCAL, iwae="between", evidence=own_means(TABLE.flatten()))
+@program(LOCAL, averaged="groups", evidence=own_means(TABLE.flatten()))
 def sequential_groups_subsampled():
     def model():
         for g in pyro.plate("groups", 4, subsample_size=2):
@@ -287,12 +285,12 @@ def rows_subsampled():
     return pairs(2, 3)
 
 
-@program("subsampled plates, two levels", iwae="between", evidence=correlated(TABLE, 2.0 * torch.eye(3) + 1.0))
+@program("subsampled plates, two levels", averaged="columns")
 def rows_and_columns_subsampled():
     return pairs(2, 2)
 
 
-@program("subsampled plates, two levels", iwae="between", evidence=correlated(TABLE, 2.0 * torch.eye(3) + 1.0))
+@program("subsampled plates, two levels", units=("rows", "columns"), shared=("a",))
 def columns_subsampled():
     return pairs(4, 2)
 

@@ -35,7 +35,8 @@ BOUNDS_HEAD = """
 
 From `tests/test_bound_programs.py`; the programs are in `tests/bound_programs*.py`. **N**: the value and the gradient equal
 those of Pyro's `Trace_ELBO` or `TraceEnum_ELBO` (`STL_ELBO`), and those of the importance weights of single runs
-(`IWAE_ELBO`), draw by draw or within 5 standard errors. **B**: the value lies between Pyro's ELBO and the exact log evidence.
+(`IWAE_ELBO`), draw by draw or within 5 standard errors. **A**: Pyro's ELBO, with a warning that names the subsampled plate
+whose scale allows no logarithm. **B**: the value lies between Pyro's ELBO and the exact log evidence.
 **E**: refused by an error that names the site or the plate and the remedy.
 
 | program kind | programs | STL_ELBO | IWAE_ELBO |
