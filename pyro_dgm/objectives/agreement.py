@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.guide import GuideMessenger
 from torch import Size, Tensor
 
 from pyro_dgm.core.random import fork_rng
@@ -35,6 +36,15 @@ class Pair(NamedTuple):
     def trace(self, fn: Any) -> poutine.Trace:
         """One run of a program with these arguments."""
         return poutine.trace(fn).get_trace(*self.args, **self.kwargs)
+
+    def guide_trace(self, run: Any) -> poutine.Trace:
+        """One run of the guide. A messenger of Pyro runs the model inside: its observations are not the guide's."""
+        trace = self.trace(run)
+        if isinstance(poutine.unwrap(self.guide), GuideMessenger):
+            for name, site in list(sample_sites(trace)):
+                if site["is_observed"]:
+                    trace.remove_node(name)
+        return trace
 
 
 def fixed_part(trace: poutine.Trace, names: Collection[str] = ()) -> poutine.Trace:
@@ -64,7 +74,7 @@ def how_to_draw(pair: Pair, once: poutine.Trace, model_once: poutine.Trace, nest
     many: list[poutine.Trace] = []
     with torch.no_grad(), poutine.block(), fork_rng(), pyro.validation_enabled(False):
         fault = fault_of(partial(_draw_some, pair, rows, nesting, many), torch.zeros(())) or _fault_of_guide(
-            pair, *many
+            pair, once, *many
         )
     if fault:
         return "loop", fault
@@ -77,23 +87,24 @@ def how_to_draw(pair: Pair, once: poutine.Trace, model_once: poutine.Trace, nest
 
 def _draw_some(pair: Pair, rows: poutine.Trace, nesting: int, many: list[poutine.Trace]) -> Tensor:
     """A few draws in a plate, put into ``many``; zero says that they could be made."""
-    many.append(pair.trace(poutine.replay(together(pair.guide, _TRIED, nesting), trace=rows)))
+    many.append(pair.guide_trace(poutine.replay(together(pair.guide, _TRIED, nesting), trace=rows)))
     return torch.zeros(())
 
 
-def _fault_of_guide(pair: Pair, many: poutine.Trace) -> str:
+def _fault_of_guide(pair: Pair, once: poutine.Trace, many: poutine.Trace) -> str:
     """Why the guide in a plate is another law than alone; empty where it is the same, or where runs are random."""
     sites = dict(latent_sites(many))
     rows = [{k: s["value"].reshape(_TRIED, *row_shape(s))[i] for k, s in sites.items()} for i in range(_TRIED)]
 
     def alone() -> Tensor:
-        runs = [pair.trace(poutine.replay(pair.guide, trace=with_values(many, row))) for row in rows]
+        runs = [pair.guide_trace(poutine.replay(pair.guide, trace=with_values(once, row))) for row in rows]
         return torch.cat([_summary(run, 1) for run in runs])
 
     expected = seeded_run(alone)
     with fork_rng(1):
         random = not torch.allclose(alone(), expected, rtol=1e-4, atol=1e-3, equal_nan=True)
-    return "" if random else fault_of(partial(_summary, many, _TRIED), expected)
+    elsewhere = with_values(many, {k: s["value"].clone() for k, s in sites.items()})  # no transform remembers these
+    return "" if random else fault_of(partial(_summary, elsewhere, _TRIED), expected)
 
 
 def _summary(trace: poutine.Trace, n: int) -> Tensor:

@@ -89,7 +89,7 @@ class ParticleELBO(Trace_ELBO):
         if (pair.model, pair.guide) == self._met:
             return
         with torch.no_grad(), poutine.block(), fork_rng():
-            once = pair.trace(pair.guide)
+            once = pair.guide_trace(pair.guide)
             self._refuse_unpathed(once)
             model_once = pair.trace(poutine.replay(pair.model, trace=once))
         self._refuse_missing(model_once, once)
@@ -116,14 +116,17 @@ class ParticleELBO(Trace_ELBO):
         """
         run, traces = self._run(pair.guide), []
         if shared or (same_rows and not self._together):
-            traces.append(pair.trace(pair.guide))
-            run = poutine.replay(run, trace=fixed_part(traces[0], shared))
-        if self._together:
-            traces = []
-        traces += [pair.trace(run) for _ in range(self._runs - len(traces))]
-        for trace in traces:
-            self._refuse_unpathed(trace)
-        return traces
+            once = self._traced(pair, pair.guide)
+            run = poutine.replay(run, trace=fixed_part(once, shared))
+            traces = [] if self._together else [once]
+        return traces + [self._traced(pair, run) for _ in range(self._runs - len(traces))]
+
+    def _traced(self, pair: Pair, run: Any) -> poutine.Trace:
+        trace = pair.guide_trace(run)
+        self._refuse_unpathed(trace)
+        if self._runs > 1:
+            trace.compute_log_prob()  # some transforms of Pyro remember their last draw only
+        return trace
 
     def _model_traces(self, pair: Pair, drawn: list[poutine.Trace], *, same_rows: bool = False) -> list[poutine.Trace]:
         """The model run through the draws of each trace."""

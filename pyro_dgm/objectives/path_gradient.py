@@ -25,7 +25,6 @@ All other densities come from a second run through the same draws with the param
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +36,7 @@ from pyro.distributions.util import is_identically_zero
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import TransformedDistribution, biject_to, constraints
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import Transform, _InverseTransform
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.random import fork_rng
@@ -112,7 +111,7 @@ class PathGradient:
             names = [k for k, reason in self.plain.items() if reason == why and k not in self._told]
             self._told.update(names)
             if names:
-                sites = "site " + ", ".join(f"'{k}'" for k in names)
+                sites = ("sites " if len(names) > 1 else "site ") + ", ".join(f"'{k}'" for k in names)
                 warn_user(f"{self._who}: the score of guide {sites} cannot be left out ({why}). {self._instead}")
 
 
@@ -296,5 +295,8 @@ def _holds_grad(thing: Any) -> bool:
     if isinstance(thing, list | tuple):
         return any(_holds_grad(t) for t in thing)
     if not isinstance(thing, constraints.Constraint | Transform):
-        return callable(thing) and not isinstance(thing, weakref.ref)  # a function may hold anything
-    return any(_holds_grad(v) for k, v in vars(thing).items() if not k.startswith("_cached"))
+        return callable(thing)  # a function may hold anything
+    inverse = isinstance(thing, _InverseTransform)  # any other transform holds its inverse, which holds it
+    return any(
+        _holds_grad(v) for k, v in vars(thing).items() if not k.startswith("_cached") and (inverse or k != "_inv")
+    )
