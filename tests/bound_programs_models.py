@@ -69,7 +69,7 @@ OUTSIDE = "outside the plate of the local latents depends on them.*use STL_ELBO"
 
 
 def slopes(event=1):
-    return lambda: guess("b", 0.8 * SLOPES, torch.full((3,), 0.15), event=event)
+    return lambda: guess("b", 0.8 * SLOPES, torch.full((3,), 0.1), event=event)
 
 
 @program("models that do not broadcast", broadcasts=False)

@@ -46,7 +46,12 @@ def _loss(bound, model, guide, args, seed):
     if loss.requires_grad:
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     pairs = zip(leaves.items(), found, strict=True)
-    return loss.detach().reshape(1), {k: (torch.zeros_like(v) if g is None else g).flatten() for (k, v), g in pairs}
+    return loss.detach().reshape(1), {k: _few(torch.zeros_like(v) if g is None else g) for (k, v), g in pairs}
+
+
+def _few(grad):
+    """A gradient as a few numbers: networks have too many for a test of each."""
+    return grad.flatten() if grad.numel() < 7 else grad.sum().reshape(1)
 
 
 def same_draws(ours, theirs):
@@ -55,9 +60,12 @@ def same_draws(ours, theirs):
 
 
 def same_mean(ours, theirs):
-    """The mean difference of rows with the same seeds is within 5 of its standard errors, and 1e-4 of their size."""
+    """The mean difference of rows with the same seeds is within 5 of its standard errors, and 1e-4 of their size.
+
+    The error is itself an estimate, so few rows get more room, about as Student's t has: 7.5 errors for 20 rows.
+    """
     difference = ours - theirs
-    error = difference.std(0) / len(difference) ** 0.5
+    error = (1.0 + 10.0 / len(difference)) * difference.std(0) / len(difference) ** 0.5
     size = 1.0 + ours.abs().mean(0).maximum(theirs.abs().mean(0))
     excess = difference.mean(0).abs() - 5.0 * error - 1e-4 * size
     assert (excess < 0.0).all(), f"means {ours.mean(0)}, expected {theirs.mean(0)}, joint error {error}"
