@@ -192,13 +192,32 @@ def prepared(name):
     if name in AUTOGUIDES:
         with torch.no_grad():
             for p in leaves:
-                p.add_(0.2 * torch.randn(p.shape))
+                p.add_((0.02 if name == "AutoFlow" else 0.2) * torch.randn(p.shape))
     return program, guide, leaves
 
 
 def flat_gradient(loss, leaves):
+    """All entries of a gradient; of more than 50 the projections on 50 fixed random directions."""
     grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, leaves, strict=True)])
+    flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, leaves, strict=True)])
+    if len(flat) <= 50:
+        return flat
+    return torch.randn(50, len(flat), generator=torch.Generator().manual_seed(0)) @ flat / len(flat) ** 0.5
+
+
+def gradients(loss, leaves, repetitions):
+    """The gradients of a random loss, one for each seed."""
+    rows = []
+    for seed in range(repetitions):
+        pyro.set_rng_seed(seed)
+        rows.append(flat_gradient(loss(), leaves))
+    return torch.stack(rows).double()
+
+
+def errors_apart(ours, theirs):
+    """The largest mean difference of paired gradients in its standard errors."""
+    difference = ours - theirs
+    return (difference.mean(0).abs() / (difference.std(0) / len(difference) ** 0.5 + 1e-6)).max().item()
 
 
 def copied(program, copies):

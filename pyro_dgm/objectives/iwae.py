@@ -136,11 +136,11 @@ class IWAE_ELBO(ParticleELBO):
         """The guide's draws, with one draw of those latents that stand outside the plates of the others."""
         if pair.guide != self._shared_of:
             self._shared_of, self._shared = pair.guide, _shared_latents(self._once)
-        drawn = self._draw(pair, self._shared, same_rows=True)
+        drawn = list(self._draw(pair, self._shared, same_rows=True))
         shared = _shared_latents(drawn[0])
         if shared != self._shared:  # another plate is subsampled than before
             self._shared = shared
-            drawn = self._draw(pair, shared, same_rows=True)
+            drawn = list(self._draw(pair, shared, same_rows=True))
         return drawn
 
     def _squares_weights(self, pair: Pair, drawn: list[poutine.Trace], units: Frames) -> bool:
@@ -217,7 +217,7 @@ class _Proxies:
 def _scale_gradient(view: Tensor, weights: Tensor, event_dim: int) -> None:
     """Multiply the gradient towards a draw, whose leading plates may be absent, by weights that have them all."""
     batch = view.dim() - event_dim
-    w = weights.reshape(*weights.shape[max(weights.dim() - batch, 0) :], *[1] * event_dim)
+    w = weights.reshape([*weights.shape[max(weights.dim() - batch, 0) :], *[1] * event_dim])
     view.register_hook(lambda grad: w * grad)
 
 

@@ -6,7 +6,7 @@ Both bounds over many draws stand on this: :class:`~pyro_dgm.STL_ELBO` and :clas
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -109,17 +109,20 @@ class ParticleELBO(Trace_ELBO):
         """The guide as it is run: in a plate of draws, or alone."""
         return together(guide, self.num_particles, self._nesting) if self._together else guide
 
-    def _draw(self, pair: Pair, shared: Collection[str] = (), *, same_rows: bool = False) -> list[poutine.Trace]:
+    def _draw(self, pair: Pair, shared: Collection[str] = (), *, same_rows: bool = False) -> Iterator[poutine.Trace]:
         """Traces of the guide: one of all draws, or one for each.
 
         Sites named in ``shared`` are drawn once for all; with ``same_rows`` subsamples are, too.
         """
-        run, traces = self._run(pair.guide), []
+        run, left = self._run(pair.guide), self._runs
         if shared or (same_rows and not self._together):
             once = self._traced(pair, pair.guide)
             run = poutine.replay(run, trace=fixed_part(once, shared))
-            traces = [] if self._together else [once]
-        return traces + [self._traced(pair, run) for _ in range(self._runs - len(traces))]
+            if not self._together:
+                left -= 1
+                yield once
+        for _ in range(left):
+            yield self._traced(pair, run)
 
     def _traced(self, pair: Pair, run: Any) -> poutine.Trace:
         trace = pair.guide_trace(run)

@@ -43,7 +43,16 @@ from pyro_dgm.core.random import fork_rng
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_factor, is_subsample, latent_sites
 
-__all__ = ["PathGradient", "innermost", "parameters_of", "rescored", "sample_sites", "with_densities", "with_values"]
+__all__ = [
+    "PathGradient",
+    "innermost",
+    "parameters_of",
+    "rescored",
+    "sample_sites",
+    "support_moves",
+    "with_densities",
+    "with_values",
+]
 
 Site = dict[str, Any]
 
@@ -189,7 +198,7 @@ def _why_kept(site: Site) -> str:
         return "it is observed in the guide"
     if isinstance(innermost(site["fn"]), dist.Delta):
         return "a Delta with a density"
-    return "its support depends on parameters" if _moves(site["fn"]) else ""
+    return "its support depends on parameters" if support_moves(site["fn"]) else ""
 
 
 def _why_plain(site: Site) -> str:
@@ -228,11 +237,11 @@ def innermost(fn: Any) -> Any:
     return fn
 
 
-def _moves(fn: Any) -> bool:
+def support_moves(fn: Any) -> bool:
     """Whether the support depends on tensors that require grad."""
     fn = innermost(fn)
     if isinstance(fn, TransformedDistribution) and not _declares_support(type(fn)):
-        return _moves(fn.base_dist) or _image_moves(fn.base_dist.support, fn.transforms)
+        return support_moves(fn.base_dist) or _image_moves(fn.base_dist.support, fn.transforms)
     return _holds_grad(fn.support)
 
 

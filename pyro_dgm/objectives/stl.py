@@ -14,6 +14,7 @@ from collections import deque
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
@@ -102,15 +103,17 @@ class STL_ELBO(ParticleELBO):
             q = guide.get_posterior(*args, **kwargs)
             if isinstance(q, LearnedDistribution):
                 return self._vector_log_weights(q, pair)
-        drawn = self._draw(pair)
-        scored = [self._path.scored(guide, self._run(guide), trace, args, kwargs) for trace in drawn]
-        p, q_terms = self._joint_terms(pair, drawn), self._terms(scored, ())[0]
-        return (p - q_terms.to(p.device)).expand(self.num_particles)
+        rows = [self._log_weights_of(pair, drawn) for drawn in self._draw(pair)]
+        return torch.cat(rows).expand(self.num_particles)
 
-    def _joint_terms(self, pair: Pair, drawn: list[Any]) -> Tensor:
+    def _log_weights_of(self, pair: Pair, drawn: poutine.Trace) -> Tensor:
+        """Of the draws of one trace of the guide."""
+        guide_trace = self._path.scored(pair.guide, self._run(pair.guide), drawn, pair.args, pair.kwargs)
         if self._how == "vmap":
-            return self._mapped_terms(pair, drawn[0], ())[0][0]
-        return self._terms(self._model_traces(pair, drawn), ())[0]
+            p = self._mapped_terms(pair, drawn, ())[0][0]
+        else:
+            p = self._terms(self._model_traces(pair, [drawn]), ())[0]
+        return p - self._terms([guide_trace], ())[0].to(p.device)
 
     def _vector_log_weights(self, q: LearnedDistribution, pair: Pair) -> Tensor:
         """The shortest way, for a guide that is one learned distribution over all latents: no trace of the guide."""
