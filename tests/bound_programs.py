@@ -34,6 +34,7 @@ class Program(NamedTuple):
     averaged: str = ""
     enumerated: bool = False
     broadcasts: bool = True
+    differentiable: bool = True
     value: float | None = None
     evidence: float | None = None
 

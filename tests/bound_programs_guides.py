@@ -9,7 +9,7 @@ from pyro.infer import autoguide
 
 import pyro_dgm as dgm
 from tests.bound_programs import TABLE, X, guess, normal, program, see
-from tests.bound_programs_plates import own_rows, rows
+from tests.bound_programs_plates import MODEL_ONLY, own_rows, rows
 
 SLOPES = torch.tensor([0.5, 1.0, -0.5])
 
@@ -110,20 +110,21 @@ def latent_of_the_guide_only():
     return rows()[0], guide
 
 
+NO_BOUND = "guides that give no bound"
 LACKS, DISCRETE = "latent site 'b' of the model is missing.*Add it to the guide", "guide site 'k'.*Enumerate it"
 
 
-@program("guides that give no bound", stl=LACKS, iwae=LACKS)
+@program(NO_BOUND, stl=LACKS, iwae=LACKS)
 def latent_of_the_model_only():
     return two, lambda: guess("a")
 
 
-@program("guides that give no bound", stl="'z'.*missing", iwae="'z'.*missing")
+@program(NO_BOUND, stl="'z'.*missing", iwae="'z'.*missing")
 def empty_guide():
     return rows()[0], nothing
 
 
-@program("guides that give no bound", stl="'z'.*missing", iwae="'z'.*missing")
+@program(NO_BOUND, stl="'z'.*missing", iwae="'z'.*missing")
 def latents_of_a_plate_missing():
     return own_rows()[0], nothing
 
@@ -133,12 +134,12 @@ def _switch(infer=None):
     see(k)
 
 
-@program("guides that give no bound", stl=DISCRETE, iwae=DISCRETE)
+@program(NO_BOUND, stl=DISCRETE, iwae=DISCRETE)
 def discrete_guide_site():
     return _switch, lambda: pyro.sample("k", dist.Bernoulli(0.3))
 
 
-@program("guides that give no bound", stl=DISCRETE, iwae=DISCRETE)
+@program(NO_BOUND, stl=DISCRETE, iwae=DISCRETE)
 def discrete_guide_site_in_a_plate():
     def program(observe):
         with pyro.plate("data", 6):
@@ -149,12 +150,12 @@ def discrete_guide_site_in_a_plate():
     return lambda: program(True), lambda: program(False)
 
 
-@program("guides that give no bound", stl=DISCRETE, iwae=DISCRETE)
+@program(NO_BOUND, stl=DISCRETE, iwae=DISCRETE)
 def discrete_guide_site_marked_for_enumeration():
     return _switch, lambda: pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
 
 
-@program("guides that give no bound", stl="'z'.*no reparameterised", iwae="'z'.*no reparameterised")
+@program(NO_BOUND, stl="'z'.*no reparameterised", iwae="'z'.*no reparameterised")
 def site_without_reparameterised_draws():
     return rows()[0], lambda: pyro.sample("z", dist.Normal(0.3, 0.4).has_rsample_(False))
 
@@ -201,7 +202,7 @@ def autonormal_in_a_subsampled_plate():
     return _autoguide(make, model)
 
 
-@program("autoguides, easyguide", averaged="data")
+@program(MODEL_ONLY, averaged="data")
 def autonormal_and_a_subsample():
     return _autoguide(lambda m: autoguide.AutoNormal(m, init_scale=0.3), rows(subsample_size=2)[0])
 

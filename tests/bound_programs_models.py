@@ -11,7 +11,8 @@ from torch import nn
 
 import pyro_dgm as dgm
 from tests.bound_programs import TABLE, X, common_mean, guess, normal, program, see
-from tests.bound_programs_guides import SLOPES, nothing, two
+from tests.bound_programs_guides import NO_BOUND, SLOPES, nothing, two
+from tests.bound_programs_plates import CROSSED, MODEL_ONLY
 
 # --- no latents ------------------------------------------------------------------------------------------------------
 
@@ -91,7 +92,7 @@ def entry_of_a_draw():
     return model, slopes()
 
 
-@program("data outside the plate of the latents", broadcasts=False, iwae=OUTSIDE)
+@program(CROSSED, broadcasts=False, iwae=OUTSIDE)
 def entry_of_a_plate():
     def model():
         with pyro.plate("slopes", 3):
@@ -105,7 +106,7 @@ def entry_of_a_plate():
     return model, guide
 
 
-@program("data outside the plate of the latents", broadcasts=False, iwae=OUTSIDE)
+@program(CROSSED, broadcasts=False, iwae=OUTSIDE)
 def mean_over_a_plate():
     def model():
         with pyro.plate("data", 4):
@@ -132,7 +133,7 @@ def stacked_draws():
     return model, guide
 
 
-@program("models that do not broadcast", broadcasts=False)
+@program("models that do not broadcast", broadcasts=False, differentiable=False)
 def python_number():
     return lambda: see(float(normal("z"))), lambda: guess("z", 0.35, 0.4)
 
@@ -157,7 +158,7 @@ def sites_that_depend_on_a_draw():
     return model, lambda: guess("z")
 
 
-@program("models that do not broadcast", broadcasts=False, averaged="data")
+@program(MODEL_ONLY, broadcasts=False, averaged="data")
 def dot_product_and_subsample():
     def model():
         b = normal("b", torch.zeros(3), event=1)
@@ -238,7 +239,7 @@ def intervention():
     return poutine.do(two, data={"b": torch.tensor(0.3)}), lambda: (guess("a"), guess("b"))
 
 
-@program("condition, block, do, reparam", stl="'b'.*missing", iwae="'b'.*missing")
+@program(NO_BOUND, stl="'b'.*missing", iwae="'b'.*missing")
 def intervention_without_a_guide_site():
     return intervention()[0], lambda: guess("a")
 

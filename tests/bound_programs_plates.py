@@ -6,6 +6,8 @@ import torch
 from tests.bound_programs import TABLE, X, common_mean, guess, normal, own_means, program
 
 MODEL_ONLY, LOCAL = "subsampled plate in the model only", "subsampled plate in model and guide"
+NOT_ALL = "subsampled plate in model and guide: sequential, or not around all local latents"
+CROSSED = "latents in crossed subsampled plates, or data outside the plate of all latents"
 
 
 def rows(**size):
@@ -224,7 +226,7 @@ def subsampled_by_the_guide_only():
     return own_rows()[0], own_rows(subsample_size=2)[1]
 
 
-@program(LOCAL, averaged="data", evidence=own_means())
+@program(NOT_ALL, averaged="data", evidence=own_means())
 def sequential_local_subsampled():
     def model():
         for i in pyro.plate("data", 6, subsample_size=2):
@@ -237,7 +239,7 @@ def sequential_local_subsampled():
     return model, guide
 
 
-@program(LOCAL, averaged="groups", evidence=own_means(TABLE.flatten()))
+@program(NOT_ALL, averaged="groups", evidence=own_means(TABLE.flatten()))
 def sequential_groups_subsampled():
     def model():
         for g in pyro.plate("groups", 4, subsample_size=2):
@@ -285,7 +287,7 @@ def rows_subsampled():
     return pairs(2, 3)
 
 
-@program("subsampled plates, two levels", averaged="columns")
+@program(NOT_ALL, averaged="columns")
 def rows_and_columns_subsampled():
     return pairs(2, 2)
 
@@ -306,7 +308,7 @@ def latent_in_both_subsampled():
     return lambda: program(True), lambda: program(False)
 
 
-@program("subsampled plates, two levels", iwae="different subsampled plates")
+@program(CROSSED, iwae="different subsampled plates")
 def crossed_subsampled():
     def program(draw, observe):
         with pyro.plate("rows", 4, subsample_size=2, dim=-2) as i:

@@ -9,7 +9,8 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 
 from tests.bound_programs import TABLE, X, guess, normal, program
-from tests.bound_programs_plates import rows
+from tests.bound_programs_guides import NO_BOUND
+from tests.bound_programs_plates import MODEL_ONLY, rows
 
 KEEP = torch.tensor([True, True, False, True, False, True])
 PARALLEL = {"enumerate": "parallel"}
@@ -138,12 +139,12 @@ def partly_observed():
     return _partly_observed, guide
 
 
-@program("poutine.mask, obs_mask", stl="'x_unobserved'.*missing", iwae="'x_unobserved'.*missing")
+@program(NO_BOUND, stl="'x_unobserved'.*missing", iwae="'x_unobserved'.*missing")
 def partly_observed_without_a_guide():
     return _partly_observed, lambda: guess("z")
 
 
-@program("poutine.mask, obs_mask", averaged="data")
+@program(MODEL_ONLY, averaged="data")
 def masked_and_subsampled():
     def model():
         z = normal("z")
@@ -171,7 +172,7 @@ def annealed_divergence():
     return model, lambda: _annealed(guess, 0.1)
 
 
-@program("poutine.scale", averaged="data")
+@program(MODEL_ONLY, averaged="data")
 def annealed_divergence_and_subsample():
     def model():
         z = _annealed(normal, 0.1)
@@ -267,7 +268,9 @@ def mixture_with_parameters():
     return model, lambda: None
 
 
-@program("enumeration", enumerated=True, iwae="between", evidence=mixture(X, 1.25**0.5).sum().item())
+@program(
+    "enumeration beside local latents", enumerated=True, iwae="between", evidence=mixture(X, 1.25**0.5).sum().item()
+)
 def enumerated_site_in_a_plate():
     def model():
         with pyro.plate("data", 6):
@@ -321,7 +324,7 @@ def enumerated_chains_of_different_lengths():
     return model, lambda: guess("z", 0.2, 0.3)
 
 
-@program("enumeration", enumerated=True, averaged="data")
+@program(MODEL_ONLY, enumerated=True, averaged="data")
 def enumerated_site_in_a_subsampled_plate():
     def model():
         z = normal("z")
@@ -332,7 +335,9 @@ def enumerated_site_in_a_subsampled_plate():
     return model, lambda: guess("z", 0.2, 0.3)
 
 
-@program("enumeration", enumerated=True, iwae="between", evidence=mixture(X, 2.0**0.5).sum().item())
+@program(
+    "enumeration beside local latents", enumerated=True, iwae="between", evidence=mixture(X, 2.0**0.5).sum().item()
+)
 def enumerated_site_in_a_plate_that_both_subsample():
     def model():
         with pyro.plate("data", 6, subsample_size=2) as index:

@@ -24,9 +24,9 @@ TESTS |= {f"test_bound[{bound}-{name}]": (bound, name) for bound, name in CASES}
 HEAD = """# What works with what
 
 Every entry is a test of `tests/compat_cells.py`; this page is written from their results by
-`pytest tests/test_compat.py tests/test_bound_programs.py --write-compatibility`. **N**: compared with a known number (a conjugate evidence, an
-importance sum, an enumerated logsumexp). **x**: runs, with shapes or gradients checked. **E**: refused by an error that
-names what is wrong. A dash: not meaningful. FAILS: does not work.
+`pytest tests/test_compat.py tests/test_bound_programs.py --write-compatibility`. **N**: compared with a known number (a
+conjugate evidence, an importance sum, an enumerated logsumexp). **x**: runs, with shapes or gradients checked. **E**: refused
+by an error that names what is wrong. A dash: not meaningful. FAILS: does not work.
 
 """
 
@@ -35,9 +35,9 @@ BOUNDS_HEAD = """
 
 From `tests/test_bound_programs.py`; the programs are in `tests/bound_programs*.py`. **N**: the value and the gradient equal
 those of Pyro's `Trace_ELBO` or `TraceEnum_ELBO` (`STL_ELBO`), and those of the importance weights of single runs
-(`IWAE_ELBO`), draw by draw or within 5 standard errors. **A**: Pyro's ELBO, with a warning that names the subsampled plate
-whose scale allows no logarithm. **B**: the value lies between Pyro's ELBO and the exact log evidence.
-**E**: refused by an error that names the site or the plate and the remedy.
+(`IWAE_ELBO`), draw by draw or within 5 standard errors. **A**: value and gradient of Pyro's ELBO, with a warning that names
+the subsampled plate whose scale allows no logarithm. **B**: the value lies between Pyro's ELBO and the exact log evidence.
+**E**: refused by an error that names what is wrong and the remedy.
 
 | program kind | programs | STL_ELBO | IWAE_ELBO |
 |---|---|---|---|
