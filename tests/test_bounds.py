@@ -43,7 +43,8 @@ def said(work):
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_gradient_of_stl_is_that_of_trace_elbo(name):
     """Five errors of 30 repetitions of 200 draws. Planted faults: Deltas scored in the second run (AutoStructured, AutoGaussian,
-    auxiliary, mixed: 30 errors and more); factors scored there; no support taken for moving (uniform, pareto, moved_bases).
+    auxiliary, mixed); factors scored there; no support taken for moving (uniform, pareto, moved_bases, mixed): each is off by a
+    constant, so by any number of errors; no views (the spline and AutoIAFNormal then have no path gradient).
     """
     program, guide, leaves = prepared(name)
     options = {"num_particles": 200, "vectorize_particles": True, "max_plate_nesting": 1}
@@ -53,7 +54,10 @@ def test_the_gradient_of_stl_is_that_of_trace_elbo(name):
     path = gradients(lambda: ours.differentiable_loss(program, guide), leaves, 30)
     assert errors_apart(path, plain) < 5.0
     assert bool([m for m in messages if "cannot be left out" in m]) == (name not in SILENT)
-    has_path = name in SILENT - {"AutoDelta", "AutoLaplaceApproximation"}  # Pyro's transforms remember draws and densities
+    has_path = name in SILENT - {
+        "AutoDelta",
+        "AutoLaplaceApproximation",
+    }  # Pyro's transforms remember draws and densities
     assert not has_path or (path - plain).abs().max() > 1e-3
     assert not [m for m in messages if "not registered in the param store" in m]
 
@@ -61,7 +65,7 @@ def test_the_gradient_of_stl_is_that_of_trace_elbo(name):
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_gradients_of_iwae_are_those_of_its_value(name):
     """200 copies of three draws each. Planted faults: Deltas that parameters place weighted twice (AutoDelta, AutoGuideList: a
-    third of the gradient); no fall back to the standard gradient (auxiliary, uniform, AutoGaussian).
+    third of the gradient); supports that move, or transforms without inverse, do not fall back (63 to 150 errors, a KeyError).
     """
     program, guide, leaves = prepared(name)
     both = copied(program, 200), copied(guide, 200)
@@ -236,7 +240,7 @@ def test_stl_gives_trace_elbos_number_where_a_sequential_plate_is_subsampled(vec
 
 @pytest.mark.parametrize("program", [in_turn(2, observe=True), at_once])
 def test_iwae_with_a_subsample_of_observations_only_is_the_elbo_and_no_more_than_the_evidence(program):
-    """Planted fault: the scale within the logarithm (0.6 nats above the evidence)."""
+    """Planted fault: the scale within the logarithm (2.4 nats above the evidence)."""
     guide, bound = in_turn(2, observe=False), dgm.IWAE_ELBO(50)
     messages = said(lambda: bound.loss(program, guide))
     assert len([m for m in messages if "plate 'n' is subsampled" in m and "the ELBO with 50 draws" in m]) == 1

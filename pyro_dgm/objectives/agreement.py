@@ -104,7 +104,8 @@ def _fault_of_guide(pair: Pair, once: poutine.Trace, many: poutine.Trace) -> str
     with fork_rng(1):
         random = not torch.allclose(alone(), expected, rtol=1e-4, atol=1e-3, equal_nan=True)
     elsewhere = with_values(many, {k: s["value"].clone() for k, s in sites.items()})  # no transform remembers these
-    return "" if random else fault_of(partial(_summary, elsewhere, _TRIED), expected)
+    fault = "" if random else fault_of(partial(_summary, elsewhere, _TRIED), expected)
+    return fault and f"of the guide, {fault}"
 
 
 def _summary(trace: poutine.Trace, n: int) -> Tensor:

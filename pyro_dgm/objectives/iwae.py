@@ -9,7 +9,15 @@ result no bound. Latents outside the data's plate are drawn once and counted as 
 The doubly reparameterised gradient (Tucker et al. 2019, arXiv 1810.04152, eq. 8) of the guide's parameters is
 :math:`\sum_k \tilde w_k^2\, \partial_z \log w_k\, \partial_\phi z_k`, with the normalised weights :math:`\tilde w`: its
 signal-to-noise ratio does not fall with K as that of the plain gradient does. The model's parameters get the plain one,
-:math:`\sum_k \tilde w_k\, \partial_\theta \log w_k`.
+:math:`\sum_k \tilde w_k\, \partial_\theta \log w_k`. It rests on
+
+.. math:: E\Big[\sum_k \tilde w_k\, \partial_\phi \log q_\phi(z_k)\Big]
+          = E\Big[\sum_k \tilde w_k (1 - \tilde w_k)\, \partial_z \log w_k\, \partial_\phi z_k\Big],
+
+which takes what a score of mean zero takes (:mod:`pyro_dgm.objectives.path_gradient`), and that parameters reach the
+draws only through their own reparameterisation. A draw :math:`z_0` that all share is a parameter to the densities
+:math:`q(z_k \mid z_0)`. Where a site keeps its score, or a local ``Delta`` is placed by a parameter, the whole bound has
+the plain gradient.
 """
 
 from __future__ import annotations
@@ -38,13 +46,24 @@ class IWAE_ELBO(ParticleELBO):
 
     Its expectation lies between the ELBO and the log evidence, and rises with ``num_particles``. It is a bound for each
     datum, in minibatches too; with one particle it is the ELBO. Latents outside the plates of the local ones are drawn
-    once per step. Sites of the model marked ``infer={"enumerate": "parallel"}`` are summed out.
+    once per step. Sites of the model marked ``infer={"enumerate": "parallel"}`` are summed out. A subsampled plate that
+    does not hold all local latents (a sequential one, or one of observations only) would put its scale into the
+    logarithm: the log weights are then averaged, which is the ELBO, and a warning names the plate.
+
+    As with :class:`~pyro_dgm.STL_ELBO` the first call checks that many draws at once give what single runs give; where
+    they do not, ``torch.vmap`` is tried, then K single runs, and a warning says why.
 
     Args:
         num_particles: draws K of the local latents.
         gradient: ``"dreg"`` (doubly reparameterised: less variance for the encoder), or ``"standard"``, which needs no
             second pass through the guide and is the choice for posteriors that score slowly (inverse autoregressive).
+            Guides with a density in a ``Delta`` or a ``pyro.factor``, or with a support that moves, get the standard one,
+            and a warning names the site.
+        vectorize_particles: run all draws at once, in an outer plate; False runs them one by one, unchecked.
         max_plate_nesting: plate depth of the model; found by one run where it is not given.
+        retain_graph: whether ``loss_and_grads`` keeps the graph for another backward pass.
+        max_iarange_nesting, strict_enumeration_warning, ignore_jit_warnings, jit_options, tail_adaptive_beta: as in
+            ``Trace_ELBO``, which stores them for its subclasses and for compilation.
 
     Raises:
         ValueError: for a guide site without reparameterised draws, a latent of the model that the guide lacks, and an

@@ -56,7 +56,7 @@ __all__ = [
 
 Site = dict[str, Any]
 
-_FIXED_PATH = ".*was not registered in the param store"  # pyro.module, of parameters that are frozen on purpose
+_NOT_REGISTERED = ".*was not registered in the param store"  # pyro.module, of parameters that are frozen on purpose
 
 
 class PathGradient:
@@ -102,7 +102,7 @@ class PathGradient:
             return
         drawn.compute_log_prob()  # before another run, while transforms still remember these draws
         for name, site in sample_sites(_run_at_constants(run, drawn, args, kwargs)):
-            if name not in self._known:
+            if name in drawn.nodes and name not in self._known:
                 self._note(name, site)
         self._say()
 
@@ -154,7 +154,7 @@ def _run_at_constants(run: Any, drawn: poutine.Trace, args: Any, kwargs: Any) ->
 def _quiet() -> Iterator[None]:
     """Silence ``pyro.module``, which warns of parameters that are frozen on purpose."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_FIXED_PATH)
+        warnings.filterwarnings("ignore", message=_NOT_REGISTERED)
         yield
 
 
@@ -219,7 +219,7 @@ def _depends(site: Site) -> bool:
 
 def _is_placed(site: Site) -> bool:
     fn = innermost(site["fn"])
-    return isinstance(fn, dist.Delta) and fn.v.requires_grad
+    return isinstance(fn, dist.Delta) and not site["is_observed"] and fn.v.requires_grad
 
 
 def _scores_other_values(site: Site) -> bool:
