@@ -2,7 +2,6 @@
 
 import math
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO
@@ -38,7 +37,7 @@ def losses(bound, model, guide, args, seeds):
 
 
 def _loss(bound, model, guide, args, seed):
-    pyro.set_rng_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed records a stack trace each time
     with poutine.trace(param_only=True) as seen:
         loss = torch.as_tensor(bound.differentiable_loss(model, guide, *args))
     leaves = {k: s["value"].unconstrained() for k, s in seen.trace.nodes.items()}
