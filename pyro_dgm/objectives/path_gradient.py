@@ -238,11 +238,14 @@ def innermost(fn: Any) -> Any:
 
 
 def support_moves(fn: Any) -> bool:
-    """Whether the support depends on tensors that require grad."""
+    """Whether the support depends on tensors that require grad; in doubt it does."""
     fn = innermost(fn)
-    if isinstance(fn, TransformedDistribution) and not _declares_support(type(fn)):
-        return support_moves(fn.base_dist) or _image_moves(fn.base_dist.support, fn.transforms)
-    return _holds_grad(fn.support)
+    try:
+        if isinstance(fn, TransformedDistribution) and not _declares_support(type(fn)):
+            return support_moves(fn.base_dist) or _image_moves(fn.base_dist.support, fn.transforms)
+        return _holds_grad(fn.support)
+    except NotImplementedError:  # a distribution that does not say where it lives
+        return True
 
 
 def _declares_support(kind: type) -> bool:
