@@ -22,6 +22,7 @@ __all__ = [
     "NOT_VECTORIZED",
     "How",
     "enumerated",
+    "fault_of",
     "how_to_vectorize",
     "joint_alone",
     "joint_in_plate",
@@ -30,6 +31,8 @@ __all__ = [
     "packed_log_probs",
     "per_draw",
     "plate_nesting",
+    "read_of_rows",
+    "seeded_run",
     "together",
 ]
 
@@ -112,11 +115,19 @@ def joint_of_rows(model: Model, rows: dict[str, Tensor], args: Any, kwargs: Any)
     It needs no broadcasting from the model, but neither control flow on values nor enumerated sites.
     """
 
-    def joint(values: dict[str, Tensor]) -> Tensor:
-        return _sum(poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs))
+    return read_of_rows(model, rows, _sum, args, kwargs)
+
+
+def read_of_rows(
+    model: Model, rows: dict[str, Tensor], read: Callable[[poutine.Trace], Any], args: Any, kwargs: Any
+) -> Any:
+    """What ``read`` takes from the trace of a single run, for every row of ``rows``, by ``torch.vmap``."""
+
+    def one(values: dict[str, Tensor]) -> Any:
+        return read(poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs))
 
     with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
-        return torch.vmap(joint, randomness="same")(rows)
+        return torch.vmap(one, randomness="same")(rows)
 
 
 def how_to_vectorize(
@@ -127,15 +138,15 @@ def how_to_vectorize(
     ``values`` holds a few draws of every latent, shape ``(n, 1, .., *plates, *event)``; ``shapes`` what a single run
     gives. The log joint of draws in one plate, then of draws under ``vmap``, is compared with that of single runs.
     """
-    n = len(next(iter(values.values())))
+    n = next((len(v) for v in values.values()), 1)
     rows = {k: v.reshape(n, *shapes[k]) for k, v in values.items()}
     with torch.no_grad(), pyro.validation_enabled(False), poutine.block():
         each = [{k: v[i] for k, v in rows.items()} for i in range(n)]
-        single = torch.stack([_seeded(partial(joint_alone, model, row, nesting, args, kwargs)) for row in each])
-        fault = _fault(lambda: joint_in_plate(model, values, n, nesting, args, kwargs), single)
+        single = torch.stack([seeded_run(partial(joint_alone, model, row, nesting, args, kwargs)) for row in each])
+        fault = fault_of(lambda: joint_in_plate(model, values, n, nesting, args, kwargs), single)
         if not fault:
             return "plate", ""
-        mapped = _fault(lambda: joint_of_rows(model, rows, args, kwargs), single)
+        mapped = fault_of(lambda: joint_of_rows(model, rows, args, kwargs), single)
     return ("loop" if mapped else "vmap"), fault
 
 
@@ -145,10 +156,10 @@ def joint_in_plate(model: Model, values: dict[str, Tensor], n: int, nesting: int
     return per_draw(log_probs(poutine.trace(run).get_trace(*args, **kwargs)), n)
 
 
-def _fault(run: Callable[[], Tensor], expected: Tensor) -> str:
+def fault_of(run: Callable[[], Tensor], expected: Tensor) -> str:
     """Why a way of running many draws is wrong; empty where it is right."""
     try:
-        joint = _seeded(run)
+        joint = seeded_run(run)
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if torch.allclose(joint, expected, rtol=1e-4, atol=1e-3, equal_nan=True):
@@ -156,7 +167,7 @@ def _fault(run: Callable[[], Tensor], expected: Tensor) -> str:
     return f"log joint of draws run together {_short(joint)}, run singly {_short(expected)}"
 
 
-def _seeded(run: Callable[[], Tensor]) -> Tensor:
+def seeded_run(run: Callable[[], Tensor]) -> Tensor:
     """The same subsamples in each run."""
     with fork_rng(0):
         return run()

@@ -9,7 +9,15 @@ result no bound. Latents outside the data's plate are drawn once and counted as 
 The doubly reparameterised gradient (Tucker et al. 2019, arXiv 1810.04152, eq. 8) of the guide's parameters is
 :math:`\sum_k \tilde w_k^2\, \partial_z \log w_k\, \partial_\phi z_k`, with the normalised weights :math:`\tilde w`: its
 signal-to-noise ratio does not fall with K as that of the plain gradient does. The model's parameters get the plain one,
-:math:`\sum_k \tilde w_k\, \partial_\theta \log w_k`.
+:math:`\sum_k \tilde w_k\, \partial_\theta \log w_k`. It rests on
+
+.. math:: E\Big[\sum_k \tilde w_k\, \partial_\phi \log q_\phi(z_k)\Big]
+          = E\Big[\sum_k \tilde w_k (1 - \tilde w_k)\, \partial_z \log w_k\, \partial_\phi z_k\Big],
+
+which takes what a score of mean zero takes (:mod:`pyro_dgm.objectives.path_gradient`), and that parameters reach the
+draws only through their own reparameterisation. A draw :math:`z_0` that all share is a parameter to the densities
+:math:`q(z_k \mid z_0)`. Where a site keeps its score, or a local ``Delta`` is placed by a parameter, the whole bound has
+the plain gradient.
 """
 
 from __future__ import annotations
@@ -19,33 +27,43 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match
 from torch import Tensor
 
-from pyro_dgm.model.sites import is_enumerable, latent_sites, plate_frames
-from pyro_dgm.model.vectorize import enumerated, packed_log_probs, together
-from pyro_dgm.objectives.stl import parameters_of, rescored
+from pyro_dgm.core.warn import warn_user
+from pyro_dgm.model.sites import latent_sites
+from pyro_dgm.objectives.agreement import Pair
+from pyro_dgm.objectives.particles import ParticleELBO, Terms
+from pyro_dgm.objectives.path_gradient import parameters_of, rescored, sample_sites, with_densities, with_values
+from pyro_dgm.objectives.units import Frames, is_local, scale_of, stray_plates, units_of
 
 __all__ = ["IWAE_ELBO"]
 
-Frames = tuple[Any, ...]
 
-
-class IWAE_ELBO(Trace_ELBO):
+class IWAE_ELBO(ParticleELBO):
     """Importance-weighted bound, as a loss in nats (minus the bound), for model/guide pairs with a plate over data.
 
     Its expectation lies between the ELBO and the log evidence, and rises with ``num_particles``. It is a bound for each
     datum, in minibatches too; with one particle it is the ELBO. Latents outside the plates of the local ones are drawn
-    once per step. Sites of the model marked ``infer={"enumerate": "parallel"}`` are summed out.
+    once per step. Sites of the model marked ``infer={"enumerate": "parallel"}`` are summed out. A subsampled plate that
+    does not hold all local latents (a sequential one, or one of observations only) would put its scale into the
+    logarithm: the log weights are then averaged, which is the ELBO, and a warning names the plate.
+
+    As with :class:`~pyro_dgm.STL_ELBO` the first call checks that many draws at once give what single runs give; where
+    they do not, ``torch.vmap`` is tried, then K single runs, and a warning says why.
 
     Args:
         num_particles: draws K of the local latents.
         gradient: ``"dreg"`` (doubly reparameterised: less variance for the encoder), or ``"standard"``, which needs no
             second pass through the guide and is the choice for posteriors that score slowly (inverse autoregressive).
+            Guides with a density in a ``Delta`` or a ``pyro.factor``, or with a support that moves, get the standard one,
+            and a warning names the site.
+        vectorize_particles: run all draws at once, in an outer plate; False runs them one by one, unchecked.
         max_plate_nesting: plate depth of the model; found by one run where it is not given.
+        retain_graph: whether ``loss_and_grads`` keeps the graph for another backward pass.
+        max_iarange_nesting, strict_enumeration_warning, ignore_jit_warnings, jit_options, tail_adaptive_beta: as in
+            ``Trace_ELBO``, which stores them for its subclasses and for compilation.
 
     Raises:
         ValueError: for a guide site without reparameterised draws, a latent of the model that the guide lacks, and an
@@ -62,35 +80,49 @@ class IWAE_ELBO(Trace_ELBO):
         torch.Size([])
     """
 
+    fewest_alone = None
+    without_path = "Enumerate it in the model, or use pyro.infer.ReweightedWakeSleep."
+    plain_instead = "The whole bound gets the plain gradient, as with gradient='standard'."
+
     def __init__(
         self,
         num_particles: int = 16,
         *,
         gradient: Literal["dreg", "standard"] = "dreg",
+        vectorize_particles: bool = True,
         max_plate_nesting: float = float("inf"),
+        max_iarange_nesting: float | None = None,
+        retain_graph: bool | None = None,
+        strict_enumeration_warning: bool = True,
+        ignore_jit_warnings: bool = False,
+        jit_options: dict[str, Any] | None = None,
+        tail_adaptive_beta: float = -1.0,
     ) -> None:
         if gradient not in ("dreg", "standard"):
             raise ValueError(f"IWAE_ELBO: gradient={gradient!r}, expected 'dreg' or 'standard'.")
-        super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting, vectorize_particles=False)
-        self.num_particles: int
+        super().__init__(
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles,
+            max_plate_nesting=max_plate_nesting,
+            max_iarange_nesting=max_iarange_nesting,
+            retain_graph=retain_graph,
+            strict_enumeration_warning=strict_enumeration_warning,
+            ignore_jit_warnings=ignore_jit_warnings,
+            jit_options=jit_options,
+            tail_adaptive_beta=tail_adaptive_beta,
+        )
         self.gradient = gradient
-        self._seen: tuple[Any, list[str]] = (None, [])
-
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        with torch.no_grad():
-            return self.differentiable_loss(model, guide, *args, **kwargs).item()
-
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward()
-        return loss.item()
+        self._shared: set[str] = set()  # latents that are drawn once for all draws of the others
+        self._shared_of: Any = None
+        self._averaged: set[str] = set()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        weights = self._weights(model, guide, args, kwargs)
-        log_mean = weights.local.logsumexp(0) - math.log(self.num_particles)
+        weights = self._weights(Pair(model, guide, args, kwargs))
+        if weights.strays:
+            return -(weights.shared + weights.scale * weights.local.mean(0).sum())
+        log_mean = weights.local.logsumexp(0) - math.log(len(weights.local))
         bound = weights.shared + weights.scale * log_mean.sum()
-        if self.gradient == "standard" or not torch.is_grad_enabled():
+        if not weights.proxies.watched:
             return -bound
         normalised = weights.local.detach().softmax(0)
         weights.proxies.weigh(normalised)
@@ -99,90 +131,113 @@ class IWAE_ELBO(Trace_ELBO):
 
     def log_weights(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         r""":math:`\log w_{ik}`, in nats: shape ``(num_particles, *units)`` with one entry for each unit of the plates."""
-        return self._weights(model, guide, args, kwargs).local
+        weights = self._weights(Pair(model, guide, args, kwargs))
+        return weights.local.expand(self.num_particles, *weights.local.shape[1:])
 
-    def _weights(self, model: Any, guide: Any, args: Any, kwargs: Any) -> _Weights:
-        if self.max_plate_nesting == float("inf"):
-            self._guess_max_plate_nesting(model, guide, args, kwargs)
-        nesting, n = int(self.max_plate_nesting), self.num_particles
-        run = self._sharing(guide, together(guide, n, nesting), args, kwargs)
-        drawn = self._drawn(run, args, kwargs)
-        units, proxies = _units(drawn), _Proxies(nesting)
-        if self.gradient == "dreg" and torch.is_grad_enabled():
-            constant = parameters_of(guide, drawn)
-            drawn = proxies.watch(drawn, units)
-            q = rescored(together(guide, n, nesting), drawn, constant, args, kwargs)
+    def _weights(self, pair: Pair) -> _Weights:
+        self._meet(pair)
+        drawn = self._drawn(pair)
+        units = units_of(drawn[0])
+        proxies = _Proxies(self._nesting, units, watched=self._squares_weights(pair, drawn, units))
+        if proxies.watched:
+            drawn = [proxies.watch(trace) for trace in drawn]
+            scored = [self._rescored(pair, trace, units) for trace in drawn]
         else:
-            q = prune_subsample_sites(drawn)
-        p = self._model_trace(model, drawn, args, kwargs)
-        (p_local, p_shared), (q_local, q_shared) = _terms(p, units, n), _terms(q, units, n)
-        return _Weights((p_local - q_local) / _scale(units), p_shared - q_shared, _scale(units), proxies)
+            scored = [prune_subsample_sites(trace) for trace in drawn]
+        p, models = self._joint_terms(pair, drawn, units)
+        q, scale = self._terms(scored, units), scale_of(units)
+        strays = self._strays([*scored, *models], units)
+        local = (p[0] - q[0].to(p[0].device)) / scale
+        shared = [rows.mean() if strays else _agreed(rows) for rows in (p[1], q[1])]
+        return _Weights(local, shared[0] - shared[1], scale, strays, proxies)
 
-    def _sharing(self, guide: Any, run: Any, args: Any, kwargs: Any) -> Any:
-        """The guide in a plate of draws, with one draw of those latents that stand outside the plates of the others."""
-        if self._seen[0] is guide and not self._seen[1]:
-            return run
-        once = poutine.trace(guide).get_trace(*args, **kwargs)
-        units, shared = set(_units(once)), []
-        for name, site in list(latent_sites(once)):
-            if units and not units <= set(plate_frames(site)):
-                shared.append(name)
-            else:
-                once.remove_node(name)
-        self._seen = (guide, shared)
-        return poutine.replay(run, trace=once) if shared else run
-
-    def _drawn(self, run: Any, args: Any, kwargs: Any) -> poutine.Trace:
-        drawn = poutine.trace(run).get_trace(*args, **kwargs)
-        for name, site in latent_sites(drawn):
-            if not site["fn"].has_rsample:
-                instead = "Enumerate it in the model, or use pyro.infer.ReweightedWakeSleep."
-                raise ValueError(
-                    f"IWAE_ELBO: guide site '{name}' ({type(site['fn']).__name__}) has no reparameterised draws. "
-                    f"{site['infer'].get('instead', instead)}"
-                )
+    def _drawn(self, pair: Pair) -> list[poutine.Trace]:
+        """The guide's draws, with one draw of those latents that stand outside the plates of the others."""
+        if pair.guide != self._shared_of:
+            self._shared_of, self._shared = pair.guide, _shared_latents(self._once)
+        drawn = list(self._draw(pair, self._shared, same_rows=True))
+        shared = _shared_latents(drawn[0])
+        if shared != self._shared:  # another plate is subsampled than before
+            self._shared = shared
+            drawn = list(self._draw(pair, shared, same_rows=True))
         return drawn
 
-    def _model_trace(self, model: Any, drawn: poutine.Trace, args: Any, kwargs: Any) -> poutine.Trace:
-        nesting = int(self.max_plate_nesting)
-        run = poutine.replay(enumerated(together(model, self.num_particles, nesting), nesting + 1), trace=drawn)
-        trace = poutine.trace(run).get_trace(*args, **kwargs)
-        for name, site in latent_sites(trace):
-            if name not in drawn.nodes and not is_enumerable(site):
-                raise ValueError(
-                    f"IWAE_ELBO: latent site '{name}' of the model is missing from the guide, so the result would be no "
-                    "bound. Add it to the guide; a discrete site can be summed out: infer={'enumerate': 'parallel'}."
-                )
-        if is_validation_enabled():
-            check_model_guide_match(trace, drawn, nesting + 1)
-        return prune_subsample_sites(trace)
+    def _squares_weights(self, pair: Pair, drawn: list[poutine.Trace], units: Frames) -> bool:
+        """Whether the gradient is the doubly reparameterised one: it needs paths from parameters to draws only."""
+        if self.gradient == "standard" or not torch.is_grad_enabled():
+            return False
+        for trace in drawn:
+            self._path.learn(pair.guide, self._run(pair.guide), trace, pair.args, pair.kwargs)
+        placed = [k for k in self._path.placed if k in drawn[0].nodes and is_local(drawn[0].nodes[k], units)]
+        return not self._path.plain and not placed
+
+    def _rescored(self, pair: Pair, drawn: poutine.Trace, units: Frames) -> poutine.Trace:
+        """The guide's densities without scores: parameters are constant and, for local draws, shared draws are too."""
+        run, constant = self._run(pair.guide), parameters_of(pair.guide, drawn)
+        sites = dict(sample_sites(drawn))
+        local = {k for k, s in sites.items() if is_local(s, units)}
+        shared = set(sites) - local
+        held = {k: s["value"].detach() for k, s in latent_sites(drawn) if k in shared}
+        found = rescored(run, with_values(drawn, held), constant, local, *pair[2:])
+        scored = {k: found.nodes[k] for k in local}
+        if shared:
+            found = rescored(run, drawn, constant, shared, *pair[2:])
+            scored |= {k: found.nodes[k] for k in shared}
+        return prune_subsample_sites(with_densities(drawn, scored))
+
+    def _joint_terms(self, pair: Pair, drawn: list[poutine.Trace], units: Frames) -> tuple[Terms, list[poutine.Trace]]:
+        if self._how == "vmap":
+            terms, trace = self._mapped_terms(pair, drawn[0], units, self._shared)
+            return terms, [trace]
+        traces = self._model_traces(pair, drawn, same_rows=True)
+        return self._terms(traces, units), traces
+
+    def _strays(self, traces: list[poutine.Trace], units: Frames) -> list[str]:
+        """Subsampled plates inside a logarithm, of which it warns once; one draw, or equal ones, need no logarithm."""
+        if self.num_particles == 1 or self._how == "once":
+            return []
+        strays = stray_plates(traces, units)
+        if not self._averaged.issuperset(strays):
+            self._averaged |= set(strays)
+            warn_user(
+                f"IWAE_ELBO: plate '{strays[0]}' is subsampled and not a vectorised plate around all local latents of the "
+                "guide. Inside the logarithm its scale would be an exponent and the result no bound, so the log weights are "
+                f"averaged: this is the ELBO with {self.num_particles} draws. Put the local latents into one vectorised "
+                "plate, run through all of the plate, or use STL_ELBO."
+            )
+        return strays
 
 
 class _Proxies:
     """The local draws as the densities see them: views, so that gradients towards them can be weighted."""
 
-    def __init__(self, nesting: int) -> None:
-        self.nesting = nesting
-        self.views: list[tuple[Tensor, int]] = []
-        self.units: Frames = ()
+    def __init__(self, nesting: int, units: Frames, *, watched: bool) -> None:
+        self.watched = watched
+        self._nesting, self._units = nesting, units
+        self._views: list[list[tuple[Tensor, int]]] = []  # of each trace
 
-    def watch(self, drawn: poutine.Trace, units: Frames) -> poutine.Trace:
+    def watch(self, drawn: poutine.Trace) -> poutine.Trace:
         """The trace with each local draw replaced by a view of it."""
-        self.units, copy = units, drawn.copy()
-        for name, site in latent_sites(drawn):
-            if set(units) <= set(plate_frames(site)) and site["value"].requires_grad:
-                view = site["value"].view_as(site["value"])
-                copy.nodes[name] = {**site, "value": view}
-                self.views.append((view, site["fn"].event_dim))
-        return copy
+        sites = {k: s for k, s in latent_sites(drawn) if is_local(s, self._units) and s["value"].requires_grad}
+        views = {k: s["value"].view_as(s["value"]) for k, s in sites.items()}
+        self._views.append([(views[k], s["fn"].event_dim) for k, s in sites.items()])
+        return with_values(drawn, views)
 
     def weigh(self, weights: Tensor) -> None:
         """Multiply gradients towards each draw by its weight, shape ``(K, *units)``."""
-        sizes = {f.dim: f.size for f in self.units}
-        shape = [len(weights)] + [sizes.get(d, 1) for d in range(-self.nesting, 0)]
-        for view, event_dim in self.views:
-            w = weights.reshape(*shape, *[1] * event_dim)
-            view.register_hook(lambda grad, w=w: w * grad)
+        sizes = {f.dim: f.size for f in self._units}
+        plates = [sizes.get(d, 1) for d in range(-self._nesting, 0)]
+        rows = weights.reshape(len(weights), *plates)
+        for views, row in zip(self._views, [rows] if len(self._views) == 1 else rows, strict=True):
+            for view, event_dim in views:
+                _scale_gradient(view, row, event_dim)
+
+
+def _scale_gradient(view: Tensor, weights: Tensor, event_dim: int) -> None:
+    """Multiply the gradient towards a draw, whose leading plates may be absent, by weights that have them all."""
+    batch = view.dim() - event_dim
+    w = weights.reshape([*weights.shape[max(weights.dim() - batch, 0) :], *[1] * event_dim])
+    view.register_hook(lambda grad: w * grad)
 
 
 class _Weights(NamedTuple):
@@ -191,65 +246,17 @@ class _Weights(NamedTuple):
     local: Tensor
     shared: Tensor
     scale: float
+    strays: list[str]
     proxies: _Proxies
 
 
-def _units(trace: poutine.Trace) -> Frames:
-    """The plates that all local latents share, outermost first; their slices are independent.
-
-    Local are the latents in subsampled plates, or, where nothing is subsampled, in any plate.
-    """
-    stacks = [[f for f in plate_frames(s) if f.name != "_draws"] for _, s in latent_sites(trace)]
-    subsampled = sorted({f.name for stack in stacks for f in stack if f.full_size not in (None, f.size)})
-    local = [stack for stack in stacks if any(f.name in subsampled or not subsampled for f in stack)]
-    units = tuple(f for f in local[0] if all(f in stack for stack in local)) if local else ()
-    if not units and subsampled:
-        raise ValueError(
-            f"IWAE_ELBO: latents lie in different subsampled plates, {subsampled}, so no bound per datum exists. Use "
-            "STL_ELBO, or one plate around all local latents."
-        )
-    return units
+def _shared_latents(trace: poutine.Trace) -> set[str]:
+    units = units_of(trace)
+    return {name for name, site in latent_sites(trace) if not is_local(site, units)}
 
 
-def _scale(units: Frames) -> float:
-    """By how much subsampling multiplies a unit's terms."""
-    return math.prod((f.full_size or f.size) / f.size for f in units)
-
-
-def _terms(trace: poutine.Trace, units: Frames, n: int) -> tuple[Tensor, Tensor]:
-    """Log density of each unit under each draw, ``(n, *units)``, and what is left, a scalar.
-
-    Dimensions of size one have no name in a packed term; a term that is the same for all draws counts equally as local.
-    """
-    packed = list(packed_log_probs(trace))
-    sizes = [n, *(f.size for f in units)]
-    symbols = [trace.plate_to_symbol.get(name, "") for name in ("_draws", *(f.name for f in units))]
-    needed = [s for s, size in zip(symbols[1:], sizes[1:], strict=True) if size > 1]
-    local, shared = torch.zeros(()), torch.zeros(())
-    for term in packed:
-        if all(s in term._pyro_dims for s in needed):  # type: ignore[attr-defined]
-            local = local + _arranged(term, symbols)
-        else:
-            shared = shared + _same_for_all_draws(term, symbols[0])
-    return local.expand(sizes), shared
-
-
-def _arranged(term: Tensor, symbols: list[str]) -> Tensor:
-    """The term with one dimension for each symbol, in their order, and the rest summed."""
-    dims: str = term._pyro_dims  # type: ignore[attr-defined]
-    rest = [i for i, s in enumerate(dims) if s not in symbols]
-    summed = term.sum(rest) if rest else term
-    left = [s for s in dims if s in symbols]
-    order = [left.index(s) for s in symbols if s in left]
-    return summed.permute(order).reshape([summed.shape[left.index(s)] if s in left else 1 for s in symbols])
-
-
-def _same_for_all_draws(term: Tensor, draws: str) -> Tensor:
-    """The sum of a term outside the units, which may not differ between the draws."""
-    dims: str = term._pyro_dims  # type: ignore[attr-defined]
-    if not draws or draws not in dims:
-        return term.sum()
-    rows = term.movedim(dims.index(draws), 0).flatten(1).sum(-1) if term.dim() > 1 else term
+def _agreed(rows: Tensor) -> Tensor:
+    """The sum of the terms outside the units, which may not differ between the draws."""
     if is_validation_enabled() and not torch.allclose(rows, rows[:1], rtol=1e-4, atol=1e-3):
         raise ValueError(
             "IWAE_ELBO: a site outside the plate of the local latents depends on them, so the evidence does not "

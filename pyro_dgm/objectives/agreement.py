@@ -1,0 +1,123 @@
+"""Whether many draws of a model and a guide can run at once: they must then have the densities that single runs give."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.guide import GuideMessenger
+from torch import Size, Tensor
+
+from pyro_dgm.core.random import fork_rng
+from pyro_dgm.model.sites import is_subsample, latent_sites, plate_frames
+from pyro_dgm.model.vectorize import fault_of, how_to_vectorize, per_draw, seeded_run, together
+from pyro_dgm.objectives.path_gradient import innermost, sample_sites, with_values
+
+__all__ = ["HowDrawn", "Pair", "fixed_part", "how_to_draw", "row_shape"]
+
+HowDrawn = Literal["plate", "vmap", "loop", "once"]
+
+_TRIED = 3  # draws that are compared
+
+
+class Pair(NamedTuple):
+    """A model, a guide, and the arguments of both."""
+
+    model: Any
+    guide: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def trace(self, fn: Any) -> poutine.Trace:
+        """One run of a program with these arguments."""
+        return poutine.trace(fn).get_trace(*self.args, **self.kwargs)
+
+    def guide_trace(self, run: Any) -> poutine.Trace:
+        """One run of the guide. A messenger of Pyro runs the model inside: its observations are not the guide's."""
+        trace = self.trace(run)
+        if isinstance(poutine.unwrap(self.guide), GuideMessenger):
+            for name, site in list(sample_sites(trace)):
+                if site["is_observed"]:
+                    trace.remove_node(name)
+        return trace
+
+
+def fixed_part(trace: poutine.Trace, names: Collection[str] = ()) -> poutine.Trace:
+    """The subsamples of a trace and the sites of these names: what other runs may share with it."""
+    part = trace.copy()
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or not (name in names or is_subsample(site)):
+            part.remove_node(name)
+    return part
+
+
+def row_shape(site: dict[str, Any]) -> Size:
+    """The shape that a site of many draws has in a single run."""
+    plates = [-f.dim for f in plate_frames(site) if f.name != "_draws"]
+    return site["value"].shape[site["value"].dim() - site["fn"].event_dim - max(plates, default=0) :]
+
+
+def how_to_draw(pair: Pair, once: poutine.Trace, model_once: poutine.Trace, nesting: int) -> tuple[HowDrawn, str]:
+    """How many draws of a pair can be run, and what is wrong with running them in one plate.
+
+    ``once`` and ``model_once`` are single runs. A guide that draws nothing needs one run only.
+    """
+    if not dict(latent_sites(once)):
+        return "once", ""
+    rows = fixed_part(once)
+    rows.nodes.update(fixed_part(model_once).nodes)
+    many: list[poutine.Trace] = []
+    with torch.no_grad(), poutine.block(), fork_rng(), pyro.validation_enabled(False):
+        fault = fault_of(partial(_draw_some, pair, rows, nesting, many), torch.zeros(())) or _fault_of_guide(
+            pair, once, *many
+        )
+    if fault:
+        return "loop", fault
+    sites = dict(latent_sites(many[0]))
+    values = {k: s["value"] for k, s in sites.items() if not s["infer"].get("is_auxiliary")}
+    shapes = {k: row_shape(s) for k, s in sites.items()}
+    model = poutine.replay(pair.model, trace=rows)
+    return how_to_vectorize(model, values or {k: s["value"] for k, s in sites.items()}, shapes, nesting, *pair[2:])
+
+
+def _draw_some(pair: Pair, rows: poutine.Trace, nesting: int, many: list[poutine.Trace]) -> Tensor:
+    """A few draws in a plate, put into ``many``; zero says that they could be made."""
+    many.append(pair.guide_trace(poutine.replay(together(pair.guide, _TRIED, nesting), trace=rows)))
+    return torch.zeros(())
+
+
+def _fault_of_guide(pair: Pair, once: poutine.Trace, many: poutine.Trace) -> str:
+    """Why the guide in a plate is another law than alone; empty where it is the same, or where runs are random."""
+    sites = dict(latent_sites(many))
+    rows = [{k: s["value"].reshape(_TRIED, *row_shape(s))[i] for k, s in sites.items()} for i in range(_TRIED)]
+
+    def alone() -> Tensor:
+        runs = [pair.guide_trace(poutine.replay(pair.guide, trace=with_values(once, row))) for row in rows]
+        return torch.cat([_summary(run, 1) for run in runs])
+
+    expected = seeded_run(alone)
+    with fork_rng(1):
+        random = not torch.allclose(alone(), expected, rtol=1e-4, atol=1e-3, equal_nan=True)
+    elsewhere = with_values(many, {k: s["value"].clone() for k, s in sites.items()})  # no transform remembers these
+    fault = "" if random else fault_of(partial(_summary, elsewhere, _TRIED), expected)
+    return fault and f"of the guide, {fault}"
+
+
+def _summary(trace: poutine.Trace, n: int) -> Tensor:
+    """One number for each draw that tells laws apart: log densities, and the places of Deltas."""
+    return per_draw((_place_or_density(site) for _, site in sample_sites(trace)), n)
+
+
+def _place_or_density(site: dict[str, Any]) -> Tensor:
+    fn = innermost(site["fn"])
+    if isinstance(fn, dist.Delta):
+        return fn.v.reshape(*fn.batch_shape, -1).sum(-1) + fn.log_density
+    try:
+        return site["fn"].log_prob(site["value"])
+    except (KeyError, NotImplementedError):  # a transform that inverts its own draws only
+        return torch.zeros(())
