@@ -39,7 +39,8 @@ class ParticleELBO(Trace_ELBO):
     num_particles: int
     vectorize_particles: bool
     fewest_alone: int | None = None  # draws that are left where they cannot run at once
-    without_path = ""  # what to do about a site without reparameterised draws
+    unpathed = "has no reparameterised draws."  # what is said of a guide site
+    without_path = ""  # and what to do about it
     plain_instead = ""  # what is done where a score cannot be left out
 
     def __init__(self, **options: Any) -> None:
@@ -171,8 +172,8 @@ class ParticleELBO(Trace_ELBO):
         for name, site in sample_sites(guide_trace):
             if _has_no_path(site):
                 raise ValueError(
-                    f"{type(self).__name__}: guide site '{name}' ({type(site['fn']).__name__}) has no reparameterised "
-                    f"draws, so it has no path gradient. {site['infer'].get('instead', self.without_path)}"
+                    f"{type(self).__name__}: guide site '{name}' ({type(site['fn']).__name__}) {self.unpathed} "
+                    f"{site['infer'].get('instead', self.without_path)}"
                 )
 
     def _refuse_missing(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:

@@ -63,6 +63,7 @@ class STL_ELBO(ParticleELBO):
     """
 
     fewest_alone = 16
+    unpathed = "is not reparameterised, so it has no path gradient."
     without_path = "Enumerate it in the model, or use pyro.infer.Trace_ELBO or TraceEnum_ELBO."
     plain_instead = "Such a site keeps the plain gradient, as in Trace_ELBO."
 
