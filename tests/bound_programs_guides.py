@@ -155,7 +155,7 @@ def discrete_guide_site_marked_for_enumeration():
     return _switch, lambda: pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
 
 
-@program(NO_BOUND, stl="'z'.*no reparameterised", iwae="'z'.*no reparameterised")
+@program(NO_BOUND, stl="'z'.*is not reparameterised", iwae="'z'.*no reparameterised")
 def site_without_reparameterised_draws():
     return rows()[0], lambda: pyro.sample("z", dist.Normal(0.3, 0.4).has_rsample_(False))
 

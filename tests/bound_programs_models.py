@@ -12,7 +12,7 @@ from torch import nn
 import pyro_dgm as dgm
 from tests.bound_programs import TABLE, X, common_mean, guess, normal, program, see
 from tests.bound_programs_guides import NO_BOUND, SLOPES, nothing, two
-from tests.bound_programs_plates import CROSSED, MODEL_ONLY
+from tests.bound_programs_plates import MODEL_ONLY
 
 # --- no latents ------------------------------------------------------------------------------------------------------
 
@@ -64,8 +64,6 @@ def guide_of_parameters():
     return lambda: see(pyro.param("m", torch.tensor(0.2))), lambda: pyro.param("m", torch.tensor(0.2))
 
 
-OUTSIDE = "outside the plate of the local latents depends on them.*use STL_ELBO"
-
 # --- models that do not broadcast ------------------------------------------------------------------------------------
 
 
@@ -92,7 +90,7 @@ def entry_of_a_draw():
     return model, slopes()
 
 
-@program(CROSSED, broadcasts=False, iwae=OUTSIDE)
+@program("data outside the plate of all latents", broadcasts=False)
 def entry_of_a_plate():
     def model():
         with pyro.plate("slopes", 3):
@@ -106,7 +104,7 @@ def entry_of_a_plate():
     return model, guide
 
 
-@program(CROSSED, broadcasts=False, iwae=OUTSIDE)
+@program("data outside the plate of all latents", broadcasts=False)
 def mean_over_a_plate():
     def model():
         with pyro.plate("data", 4):

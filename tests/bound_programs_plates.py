@@ -7,7 +7,7 @@ from tests.bound_programs import TABLE, X, common_mean, guess, normal, own_means
 
 MODEL_ONLY, LOCAL = "subsampled plate in the model only", "subsampled plate in model and guide"
 NOT_ALL = "subsampled plate in model and guide: sequential, or not around all local latents"
-CROSSED = "latents in crossed subsampled plates, or data outside the plate of all latents"
+CROSSED = "latents in crossed subsampled plates"
 
 
 def rows(**size):

@@ -260,15 +260,15 @@ def test_what_gives_no_bound_is_refused():
         dgm.IWAE_ELBO(2).loss(discrete, discrete)
 
     def outside(x):
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", len(x), subsample_size=3):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("total", dist.Normal(z.sum(-1, keepdim=True), 1.0), obs=torch.zeros(1))
 
     def its_guide(x):
-        with pyro.plate("data", len(x)):
+        with pyro.plate("data", len(x), subsample_size=3):
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match="outside the plate of the local latents depends on them"):
+    with pytest.raises(ValueError, match="outside of the subsampled plate 'data' depends on latents inside"):
         dgm.IWAE_ELBO(4, max_plate_nesting=1).loss(outside, its_guide, x)
 
     def crossed():

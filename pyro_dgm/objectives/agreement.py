@@ -14,7 +14,7 @@ from pyro.poutine.guide import GuideMessenger
 from torch import Size, Tensor
 
 from pyro_dgm.core.random import fork_rng
-from pyro_dgm.model.sites import is_subsample, latent_sites, plate_frames
+from pyro_dgm.model.sites import is_computed, is_subsample, latent_sites, plate_frames
 from pyro_dgm.model.vectorize import fault_of, how_to_vectorize, per_draw, seeded_run, together
 from pyro_dgm.objectives.path_gradient import innermost, sample_sites, with_values
 
@@ -110,7 +110,7 @@ def _fault_of_guide(pair: Pair, once: poutine.Trace, many: poutine.Trace) -> str
 
 def _summary(trace: poutine.Trace, n: int) -> Tensor:
     """One number for each draw that tells laws apart: log densities, and the places of Deltas."""
-    return per_draw((_place_or_density(site) for _, site in sample_sites(trace)), n)
+    return per_draw((_place_or_density(site) for _, site in sample_sites(trace) if not is_computed(site)), n)
 
 
 def _place_or_density(site: dict[str, Any]) -> Tensor:

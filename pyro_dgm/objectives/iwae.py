@@ -27,9 +27,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
+from torch.distributions import TransformedDistribution
 
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import latent_sites
@@ -57,8 +57,8 @@ class IWAE_ELBO(ParticleELBO):
         num_particles: draws K of the local latents.
         gradient: ``"dreg"`` (doubly reparameterised: less variance for the encoder), or ``"standard"``, which needs no
             second pass through the guide and is the choice for posteriors that score slowly (inverse autoregressive).
-            Guides with a density in a ``Delta`` or a ``pyro.factor``, or with a support that moves, get the standard one,
-            and a warning names the site.
+            Guides with a density in a ``Delta`` or a ``pyro.factor``, with a support that moves, or with local sites that
+            are scaled or masked get the standard one, and a warning names the site.
         vectorize_particles: run all draws at once, in an outer plate; False runs them one by one, unchecked.
         max_plate_nesting: plate depth of the model; found by one run where it is not given.
         retain_graph: whether ``loss_and_grads`` keeps the graph for another backward pass.
@@ -66,8 +66,8 @@ class IWAE_ELBO(ParticleELBO):
             ``Trace_ELBO``, which stores them for its subclasses and for compilation.
 
     Raises:
-        ValueError: for a guide site without reparameterised draws, a latent of the model that the guide lacks, and an
-            observation outside the data's plates that depends on local latents.
+        ValueError: for a guide site without reparameterised draws, a latent of the model that the guide lacks, and a site
+            outside of a subsampled plate that depends on latents inside; without a subsample all is then one unit.
 
     Example:
         >>> import torch, pyro_dgm as dgm
@@ -115,6 +115,7 @@ class IWAE_ELBO(ParticleELBO):
         self._shared: set[str] = set()  # latents that are drawn once for all draws of the others
         self._shared_of: Any = None
         self._averaged: set[str] = set()
+        self._told: set[str] = set()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         weights = self._weights(Pair(model, guide, args, kwargs))
@@ -147,9 +148,12 @@ class IWAE_ELBO(ParticleELBO):
         p, models = self._joint_terms(pair, drawn, units)
         q, scale = self._terms(scored, units), scale_of(units)
         strays = self._strays([*scored, *models], units)
-        local = (p[0] - q[0].to(p[0].device)) / scale
-        shared = [rows.mean() if strays else _agreed(rows) for rows in (p[1], q[1])]
-        return _Weights(local, shared[0] - shared[1], scale, strays, proxies)
+        local, rest = (p[0] - q[0].to(p[0].device)) / scale, p[1] - q[1].to(p[1].device)
+        if strays or _same_for_all_draws(p[1], q[1]):
+            return _Weights(local, rest.mean(), scale, strays, proxies)
+        self._refuse_subsampled(units)
+        proxies.units = ()  # data outside the plates depend on local draws: all is one unit
+        return _Weights(local.flatten(1).sum(1) + rest, rest.new_zeros(()), 1.0, strays, proxies)
 
     def _drawn(self, pair: Pair) -> list[poutine.Trace]:
         """The guide's draws, with one draw of those latents that stand outside the plates of the others."""
@@ -169,7 +173,17 @@ class IWAE_ELBO(ParticleELBO):
         for trace in drawn:
             self._path.learn(pair.guide, self._run(pair.guide), trace, pair.args, pair.kwargs)
         placed = [k for k in self._path.placed if k in drawn[0].nodes and is_local(drawn[0].nodes[k], units)]
-        return not self._path.plain and not placed
+        weighed = [k for k, s in latent_sites(drawn[0]) if is_local(s, units) and _is_weighed(s, units)]
+        self._say_weighed(weighed)
+        return not (self._path.plain or placed or weighed)
+
+    def _say_weighed(self, names: list[str]) -> None:
+        if not self._told.issuperset(names):
+            self._told |= set(names)
+            warn_user(
+                f"IWAE_ELBO: guide site '{names[0]}' is scaled or masked, so its weight and its score do not belong together. "
+                f"{self.plain_instead}"
+            )
 
     def _rescored(self, pair: Pair, drawn: poutine.Trace, units: Frames) -> poutine.Trace:
         """The guide's densities without scores: parameters are constant and, for local draws, shared draws are too."""
@@ -192,6 +206,14 @@ class IWAE_ELBO(ParticleELBO):
         traces = self._model_traces(pair, drawn, same_rows=True)
         return self._terms(traces, units), traces
 
+    def _refuse_subsampled(self, units: Frames) -> None:
+        names = [f.name for f in units if f.full_size not in (None, f.size)]
+        if names:
+            raise ValueError(
+                f"IWAE_ELBO: a site outside of the subsampled plate '{names[0]}' depends on latents inside, so the evidence does "
+                "not factorise over that plate. Put the site into the plate, run through all of the plate, or use STL_ELBO."
+            )
+
     def _strays(self, traces: list[poutine.Trace], units: Frames) -> list[str]:
         """Subsampled plates inside a logarithm, of which it warns once; one draw, or equal ones, need no logarithm."""
         if self.num_particles == 1 or self._how == "once":
@@ -208,24 +230,34 @@ class IWAE_ELBO(ParticleELBO):
         return strays
 
 
+def _is_weighed(site: dict[str, Any], units: Frames) -> bool:
+    """Whether a site's density counts otherwise than once for each row: by ``poutine.scale`` or a mask."""
+    scale = torch.as_tensor(site["scale"]) / scale_of(units)
+    fn, masks = site["fn"], [site["mask"]]
+    while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
+        masks, fn = [*masks, getattr(fn, "_mask", None)], fn.base_dist
+    masked = any(m is not None and not bool(torch.as_tensor(m).all()) for m in masks)
+    return masked or not bool((scale - 1.0).abs().max() < 1e-5)
+
+
 class _Proxies:
     """The local draws as the densities see them: views, so that gradients towards them can be weighted."""
 
     def __init__(self, nesting: int, units: Frames, *, watched: bool) -> None:
         self.watched = watched
-        self._nesting, self._units = nesting, units
+        self._nesting, self.units = nesting, units
         self._views: list[list[tuple[Tensor, int]]] = []  # of each trace
 
     def watch(self, drawn: poutine.Trace) -> poutine.Trace:
         """The trace with each local draw replaced by a view of it."""
-        sites = {k: s for k, s in latent_sites(drawn) if is_local(s, self._units) and s["value"].requires_grad}
+        sites = {k: s for k, s in latent_sites(drawn) if is_local(s, self.units) and s["value"].requires_grad}
         views = {k: s["value"].view_as(s["value"]) for k, s in sites.items()}
         self._views.append([(views[k], s["fn"].event_dim) for k, s in sites.items()])
         return with_values(drawn, views)
 
     def weigh(self, weights: Tensor) -> None:
         """Multiply gradients towards each draw by its weight, shape ``(K, *units)``."""
-        sizes = {f.dim: f.size for f in self._units}
+        sizes = {f.dim: f.size for f in self.units}
         plates = [sizes.get(d, 1) for d in range(-self._nesting, 0)]
         rows = weights.reshape(len(weights), *plates)
         for views, row in zip(self._views, [rows] if len(self._views) == 1 else rows, strict=True):
@@ -255,11 +287,6 @@ def _shared_latents(trace: poutine.Trace) -> set[str]:
     return {name for name, site in latent_sites(trace) if not is_local(site, units)}
 
 
-def _agreed(rows: Tensor) -> Tensor:
-    """The sum of the terms outside the units, which may not differ between the draws."""
-    if is_validation_enabled() and not torch.allclose(rows, rows[:1], rtol=1e-4, atol=1e-3):
-        raise ValueError(
-            "IWAE_ELBO: a site outside the plate of the local latents depends on them, so the evidence does not "
-            "factorise over that plate. Put the site into the plate, or use STL_ELBO."
-        )
-    return rows.mean(0)
+def _same_for_all_draws(*terms: Tensor) -> bool:
+    """Whether the terms outside the units do not differ between the draws."""
+    return all(torch.allclose(rows, rows[:1], rtol=1e-4, atol=1e-3, equal_nan=True) for rows in terms)
