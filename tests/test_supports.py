@@ -315,3 +315,22 @@ def test_supports_are_compared_by_their_bounds():
     assert not same_support(interval(0.0, 1.0), dist.constraints.positive)
     assert same_support(dist.constraints.independent(real, 1), dist.constraints.independent(real, 1))
     assert not same_support(dist.constraints.independent(real, 1), dist.constraints.independent(real, 2))
+
+
+def test_a_model_that_does_not_broadcast_may_have_moving_bounds():
+    """Training by vmap, draws of the guide too; before, `from_svi` ended in an error of torch about shapes."""
+    mix, y = torch.tensor([[1.0, 0.5], [0.2, 1.0]]), torch.tensor(1.2)
+
+    def model(y):
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        top = (mix @ b).abs().sum() + 1.0
+        pyro.sample("y", dist.Normal(pyro.sample("x", dist.Uniform(0.0, top)), 0.5), obs=y)
+
+    guide = dgm.AutoFlow(model)
+    dgm.fit(dgm.STL_ELBO()(model, guide), (y,), progress=False, seed=0, max_steps=100)
+    verdict = dgm.khat(dgm.from_svi(model, guide, y, prior=0, seed=0))
+    top = (torch.randn(200_000, 2) @ mix.T).abs().sum(-1) + 1.0
+    log_w = dist.Normal(torch.rand(len(top)) * top, 0.5).log_prob(y)
+    error = (log_w.exp().std() / log_w.exp().mean()) / len(top) ** 0.5
+    exact = log_w.logsumexp(0) - math.log(len(top))
+    assert abs(verdict.log_evidence - exact) < 5 * (verdict.log_evidence_error + error)

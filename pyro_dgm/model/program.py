@@ -297,9 +297,12 @@ def _nesting(trace: poutine.Trace) -> int:
 
 
 def _broadcasts(guide: Any) -> bool:
-    """Whether a guide is one of Pyro's own, which run in a plate; a list of guides may hold any function."""
+    """Whether a guide is an autoguide, which run in a plate; a list of guides may hold any function, and one that follows
+    moving supports runs the model.
+    """
     parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
-    return all(isinstance(part, AutoGuide) and not isinstance(part, AutoCallable) for part in parts)
+    own = all(isinstance(part, AutoGuide) and not isinstance(part, AutoCallable) for part in parts)
+    return own and not any(part.coordinates.moving for part in parts if hasattr(part, "coordinates"))
 
 
 def _values(trace: poutine.Trace) -> Draws:
