@@ -7,6 +7,7 @@ of the plate counts once, what is inside counts row by row, so densities are tho
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -313,7 +314,15 @@ class Runs:
                 k: s["log_prob"] for k, s in sites.items() if "log_prob" in s
             }
 
-        with self._grad(), pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
+        with (
+            self._grad(),
+            pyro.validation_enabled(False),
+            poutine.block(hide_types=["sample"]),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings(
+                "ignore", message="There is a performance drop"
+            )  # torch, of samplers it has no rule for
             values, log_probs = torch.vmap(single, randomness="different")(rows, torch.zeros(n))
         masks = self._alone(fn, {k: v[0] for k, v in rows.items()} | index, _Options(())).masks
         table = Table(terms=self._mapped_terms(log_probs, n), masks=masks)
