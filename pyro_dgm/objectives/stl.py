@@ -100,12 +100,17 @@ class STL_ELBO(ParticleELBO):
         r""":math:`\log p(x, \theta) - \log q(\theta)` of every particle, shape ``(num_particles,)``, with path gradients."""
         pair = Pair(model, guide, args, kwargs)
         self._meet(pair)
-        if self.vectorize_particles and isinstance(guide, AutoContinuous):
-            q = guide.get_posterior(*args, **kwargs)
-            if isinstance(q, LearnedDistribution):
-                return self._vector_log_weights(q, pair)
+        q = _learned_posterior(pair) if self.vectorize_particles else None
+        if q is not None:
+            return self._vector_log_weights(q, pair)
         rows = [self._log_weights_of(pair, drawn) for drawn in self._draw(pair)]
         return torch.cat(rows).expand(self.num_particles)
+
+    def _choose(self, pair: Pair, once: poutine.Trace, model_once: poutine.Trace) -> None:
+        if _learned_posterior(pair) is not None:  # the log joint finds out by itself how it runs
+            self._how = "plate"
+        else:
+            super()._choose(pair, once, model_once)
 
     def _log_weights_of(self, pair: Pair, drawn: poutine.Trace) -> Tensor:
         """Of the draws of one trace of the guide."""
@@ -123,11 +128,17 @@ class STL_ELBO(ParticleELBO):
             joint = self._joint = LogJoint(pair.guide, pair.model, pair.args, pair.kwargs)
             if joint.missing:
                 raise ValueError(missing_site("STL_ELBO", joint.missing[0]))
-        latent = q.rsample((self.num_particles,))
+        latent = q.rsample((self.num_particles if joint.vectorized else min(self.num_particles, self.fewest_alone),))
         return joint.at(*pair.args, **pair.kwargs)(latent) - q.detach().log_prob(latent)
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         return -self.log_weights(model, guide, *args, **kwargs).mean()
+
+
+def _learned_posterior(pair: Pair) -> LearnedDistribution | None:
+    """The distribution over all latents, of a guide that is one learned distribution."""
+    q = pair.guide.get_posterior(*pair.args, **pair.kwargs) if isinstance(pair.guide, AutoContinuous) else None
+    return q if isinstance(q, LearnedDistribution) else None
 
 
 class _STLModule(ELBOModule):
