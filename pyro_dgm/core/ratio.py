@@ -21,7 +21,7 @@ from torch.nn.functional import softplus
 
 from pyro_dgm.core.data import Standardize
 from pyro_dgm.core.distribution import frozen
-from pyro_dgm.core.networks import MLP, joined
+from pyro_dgm.core.networks import MLP, broadcast_cat
 from pyro_dgm.core.shapes import as_shape, check_value_shape
 
 __all__ = ["Calibration", "DensityRatio", "calibration", "learn_ratio", "logistic_loss"]
@@ -143,7 +143,7 @@ class DensityRatio(nn.Module):
                 f"{self.context_features}. Build it with DensityRatio(..., context_features=...)."
             )
         rows = x.reshape(*x.shape[: x.dim() - len(self.event_shape)], -1)
-        return joined(rows, context)
+        return broadcast_cat(rows, context)
 
     @torch.no_grad()
     def check(self, x: Tensor, context: Tensor | None = None) -> Calibration:

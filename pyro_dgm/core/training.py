@@ -19,7 +19,7 @@ __all__ = [
     "Pretrainable",
     "Recipe",
     "Recommending",
-    "Settling",
+    "Finishing",
     "Standardizable",
     "Startable",
     "Transporting",
@@ -97,10 +97,10 @@ class Convergent(Protocol):
 
 
 @runtime_checkable
-class Settling(Protocol):
+class Finishing(Protocol):
     """A module with something to set that no gradient reaches, once training has ended."""
 
-    def settle(self, *args: Any, **kwargs: Any) -> None:
+    def finish(self, *args: Any, **kwargs: Any) -> None:
         """Set it; the parameters stay as they are."""
 
 

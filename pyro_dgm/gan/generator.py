@@ -19,7 +19,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, biject_to, constraints
 from torch.distributions.transforms import ReshapeTransform
 
-from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, compose, joined
+from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, broadcast_cat, compose
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.core.shapes import check_context
 
@@ -119,7 +119,7 @@ class Generator(DistributionModule):
     def location(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """What the network makes of latents, flat and in standard units: shape ``(*batch, D)``."""
         flat = z.reshape(*z.shape[: z.dim() - len(self.base.event_shape)], -1)
-        inputs = flat if context is None else joined(flat, context)
+        inputs = flat if context is None else broadcast_cat(flat, context)
         u = self.network(inputs)
         return u if u.shape == (*inputs.shape[:-1], self.features) else self._flat(u, inputs)
 

@@ -117,7 +117,7 @@ class AutoFlow(VectorGuide):
             weights = self._posterior.weigh(LogJoint(self, self.target, args, kwargs, whole=True))
             self._posterior.keep([i for i, w in enumerate(weights.tolist()) if w >= _LEAST_WEIGHT])
 
-    def settle(self, *args: Any, **kwargs: Any) -> None:
+    def finish(self, *args: Any, **kwargs: Any) -> None:
         """Weigh the modes of a trained posterior anew; nothing happens where there is one mode."""
         if len(self._posterior.components) > 1:
             self._posterior.weigh(LogJoint(self, self.target, args, kwargs, whole=True))

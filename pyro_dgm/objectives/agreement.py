@@ -15,7 +15,7 @@ from torch import Size, Tensor
 
 from pyro_dgm.core.random import fork_rng
 from pyro_dgm.model.sites import is_computed, is_subsample, latent_sites, plate_frames
-from pyro_dgm.model.vectorize import fault_of, how_to_vectorize, per_draw, seeded_run, together
+from pyro_dgm.model.vectorize import fault_of, find_vectorization, in_draws_plate, per_draw, seeded_run
 from pyro_dgm.objectives.path_gradient import innermost, sample_sites, with_values
 
 __all__ = ["HowDrawn", "Pair", "fixed_part", "how_to_draw", "row_shape"]
@@ -82,12 +82,12 @@ def how_to_draw(pair: Pair, once: poutine.Trace, model_once: poutine.Trace, nest
     values = {k: s["value"] for k, s in sites.items() if not s["infer"].get("is_auxiliary")}
     shapes = {k: row_shape(s) for k, s in sites.items()}
     model = poutine.replay(pair.model, trace=rows)
-    return how_to_vectorize(model, values or {k: s["value"] for k, s in sites.items()}, shapes, nesting, *pair[2:])
+    return find_vectorization(model, values or {k: s["value"] for k, s in sites.items()}, shapes, nesting, *pair[2:])
 
 
 def _draw_some(pair: Pair, rows: poutine.Trace, nesting: int, many: list[poutine.Trace]) -> Tensor:
     """A few draws in a plate, put into ``many``; zero says that they could be made."""
-    many.append(pair.guide_trace(poutine.replay(together(pair.guide, _TRIED, nesting), trace=rows)))
+    many.append(pair.guide_trace(poutine.replay(in_draws_plate(pair.guide, _TRIED, nesting), trace=rows)))
     return torch.zeros(())
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core import MLP
-from pyro_dgm.core.average import Average
 from pyro_dgm.core.ratio import DensityRatio, logistic_loss
 from pyro_dgm.objectives.players import DECAY, descend
+from pyro_dgm.train.average import Average
 
 __all__ = ["ALI"]
 
@@ -96,7 +96,7 @@ class ALI(nn.Module):
         q, p = self.pairs(x)
         return logistic_loss(-self.ratio.held(q), -self.ratio.held(p))
 
-    def settle(self, *args: Any) -> None:
+    def finish(self, *args: Any) -> None:
         """Give both players the averages of their last parameters."""
         self._averaged().give()
 

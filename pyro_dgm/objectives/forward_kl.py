@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_dgm.core.devices import device_of, moved
+from pyro_dgm.core.devices import device_of, to_device
 from pyro_dgm.core.training import Recipe
 from pyro_dgm.objectives.flow_matching import FlowMatching
 
@@ -110,7 +110,7 @@ class ForwardKL(nn.Module):
 
     def _fresh(self) -> Mapping[str, Any]:
         inputs = None if self.inputs is None else self.inputs(self.batch_size)
-        return moved(self.guide.simulate(self.batch_size, inputs), device_of(self.guide))
+        return to_device(self.guide.simulate(self.batch_size, inputs), device_of(self.guide))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_dgm.model.sites import is_drawn
-from pyro_dgm.model.vectorize import how_to_vectorize
+from pyro_dgm.model.vectorize import find_vectorization
 from pyro_dgm.simulation.program import Program, random_state
 
 __all__ = ["TOO_FEW", "fault_of_plate"]
@@ -66,7 +66,7 @@ def _densities_differ(program: Program, traces: list[poutine.Trace], opaque: lis
     values = {k: program.in_plate(k, v) for k, v in rows.items()}
     shapes = {k: program.shapes[k] for k in scored}
     fn = poutine.block(program.model, hide=opaque) if opaque else program.model
-    how, fault = how_to_vectorize(fn, values, shapes, program.nesting, program.args, program.kwargs)
+    how, fault = find_vectorization(fn, values, shapes, program.nesting, program.args, program.kwargs)
     return "" if how == "plate" else fault
 
 

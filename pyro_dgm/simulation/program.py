@@ -21,7 +21,7 @@ from torch import Size, Tensor
 from pyro_dgm.core.random import fork_rng, seed_everywhere
 from pyro_dgm.model.handlers import Given, Redraw
 from pyro_dgm.model.sites import is_drawn
-from pyro_dgm.model.vectorize import How, together
+from pyro_dgm.model.vectorize import How, in_draws_plate
 
 __all__ = ["Part", "Program", "random_state", "run_job", "run_whole_job"]
 
@@ -89,7 +89,7 @@ class Program:
             values = {k: self.in_plate(k, v) for k, v in values.items()}
         model = Given(values)(Redraw()(self.model) if self.redraw else self.model)
         with torch.no_grad(), poutine.block():
-            run = model if n is None else together(model, n, self.nesting)
+            run = model if n is None else in_draws_plate(model, n, self.nesting)
             return poutine.trace(run).get_trace(*self.args, **self.kwargs)
 
     def rows(self, trace: poutine.Trace, n: int) -> dict[str, Tensor]:

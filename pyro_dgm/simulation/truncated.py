@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_dgm.model.handlers import Redraw
 from pyro_dgm.model.sites import is_drawn
-from pyro_dgm.model.vectorize import together
+from pyro_dgm.model.vectorize import in_draws_plate
 
 if TYPE_CHECKING:
     from pyro_dgm.simulation.program import Program
@@ -70,7 +70,7 @@ class Truncated:
     def _candidates(self, program: Program, n: int) -> dict[str, Tensor]:
         """Latents of ``n`` runs that end before the simulator begins."""
         if program.how == "plate":
-            values = _begun(together(program.model, n, program.nesting), program, self.sites)
+            values = _begun(in_draws_plate(program.model, n, program.nesting), program, self.sites)
             return {k: v.reshape(n, *program.shapes[k]) for k, v in values.items()}
         runs = [_begun(program.model, program, self.sites) for _ in range(n)]
         return {k: torch.stack([run[k] for run in runs]) for k in runs[0]}

@@ -11,11 +11,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.average import Average
 from pyro_dgm.core.data import first_rows
-from pyro_dgm.core.files import save_checkpoint
 from pyro_dgm.core.random import fork_rng, put_random_states, random_states
+from pyro_dgm.train.average import Average
 from pyro_dgm.train.batches import Batches
+from pyro_dgm.train.files import save_checkpoint
 from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.schedule import Limits, rate_at
 

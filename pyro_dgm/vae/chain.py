@@ -9,7 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_dgm.core import DistributionModule, joined
+from pyro_dgm.core import DistributionModule, broadcast_cat
 
 __all__ = ["Chain"]
 
@@ -85,7 +85,7 @@ class _Chained(TorchDistribution):
 
     @staticmethod
     def _joined(parts: Any, context: Tensor | None) -> Tensor | None:
-        return joined(context, *parts) if parts or context is not None else None
+        return broadcast_cat(context, *parts) if parts or context is not None else None
 
     def _given(self, family: Any, parts: Any) -> Any:
         return family(self._joined(parts, self.context))

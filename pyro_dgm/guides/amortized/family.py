@@ -18,7 +18,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_dgm.core import DistributionModule, zuko
-from pyro_dgm.core.passes import Run, schedule
+from pyro_dgm.flows.autoregressive import Run, schedule
 from pyro_dgm.guides.amortized.mixtures import Chain, Interval, Mixture
 from pyro_dgm.guides.amortized.reader import Reader
 
