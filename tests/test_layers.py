@@ -68,6 +68,12 @@ def test_files_and_functions_stay_short(path):
             assert node.end_lineno - node.lineno + 1 - doc <= 60, node.name
 
 
+def test_no_two_classes_share_a_name():
+    trees = [ast.parse(p.read_text()) for p in FILES]
+    names = [node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert {k for k in names if names.count(k) > 1} == set()
+
+
 @pytest.mark.parametrize(
     "order",
     [

@@ -16,15 +16,15 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
 
 from pyro_dgm.core.random import seeded
-from pyro_dgm.core.ratio import Calibration, DensityRatio, learn_ratio
+from pyro_dgm.core.ratio import DensityRatio, RatioCheck, learn_ratio
 
-__all__ = ["Refined", "refine"]
+__all__ = ["CorrectedDraws", "refine"]
 
 _METHODS = ("sir", "mh", "nuts")
 _FEW = 0.05  # share of effective draws under which a warning is given
 
 
-class Refined(NamedTuple):
+class CorrectedDraws(NamedTuple):
     """Corrected draws, and what they rest on.
 
     Attributes:
@@ -36,14 +36,14 @@ class Refined(NamedTuple):
     """
 
     draws: Tensor
-    check: Calibration
+    check: RatioCheck
     acceptance: float
     ratio: DensityRatio
     method: str
 
     def __repr__(self) -> str:
         what = "distinct" if self.method == "sir" else "accepted"
-        return f"Refined({len(self.draws)} draws by {self.method}, {what} {self.acceptance:.2f}; {self.check})"
+        return f"CorrectedDraws({len(self.draws)} draws by {self.method}, {what} {self.acceptance:.2f}; {self.check})"
 
 
 def refine(
@@ -55,7 +55,7 @@ def refine(
     network: nn.Module | None = None,
     max_steps: int = 2000,
     seed: int | None = None,
-) -> Refined:
+) -> CorrectedDraws:
     r"""Draws of a trained generator, corrected by a fresh classifier of its draws against data.
 
     The classifier is never the GAN's own critic, which was regularised and trained against other generators. It is fitted
@@ -95,7 +95,7 @@ def refine(
         _refuse_bad(check)
         ratio.requires_grad_(False)
         draws, acceptance = _BY[method](generator, ratio, n)
-    return Refined(draws, check, acceptance, ratio, method)
+    return CorrectedDraws(draws, check, acceptance, ratio, method)
 
 
 def _sampler(generator: Any) -> Any:
@@ -160,7 +160,7 @@ def _accepted(chain: MCMC) -> float:
 _BY: dict[str, Any] = {"sir": _sir, "mh": _mh, "nuts": _nuts}
 
 
-def _refuse_bad(check: Calibration) -> None:
+def _refuse_bad(check: RatioCheck) -> None:
     if check.fault:
         raise ValueError(
             f"refine: the classifier is no density ratio: {check.fault}. Draws corrected by it would be worse, not better. "

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
-from pyro_dgm.flows.standard_normal import StandardNormal
+from pyro_dgm.flows.standard_normal import StandardNormalBase
 from pyro_dgm.guides.modes import Modes
 from pyro_dgm.guides.posterior import WhitenedPosterior
 from pyro_dgm.guides.start import find_start
@@ -191,7 +191,7 @@ def as_pyro(base: Any) -> Any:
     """A base distribution of torch or zuko as Pyro's own, which NeuTra needs for ``mask``."""
     if isinstance(base, Independent):
         return as_pyro(base.base_dist).to_event(base.reinterpreted_batch_ndims)
-    if isinstance(base, StandardNormal):
+    if isinstance(base, StandardNormalBase):
         return dist.Normal(base.zero, 1.0).to_event(1)
     if isinstance(
         base, TorchDistributionMixin

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.ratio import Calibration, calibration, learn_ratio
+from pyro_dgm.core.ratio import RatioCheck, calibration, learn_ratio
 from pyro_dgm.objectives.contrast import Contrast
 
 __all__ = ["Diagnosis", "diagnosed"]
@@ -35,8 +35,8 @@ class Diagnosis:
     fresh_error: float
     gap: float
     gap_error: float
-    trained: Calibration
-    fresh: Calibration
+    trained: RatioCheck
+    fresh: RatioCheck
     c2st: float
     c2st_error: float
     other_modes: int

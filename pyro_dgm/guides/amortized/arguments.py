@@ -58,7 +58,7 @@ class Arguments:
         observed = {s.name: values[s.name] for s in structure.observed}
 
         def model(*args: Any, **kwargs: Any) -> Any:
-            with poutine.condition(data=observed), _Masked({k: m for k, m in masks.items() if k in observed}):
+            with poutine.condition(data=observed), _MaskedData({k: m for k, m in masks.items() if k in observed}):
                 return self.model(**arguments)
 
         return model
@@ -123,7 +123,7 @@ class Arguments:
         return out | ({"mask": masks} if masks else {})
 
 
-class _Masked(poutine.messenger.Messenger):
+class _MaskedData(poutine.messenger.Messenger):
     """Leaves data out of the density where a mask is False."""
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch.distributions import Distribution
 
 from pyro_dgm.core import DistributionModule, zuko
 from pyro_dgm.flows.autoregressive import Run, schedule
-from pyro_dgm.guides.amortized.mixtures import Chain, Interval, Mixture
+from pyro_dgm.guides.amortized.mixtures import AutoregressiveMixture, Interval, NormalMixture
 from pyro_dgm.guides.amortized.reader import Reader
 
 __all__ = ["MixtureChain"]
@@ -74,15 +74,15 @@ class MixtureChain(DistributionModule):
         self.eval()  # dropout is switched on by the loss of simulations, and by nothing else
 
     def build(self, context: Tensor | None) -> Distribution:
-        return Chain(self, context, self.features)  # type: ignore[arg-type]
+        return AutoregressiveMixture(self, context, self.features)  # type: ignore[arg-type]
 
-    def conditionals(self, x: Tensor, context: Tensor) -> Mixture:
+    def conditionals(self, x: Tensor, context: Tensor) -> NormalMixture:
         """Of all entries of the vectors x, given those before."""
         centre = self.linear(context)
         numbers = self.net(torch.cat([(x - centre) / self.residual, self._read(context)], -1))
         return self._mixture(numbers.unflatten(-1, (self.features, -1)), centre, self.residual, (self.low, self.high))
 
-    def in_turn(self, context: Tensor, batch: Size) -> Generator[Mixture, Tensor, None]:
+    def in_turn(self, context: Tensor, batch: Size) -> Generator[NormalMixture, Tensor, None]:
         """Of the entries one after the other; each is to be sent its value. A unit of the network is computed once."""
         centre, run = self.linear(context).expand(*batch, -1), self._run(context, batch)
         for i in range(self.features):
@@ -99,11 +99,11 @@ class MixtureChain(DistributionModule):
         passes = schedule(order, [layer.mask for layer in linears], 3 * self.components)
         return Run(linears, [nn.functional.silu] * (len(linears) - 1), passes, self._read(context), batch)
 
-    def _mixture(self, numbers: Tensor, centre: Tensor, scale: Tensor, box: Interval) -> Mixture:
+    def _mixture(self, numbers: Tensor, centre: Tensor, scale: Tensor, box: Interval) -> NormalMixture:
         weight, loc, raw = numbers.unflatten(-1, (self.components, 3)).unbind(-1)
         log_scale = scale.log().unsqueeze(-1) + raw / (1.0 + raw.abs() / _SOFT_BOUND)
         loc = torch.addcmul(centre.unsqueeze(-1), scale.unsqueeze(-1), loc)
-        return Mixture(weight, loc, log_scale, box if self.bounded else None)
+        return NormalMixture(weight, loc, log_scale, box if self.bounded else None)
 
     @torch.no_grad()
     def _start(self) -> None:
