@@ -132,7 +132,7 @@ def test_what_a_short_latent_cannot_carry_becomes_noise():
     ids=["uniform latent, longer than x", "event of two dimensions", "bounded network", "fixed noise"],
 )
 def test_any_generator_is_distilled(generator):
-    """Planted fault: the flow starts from a normal whatever the latent's law (the uniform latent then misses)."""
+    """Planted fault: the flow starts from a normal whatever the latent is (the uniform latent then misses)."""
     torch.manual_seed(0)
     x = torch.where(torch.rand(3000, 1) < 0.5, -0.7, 0.7) + 0.1 * torch.randn(3000, 2)
     x = x.clamp(-1.0, 1.0)

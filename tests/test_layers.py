@@ -26,7 +26,7 @@ ROOMS = [
     "diagnostics",
 ]
 # Imported inside functions only: they are slow, or optional.
-LAZY = {"arviz", "arviz_base", "arviz_stats", "matplotlib", "sklearn", "lightning", "torchdiffeq"}
+LAZY = {"arviz", "arviz_base", "arviz_stats", "matplotlib", "sklearn", "torchdiffeq"}
 
 
 def imported(tree):

@@ -152,7 +152,7 @@ class DensityRatio(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, of_p: Tensor, of_r: Tensor) -> None:
-        """Fit slope and offset of the logit to held-out logits of both laws (Platt scaling), by Newton's method."""
+        """Fit slope and offset of the logit to held-out logits of both samples (Platt scaling), by Newton's method."""
         logit = torch.cat([of_p, of_r]).double()
         label = torch.cat([torch.ones_like(of_p), torch.zeros_like(of_r)]).double()
         weight = torch.cat([torch.full_like(of_p, 1 / len(of_p)), torch.full_like(of_r, 1 / len(of_r))]).double()
@@ -182,7 +182,7 @@ def learn_ratio(
     batch_size: int = 512,
     lr: float = 2e-3,
 ) -> tuple[DensityRatio, RatioCheck]:
-    r"""A fresh log ratio of two laws from their draws, calibrated on rows that did not train it, and its check.
+    r"""A fresh log ratio of two distributions from their draws, calibrated on rows that did not train it, and its check.
 
     A fifth of the rows stops the training (best held-out loss), and then sets slope and offset; a third part of the
     reference's draws, seen by neither, gives the check.

@@ -1,4 +1,4 @@
-"""What a module may offer to training, beyond being an objective. Offers are made by having the method."""
+"""Optional hooks that ``fit`` calls where a module defines them."""
 
 from __future__ import annotations
 

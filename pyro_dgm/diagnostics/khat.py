@@ -30,7 +30,7 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Exploration:
-    """What short chains and climbers found.
+    """What short chains and ascents from prior draws found.
 
     Attributes:
         drift: largest change of a coordinate's mean along the chains, in standard deviations of the guide.

@@ -147,8 +147,7 @@ def _elpd_data(container: Any, name: str, ll: np.ndarray, elpd: np.ndarray, k: n
 def _plain(container: Any, name: str) -> Any:
     import arviz as az
 
-    made = az.loo(container, var_name=name, pointwise=True)
-    return made
+    return az.loo(container, var_name=name, pointwise=True)
 
 
 def compare(containers: dict[str, Any], var_name: str | None = None) -> Any:

@@ -1,8 +1,8 @@
-r"""Draws of a generator corrected towards the data's law, by a classifier that was calibrated for it.
+r"""Draws of a generator corrected towards the data's distribution, by a classifier that was calibrated for it.
 
 With :math:`T(x) = \log p_{data}(x) - \log q(x)` the weights :math:`e^{T}` turn draws of the generator q into draws of the data's
-law: by resampling (SIR), by independence Metropolis-Hastings (Turner et al. 2019), or by Hamiltonian chains over the noise
-with the density :math:`p(z)\, e^{T(G(z))}` (Che et al. 2020). All is right as far as T is, and :math:`E_q e^{T} = 1` tells.
+distribution: by resampling (SIR), by independence Metropolis-Hastings (Turner et al. 2019), or by Hamiltonian chains over the
+noise with the density :math:`p(z)\, e^{T(G(z))}` (Che et al. 2020). All is right as far as T is, and :math:`E_q e^{T} = 1` tells.
 """
 
 from __future__ import annotations
@@ -181,5 +181,5 @@ def _check_arguments(generator: Any, data: Tensor, n: int, method: str) -> None:
         raise ValueError(f"refine: data have shape {tuple(data.shape)}, expected (N, {', '.join(map(str, event))}).")
     if generator.context_features:
         raise ValueError(
-            "refine: the generator is conditional, and one classifier corrects one law. Condition it first."
+            "refine: the generator is conditional, and one classifier corrects one distribution. Condition it first."
         )

@@ -1,4 +1,4 @@
-r"""A posterior that is the law of a network's output: it can be sampled, and its density is only ever estimated.
+r"""A posterior that is the distribution of a network's output: it can be sampled, its density only estimated.
 
 .. math:: \theta = \theta_0 + L_k\, g \odot f_\phi(\theta_0, \epsilon), \qquad
           k \sim w, \quad \theta_0 \sim N(\mu_k, L_k L_k^\top), \quad \epsilon \sim N(0, I)
@@ -32,7 +32,7 @@ _LEAST_WEIGHT = 1e-3  # of a mode, by the Gaussians of the start
 
 
 class ImplicitGuide(VectorGuide):
-    r"""Posterior :math:`q(\theta)` of all continuous latents: the law of a network's output, without a density.
+    r"""Posterior :math:`q(\theta)` of all continuous latents: a network's output, without a density.
 
     Any network will do, since nothing has to be inverted. It needs :class:`~pyro_dgm.Adversarial_ELBO`, whose learned ratio
     stands in for the density; a flow (:class:`~pyro_dgm.AutoFlow`) is cheaper, has a density, and can be judged by
@@ -164,9 +164,9 @@ class ImplicitGuide(VectorGuide):
 
 
 class EstimatedDensity(ImplicitDistribution):
-    """An implicit law whose ``log_prob`` is an **estimate**, by a learned ratio without gradients to its parameters.
+    """An implicit distribution whose ``log_prob`` is an **estimate**, by a learned ratio without gradients to its weights.
 
-    It is no density: it need not integrate to one. Diagnostics treat the law as implicit, and take no weights from it.
+    It is no density: it need not integrate to one. Diagnostics take no weights from it.
     """
 
     def __init__(self, push: Any, base: Any, features: int, log_density: Callable[[Tensor], Tensor]) -> None:

@@ -279,8 +279,6 @@ class Program:
             table = self.runs.run(1, first, keep=set(self.sites("observed")) | set(self.runs.latents))
         return {k: table.values[k][0].cpu().numpy() for k in self.sites("observed")}
 
-    # What neutra asks of given draws; all of it follows from the methods above.
-
     def sites(self, kind: str) -> list[str]:
         """Names of latent, deterministic or observed sites of the model; latents without the enumerable ones."""
         if kind == "latent":

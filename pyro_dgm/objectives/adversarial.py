@@ -44,7 +44,7 @@ class Adversarial(nn.Module):
         loss: ``"non-saturating"``, ``"relativistic"``, ``"wgan-gp"``, ``"hinge"``, ``"least-squares"`` or
             ``"saturating"`` (for comparison).
         r1, r2: weights of :math:`\frac12 E|\nabla T|^2` at data and at draws. None for :math:`D^2 / 4000` each (0 with
-            ``"wgan-gp"``): little blurs narrow modes in two dimensions, images are learned by heart without.
+            ``"wgan-gp"``): little blurs narrow modes in two dimensions, images are memorised without.
         gradient_penalty: weight of :math:`E(|\nabla T| - 1)^2` between data and draws. None for 10 with ``"wgan-gp"``, else 0.
         critic_steps: of the critic for one of the generator. None for 5 with ``"wgan-gp"``, else 1.
         ema: decay of the running average of the generator's weights; 0 keeps the last weights.
@@ -210,7 +210,7 @@ def _usual_pretraining(size: int) -> int:
 
 
 def _fewer(steps: int, x: Tensor) -> int:
-    """On rows that were seen to come again: a flow that meets each of them thousands of times learns them by heart."""
+    """Fewer steps where rows repeat: a flow that meets each of them thousands of times memorises them."""
     rows = len(x.reshape(len(x), -1).unique(dim=0))
     return min(steps, max(500, 4 * rows)) if rows < len(x) else steps
 

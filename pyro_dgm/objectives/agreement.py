@@ -92,7 +92,7 @@ def _draw_some(pair: Pair, rows: poutine.Trace, nesting: int, many: list[poutine
 
 
 def _fault_of_guide(pair: Pair, once: poutine.Trace, many: poutine.Trace) -> str:
-    """Why the guide in a plate is another law than alone; empty where it is the same, or where runs are random."""
+    """Why the guide's distribution in a plate is another than alone; empty where it is not, or where runs are random."""
     sites = dict(latent_sites(many))
     rows = [{k: s["value"].reshape(_TRIED, *row_shape(s))[i] for k, s in sites.items()} for i in range(_TRIED)]
 
@@ -109,7 +109,7 @@ def _fault_of_guide(pair: Pair, once: poutine.Trace, many: poutine.Trace) -> str
 
 
 def _summary(trace: poutine.Trace, n: int) -> Tensor:
-    """One number for each draw that tells laws apart: log densities, and the places of Deltas."""
+    """One number for each draw that tells distributions apart: log densities, and the places of Deltas."""
     return per_draw((_place_or_density(site) for _, site in sample_sites(trace) if not is_computed(site)), n)
 
 

@@ -1,4 +1,4 @@
-r"""An encoder for a generator: both laws of pairs are made equal, by a classifier of pairs.
+r"""An encoder for a generator: both distributions of pairs are made equal, by a classifier of pairs.
 
 .. math:: q(x, z) = p_{data}(x)\, q_\phi(z \mid x), \qquad p(x, z) = p(z)\, p_\theta(x \mid z)
 

@@ -95,7 +95,7 @@ def _principal(u: Tensor, size: int) -> Tensor:
 
 
 def _width(features: int) -> int:
-    """Of a flow: 64 for a point of a few entries, 256 for an image of 64, whose law is not seen by a narrow one."""
+    """Of a flow: 64 for a point of a few entries, 256 for an image of 64, which a narrow one cannot learn."""
     return max(_WIDTHS[0], min(4 * features, _WIDTHS[1]))
 
 

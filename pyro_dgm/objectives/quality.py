@@ -14,9 +14,9 @@ NEIGHBOURS = 5
 
 
 def sample_quality(real: Tensor, draws: Tensor) -> tuple[float, float]:
-    r"""Energy distance of rows to draws, and the coverage of rows as a share of what is expected where the laws agree.
+    r"""Energy distance of rows to draws, and the coverage of rows as a share of that of equal distributions.
 
-    The first is :math:`2 E|x-y| - E|x-x'| - E|y-y'|`, unbiased: below zero in about half of all cases where the laws agree.
+    The first is :math:`2 E|x-y| - E|x-x'| - E|y-y'|`, unbiased: of equal distributions below zero in about half of all cases.
     Coverage is the share of rows whose ball, which reaches to the fifth nearest other row, holds a draw (Naeem et al. 2020).
 
     >>> x = torch.arange(20.0)[:, None]
@@ -34,7 +34,7 @@ def sample_quality(real: Tensor, draws: Tensor) -> tuple[float, float]:
 
 
 def expected_coverage(rows: int) -> float:
-    r"""Coverage on average where the laws agree and both samples have as many rows: :math:`1 - \prod_i (N-i)/(2N-i)`.
+    r"""Mean coverage of two samples of one distribution, with as many rows each: :math:`1 - \prod_i (N-i)/(2N-i)`.
 
     >>> round(expected_coverage(500), 3)
     0.969

@@ -18,7 +18,7 @@ TOO_FEW = "too few simulations for a check"
 
 _FEW = 5
 _MANY = 40
-_ALARM = 1e-5  # probability that equal laws are told apart
+_ALARM = 1e-5  # probability that equal distributions are told apart
 
 
 def fault_of_plate(blocks: Blocks, n: int) -> str:

@@ -26,9 +26,7 @@ from pyro_dgm.train.schedule import Limits, rate_at, round_length
 __all__ = ["FitDiverged", "fit"]
 
 _WINDOW = 50  # steps in a smoothed loss, and between checks
-_TELLING = (
-    0.05  # nats; a smoothed loss with a larger error (subsampled data, a poor fit) does not tell that nothing is gained
-)
+_LARGEST_ERROR = 0.05  # nats, of a smoothed loss that may stop a fit; subsampled data or a poor fit have more
 _MAX_SKIPPED = 20  # consecutive non-finite steps before a fit gives up
 _CLIP = 10.0
 
@@ -295,7 +293,7 @@ class _Run:
         before, error = getattr(self, "_previous_best", math.inf), self._smoothed()[1]
         if isinstance(self.objective, Convergent) and self.objective.converged():
             self.history.stopped = "converged"
-        elif before - self.round_best < max(2.0 * error, 1e-2) and error < _TELLING:
+        elif before - self.round_best < max(2.0 * error, 1e-2) and error < _LARGEST_ERROR:
             self.history.stopped = "a round brought no improvement"
         elif round_length(self.round + 1) is None:
             self.history.stopped = "last round ended; the loss was still falling"

@@ -51,7 +51,7 @@ class Chain(DistributionModule):
 
 
 class _Chained(TorchDistribution):
-    """The joint law of the layers."""
+    """The joint distribution of the layers."""
 
     arg_constraints: dict[str, Any] = {}
     has_rsample = True

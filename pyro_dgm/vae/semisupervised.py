@@ -122,7 +122,7 @@ class _Guide(nn.Module):
             return pyro.sample("z", self.posterior(inputs))
 
     def _label(self, x: Tensor, y: Tensor | None) -> Any:
-        """The classifier's law, and certainty where there is a label."""
+        """The classifier's distribution, and certainty where there is a label."""
         guessed = dist.Categorical(logits=self.classifier(x)._base().logits)
         if y is None:
             return guessed

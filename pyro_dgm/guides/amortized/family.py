@@ -39,7 +39,7 @@ class MixtureChain(DistributionModule):
         hidden_features: of the masked network; None for three layers of 64 D units, 192 at most.
         shared_features: of the context; None for 64 D, 128 at most. 0 for none, where the context is a learned summary.
         dropout: share of hidden units that a step on a fixed budget of simulations leaves out; None for
-            0.05 (D - 2), between 0 and 0.1: few latents are learned too slowly, many by heart.
+            0.05 (D - 2), between 0 and 0.1: with it few latents learn too slowly, without it many overfit.
     """
 
     residual: Tensor

@@ -247,7 +247,7 @@ class AmortizedGuide(nn.Module):
         for sites in self.structure.groups():
             earlier = [(g.plates, g.features) for g in groups]
             sees = [i for i, g in enumerate(groups) if self.structure.related(g.sites[0], sites[0])]
-            inner = bool(sites[0].plates or sees)  # whose constant would depend on other latents
+            inner = bool(sites[0].plates or sees)  # a box's constant would depend on other latents
             cut = "map" if inner else bounds or "truncate"
             groups.append(Group(sites, dims, widths, earlier, sees, _family_of(family, sites), cut))  # type: ignore[arg-type]
         return groups

@@ -124,7 +124,7 @@ class Conditionals(Protocol):
 
 
 class AutoregressiveMixture(TorchDistribution):
-    r"""The law of a vector, :math:`q(x) = \prod_i q_i(x_i \mid x_{<i}, c)`: scored in one pass, drawn in D.
+    r"""The distribution of a vector, :math:`q(x) = \prod_i q_i(x_i \mid x_{<i}, c)`: scored in one pass, drawn in D.
 
     Args:
         conditionals: of the entries.
