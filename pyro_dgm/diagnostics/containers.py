@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_dgm.core.psis import arviz_major
+from pyro_dgm.core.weights import arviz_major
 
 __all__ = ["DATA_GROUPS", "Arrays", "build", "coords_of", "extended", "group", "group_attrs", "has_group", "picked"]
 

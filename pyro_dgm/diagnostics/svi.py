@@ -11,8 +11,8 @@ import pyro
 import torch
 from pyro.infer.autoguide import AutoDelta
 
-from pyro_dgm.core.psis import psis
 from pyro_dgm.core.random import seed_everywhere, seeded
+from pyro_dgm.core.weights import psis
 from pyro_dgm.diagnostics.explore import explore
 from pyro_dgm.diagnostics.groups import Options, groups_of
 from pyro_dgm.diagnostics.khat import Exploration, judge

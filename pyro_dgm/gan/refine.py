@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.core.random import seeded
 from pyro_dgm.core.ratio import DensityRatio, RatioCheck, learn_ratio
+from pyro_dgm.core.weights import stratified
 
 __all__ = ["CorrectedDraws", "refine"]
 
@@ -109,9 +110,8 @@ def _sampler(generator: Any) -> Any:
 def _sir(generator: Any, ratio: DensityRatio, n: int) -> tuple[Tensor, float]:
     """Systematic resampling of 20 n draws by their weights."""
     x = generator().sample((20 * n,))
-    edges = ratio(x).double().softmax(0).cumsum(0)
-    at = (torch.arange(n).to(edges) + torch.rand(()).to(edges)) / n
-    index = torch.searchsorted(edges, at).clamp_max(len(x) - 1)
+    weights = ratio(x).double().softmax(0).cpu().numpy()
+    index = torch.from_numpy(stratified(weights, n, float(torch.rand(()))))
     return x[index[torch.randperm(n)]], len(index.unique()) / n
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
+from pyro_dgm.core.upstream import drop_weak_references
 from pyro_dgm.flows.standard_normal import StandardNormalBase
 from pyro_dgm.guides.modes import Modes
 from pyro_dgm.guides.posterior import WhitenedPosterior
@@ -182,8 +183,7 @@ class AutoFlow(VectorGuide):
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        for parameter in self.parameters():
-            parameter.__dict__.pop("unconstrained", None)
+        drop_weak_references(self)
         return {**self.__dict__, "_model": None, "_plain_model": None, "_make_family": None, "master": None}
 
 

@@ -21,6 +21,8 @@ from pyro.params.param_store import param_with_module_name
 from torch import Size, Tensor, nn
 
 from pyro_dgm.core import MLP, ImplicitDistribution
+from pyro_dgm.core.module import resize_to_saved
+from pyro_dgm.core.upstream import drop_weak_references
 from pyro_dgm.guides.modes import fitted_log_weights
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
@@ -157,8 +159,7 @@ class ImplicitGuide(VectorGuide):
                 del store[full]
 
     def __getstate__(self) -> dict[str, Any]:
-        for parameter in self.parameters():
-            parameter.__dict__.pop("unconstrained", None)
+        drop_weak_references(self)
         return {**self.__dict__, "_model": None, "_plain_model": None, "_make_network": None, "_scored_by": None,
                 "master": None}  # fmt: skip
 
@@ -240,10 +241,7 @@ class Push(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in ("loc", "scale_tril", "log_weight"):
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape[1:] == getattr(self, name).shape[1:]:
-                setattr(self, name, torch.empty_like(saved).to(self.gain))
+        resize_to_saved(self, ("loc", "scale_tril", "log_weight"), state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -18,10 +18,10 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_dgm.core.psis import psis
 from pyro_dgm.core.random import seeded
 from pyro_dgm.core.ratio import DensityRatio
 from pyro_dgm.core.training import Implicit
+from pyro_dgm.core.weights import psis
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.model.modes import uncovered
 from pyro_dgm.objectives.contrast import AdaptiveContrast, Contrast, PriorContrast

@@ -40,6 +40,7 @@ from torch.distributions.transforms import Transform, _InverseTransform
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.random import fork_rng
+from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_factor, is_subsample, latent_sites
 
@@ -258,12 +259,12 @@ def _image_moves(support: Any, transforms: list[Transform]) -> bool:
 
     Torch declares the reals as the codomain of every affine map, so a box is followed from the base on.
     """
-    whole: Any = _bare(support)  # None for a set that has no name
+    whole: Any = of_entries(support)  # None for a set that has no name
     for t in transforms:
         if _is_to_reals(whole, t):
             whole = constraints.real
-        elif whole is not None and _same_set(whole, _bare(t.domain)) and not _holds_grad(t.codomain):
-            whole = _bare(t.codomain)
+        elif whole is not None and _same_set(whole, of_entries(t.domain)) and not _holds_grad(t.codomain):
+            whole = of_entries(t.codomain)
         elif _holds_grad(t):
             return True
         else:
@@ -277,12 +278,6 @@ def _is_to_reals(support: Any, transform: Transform) -> bool:
         return support is not None and transform == biject_to(support).inv
     except NotImplementedError:
         return False
-
-
-def _bare(constraint: Any) -> Any:
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return constraint
 
 
 def _same_set(a: Any, b: Any) -> bool:

@@ -16,6 +16,7 @@ from pyro import poutine
 from torch import Size, Tensor
 from torch.distributions import constraints
 
+from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.guides.amortized.arguments import Arguments
 from pyro_dgm.guides.amortized.structure import Site, Structure
 from pyro_dgm.guides.amortized.units import Moments
@@ -138,7 +139,4 @@ class _PriorMoments(poutine.messenger.Messenger):
 
 
 def _real(site: Site) -> bool:
-    inner = site.support
-    while isinstance(inner, constraints.independent):
-        inner = inner.base_constraint
-    return inner in (constraints.real, constraints.real_vector)
+    return of_entries(site.support) is constraints.real
