@@ -16,7 +16,7 @@ from torch import Size, Tensor
 from pyro_dgm.core.random import fork_rng
 from pyro_dgm.model.sites import is_computed, is_subsample, latent_sites, plate_frames
 from pyro_dgm.model.vectorize import fault_of, find_vectorization, in_draws_plate, per_draw, seeded_run
-from pyro_dgm.objectives.path_gradient import innermost, sample_sites, with_values
+from pyro_dgm.objectives.path_gradient import sample_sites, unwrapped, with_values
 
 __all__ = ["HowDrawn", "Pair", "fixed_part", "how_to_draw", "row_shape"]
 
@@ -114,7 +114,7 @@ def _summary(trace: poutine.Trace, n: int) -> Tensor:
 
 
 def _place_or_density(site: dict[str, Any]) -> Tensor:
-    fn = innermost(site["fn"])
+    fn = unwrapped(site["fn"])
     if isinstance(fn, dist.Delta):
         return fn.v.reshape(*fn.batch_shape, -1).sum(-1) + fn.log_density
     try:

@@ -46,7 +46,7 @@ from pyro_dgm.model.sites import is_factor, is_subsample, latent_sites
 
 __all__ = [
     "PathGradient",
-    "innermost",
+    "unwrapped",
     "parameters_of",
     "rescored",
     "sample_sites",
@@ -133,7 +133,7 @@ def rescored(
         trace = _run_again(run, drawn, args, kwargs)
         for name in names:
             site = trace.nodes[name]
-            if isinstance(innermost(site["fn"]), dist.Delta):
+            if isinstance(unwrapped(site["fn"]), dist.Delta):
                 site["value"] = site["fn"].mean  # its own place, whatever the last digit
         trace.compute_log_prob(lambda name, _: name in names)
     return trace
@@ -197,7 +197,7 @@ def _why_kept(site: Site) -> str:
         return "a pyro.factor"
     if site["is_observed"]:
         return "it is observed in the guide"
-    if isinstance(innermost(site["fn"]), dist.Delta):
+    if isinstance(unwrapped(site["fn"]), dist.Delta):
         return "a Delta with a density"
     return "its support depends on parameters" if support_moves(site["fn"]) else ""
 
@@ -211,7 +211,7 @@ def _why_plain(site: Site) -> str:
 
 
 def _depends(site: Site) -> bool:
-    fn = innermost(site["fn"])
+    fn = unwrapped(site["fn"])
     if isinstance(fn, dist.Delta):
         has_density = not (is_identically_zero(fn.log_density) or bool((fn.log_density == 0.0).all()))
         return fn.log_density.requires_grad or (fn.v.requires_grad and has_density)
@@ -219,7 +219,7 @@ def _depends(site: Site) -> bool:
 
 
 def _is_placed(site: Site) -> bool:
-    fn = innermost(site["fn"])
+    fn = unwrapped(site["fn"])
     return isinstance(fn, dist.Delta) and not site["is_observed"] and fn.v.requires_grad
 
 
@@ -231,7 +231,7 @@ def _scores_other_values(site: Site) -> bool:
     return True
 
 
-def innermost(fn: Any) -> Any:
+def unwrapped(fn: Any) -> Any:
     """The distribution below ``to_event``, ``mask`` and ``expand``."""
     while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
         fn = fn.base_dist
@@ -240,7 +240,7 @@ def innermost(fn: Any) -> Any:
 
 def support_moves(fn: Any) -> bool:
     """Whether the support depends on tensors that require grad; in doubt it does."""
-    fn = innermost(fn)
+    fn = unwrapped(fn)
     try:
         if isinstance(fn, TransformedDistribution) and not _declares_support(type(fn)):
             return support_moves(fn.base_dist) or _image_moves(fn.base_dist.support, fn.transforms)
