@@ -18,7 +18,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution
-from pyro_dgm.guides.posterior import WhitenedPosterior
+from pyro_dgm.guides.whitened import WhitenedPosterior
 
 __all__ = ["Modes", "fitted_log_weights"]
 
