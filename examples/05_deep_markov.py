@@ -66,7 +66,7 @@ class Guide(nn.Module):  # q(z_t | z_{t-1}, the series from t on), by a recurren
         with pyro.plate("series", len(x), dim=-1):
             z = x.new_zeros(len(x), LATENT)
             for t in pyro.markov(range(x.shape[1])):
-                z = pyro.sample(f"z_{t}", self.step(dgm.core.joined(future[:, t], z)))
+                z = pyro.sample(f"z_{t}", self.step(dgm.core.broadcast_cat(future[:, t], z)))
 
 
 def forecast(model, guide, x, seen, draws=100):

@@ -1,6 +1,6 @@
 """A flow and three generators with planted faults, judged by every score: what each score sees, and what it cannot.
 
-The data are eight Gaussians on a ring, whose law is known. The faults: a mode left out, modes too narrow (what an
+The data are eight Gaussians on a ring, of known density. The faults: a mode left out, modes too narrow (what an
 adversarial generator without noise does), and copies of the training data.
 """
 

@@ -10,7 +10,7 @@ from pyro_dgm.core import (
     LearnedDistribution,
     Standardize,
 )
-from pyro_dgm.core.check import assert_density
+from pyro_dgm.core.density_check import assert_density
 from pyro_dgm.diagnostics import (
     KHat,
     check,

@@ -107,7 +107,7 @@ def containers(az):
 
 def verdicts():
     """C1-C4 on this line."""
-    from pyro_dgm.core.psis import psis
+    from pyro_dgm.core.weights import psis
     from pyro_dgm.diagnostics.khat import judge
 
     x = np.random.default_rng(1).normal(size=(20, 20_000))
@@ -179,7 +179,7 @@ def main():
     import arviz as az
     import matplotlib
 
-    from pyro_dgm.core.psis import arviz_major
+    from pyro_dgm.core.weights import arviz_major
 
     matplotlib.use("Agg")
     warnings.simplefilter("ignore")

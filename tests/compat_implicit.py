@@ -1,6 +1,6 @@
 """The implicit column of the compatibility matrix: a generator inside a model, its noise the latent site.
 
-The generator's network is linear with a known law, x ~ N(0, I), so the program is the conjugate model of compat_cells and
+The generator's network is linear and x ~ N(0, I) is known, so the program is the conjugate model of compat_cells and
 every bound, weight and posterior is known in closed form.
 """
 
@@ -472,7 +472,7 @@ def arviz__implicit():
 
 @cell("a continuous flow: particles, STL_ELBO")
 def continuous__implicit():
-    """A continuous flow as the law of the noise."""
+    """A continuous flow as the distribution of the noise."""
     model = Implicit()
     model.generator = dgm.Generator(2, 8, base=make("FFJORD", 2))
     guide = autoguide.AutoNormal(model)

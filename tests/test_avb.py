@@ -65,7 +65,7 @@ def test_a_lost_mode_is_never_silent():
     guide._push.start_at(torch.tensor([[1.7, 0.0]]), 0.2 * torch.eye(2)[None], torch.zeros(1))
     objective = dgm.Adversarial_ELBO(bimodal, guide)
     with pytest.warns(UserWarning, match=r"misses 1 mode\(s\) of the posterior .* near a = \[-1\.[67]"):
-        objective.setup().settle()
+        objective.setup().finish()
     found = objective.diagnose(num_samples=2000, seed=0)
     assert not found.ok and "1 mode(s) of the posterior were found that it does not reach" in str(found)
 

@@ -262,14 +262,14 @@ def test_steps_follow_the_error():
         assert int(solver.steps) == expected
     flow = dgm.FFJORD(2, steps=7)
     flow().log_prob(torch.randn(9, 2)).sum().backward()
-    flow.settle()
+    flow.finish()
     assert int(flow.solver.steps) == 7
 
 
 @pytest.mark.parametrize(
     "scale, steps, error", [(1.0, range(4, 25), 1e-4), (2.0, [25], 1e-3), (2.5, range(26, 65), 1e-3)]
 )
-def test_trained_flows_settle_at_100_evaluations_unless_accuracy_asks_for_more(scale, steps, error):
+def test_trained_flows_finish_at_100_evaluations_unless_accuracy_asks_for_more(scale, steps, error):
     """Planted fault: a limit of 25 steps whatever the error is (the steepest field would be 2e-2 off)."""
     torch.manual_seed(0)
     flow, x = dgm.FFJORD(2, hidden_features=8), torch.randn(200, 2)
@@ -277,7 +277,7 @@ def test_trained_flows_settle_at_100_evaluations_unless_accuracy_asks_for_more(s
         for p in flow.parameters():
             p.mul_(scale)
     flow().log_prob(x).sum().backward()
-    flow.settle()
+    flow.finish()
     assert int(flow.solver.steps) in steps
     assert flow.solver_error(x).quantile(0.95) < error
 
@@ -318,7 +318,7 @@ def test_steps_are_watched_while_parameters_change_and_only_then():
             flow.field.third.mul_(1.0)
         flow().log_prob(x)
     assert int(flow.solver.steps) > begun
-    flow.settle()
+    flow.finish()
     assert flow.solver_error(x).mean() < 1e-3
     other = dgm.FFJORD(2, hidden_features=8)
     other.load_state_dict(flow.state_dict())

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.optim import Adam
 
 import pyro_dgm as dgm
-from pyro_dgm.core.psis import psis
+from pyro_dgm.core.weights import psis
 from pyro_dgm.diagnostics.containers import build, group, has_group
 from pyro_dgm.diagnostics.khat import judge
 from tests.compat_cells import DATA, EVIDENCE, conjugate, exact_guide

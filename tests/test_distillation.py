@@ -1,4 +1,4 @@
-"""A generator's first arrangement by a continuous flow: every mode, the law given a context, a short latent, any base."""
+"""A generator distilled from a continuous flow: every mode, the distribution given a context, a short latent, any base."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import nn
 
 import pyro_dgm as dgm
 from pyro_dgm.core.data import first_rows
-from pyro_dgm.objectives.distillation import arrange
+from pyro_dgm.objectives.distillation import distil
 
 
 def endless(*tensors, size=500):
@@ -18,8 +18,8 @@ def endless(*tensors, size=500):
         yield from zip(*(t[order].split(size) for t in tensors), strict=True)
 
 
-def test_arranged_draws_cover_every_mode():
-    """Planted faults: no arrangement (two modes at most); time that runs backwards in the flow's loss (share below .3)."""
+def test_distilled_draws_cover_every_mode():
+    """Planted faults: no distillation (two modes at most); time that runs backwards in the flow's loss (share below .3)."""
     torch.manual_seed(0)
     angle = torch.arange(8) * math.pi / 4
     centres = 2.0 * torch.stack([angle.cos(), angle.sin()], -1)
@@ -32,21 +32,21 @@ def test_arranged_draws_cover_every_mode():
 
 
 @pytest.mark.slow
-def test_images_are_arranged_by_a_wide_flow_of_all_pixels():
+def test_images_are_distilled_from_a_wide_flow_of_all_pixels():
     """Coverage of held-out digits .64. Planted faults: a flow of width 64 (.38), the first 32 principal components (.52)."""
     torch.manual_seed(0)
     x = torch.tensor(pytest.importorskip("sklearn.datasets").load_digits().images).float()
     x = dgm.Dequantize(17)(x, torch.Generator().manual_seed(0))[torch.randperm(1797)]
     generator = dgm.Generator((8, 8)).standardize(x[:1297])
-    arrange(generator, endless(x[:1297], size=128), 1000)
+    distil(generator, endless(x[:1297], size=128), 1000)
     near = dgm.evaluate.precision_recall_density_coverage(x[1297:], generator().sample((500,)))
     assert near.coverage.value > 0.58
 
 
 @pytest.mark.filterwarnings("ignore:fit. at step")
 @pytest.mark.parametrize("pretrain, share", [(2, 0.01), (0, 1.0)])
-def test_an_arranged_generator_moves_slowly(pretrain, share):
-    """Adam's first step is the rate itself. Planted fault: a tenth of the critic's rate (it blurs arranged digits)."""
+def test_a_distilled_generator_moves_slowly(pretrain, share):
+    """Adam's first step is the rate itself. Planted fault: a tenth of the critic's rate (it blurs distilled digits)."""
     torch.manual_seed(0)
     gan = dgm.Adversarial(dgm.Generator(2, 8), dgm.Critic(2, 8), pretrain=pretrain, ema=0.0)
     gan.pretrain(endless(x := torch.randn(500, 2)))
@@ -81,9 +81,7 @@ def test_images_take_fewer_steps_of_wider_networks(event, flow, latents, width):
 def test_few_rows_are_not_learned_by_heart(monkeypatch, rows, size, given, expected):
     """Planted faults: rows counted with their repetitions (8,000 for 1,000 rows); a cap on steps that were asked for."""
     taken = []
-    monkeypatch.setattr(
-        "pyro_dgm.objectives.adversarial.arrange", lambda generator, batches, steps: taken.append(steps)
-    )
+    monkeypatch.setattr("pyro_dgm.objectives.adversarial.distil", lambda generator, batches, steps: taken.append(steps))
     gan = dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), pretrain=given)
     gan.pretrain(endless(torch.randn(rows, 2), size=size))
     assert taken == [expected]
@@ -100,13 +98,13 @@ def test_a_trained_pair_is_left_as_it_is():
         dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), pretrain=-1)
 
 
-def test_draws_are_arranged_given_their_contexts():
+def test_draws_are_distilled_given_their_contexts():
     """x = c + small noise. Planted fault: contexts of other rows beside the flow's ends."""
     torch.manual_seed(0)
     c = 3.0 + 2.0 * torch.randn(3000, 1)
     x = c + 0.2 * torch.randn(3000, 1)
     generator = dgm.Generator(1, 64, context_features=1).standardize(x)
-    arrange(generator, endless(x, c), 400)
+    distil(generator, endless(x, c), 400)
     error = generator(c).sample() - c
     assert float(error.abs().mean()) < 0.5  # 1.6 for draws that do not know c
 
@@ -118,7 +116,7 @@ def test_what_a_short_latent_cannot_carry_becomes_noise():
     x = torch.randn(6000, 2) @ torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0, 1.0]])
     x = x + own * torch.randn(6000, 5)
     generator = dgm.Generator(5, base=2).standardize(x)
-    arrange(generator, endless(x), 500)
+    distil(generator, endless(x), 500)
     assert (generator().sample((20_000,)).T.cov() - x.T.cov()).abs().max() < 0.2
     assert 2.0 < (generator.sigma[3] / generator.sigma[0]).item()
 
@@ -133,15 +131,15 @@ def test_what_a_short_latent_cannot_carry_becomes_noise():
     ],
     ids=["uniform latent, longer than x", "event of two dimensions", "bounded network", "fixed noise"],
 )
-def test_any_generator_is_arranged(generator):
-    """Planted fault: the flow starts from a normal whatever the latent's law (the uniform latent then misses)."""
+def test_any_generator_is_distilled(generator):
+    """Planted fault: the flow starts from a normal whatever the latent is (the uniform latent then misses)."""
     torch.manual_seed(0)
     x = torch.where(torch.rand(3000, 1) < 0.5, -0.7, 0.7) + 0.1 * torch.randn(3000, 2)
     x = x.clamp(-1.0, 1.0)
     made = generator()
     rows = x.reshape(-1, *made.event_shape)
     made.standardize(rows)
-    arrange(made, endless(rows), 400)
+    distil(made, endless(rows), 400)
     draws = made().sample((2000,)).reshape(-1, 2)
     assert ((draws.abs() - 0.7).norm(dim=-1) < 0.5).float().mean() > 0.8
     assert 0.4 < float((draws[:, 0] > 0).float().mean()) < 0.6
@@ -153,7 +151,7 @@ def test_data_given_whole_are_taken_in_part(monkeypatch):
     flow = type(dgm.FFJORD(2))
     own = flow.velocity
     monkeypatch.setattr(flow, "velocity", lambda self, t, u, c=None: (seen.append(len(u)), own(self, t, u, c))[1])
-    arrange(dgm.Generator(2, 8), iter([(torch.randn(3000, 2),)] * 30), 3)
+    distil(dgm.Generator(2, 8), iter([(torch.randn(3000, 2),)] * 30), 3)
     assert seen == [512] * 3
 
 

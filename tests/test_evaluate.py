@@ -346,7 +346,7 @@ def test_density_and_coverage_have_their_expectations_where_nothing_is_wrong():
 
 
 def test_a_missing_mode_costs_diversity_and_noise_costs_fidelity():
-    """Planted faults: half of the law left out (recall and coverage halve); a third of the draws astray (precision)."""
+    """Planted faults: half of the points left out (recall and coverage halve); a third of the draws astray (precision)."""
     data = torch.cat([torch.randn(300, 2) - 5, torch.randn(300, 2) + 5])
     half = evaluate.precision_recall_density_coverage(data, torch.randn(600, 2) - 5)
     assert near(half.recall, 0.5) and half.precision.value > 0.9 and half.coverage.value < 0.55

@@ -31,7 +31,7 @@ class Linear(nn.Module):
 
 
 def linear_generator(noise=0.5):
-    """A generator with the exact law N(mu + s b, s (A A^T + noise^2 I) s); its units are not the identity."""
+    """A generator with the exact distribution N(mu + s b, s (A A^T + noise^2 I) s); its units are not the identity."""
     generator = dgm.Generator(3, Linear(), base=2, noise=noise)
     generator.standard.loc.copy_(torch.tensor([1.0, -2.0, 0.5]))
     generator.standard.scale.copy_(torch.tensor([2.0, 0.5, 1.0]))
@@ -584,7 +584,7 @@ class Collapsed(nn.Module):
 
 
 def test_collapse_is_warned_of_once_and_a_good_generator_is_not():
-    """The law is N(0, I): a spread of 0.05 is a collapse, a spread of 1 is right."""
+    """The distribution is N(0, I): a spread of 0.05 is a collapse, a spread of 1 is right."""
     x = torch.randn(600, 2)
     for spread, expected in ((0.05, 1), (1.0, 0)):
         generator = dgm.Generator(2, Collapsed(spread), base=2, noise=0.0)
@@ -630,7 +630,7 @@ def test_ais_of_a_linear_generator_brackets_the_exact_evidence():
 
 
 def test_evaluate_takes_draws_of_a_generator():
-    """Draws of the exact law against fresh ones: no score tells them apart; against a wrong one C2ST does."""
+    """Draws of the exact distribution against fresh ones: no score tells them apart; against a wrong one C2ST does."""
     generator, exact = linear_generator()
     x, draws = exact.sample((1_500,)), generator().sample((1_500,))
     assert dgm.evaluate.c2st(x, draws, seed=0).p_value > 1e-3

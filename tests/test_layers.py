@@ -26,7 +26,7 @@ ROOMS = [
     "diagnostics",
 ]
 # Imported inside functions only: they are slow, or optional.
-LAZY = {"arviz", "arviz_base", "arviz_stats", "matplotlib", "sklearn", "lightning", "torchdiffeq"}
+LAZY = {"arviz", "arviz_base", "arviz_stats", "matplotlib", "sklearn", "torchdiffeq"}
 
 
 def imported(tree):
@@ -66,6 +66,12 @@ def test_files_and_functions_stay_short(path):
         if isinstance(node, ast.FunctionDef):
             doc = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
             assert node.end_lineno - node.lineno + 1 - doc <= 60, node.name
+
+
+def test_no_two_classes_share_a_name():
+    trees = [ast.parse(p.read_text()) for p in FILES]
+    names = [node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert {k for k in names if names.count(k) > 1} == set()
 
 
 @pytest.mark.parametrize(

@@ -315,7 +315,7 @@ def test_a2_version_dispatch():
     """0.x reads a call of 1.x in silence, as one variable "posterior"; build asks the version, and refuses the other's kind."""
     import arviz as az
 
-    from pyro_dgm.core.psis import arviz_major
+    from pyro_dgm.core.weights import arviz_major
 
     misread = az.from_dict({"posterior": {"z": np.zeros((1, 5))}}) if arviz_major() == 0 else None
     assert misread is None or "z" not in misread.posterior

@@ -9,7 +9,7 @@ import torch
 
 import pyro_dgm as dgm
 from pyro_dgm.guides.amortized.family import MixtureChain
-from pyro_dgm.guides.amortized.mixtures import Mixture
+from pyro_dgm.guides.amortized.mixtures import NormalMixture
 
 CASES = {  # log weights, places, log scales, ends
     "inside": ([0.0, 1.0], [-0.5, 0.6], [-1.5, -0.5], (-1.0, 1.0)),
@@ -29,16 +29,16 @@ def mixture(case, dtype=torch.float64):
 def test_a_mixture_has_mass_one_on_its_interval_and_draws_of_its_own_cdf(case):
     """Planted fault: the mass of the components without their weights is 0.8 to 1.9 times too much."""
     numbers, interval = mixture(case)
-    q = Mixture(*numbers, interval)
+    q = NormalMixture(*numbers, interval)
     high = min(float(interval[1]), 12.0)
     edges = torch.linspace(float(interval[0]), high, 20_001, dtype=torch.float64)
     middle = 0.5 * (edges[1:] + edges[:-1])
     with torch.no_grad():
-        density = Mixture(*numbers, interval).log_prob(middle).exp()
+        density = NormalMixture(*numbers, interval).log_prob(middle).exp()
         assert abs(float(density.sum() * (edges[1] - edges[0])) - 1.0) < 1e-4
         assert (q.log_prob(torch.tensor([interval[0] - 0.1, interval[1] + 0.1])) == -torch.inf).all()
         torch.manual_seed(0)
-        x = Mixture(*(n.expand(4000, 2) for n in numbers), interval).rsample()
+        x = NormalMixture(*(n.expand(4000, 2) for n in numbers), interval).rsample()
         assert ((x >= interval[0]) & (x <= interval[1])).all()
         u = q.cdf(x).sort().values
         gap = (u - torch.arange(4000) / 4000).abs().max()
@@ -51,10 +51,10 @@ def test_draws_have_the_gradient_of_their_mean(case):
     numbers, interval = mixture(case)
     edges = torch.linspace(float(interval[0]), min(float(interval[1]), 12.0), 20_001, dtype=torch.float64)
     middle = 0.5 * (edges[1:] + edges[:-1])
-    mean = (Mixture(*numbers, interval).log_prob(middle).exp() * middle).sum() * (edges[1] - edges[0])
+    mean = (NormalMixture(*numbers, interval).log_prob(middle).exp() * middle).sum() * (edges[1] - edges[0])
     exact = torch.autograd.grad(mean, numbers)
     torch.manual_seed(0)
-    x = Mixture(*(n.expand(100_000, 2) for n in numbers), interval).rsample()
+    x = NormalMixture(*(n.expand(100_000, 2) for n in numbers), interval).rsample()
     for found, wanted in zip(torch.autograd.grad(x.mean(), numbers), exact, strict=True):
         assert torch.allclose(found, wanted, atol=0.01), (found, wanted)
 
@@ -63,7 +63,7 @@ def test_draws_have_the_gradient_of_their_mean(case):
 def test_the_mass_of_a_component_thousands_of_sds_outside_has_a_gradient(loc):
     """It is nearly the distance. Planted fault: torch's own log_ndtr, off by 4 % at 1e3 and then NaN, which ended trainings."""
     place = torch.tensor([loc], requires_grad=True)
-    q = Mixture(torch.zeros(1), place, torch.zeros(1), (torch.tensor(-1.0), torch.tensor(1.0)))
+    q = NormalMixture(torch.zeros(1), place, torch.zeros(1), (torch.tensor(-1.0), torch.tensor(1.0)))
     (gradient,) = torch.autograd.grad(q.log_mass.sum(), place)
     assert abs(float(gradient) / (1.0 - loc) - 1.0) < 2e-3
 

@@ -1,4 +1,4 @@
-"""Simulations against their law, whatever runs them: together, one by one, in processes, on disk, after a kill."""
+"""Simulations against their distribution, however they run: together, one by one, in processes, on disk, after a kill."""
 
 import multiprocessing
 import os

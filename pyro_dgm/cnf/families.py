@@ -30,8 +30,8 @@ __all__ = ["FFJORD", "ContinuousFlow", "OTFlow"]
 _EVERY = 20  # changes of the parameters between two looks at the number of steps
 _WATCHED = 128  # points on which they are compared
 _WHILE_TRAINING = 1e-2  # nats between n and 2n steps, on average
-# After training, for 95 % of points: the first as far as a number of steps allows, the second whatever it takes.
-_SETTLED = ((1e-4, 25), (1e-3, MOST))
+# After training, for 95 % of points: errors (nats) and the most steps spent on each.
+_FINISHED = ((1e-4, 25), (1e-3, MOST))
 
 
 class ContinuousFlow(NormalizingFlow):
@@ -182,7 +182,7 @@ class ContinuousFlow(NormalizingFlow):
                 scores.append(ladj - 0.5 * z.square().sum(-1))
         return (scores[0] - scores[1]).abs()
 
-    def settle(self, *args: object, **kwargs: object) -> None:
+    def finish(self, *args: object, **kwargs: object) -> None:
         """After training, take as many steps as the densities of the last watched points ask for.
 
         They are to agree with twice the steps to 1e-4 nats for 95 % of the points, in at most 25 steps (100 evaluations);
@@ -191,7 +191,7 @@ class ContinuousFlow(NormalizingFlow):
         """
         if "_looked" not in self.__dict__:
             return
-        for target, most in _SETTLED:
+        for target, most in _FINISHED:
             for _ in range(8):
                 before, error = int(self.solver.steps), self._watched_error()
                 if most < MOST or error > target:

@@ -3,7 +3,7 @@
 from pyro_dgm.core.data import Dequantize, Standardize
 from pyro_dgm.core.distribution import ImplicitDistribution, LearnedDistribution, NoDensityError, frozen
 from pyro_dgm.core.module import DistributionModule, compose
-from pyro_dgm.core.networks import MLP, ConvDecoder, ConvEncoder, joined
+from pyro_dgm.core.networks import MLP, ConvDecoder, ConvEncoder, broadcast_cat
 from pyro_dgm.core.ratio import DensityRatio
 from pyro_dgm.core.upstream import zuko
 
@@ -20,6 +20,6 @@ __all__ = [
     "Standardize",
     "compose",
     "frozen",
-    "joined",
+    "broadcast_cat",
     "zuko",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["device_of", "moved"]
+__all__ = ["device_of", "to_device"]
 
 
 def device_of(module: nn.Module) -> torch.device | None:
@@ -17,10 +17,10 @@ def device_of(module: nn.Module) -> torch.device | None:
     return None if tensor is None else tensor.device
 
 
-def moved(data: Any, device: torch.device | None) -> Any:
+def to_device(data: Any, device: torch.device | None) -> Any:
     """All tensors of a tuple, list or mapping on the device; anything else as it is."""
     if isinstance(data, Tensor):
         return data if device is None else data.to(device)
     if isinstance(data, Mapping):
-        return {k: moved(v, device) for k, v in data.items()}
-    return type(data)(moved(v, device) for v in data) if type(data) in (tuple, list) else data
+        return {k: to_device(v, device) for k, v in data.items()}
+    return type(data)(to_device(v, device) for v in data) if type(data) in (tuple, list) else data

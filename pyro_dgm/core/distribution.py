@@ -295,7 +295,7 @@ class NoDensityError(ValueError, NotImplementedError):
 
 
 class ImplicitDistribution(TorchDistribution):
-    r"""The law of :math:`x = G(z),\ z \sim p(z)`: it can be sampled, and has no density.
+    r"""The distribution of :math:`x = G(z),\ z \sim p(z)`: it can be sampled, and has no density.
 
     Args:
         push: the map :math:`G` from a base draw, shape ``(*sample, *batch, *base_event)``, to ``(..., *event_shape)``.

@@ -3,22 +3,23 @@ r"""The contract of a family: a module that turns a context into a distribution,
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, ValuesView
+from collections.abc import Iterable, Iterator, Mapping, ValuesView
 from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter
 from typing import Any
 
+import torch
 from pyro.nn import PyroModule
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to, constraints
 from torch.distributions.transforms import IndependentTransform, ReshapeTransform
 
 from pyro_dgm.core.distribution import LearnedDistribution
-from pyro_dgm.core.shapes import as_shape, check_built, check_context
-from pyro_dgm.core.upstream import PyroABCMeta, zuko
+from pyro_dgm.core.shapes import as_shape, check_built, check_context, of_entries
+from pyro_dgm.core.upstream import PyroABCMeta, drop_weak_references, zuko
 
-__all__ = ["DistributionModule", "compose", "whole_event"]
+__all__ = ["DistributionModule", "compose", "resize_to_saved", "whole_event"]
 
 
 class DistributionModule(nn.Module, metaclass=PyroABCMeta):
@@ -163,8 +164,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
             yield
 
     def __getstate__(self) -> dict[str, Any]:
-        for parameter in self.parameters():  # pyro.module leaves a weak reference that cannot be pickled (pyro#3201)
-            parameter.__dict__.pop("unconstrained", None)
+        drop_weak_references(self)
         return {k: v for k, v in self.__dict__.items() if k != "_holders"}
 
 
@@ -201,6 +201,14 @@ def _event_support(name: str, support: constraints.Constraint | None, event_shap
     return constraints.independent(support, missing) if missing else support
 
 
+def resize_to_saved(module: nn.Module, names: Iterable[str], state: Mapping[str, Any], prefix: str) -> None:
+    """Give buffers the number of rows that they have in a saved state, before ``load_state_dict`` compares shapes."""
+    for name in names:
+        saved, own = state.get(prefix + name), getattr(module, name)
+        if saved is not None and saved.shape[1:] == own.shape[1:]:
+            setattr(module, name, torch.empty_like(saved).to(own))
+
+
 def whole_event(transform: Transform, event_dim: int) -> Transform:
     """The transform with one log-determinant for the whole event, where it had one for each entry."""
     missing = event_dim - transform.domain.event_dim
@@ -211,7 +219,5 @@ def _flattened(support: constraints.Constraint, built_dim: int, event_dim: int) 
     """The same constraint on an event of another number of dimensions (a flat vector seen as an image, say)."""
     if built_dim == event_dim:
         return support
-    base = support
-    while isinstance(base, constraints.independent):
-        base = base.base_constraint
+    base = of_entries(support)
     return constraints.independent(base, event_dim) if event_dim else base

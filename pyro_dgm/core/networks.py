@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.core.upstream import zuko
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "joined"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "broadcast_cat"]
 
 
 class MLP(nn.Sequential):
@@ -101,10 +101,10 @@ def _checked_image(shape: Sequence[int]) -> tuple[int, int, int]:
     return (shape[0], shape[1], shape[2])
 
 
-def joined(*parts: Tensor | None) -> Tensor:
+def broadcast_cat(*parts: Tensor | None) -> Tensor:
     """The parts side by side in the last dimension, their batch dimensions broadcast; None is left out.
 
-    >>> joined(torch.zeros(4, 1, 2), torch.ones(3, 5), None).shape
+    >>> broadcast_cat(torch.zeros(4, 1, 2), torch.ones(3, 5), None).shape
     torch.Size([4, 3, 7])
     """
     given = [p for p in parts if p is not None]

@@ -14,7 +14,7 @@ __all__ = ["fork_rng", "put_random_states", "random_states", "seed_everywhere", 
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """What is drawn here comes from the seed, and the stream goes on as before; None draws from the stream.
+    """Draws inside come from the seed and do not advance the global random state; with None they do.
 
     Example:
         >>> with seeded(0):
@@ -33,7 +33,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def fork_rng(seed: int | None = None) -> Iterator[None]:
-    """What is drawn here takes nothing from the stream; it comes from the seed, where there is one."""
+    """Draws inside do not advance the global random state; they come from the seed, where there is one."""
     before = random_states()
     try:
         if seed is not None:

@@ -21,10 +21,10 @@ from torch.nn.functional import softplus
 
 from pyro_dgm.core.data import Standardize
 from pyro_dgm.core.distribution import frozen
-from pyro_dgm.core.networks import MLP, joined
+from pyro_dgm.core.networks import MLP, broadcast_cat
 from pyro_dgm.core.shapes import as_shape, check_value_shape
 
-__all__ = ["Calibration", "DensityRatio", "calibration", "learn_ratio", "logistic_loss"]
+__all__ = ["RatioCheck", "DensityRatio", "calibration", "learn_ratio", "logistic_loss"]
 
 
 def logistic_loss(of_p: Tensor, of_r: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def logistic_loss(of_p: Tensor, of_r: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class RatioCheck:
     r"""Whether a learned log ratio is one, from draws of the reference r alone.
 
     Attributes:
@@ -69,12 +69,12 @@ class Calibration:
         )
 
 
-def calibration(log_ratio: Tensor) -> Calibration:
+def calibration(log_ratio: Tensor) -> RatioCheck:
     """The check of a log ratio, from its values at draws of the reference."""
     n, ratio = log_ratio.numel(), log_ratio.detach().double().reshape(-1).exp()
     total, squares = float(ratio.sum()), float(ratio.square().sum())
     ess = total**2 / squares if squares > 0 and math.isfinite(squares) else 0.0
-    return Calibration(total / n, float(ratio.std()) / math.sqrt(n), ess, n)
+    return RatioCheck(total / n, float(ratio.std()) / math.sqrt(n), ess, n)
 
 
 class DensityRatio(nn.Module):
@@ -143,16 +143,16 @@ class DensityRatio(nn.Module):
                 f"{self.context_features}. Build it with DensityRatio(..., context_features=...)."
             )
         rows = x.reshape(*x.shape[: x.dim() - len(self.event_shape)], -1)
-        return joined(rows, context)
+        return broadcast_cat(rows, context)
 
     @torch.no_grad()
-    def check(self, x: Tensor, context: Tensor | None = None) -> Calibration:
+    def check(self, x: Tensor, context: Tensor | None = None) -> RatioCheck:
         """Mean of exp(T) and effective number of draws ``x`` of the *reference* r, made after training."""
         return calibration(self(x, context))
 
     @torch.no_grad()
     def calibrate(self, of_p: Tensor, of_r: Tensor) -> None:
-        """Fit slope and offset of the logit to held-out logits of both laws (Platt scaling), by Newton's method."""
+        """Fit slope and offset of the logit to held-out logits of both samples (Platt scaling), by Newton's method."""
         logit = torch.cat([of_p, of_r]).double()
         label = torch.cat([torch.ones_like(of_p), torch.zeros_like(of_r)]).double()
         weight = torch.cat([torch.full_like(of_p, 1 / len(of_p)), torch.full_like(of_r, 1 / len(of_r))]).double()
@@ -181,8 +181,8 @@ def learn_ratio(
     max_steps: int = 2000,
     batch_size: int = 512,
     lr: float = 2e-3,
-) -> tuple[DensityRatio, Calibration]:
-    r"""A fresh log ratio of two laws from their draws, calibrated on rows that did not train it, and its check.
+) -> tuple[DensityRatio, RatioCheck]:
+    r"""A fresh log ratio of two distributions from their draws, calibrated on rows that did not train it, and its check.
 
     A fifth of the rows stops the training (best held-out loss), and then sets slope and offset; a third part of the
     reference's draws, seen by neither, gives the check.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Size, Tensor
@@ -12,7 +12,15 @@ from torch.distributions import constraints
 if TYPE_CHECKING:
     from pyro_dgm.core.module import DistributionModule
 
-__all__ = ["as_shape", "broadcast_batch", "check_built", "check_context", "check_support", "check_value_shape"]
+__all__ = [
+    "as_shape",
+    "broadcast_batch",
+    "check_built",
+    "check_context",
+    "check_support",
+    "check_value_shape",
+    "of_entries",
+]
 
 
 def as_shape(shape: int | Iterable[int]) -> Size:
@@ -97,6 +105,15 @@ def check_support(name: str, value: Tensor, support: constraints.Constraint) -> 
 
 
 def _is_real(support: constraints.Constraint) -> bool:
+    return of_entries(support) is constraints.real
+
+
+def of_entries(support: Any) -> Any:
+    """The constraint on single entries, of one on whole events.
+
+    >>> of_entries(constraints.real_vector)
+    Real()
+    """
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return support is constraints.real
+    return support

@@ -1,4 +1,4 @@
-"""What a module may offer to training, beyond being an objective. Offers are made by having the method."""
+"""Optional hooks that ``fit`` calls where a module defines them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "Pretrainable",
     "Recipe",
     "Recommending",
-    "Settling",
+    "Finishing",
     "Standardizable",
     "Startable",
     "Transporting",
@@ -97,10 +97,10 @@ class Convergent(Protocol):
 
 
 @runtime_checkable
-class Settling(Protocol):
+class Finishing(Protocol):
     """A module with something to set that no gradient reaches, once training has ended."""
 
-    def settle(self, *args: Any, **kwargs: Any) -> None:
+    def finish(self, *args: Any, **kwargs: Any) -> None:
         """Set it; the parameters stay as they are."""
 
 

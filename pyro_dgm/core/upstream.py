@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["PyroABCMeta", "zuko"]
+__all__ = ["PyroABCMeta", "drop_weak_references", "zuko"]
 
 
 @contextmanager
@@ -131,6 +131,12 @@ def _mixture_bijection(constraint: Any) -> Transform:
 _of_mixtures = getattr(constraints, "MixtureSameFamilyConstraint", None)  # torch >= 2.6
 if _of_mixtures is not None:
     biject_to.register(_of_mixtures, _mixture_bijection)
+
+
+def drop_weak_references(module: torch.nn.Module) -> None:
+    """Before pickling: ``pyro.module`` leaves a weak reference on each parameter that cannot be pickled (pyro#3201)."""
+    for parameter in module.parameters():
+        parameter.__dict__.pop("unconstrained", None)
 
 
 def _count_fused_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

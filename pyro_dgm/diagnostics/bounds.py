@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_dgm.core.psis import psis
+from pyro_dgm.core.weights import log_mean, psis
 from pyro_dgm.diagnostics.containers import group
 
 __all__ = ["ErrorBounds", "error_bounds"]
@@ -86,7 +86,7 @@ def error_bounds(idata: Any) -> ErrorBounds:
 
 def _cubo(lw: np.ndarray) -> float:
     """Half the log of the mean squared weight: an upper bound on the log evidence, in nats."""
-    return float(0.5 * (np.logaddexp.reduce(2.0 * lw) - np.log(len(lw))))
+    return 0.5 * float(log_mean(2.0 * lw))
 
 
 def _verdict(d2: float) -> str:

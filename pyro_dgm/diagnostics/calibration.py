@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_dgm.core.psis import arviz_major
+from pyro_dgm.core.weights import arviz_major
 from pyro_dgm.diagnostics.containers import build
 from pyro_dgm.diagnostics.posteriors import Experiment, experiment
 from pyro_dgm.model.program import Model

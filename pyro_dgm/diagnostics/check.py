@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_dgm.core.psis import psis
+from pyro_dgm.core.weights import psis
 from pyro_dgm.diagnostics.containers import group, group_attrs, has_group
 from pyro_dgm.diagnostics.khat import KHat, khat
 from pyro_dgm.diagnostics.loo import loo

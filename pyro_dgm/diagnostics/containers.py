@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from pyro_dgm.core.psis import arviz_major
+from pyro_dgm.core.weights import arviz_major
 
-__all__ = ["build", "coords_of", "extended", "group", "group_attrs", "has_group", "picked"]
+__all__ = ["DATA_GROUPS", "Arrays", "build", "coords_of", "extended", "group", "group_attrs", "has_group", "picked"]
 
-Groups = dict[str, dict[str, np.ndarray]]
+Arrays = dict[str, dict[str, np.ndarray]]
+DATA_GROUPS = ("observed_data", "constant_data", "predictions_constant_data")
 
-_DATA_GROUPS = ("observed_data", "constant_data", "predictions_constant_data")
 
-
-def build(groups: Groups, dims: dict[str, list[str]], coords: dict[str, Any], attrs: dict[str, dict[str, Any]],
+def build(groups: Arrays, dims: dict[str, list[str]], coords: dict[str, Any], attrs: dict[str, dict[str, Any]],
           container: str = "auto") -> Any:  # fmt: skip
     """An ``InferenceData`` (0.x), a ``DataTree`` (1.x) or, with ``container="dict"``, plain dictionaries.
 
@@ -36,14 +35,14 @@ def build(groups: Groups, dims: dict[str, list[str]], coords: dict[str, Any], at
     return _tree(groups, dims, coords, attrs) if major else _inference_data(groups, dims, coords, attrs)
 
 
-def _inference_data(groups: Groups, dims: Any, coords: Any, attrs: dict[str, dict[str, Any]]) -> Any:
+def _inference_data(groups: Arrays, dims: Any, coords: Any, attrs: dict[str, dict[str, Any]]) -> Any:
     import arviz as az
 
     data = {g: _dataset_of(g, v, dims, coords, attrs.get(g)) for g, v in groups.items() if v}
     return az.InferenceData(attrs=attrs.get("/", {}), **data)
 
 
-def _tree(groups: Groups, dims: Any, coords: Any, attrs: dict[str, dict[str, Any]]) -> Any:
+def _tree(groups: Arrays, dims: Any, coords: Any, attrs: dict[str, dict[str, Any]]) -> Any:
     from xarray import DataTree
 
     tree = DataTree.from_dict({g: _dataset_of(g, v, dims, coords, attrs.get(g)) for g, v in groups.items() if v})
@@ -59,15 +58,15 @@ def _dataset_of(name: str, values: dict[str, np.ndarray], dims: dict[str, list[s
         import arviz as az
 
         return az.dict_to_dataset(
-            values, dims=known, coords=coords, attrs=attrs, default_dims=[] if name in _DATA_GROUPS else None
+            values, dims=known, coords=coords, attrs=attrs, default_dims=[] if name in DATA_GROUPS else None
         )
     import arviz_base
 
-    sample_dims = [] if name in _DATA_GROUPS else ["chain", "draw"]
+    sample_dims = [] if name in DATA_GROUPS else ["chain", "draw"]
     return arviz_base.dict_to_dataset(values, dims=known, coords=coords, attrs=attrs, sample_dims=sample_dims)
 
 
-def extended(container: Any, groups: Groups, dims: dict[str, list[str]], coords: dict[str, Any]) -> Any:
+def extended(container: Any, groups: Arrays, dims: dict[str, list[str]], coords: dict[str, Any]) -> Any:
     """The container with more groups, changed in place; a group of the same name is replaced."""
     if isinstance(container, dict):
         container["groups"] |= groups

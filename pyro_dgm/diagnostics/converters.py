@@ -13,13 +13,13 @@ from pyro_dgm.core.random import seeded
 from pyro_dgm.diagnostics.containers import coords_of, extended, group
 from pyro_dgm.diagnostics.export import safe, site_dims
 from pyro_dgm.diagnostics.groups import (
-    Product,
-    Wanted,
+    Groups,
+    Options,
+    groups_of,
     log_likelihoods,
     log_priors,
     predictions_of,
     predictive,
-    product,
 )
 from pyro_dgm.diagnostics.khat import judge
 from pyro_dgm.model.program import Model, Program
@@ -93,12 +93,12 @@ def from_pyro_mcmc(
         args, model_kwargs = tuple(mcmc._args or ()), dict(mcmc._kwargs or {})
     samples = mcmc.get_samples(group_by_chain=True)
     chains, draws = next(iter(samples.values())).shape[:2]
-    wanted = Wanted(log_likelihood, log_prior, posterior_predictive, prior, predictions, constant_data, None, coords, dims,
+    options = Options(log_likelihood, log_prior, posterior_predictive, prior, predictions, constant_data, None, coords, dims,
                     extra_event_dims, batch_size, container)  # fmt: skip
     flat = {k: v.reshape(chains * draws, *v.shape[2:]) for k, v in samples.items()}
     stats = {"diverging": _diverging(mcmc, chains, draws)}
     attrs = {"kernel": type(mcmc.kernel).__name__}
-    return _converted(model, flat, args, model_kwargs or {}, wanted, stats, attrs, chains, "mcmc", parallel, seed)
+    return _converted(model, flat, args, model_kwargs or {}, options, stats, attrs, chains, "mcmc", parallel, seed)
 
 
 def _diverging(mcmc: Any, chains: int, draws: int) -> np.ndarray:
@@ -159,7 +159,7 @@ def from_posterior_samples(
     """
     flat = {k: torch.as_tensor(v) for k, v in samples.items()}
     n = _number(flat, num_chains)
-    wanted = Wanted(log_likelihood, log_prior, posterior_predictive, prior, predictions, constant_data, sites, coords, dims,
+    options = Options(log_likelihood, log_prior, posterior_predictive, prior, predictions, constant_data, sites, coords, dims,
                     extra_event_dims, batch_size, container)  # fmt: skip
     stats = {}
     if log_q is not None:
@@ -169,7 +169,7 @@ def from_posterior_samples(
                 f"from_posterior_samples: log_q has shape {stats['log_q'].shape}, expected ({n},), one per draw."
             )
     method = "samples" if log_q is None else "importance"
-    return _converted(model, flat, args, model_kwargs or {}, wanted, stats, {}, num_chains, method, parallel, seed)
+    return _converted(model, flat, args, model_kwargs or {}, options, stats, {}, num_chains, method, parallel, seed)
 
 
 def _number(samples: Draws, chains: int) -> int:
@@ -183,18 +183,18 @@ def _number(samples: Draws, chains: int) -> int:
     return n
 
 
-def _converted(model: Model, samples: Draws, args: Any, kwargs: Any, wanted: Wanted, stats: dict[str, np.ndarray],
+def _converted(model: Model, samples: Draws, args: Any, kwargs: Any, options: Options, stats: dict[str, np.ndarray],
                attrs: dict[str, Any], chains: int, method: str, parallel: bool | str, seed: int | None) -> Any:  # fmt: skip
     n = len(next(iter(samples.values())))
     with seeded(seed):
         program = Program(model, None, args, kwargs, parallel, draws=samples)
         draws = {k: samples[k] for k in program.sites("latent")}
-        made = product(program, draws, n, wanted, program.scored(draws, n, wanted.batch_size))
+        made = groups_of(program, draws, n, options, program.scored(draws, n, options.batch_size))
     made.groups["sample_stats"] |= stats
     if "log_q" in stats and "lp" in made.groups["sample_stats"]:
         made.groups["sample_stats"]["log_weight"] = made.groups["sample_stats"]["lp"] - stats["log_q"]
         attrs = attrs | judge(made.groups["sample_stats"]["log_weight"]).attrs()
-    return made.container(program, wanted, attrs, chains, method)
+    return made.container(program, options, attrs, chains, method)
 
 
 def compute_log_likelihood(idata: Any, model: Model, *args: Any, model_kwargs: dict[str, Any] | None = None,
@@ -219,7 +219,7 @@ def compute_log_likelihood(idata: Any, model: Model, *args: Any, model_kwargs: d
         array([[-1.42, -1.42, -1.42, -1.42]])
     """
     program, draws, chains = _read(idata, model, args, model_kwargs or {}, parallel)
-    made = Product({})
+    made = Groups({})
     log_likelihoods(
         program, made, program.scored(draws, _count(draws), batch_size), program.observed(draws), coords_of(idata)
     )
@@ -238,7 +238,7 @@ def compute_log_prior(idata: Any, model: Model, *args: Any, model_kwargs: dict[s
         ValueError: if the posterior lacks latents of the model.
     """
     program, draws, chains = _read(idata, model, args, model_kwargs or {}, parallel)
-    made = Product({"log_prior": log_priors(program, program.scored(draws, _count(draws), batch_size))})
+    made = Groups({"log_prior": log_priors(program, program.scored(draws, _count(draws), batch_size))})
     return _added(idata, program, made, chains, extend)
 
 
@@ -266,7 +266,7 @@ def sample_posterior_predictive(idata: Any, model: Model, *args: Any, model_kwar
             program, made = predictions_of(model, draws, args, kwargs, sizes, batch_size)
         else:
             program, draws, chains = _read(idata, model, args, kwargs, parallel, also_discrete=True)
-            made = Product(predictive(program, draws, _count(draws), batch_size))
+            made = Groups(predictive(program, draws, _count(draws), batch_size))
     return _added(idata, program, made, chains, extend)
 
 
@@ -294,7 +294,7 @@ def _read(idata: Any, model: Model, args: Any, kwargs: Any, parallel: bool | str
     return program, {k: stored[k] for k in names if k in stored}, chains
 
 
-def _added(idata: Any, program: Program, made: Product, chains: int, extend: bool) -> Any:
+def _added(idata: Any, program: Program, made: Groups, chains: int, extend: bool) -> Any:
     plain = {g: v for g, v in made.groups.items() if g.endswith("constant_data")}
     split = {
         g: {safe(k): a.reshape(chains, -1, *a.shape[1:]) for k, a in v.items()}

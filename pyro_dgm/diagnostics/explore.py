@@ -1,8 +1,8 @@
 r"""What the weights cannot see: whether MCMC leaves the guide's draws where they are, and whether other modes exist.
 
 Short Hamiltonian chains start at draws of the guide, in the guide's own coordinates :math:`\theta = T(z)`. If q is the
-posterior, their law does not change. Apart from that, draws of the prior climb, and a valley of a nat between where they
-arrive and the guide's best draw is another mode.
+posterior, their distribution does not change. Apart from that, draws of the prior climb; where they arrive is another mode if
+a valley of a nat separates it from the guide's best draw.
 """
 
 from __future__ import annotations

@@ -8,20 +8,18 @@ from typing import Any
 import numpy as np
 import pyro
 
-from pyro_dgm.diagnostics.containers import build
+from pyro_dgm.diagnostics.containers import DATA_GROUPS, Arrays, build
 from pyro_dgm.model.program import Program
 from pyro_dgm.model.runs import Table
 from pyro_dgm.model.terms import Term
 
 __all__ = ["contained", "likelihoods", "safe", "site_dims"]
 
-Groups = dict[str, dict[str, np.ndarray]]
 _RESERVED = ("chain", "draw")
-DATA_GROUPS = ("observed_data", "constant_data", "predictions_constant_data")
 
 
 def contained(
-    program: Program, groups: Groups, dims: dict[str, list[str]] | None, coords: dict[str, Any] | None,
+    program: Program, groups: Arrays, dims: dict[str, list[str]] | None, coords: dict[str, Any] | None,
     attrs: dict[str, Any], container: str, chains: int = 1, method: str = "svi",
     event_dims: dict[str, list[str]] | None = None,
 ) -> Any:  # fmt: skip
@@ -59,7 +57,7 @@ def _plates(program: Program) -> set[str]:
     return {f.name for layout in program.runs.layouts.values() for f in layout.plates}
 
 
-def site_dims(program: Program, groups: Groups, event_dims: dict[str, list[str]]) -> dict[str, list[str]]:
+def site_dims(program: Program, groups: Arrays, event_dims: dict[str, list[str]]) -> dict[str, list[str]]:
     """Dimension names of all sites: plates, then ``event_dims``, then ArviZ's own numbering."""
     named = {}
     for name in {k for g in groups.values() for k in g} & set(program.runs.layouts):

@@ -13,29 +13,28 @@ import numpy as np
 from torch import Tensor
 
 from pyro_dgm.core.warn import warn_user
+from pyro_dgm.diagnostics.containers import Arrays
 from pyro_dgm.diagnostics.export import contained, likelihoods
 from pyro_dgm.model.handlers import Undrawn
 from pyro_dgm.model.program import Program
 from pyro_dgm.model.runs import Draws, Table
 
 __all__ = [
-    "Product",
-    "Wanted",
+    "Groups",
+    "Options",
     "attempted",
     "data_arrays",
     "log_likelihoods",
     "predictions_of",
     "predictive",
-    "product",
+    "groups_of",
     "say_lost",
 ]
 
-Groups = dict[str, dict[str, np.ndarray]]
-
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a container shall hold; the arguments of :func:`~pyro_dgm.from_svi` of the same names."""
+class Options:
+    """What a container holds; the arguments of :func:`~pyro_dgm.from_svi` of the same names."""
 
     log_likelihood: bool = True
     log_prior: bool = False
@@ -52,44 +51,44 @@ class Wanted:
 
 
 @dataclass
-class Product:
+class Groups:
     """Groups ``{group: {variable: (n, ...)}}`` with the dimension names and labels that plates do not give."""
 
-    groups: Groups
+    groups: Arrays
     dims: dict[str, list[str]] = field(default_factory=dict)
     coords: dict[str, Any] = field(default_factory=dict)
 
-    def container(self, program: Program, wanted: Wanted, attrs: dict[str, Any], chains: int, method: str) -> Any:
+    def container(self, program: Program, options: Options, attrs: dict[str, Any], chains: int, method: str) -> Any:
         """The container that was asked for."""
-        dims, coords = self.dims | (wanted.dims or {}), self.coords | (wanted.coords or {})
+        dims, coords = self.dims | (options.dims or {}), self.coords | (options.coords or {})
         return contained(
-            program, self.groups, dims, coords, attrs, wanted.container, chains, method, wanted.extra_event_dims
+            program, self.groups, dims, coords, attrs, options.container, chains, method, options.extra_event_dims
         )
 
 
-def product(program: Program, draws: Draws, n: int, wanted: Wanted, scored: Table) -> Product:
+def groups_of(program: Program, draws: Draws, n: int, options: Options, scored: Table) -> Groups:
     """All groups but what only the maker of the draws knows (log q, divergences)."""
-    names = _kept(program, wanted.sites)
-    replayed = program.completed(draws, n, names, wanted.batch_size)
-    made = Product({"posterior": {k: program.array(replayed, k) for k in names}, "sample_stats": {}})
+    names = _kept(program, options.sites)
+    replayed = program.completed(draws, n, names, options.batch_size)
+    made = Groups({"posterior": {k: program.array(replayed, k) for k in names}, "sample_stats": {}})
     observed = program.observed(draws)
     if program.has_density:
         made.groups["sample_stats"]["lp"] = scored.total(n).cpu().numpy()
-    if wanted.log_likelihood:
-        log_likelihoods(program, made, scored, observed, wanted.coords or {})
-    if wanted.log_prior:
+    if options.log_likelihood:
+        log_likelihoods(program, made, scored, observed, options.coords or {})
+    if options.log_prior:
         made.groups["log_prior"] = log_priors(program, scored)
-    if wanted.posterior_predictive:
+    if options.posterior_predictive:
         complete = draws | {k: replayed.values[k] for k in program.enumerable if k in replayed.values}
-        given = partial(predictive, program, complete, n, wanted.batch_size)
+        given = partial(predictive, program, complete, n, options.batch_size)
         made.groups |= attempted("posterior_predictive", given) or {}
-    if wanted.predictions is not None:
-        predicted = _predictions(program, draws, wanted)
+    if options.predictions is not None:
+        predicted = _predictions(program, draws, options)
         made.groups |= predicted.groups
         made.dims |= predicted.dims
-    made.groups |= _prior_groups(program, wanted.prior, names) | {"observed_data": observed}
-    if wanted.constant_data:
-        made.groups["constant_data"] = data_arrays(wanted.constant_data)
+    made.groups |= _prior_groups(program, options.prior, names) | {"observed_data": observed}
+    if options.constant_data:
+        made.groups["constant_data"] = data_arrays(options.constant_data)
     return made
 
 
@@ -103,7 +102,7 @@ def _kept(program: Program, sites: Sequence[str] | None) -> list[str]:
     return names if sites is None else [k for k in names if k in sites]
 
 
-def log_likelihoods(program: Program, made: Product, scored: Table, observed: Any, coords: dict[str, Any]) -> None:
+def log_likelihoods(program: Program, made: Groups, scored: Table, observed: Any, coords: dict[str, Any]) -> None:
     """Add the pointwise log-likelihood; say which data have none."""
     arrays, dims, labels = likelihoods(program, scored, observed, coords)
     known = {k for term in scored.terms.values() if term.likelihood is not None for k in term.observed}
@@ -159,7 +158,7 @@ def say_lost(groups: str, lost: dict[str, str]) -> None:
         )
 
 
-def predictive(program: Program, draws: Draws, n: int, batch_size: int | None) -> Groups:
+def predictive(program: Program, draws: Draws, n: int, batch_size: int | None) -> Arrays:
     """New data for posterior draws, of all sites that can be drawn."""
     redrawn = program.redrawn(draws, n, program.sites("observed"), batch_size)
     say_lost("posterior_predictive", redrawn.lost)
@@ -167,15 +166,15 @@ def predictive(program: Program, draws: Draws, n: int, batch_size: int | None) -
     return {"posterior_predictive": {k: program.array(redrawn, k) for k in known}} if known else {}
 
 
-def _predictions(program: Program, draws: Draws, wanted: Wanted) -> Product:
-    args, kwargs = _arguments(wanted.predictions)
+def _predictions(program: Program, draws: Draws, options: Options) -> Groups:
+    args, kwargs = _arguments(options.predictions)
     sizes = {f.name: f.size for layout in program.runs.layouts.values() for f in layout.plates}
-    make = partial(predictions_of, program.model, draws, args, kwargs, sizes, wanted.batch_size)
+    make = partial(predictions_of, program.model, draws, args, kwargs, sizes, options.batch_size)
     made = attempted("predictions", make)
-    return Product({}) if made is None else made[1]
+    return Groups({}) if made is None else made[1]
 
 
-def _prior_groups(program: Program, n: int, names: list[str]) -> Groups:
+def _prior_groups(program: Program, n: int, names: list[str]) -> Arrays:
     if not n:
         return {}
     data = program.sites("observed")
@@ -195,7 +194,7 @@ def _prior_groups(program: Program, n: int, names: list[str]) -> Groups:
 
 
 def predictions_of(model: Any, draws: Draws, args: Any, kwargs: Any, sizes: dict[str, int],
-                   batch_size: int | None) -> tuple[Program, Product]:  # fmt: skip
+                   batch_size: int | None) -> tuple[Program, Groups]:  # fmt: skip
     """What the model says for other arguments, given posterior draws, and those arguments.
 
     Latents whose shape the new arguments change (local to new rows) are drawn anew, given the others. Plates of another
@@ -215,7 +214,7 @@ def predictions_of(model: Any, draws: Draws, args: Any, kwargs: Any, sizes: dict
     table = new.redrawn(given, len(next(iter(draws.values()))), names, batch_size)
     say_lost("predictions", table.lost)
     names = [k for k in names if k in table.values]
-    made = Product({"predictions": {k: new.array(table, k) for k in names}})
+    made = Groups({"predictions": {k: new.array(table, k) for k in names}})
     made.groups["predictions_constant_data"] = _named_tensors(new, args, kwargs)
     for k in names:
         layout = new.runs.layouts[k]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
+from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor, nn
 
 __all__ = ["IterateMonitor", "split_rhat"]
@@ -59,8 +60,8 @@ class IterateMonitor:
         if not self._kept:
             raise ValueError("IterateMonitor: nothing was recorded; call record() after each step.")
         if len(self._kept) < (self._kept.maxlen or 0):
-            return {k: np.inf for k in self._kept[-1]}
-        return {k: float(split_rhat(self._stacked(k)).max()) for k in self._kept[-1]}
+            return {k: math.inf for k in self._kept[-1]}
+        return {k: float(split_rhat(self._stacked(k).double()).max()) for k in self._kept[-1]}
 
     def converged(self, threshold: float = 1.1) -> bool:
         """Whether no parameter's R-hat is above the threshold."""
@@ -70,10 +71,10 @@ class IterateMonitor:
         """Mean of every parameter over the window."""
         if not self._kept:
             raise ValueError("IterateMonitor: nothing was recorded; call record() after each step.")
-        return {k: torch.stack([kept[k] for kept in self._kept]).mean(0) for k in self._kept[-1]}
+        return {k: self._stacked(k).mean(0) for k in self._kept[-1]}
 
-    def _stacked(self, name: str) -> np.ndarray:
-        return torch.stack([kept[name] for kept in self._kept]).double().cpu().numpy()
+    def _stacked(self, name: str) -> Tensor:
+        return torch.stack([kept[name] for kept in self._kept])
 
 
 def _reader(parameters: Any) -> Callable[[], Iterable[tuple[str, Tensor]]]:
@@ -82,19 +83,13 @@ def _reader(parameters: Any) -> Callable[[], Iterable[tuple[str, Tensor]]]:
     return parameters if parameters is not None else lambda: pyro.get_param_store().named_parameters()
 
 
-def split_rhat(iterates: np.ndarray) -> np.ndarray:
+def split_rhat(iterates: Tensor) -> Tensor:
     r"""R-hat of the two halves of a path, shape ``(T, ...) -> (...)``: :math:`\sqrt{(W (n-1)/n + B/n) / W}`.
 
     A constant path has R-hat 1.
 
     Example:
-        >>> import numpy as np
-        >>> bool(split_rhat(np.arange(100.0)) > 2.0), float(split_rhat(np.ones(100)))
+        >>> bool(split_rhat(torch.arange(100.0)) > 2.0), float(split_rhat(torch.ones(100)))
         (True, 1.0)
     """
-    n = len(iterates) // 2
-    halves = np.stack([iterates[:n], iterates[-n:]])
-    within = halves.var(1, ddof=1).mean(0)
-    between = n * halves.mean(1).var(0, ddof=1)
-    ratio = ((n - 1) / n * within + between / n) / np.where(within > 0, within, 1.0)
-    return np.sqrt(np.where(within > 0, ratio, np.where(between > 0, np.inf, 1.0)))
+    return split_gelman_rubin(iterates[None]).nan_to_num(nan=1.0, posinf=torch.inf)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pyro_dgm.core.psis import psis
+from pyro_dgm.core.weights import log_mean, psis
 from pyro_dgm.diagnostics.containers import group, group_attrs
 
 __all__ = ["Exploration", "KHat", "judge", "khat"]
@@ -30,7 +30,7 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Exploration:
-    """What short chains and climbers found.
+    """What short chains and ascents from prior draws found.
 
     Attributes:
         drift: largest change of a coordinate's mean along the chains, in standard deviations of the guide.
@@ -140,12 +140,12 @@ def khat(idata: Any) -> KHat:
 def judge(log_weight: np.ndarray, explored: Exploration | None = None) -> KHat:
     """The verdict on log weights of any shape, lowered where exploration contradicts it."""
     lw, explored = np.asarray(log_weight, dtype=np.float64).ravel(), explored or Exploration()
-    smoothed, k = psis(lw) if len(lw) >= 25 else (lw - _log_mean(lw) - math.log(len(lw)), math.inf)
+    smoothed, k = psis(lw) if len(lw) >= 25 else (lw - log_mean(lw) - math.log(len(lw)), math.inf)
     finite = lw[np.isfinite(lw)]
     ess = float(np.exp(-np.logaddexp.reduce(2.0 * smoothed))) if len(finite) == len(lw) else 0.0
     n, threshold = len(lw), min(1.0 - 1.0 / math.log10(max(len(lw), 11)), 0.7)
     elbo = float(lw.mean()) if len(finite) == n else -math.inf
-    evidence = _log_mean(finite) + math.log(max(len(finite), 1) / n)
+    evidence = float(log_mean(finite)) + math.log(max(len(finite), 1) / n)
     error = math.sqrt(max(0.0, 1.0 / max(ess, 1.0) - 1.0 / n))
     spread = float(finite.std() / math.sqrt(n)) if len(finite) else math.inf
     status = _status(k, threshold, ess / n, evidence - elbo, float(finite.max(initial=-math.inf)) - elbo)
@@ -167,7 +167,3 @@ def _status(
     if gap < 0.05 and (k < threshold or (ess > 0.95 and (k < 1.0 or top < 1.5))):  # weights below 4.5 have no tail
         return "good"
     return "usable" if (k < threshold and ess > 0.1) or (gap < 0.05 and k < 1.0) else "bad"
-
-
-def _log_mean(lw: np.ndarray) -> float:
-    return float(np.logaddexp.reduce(lw) - math.log(len(lw))) if len(lw) else -math.inf

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_dgm.core.psis import arviz_major, psis
+from pyro_dgm.core.weights import arviz_major, log_mean, psis
 from pyro_dgm.diagnostics.containers import build, group, group_attrs
 from pyro_dgm.diagnostics.khat import KHat, judge
 
@@ -135,7 +135,7 @@ def _elpd_data(container: Any, name: str, ll: np.ndarray, elpd: np.ndarray, k: n
     template = container["log_likelihood"][name].isel(chain=0, draw=0, drop=True)
     pointwise = {"loo_i": elpd, "pareto_k": k}
     arrays = {key: template.copy(data=v.reshape(template.shape)).rename(key) for key, v in pointwise.items()}
-    lppd = (np.logaddexp.reduce(ll, axis=0) - np.log(len(ll))).sum()
+    lppd = log_mean(ll).sum()
     values = {
         "elpd_loo": elpd.sum(), "se": float(np.sqrt(len(elpd) * elpd.var())), "p_loo": lppd - elpd.sum(),
         "n_samples": len(ll), "n_data_points": len(elpd), "warning": bool((k > good).any()), **arrays, "scale": "log",
@@ -147,8 +147,7 @@ def _elpd_data(container: Any, name: str, ll: np.ndarray, elpd: np.ndarray, k: n
 def _plain(container: Any, name: str) -> Any:
     import arviz as az
 
-    made = az.loo(container, var_name=name, pointwise=True)
-    return made
+    return az.loo(container, var_name=name, pointwise=True)
 
 
 def compare(containers: dict[str, Any], var_name: str | None = None) -> Any:

@@ -18,7 +18,7 @@ from pyro_dgm.core import frozen
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.core.random import seeded
 from pyro_dgm.diagnostics.explore import pulled_back
-from pyro_dgm.diagnostics.groups import Wanted, product
+from pyro_dgm.diagnostics.groups import Options, groups_of
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.model.program import Model, Program
 
@@ -82,10 +82,10 @@ def neutra(
         guide.get_transform(*args, **kwargs)
         draws, diverging = _chains(model, guide, args, kwargs, num_samples, warmup_steps, num_chains, progress)
         program = Program(model, None, args, kwargs, draws=draws)
-        wanted, n = Wanted(coords=coords, container=container), num_samples * num_chains
-        made = product(program, draws, n, wanted, program.scored(draws, n))
+        options, n = Options(coords=coords, container=container), num_samples * num_chains
+        made = groups_of(program, draws, n, options, program.scored(draws, n))
     made.groups["sample_stats"]["diverging"] = diverging
-    return made.container(program, wanted, {"guide": type(guide).__name__}, num_chains, "neutra")
+    return made.container(program, options, {"guide": type(guide).__name__}, num_chains, "neutra")
 
 
 def _chains(model: Model, guide: Any, args: Any, kwargs: Any, n: int, warmup: int, chains: int, bar: bool) -> Any:

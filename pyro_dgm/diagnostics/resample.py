@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_dgm.core.psis import psis
+from pyro_dgm.core.weights import psis, stratified
 from pyro_dgm.diagnostics.containers import group, has_group, picked
 
 __all__ = ["resample"]
@@ -54,12 +54,7 @@ def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = N
             f"resample: k-hat is {k:.2f}; above 0.7 importance weights do not repair the draws. See khat(idata).",
             stacklevel=2,
         )
-    index = _stratified(np.exp(log_weight), num_samples or len(log_weight), np.random.default_rng(seed))
+    n, rng = num_samples or len(log_weight), np.random.default_rng(seed)
+    index = rng.permutation(stratified(np.exp(log_weight), n, rng.random(n)))
     groups = [g for g in _WEIGHTED if has_group(idata, g)]
     return picked(idata, groups, index)
-
-
-def _stratified(weight: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    edges = np.cumsum(weight) / weight.sum()
-    index = np.searchsorted(edges, (np.arange(n) + rng.random(n)) / n)
-    return rng.permutation(index.clip(max=len(weight) - 1))

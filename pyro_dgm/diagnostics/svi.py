@@ -11,15 +11,14 @@ import pyro
 import torch
 from pyro.infer.autoguide import AutoDelta
 
-from pyro_dgm.core.psis import psis
 from pyro_dgm.core.random import seed_everywhere, seeded
+from pyro_dgm.core.weights import psis
 from pyro_dgm.diagnostics.explore import explore
-from pyro_dgm.diagnostics.export import contained
-from pyro_dgm.diagnostics.groups import Wanted, product
+from pyro_dgm.diagnostics.groups import Options, groups_of
 from pyro_dgm.diagnostics.khat import Exploration, judge
 from pyro_dgm.model.program import Model, Program
 
-__all__ = ["contained", "from_fits", "from_svi"]
+__all__ = ["from_fits", "from_svi"]
 
 _UNASKED = "it was not asked for"
 
@@ -96,10 +95,10 @@ def from_svi(
         >>> idata["log_likelihood"]["x"].dims
         ('chain', 'draw', 'item')
     """
-    wanted = Wanted(log_likelihood, log_prior, posterior_predictive, prior, predictions, constant_data, sites, coords, dims,
+    options = Options(log_likelihood, log_prior, posterior_predictive, prior, predictions, constant_data, sites, coords, dims,
                     extra_event_dims, batch_size, container)  # fmt: skip
     return _from_guides(
-        model, [guide], args, model_kwargs, num_samples * num_chains, wanted, num_chains, parallel, check, seed
+        model, [guide], args, model_kwargs, num_samples * num_chains, options, num_chains, parallel, check, seed
     )
 
 
@@ -148,12 +147,12 @@ def from_fits(
     """
     if not guides:
         raise ValueError("from_fits: got an empty list of guides; expected one or more fitted guides.")
-    wanted = Wanted(log_likelihood, False, posterior_predictive, prior, coords=coords, dims=dims, batch_size=batch_size,
+    options = Options(log_likelihood, False, posterior_predictive, prior, coords=coords, dims=dims, batch_size=batch_size,
                     container=container)  # fmt: skip
-    return _from_guides(model, guides, args, model_kwargs, num_samples, wanted, len(guides), parallel, False, seed)
+    return _from_guides(model, guides, args, model_kwargs, num_samples, options, len(guides), parallel, False, seed)
 
 
-def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: Any, n: int, wanted: Wanted, chains: int,
+def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: Any, n: int, options: Options, chains: int,
                  parallel: bool | str, check: bool, seed: int | None) -> Any:  # fmt: skip
     kwargs = model_kwargs or {}
     for guide in guides:
@@ -167,8 +166,8 @@ def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: A
         program, total = programs[0], n * len(guides)
         guided = [p.guided(n) for p in programs]
         draws = {k: torch.cat([g.values[k] for g in guided]) for k in program.sites("latent")}
-        scored = program.scored(draws, total, wanted.batch_size)
-        made = product(program, draws, total, wanted, scored)
+        scored = program.scored(draws, total, options.batch_size)
+        made = groups_of(program, draws, total, options, scored)
         log_q = _log_q(programs, guided, scored, n)
         weighted = log_q is not None and program.has_density
         explored = explore(model, guides[0], args, kwargs) if check and weighted else Exploration(unseen=_UNASKED)
@@ -178,7 +177,7 @@ def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: A
     if weighted:
         stats["log_weight"] = stats["lp"] - stats["log_q"]
         attrs |= _verdict(made.groups["posterior"], stats["log_weight"], explored, len(guides))
-    return made.container(program, wanted, attrs, chains, "svi")
+    return made.container(program, options, attrs, chains, "svi")
 
 
 def _seed(seed: int | None) -> None:

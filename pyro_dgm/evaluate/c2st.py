@@ -18,11 +18,11 @@ def c2st(x: Any, y: Any, *, classifier: Any = None, seed: int | None = None) -> 
 
     One half of the rows trains, the other tests. On the test half the labels are exchangeable under p = q whatever
     the classifier has learned, so the number of hits is hypergeometric: the p-value is Fisher's and exact. (Accuracy
-    averaged over folds has no such law, since each fold's test rows train the others; a binomial null is then
+    averaged over folds has no such distribution, since each fold's test rows train the others; a binomial null is then
     approximate.) The accuracy is a **lower bound** on the best classifier's, :math:`\tfrac12 + \tfrac12 \mathrm{TV}(p, q)`.
 
     Args:
-        x: draws of one law, shape ``(N, *event)``; rows are flattened.
+        x: draws of one distribution, shape ``(N, *event)``; rows are flattened.
         y: draws of the other; the larger sample is thinned at random to the size of the smaller.
         classifier: any unfitted scikit-learn classifier. None takes a perceptron of two layers of 64 on standardised
             rows, stopped when a tenth of its half has gained nothing for 300 steps.
@@ -81,7 +81,7 @@ def _classifier(given: Any, n: int, rng: np.random.Generator) -> Any:
 
 
 def _judged(said: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> JudgedScore:
-    """Accuracy on the test half; its law under exchangeable labels, given how often the classifier says 1."""
+    """Accuracy on the test half; its distribution under exchangeable labels, given how often the classifier says 1."""
     from scipy.stats import hypergeom
 
     n, ones, claims = len(label), int(label.sum()), int(said.sum())

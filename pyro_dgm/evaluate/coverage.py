@@ -35,8 +35,8 @@ def precision_recall_density_coverage(real: Any, draws: Any, *, neighbours: int 
       the data's balls that hold a draw (Naeem et al. 2020, eq. 3-4).
 
     No unit. Where p = q and N = M, density is 1 on average and coverage :math:`1 - \prod_{i=1}^{k}
-    \frac{N-i}{2N-i} \approx 1 - 2^{-k}`; precision and recall depend on the law (Naeem et al., eq. 6). All depend on N,
-    M and k: compare models at equal ones.
+    \frac{N-i}{2N-i} \approx 1 - 2^{-k}`; precision and recall depend on the distribution (Naeem et al., eq. 6). All
+    depend on N, M and k: compare models at equal ones.
 
     Args:
         real: held-out data, shape ``(N, *event)``, or its features.
@@ -112,7 +112,7 @@ class ModeCoverage(NamedTuple):
 def mode_coverage(
     draws: Any, centres: Any, radius: float, *, weights: Any = None, num_bootstrap: int = 200, seed: int | None = None
 ) -> ModeCoverage:
-    r"""For a law with known modes: share of modes that are hit, share of draws near a mode, and how masses differ.
+    r"""For a distribution with known modes: share of modes hit, share of draws near a mode, and how masses differ.
 
     A draw belongs to the nearest centre if that is within ``radius``. *covered* is the share of modes with at least one
     tenth of the draws that they should have, *quality* the share of draws that belong to any, and *imbalance* the total

@@ -104,7 +104,7 @@ def bits_per_dim(q: Distribution, x: Any, *, levels: int = 256, num_samples: int
 def kl_divergence(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Score:
     r"""Kullback-Leibler divergence :math:`\mathrm{KL}(p \| q) = \mathbb{E}_p[\log p - \log q]` between known densities.
 
-    Unbiased, in nats; may come out below zero by its error. The direction matters: with the data's law first,
+    Unbiased, in nats; may come out below zero by its error. The direction matters: with the data's distribution first,
     it punishes modes that q leaves out; with the model first (``kl_divergence(q, p)``), draws where p has no mass.
 
     Args:

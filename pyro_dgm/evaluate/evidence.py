@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.psis import psis
 from pyro_dgm.core.random import seeded
+from pyro_dgm.core.weights import log_mean_exp, psis
 
 __all__ = ["AIS", "EvidenceBound", "ais", "evidence_bound"]
 
@@ -120,14 +120,6 @@ def _log_weights(vae: Any, data: list[Any], num_samples: int, chunk: int) -> Ten
         z, log_q = q.rsample_and_log_prob((min(chunk, num_samples - start),))
         parts.append(vae.log_joint(x, z, context, mask) - log_q)
     return torch.cat(parts)
-
-
-def log_mean_exp(log_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Log of the mean weight over the first dimension, and its standard error by the delta method."""
-    n, log_w = len(log_w), log_w.double()
-    log_mean = log_w.logsumexp(0) - math.log(n)
-    relative = (log_w - log_mean).exp()
-    return log_mean, relative.std(0) / math.sqrt(n)
 
 
 def ais(

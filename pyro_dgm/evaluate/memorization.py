@@ -29,12 +29,12 @@ def memorization(
 
     :math:`P(d(y) < d(x)) + \tfrac12 P(d(y) = d(x))` with d the distance to the nearest training row, y a draw, x a
     held-out row: a Mann-Whitney statistic. No unit. Given the training data both distances are independent draws, so the
-    permutation test of "the model is the law of the data" is exact; it looks at large values only.
+    permutation test of "the model is the distribution of the data" is exact; it looks at large values only.
 
     Args:
         draws: draws of the model, shape ``(M, *event)``.
         train: what it was trained on, shape ``(N, *event)``.
-        held_out: data it has not seen, shape ``(H, *event)``, from the same law as ``train``.
+        held_out: data it has not seen, shape ``(H, *event)``, from the same distribution as ``train``.
         features: ``(batch, *event) -> (batch, D)``, where Euclidean distances are to be taken; None for the rows.
         num_permutations: B of the test.
         seed: of the permutations.

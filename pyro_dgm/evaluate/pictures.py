@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyro_dgm.vae.pictures import along_units
+
 __all__ = ["interpolation", "traversal"]
 
 
@@ -45,9 +47,7 @@ def traversal(
         raise ValueError(
             f"traversal: start has shape {tuple(start.shape)} and units are {list(rows)}; expected a vector and its indices."
         )
-    z = start.repeat(len(rows), steps, 1)
-    for row, unit in enumerate(rows):
-        z[row, :, unit] = torch.linspace(*span, steps).to(z)
+    z = along_units(start, rows, span, steps)
     return _grid("traversal", decode, z, [f"z[{u}]" for u in rows])
 
 

@@ -27,10 +27,10 @@ class Score(NamedTuple):
 
 
 class JudgedScore(Score):
-    """A score of "are these two samples from one law?", still a pair, with its verdict as attributes.
+    """A score of "are these two samples from one distribution?", still a pair, with its verdict as attributes.
 
     Attributes:
-        p_value: chance of a score as large or larger where both samples come from one law.
+        p_value: chance of a score as large or larger where both samples come from one distribution.
         null: draws of the score under that hypothesis; their mean is the score of a perfect model.
 
     >>> value, error = JudgedScore(0.6, 0.1, 0.02, torch.zeros(3))
@@ -94,7 +94,7 @@ def jackknife(statistic: Callable[..., Tensor], *samples: Tensor, count: int = 2
     r"""Standard errors of ``statistic(*samples)`` by leaving out one of ``count`` blocks of every sample.
 
     :math:`\frac{B-1}{B}\sum_b (s_b - \bar s)^2`, with relative error about :math:`1/\sqrt{2B}`; conservative where
-    the statistic is degenerate (two samples of one law).
+    the statistic is degenerate (two samples of one distribution).
     """
     count = min(count, *(len(s) for s in samples))
     without = zip(*(blocks(len(s), count) for s in samples), strict=True)

@@ -1,4 +1,4 @@
-r"""Are two samples from one law? Distances that are zero only then, with an error and a permutation test.
+r"""Are two samples from one distribution? Distances that are zero only then, with an error and a permutation test.
 
 With a kernel k and independent x, x' ~ p, y, y' ~ q the squared distance is
 :math:`\mathbb{E}\,k(x,x') + \mathbb{E}\,k(y,y') - 2\,\mathbb{E}\,k(x,y)` (Gretton et al. 2012, Lemma 6): the MMD for
@@ -31,7 +31,7 @@ def mmd(
     is below zero in about half of all cases where p = q. Unit: none (k is between 0 and 1).
 
     Args:
-        x: draws of one law, shape ``(N, *event)``; rows are flattened.
+        x: draws of one distribution, shape ``(N, *event)``; rows are flattened.
         y: draws of the other, shape ``(M, *event)``.
         bandwidth: h in the data's units; None takes the median distance between 1,000 rows of both.
         num_permutations: B of the test; the smallest p-value is 1 / (B + 1).
@@ -75,7 +75,7 @@ def energy_distance(x: Any, y: Any, *, num_permutations: int = 200, seed: int | 
     :math:`L_2` distance of the distribution functions. It leans on the largest scale of the data.
 
     Args:
-        x: draws of one law, shape ``(N, *event)``.
+        x: draws of one distribution, shape ``(N, *event)``.
         y: draws of the other, shape ``(M, *event)``.
         num_permutations: B of the test.
         seed: of the permutations.
@@ -159,7 +159,7 @@ def sliced_wasserstein(
     about :math:`1/\sqrt{N}` where p = q, so read it beside ``.null.mean()``.
 
     Args:
-        x: draws of one law, shape ``(N, *event)``.
+        x: draws of one distribution, shape ``(N, *event)``.
         y: draws of the other, shape ``(M, *event)``.
         num_projections: L directions.
         num_permutations: B of the test, and of the bootstrap that gives the error.

@@ -5,8 +5,8 @@ r"""The inverse of an autoregressive transform, each number of it computed once.
 Columns can only come one after the other. zuko's inverse runs the whole conditioner and all D univariate inverses in each of
 D passes, and keeps one column of a pass (its issue 2: one second for 64 draws of 200 dimensions; the answer there is fewer
 passes, which is another flow). Here each unit of the conditioner is computed in the pass in which its inputs become known
-(:mod:`pyro_dgm.core.passes`), and so are the columns: all passes together cost about one run of the network and D univariate
-inverses. The numbers and the gradients are those of zuko.
+(:mod:`pyro_dgm.flows.autoregressive`), and so are the columns: all passes together cost about one run of the network and
+D univariate inverses. The numbers and the gradients are those of zuko.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributions import Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyro_dgm.core import zuko
-from pyro_dgm.core.passes import Passes, Run, schedule
+from pyro_dgm.flows.autoregressive import Passes, Run, schedule
 
 __all__ = ["sequential"]
 

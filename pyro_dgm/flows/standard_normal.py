@@ -11,10 +11,10 @@ from torch.distributions import Distribution, constraints
 
 from pyro_dgm.core import zuko
 
-__all__ = ["StandardNormal", "standard_normal"]
+__all__ = ["StandardNormalBase", "standard_normal"]
 
 
-class StandardNormal(Distribution):
+class StandardNormalBase(Distribution):
     r""":math:`N(0, I)` over vectors, :math:`\log p(z) = -\frac12 \|z\|^2 - \frac D2 \log 2\pi`.
 
     A general normal of torch subtracts 0 and divides by 1, which is a tenth of the cost of a small flow.
@@ -24,7 +24,7 @@ class StandardNormal(Distribution):
         batch_shape: of independent copies.
 
     Example:
-        >>> StandardNormal(torch.zeros(2)).log_prob(torch.zeros(3, 2))
+        >>> StandardNormalBase(torch.zeros(2)).log_prob(torch.zeros(3, 2))
         tensor([-1.8379, -1.8379, -1.8379])
     """
 
@@ -36,8 +36,8 @@ class StandardNormal(Distribution):
         self.zero = zero
         super().__init__(Size(batch_shape), zero.shape, validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> StandardNormal:
-        return StandardNormal(self.zero, batch_shape)
+    def expand(self, batch_shape: Any, _instance: Any = None) -> StandardNormalBase:
+        return StandardNormalBase(self.zero, batch_shape)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = Size(sample_shape) + self.batch_shape + self.event_shape
@@ -49,4 +49,4 @@ class StandardNormal(Distribution):
 
 def standard_normal(features: int) -> zuko.lazy.UnconditionalDistribution:
     """The lazy base of a flow over ``features`` dimensions; the origin is a buffer."""
-    return zuko.lazy.UnconditionalDistribution(StandardNormal, torch.zeros(features), buffer=True)
+    return zuko.lazy.UnconditionalDistribution(StandardNormalBase, torch.zeros(features), buffer=True)

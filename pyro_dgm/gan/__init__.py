@@ -2,6 +2,6 @@
 
 from pyro_dgm.gan.critic import Critic
 from pyro_dgm.gan.generator import Generator
-from pyro_dgm.gan.refine import Refined, refine
+from pyro_dgm.gan.refine import CorrectedDraws, refine
 
-__all__ = ["Critic", "Generator", "Refined", "refine"]
+__all__ = ["Critic", "Generator", "CorrectedDraws", "refine"]

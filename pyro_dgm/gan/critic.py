@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from pyro_dgm.core import MLP, Standardize, joined
+from pyro_dgm.core import MLP, Standardize, broadcast_cat
 from pyro_dgm.core.shapes import as_shape, check_value_shape
 
 __all__ = ["Critic"]
@@ -81,7 +81,7 @@ class Critic(nn.Module):
     def score(self, u: Tensor, context: Tensor | None = None) -> Tensor:
         """Logits of vectors in the critic's units."""
         self._check_context(context)
-        inputs = u if context is None else joined(u, context)
+        inputs = u if context is None else broadcast_cat(u, context)
         logits = self.network(inputs)
         if logits.shape == inputs.shape[:-1] + (1,):
             return logits.squeeze(-1)

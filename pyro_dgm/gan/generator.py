@@ -19,7 +19,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, biject_to, constraints
 from torch.distributions.transforms import ReshapeTransform
 
-from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, compose, joined
+from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, broadcast_cat, compose
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.core.shapes import check_context
 
@@ -45,7 +45,7 @@ class Generator(DistributionModule):
             take any number of batch dimensions. An int is the width of three hidden layers with ReLU, whose kinks separate
             modes better than smooth activations; None is 4 D, between 128 and 256. Where it ends
             in ``Tanh`` or ``Sigmoid``, data are not standardised and must lie in that range.
-        base: the law of z: a family, a distribution (its tensors do not move with ``.to``), or the dimension of a
+        base: of z: a family, a distribution (its tensors do not move with ``.to``), or the dimension of a
             standard normal. None for dimension D, between 2 and 64.
         context_features: length of the context c.
         noise: :math:`\sigma` in standard deviations of the data; 0 for none. None learns one for each entry.
@@ -119,7 +119,7 @@ class Generator(DistributionModule):
     def location(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """What the network makes of latents, flat and in standard units: shape ``(*batch, D)``."""
         flat = z.reshape(*z.shape[: z.dim() - len(self.base.event_shape)], -1)
-        inputs = flat if context is None else joined(flat, context)
+        inputs = flat if context is None else broadcast_cat(flat, context)
         u = self.network(inputs)
         return u if u.shape == (*inputs.shape[:-1], self.features) else self._flat(u, inputs)
 
@@ -160,7 +160,7 @@ class Generator(DistributionModule):
         it an attribute of a module or state ``pyro.module``. Rows of a context belong in a plate.
         """
         context = check_context(self, context)
-        rows = None if _enumerating() else context  # a summed-out class moves the context, and shares its noise
+        rows = None if _enumerating() else context  # all values of an enumerated class share one draw of the noise
         z = pyro.sample(f"{name}_latent", self._latent(context, rows))
         if obs is not None:
             return pyro.sample(name, self.likelihood(z, context), obs=obs)

@@ -1,8 +1,8 @@
-r"""Draws of a generator corrected towards the data's law, by a classifier that was calibrated for it.
+r"""Draws of a generator corrected towards the data's distribution, by a classifier that was calibrated for it.
 
 With :math:`T(x) = \log p_{data}(x) - \log q(x)` the weights :math:`e^{T}` turn draws of the generator q into draws of the data's
-law: by resampling (SIR), by independence Metropolis-Hastings (Turner et al. 2019), or by Hamiltonian chains over the noise
-with the density :math:`p(z)\, e^{T(G(z))}` (Che et al. 2020). All is right as far as T is, and :math:`E_q e^{T} = 1` tells.
+distribution: by resampling (SIR), by independence Metropolis-Hastings (Turner et al. 2019), or by Hamiltonian chains over the
+noise with the density :math:`p(z)\, e^{T(G(z))}` (Che et al. 2020). All is right as far as T is, and :math:`E_q e^{T} = 1` tells.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
 
 from pyro_dgm.core.random import seeded
-from pyro_dgm.core.ratio import Calibration, DensityRatio, learn_ratio
+from pyro_dgm.core.ratio import DensityRatio, RatioCheck, learn_ratio
+from pyro_dgm.core.weights import stratified
 
-__all__ = ["Refined", "refine"]
+__all__ = ["CorrectedDraws", "refine"]
 
 _METHODS = ("sir", "mh", "nuts")
 _FEW = 0.05  # share of effective draws under which a warning is given
 
 
-class Refined(NamedTuple):
+class CorrectedDraws(NamedTuple):
     """Corrected draws, and what they rest on.
 
     Attributes:
@@ -36,14 +37,14 @@ class Refined(NamedTuple):
     """
 
     draws: Tensor
-    check: Calibration
+    check: RatioCheck
     acceptance: float
     ratio: DensityRatio
     method: str
 
     def __repr__(self) -> str:
         what = "distinct" if self.method == "sir" else "accepted"
-        return f"Refined({len(self.draws)} draws by {self.method}, {what} {self.acceptance:.2f}; {self.check})"
+        return f"CorrectedDraws({len(self.draws)} draws by {self.method}, {what} {self.acceptance:.2f}; {self.check})"
 
 
 def refine(
@@ -55,7 +56,7 @@ def refine(
     network: nn.Module | None = None,
     max_steps: int = 2000,
     seed: int | None = None,
-) -> Refined:
+) -> CorrectedDraws:
     r"""Draws of a trained generator, corrected by a fresh classifier of its draws against data.
 
     The classifier is never the GAN's own critic, which was regularised and trained against other generators. It is fitted
@@ -95,7 +96,7 @@ def refine(
         _refuse_bad(check)
         ratio.requires_grad_(False)
         draws, acceptance = _BY[method](generator, ratio, n)
-    return Refined(draws, check, acceptance, ratio, method)
+    return CorrectedDraws(draws, check, acceptance, ratio, method)
 
 
 def _sampler(generator: Any) -> Any:
@@ -109,9 +110,8 @@ def _sampler(generator: Any) -> Any:
 def _sir(generator: Any, ratio: DensityRatio, n: int) -> tuple[Tensor, float]:
     """Systematic resampling of 20 n draws by their weights."""
     x = generator().sample((20 * n,))
-    edges = ratio(x).double().softmax(0).cumsum(0)
-    at = (torch.arange(n).to(edges) + torch.rand(()).to(edges)) / n
-    index = torch.searchsorted(edges, at).clamp_max(len(x) - 1)
+    weights = ratio(x).double().softmax(0).cpu().numpy()
+    index = torch.from_numpy(stratified(weights, n, float(torch.rand(()))))
     return x[index[torch.randperm(n)]], len(index.unique()) / n
 
 
@@ -160,7 +160,7 @@ def _accepted(chain: MCMC) -> float:
 _BY: dict[str, Any] = {"sir": _sir, "mh": _mh, "nuts": _nuts}
 
 
-def _refuse_bad(check: Calibration) -> None:
+def _refuse_bad(check: RatioCheck) -> None:
     if check.fault:
         raise ValueError(
             f"refine: the classifier is no density ratio: {check.fault}. Draws corrected by it would be worse, not better. "
@@ -181,5 +181,5 @@ def _check_arguments(generator: Any, data: Tensor, n: int, method: str) -> None:
         raise ValueError(f"refine: data have shape {tuple(data.shape)}, expected (N, {', '.join(map(str, event))}).")
     if generator.context_features:
         raise ValueError(
-            "refine: the generator is conditional, and one classifier corrects one law. Condition it first."
+            "refine: the generator is conditional, and one classifier corrects one distribution. Condition it first."
         )

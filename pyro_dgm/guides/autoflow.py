@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
-from pyro_dgm.flows.standard_normal import StandardNormal
+from pyro_dgm.core.upstream import drop_weak_references
+from pyro_dgm.flows.standard_normal import StandardNormalBase
 from pyro_dgm.guides.modes import Modes
-from pyro_dgm.guides.posterior import WhitenedPosterior
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.tailed import TailedCoupling
 from pyro_dgm.guides.vector import VectorGuide
+from pyro_dgm.guides.whitened import WhitenedPosterior
 from pyro_dgm.model.log_joint import LogJoint
 
 __all__ = ["AutoFlow", "as_pyro"]
@@ -117,7 +118,7 @@ class AutoFlow(VectorGuide):
             weights = self._posterior.weigh(LogJoint(self, self.target, args, kwargs, whole=True))
             self._posterior.keep([i for i, w in enumerate(weights.tolist()) if w >= _LEAST_WEIGHT])
 
-    def settle(self, *args: Any, **kwargs: Any) -> None:
+    def finish(self, *args: Any, **kwargs: Any) -> None:
         """Weigh the modes of a trained posterior anew; nothing happens where there is one mode."""
         if len(self._posterior.components) > 1:
             self._posterior.weigh(LogJoint(self, self.target, args, kwargs, whole=True))
@@ -182,8 +183,7 @@ class AutoFlow(VectorGuide):
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        for parameter in self.parameters():
-            parameter.__dict__.pop("unconstrained", None)
+        drop_weak_references(self)
         return {**self.__dict__, "_model": None, "_plain_model": None, "_make_family": None, "master": None}
 
 
@@ -191,7 +191,7 @@ def as_pyro(base: Any) -> Any:
     """A base distribution of torch or zuko as Pyro's own, which NeuTra needs for ``mask``."""
     if isinstance(base, Independent):
         return as_pyro(base.base_dist).to_event(base.reinterpreted_batch_ndims)
-    if isinstance(base, StandardNormal):
+    if isinstance(base, StandardNormalBase):
         return dist.Normal(base.zero, 1.0).to_event(1)
     if isinstance(
         base, TorchDistributionMixin

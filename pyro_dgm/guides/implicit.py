@@ -1,4 +1,4 @@
-r"""A posterior that is the law of a network's output: it can be sampled, and its density is only ever estimated.
+r"""A posterior that is the distribution of a network's output: it can be sampled, its density only estimated.
 
 .. math:: \theta = \theta_0 + L_k\, g \odot f_\phi(\theta_0, \epsilon), \qquad
           k \sim w, \quad \theta_0 \sim N(\mu_k, L_k L_k^\top), \quad \epsilon \sim N(0, I)
@@ -21,6 +21,8 @@ from pyro.params.param_store import param_with_module_name
 from torch import Size, Tensor, nn
 
 from pyro_dgm.core import MLP, ImplicitDistribution
+from pyro_dgm.core.module import resize_to_saved
+from pyro_dgm.core.upstream import drop_weak_references
 from pyro_dgm.guides.modes import fitted_log_weights
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
@@ -32,7 +34,7 @@ _LEAST_WEIGHT = 1e-3  # of a mode, by the Gaussians of the start
 
 
 class ImplicitGuide(VectorGuide):
-    r"""Posterior :math:`q(\theta)` of all continuous latents: the law of a network's output, without a density.
+    r"""Posterior :math:`q(\theta)` of all continuous latents: a network's output, without a density.
 
     Any network will do, since nothing has to be inverted. It needs :class:`~pyro_dgm.Adversarial_ELBO`, whose learned ratio
     stands in for the density; a flow (:class:`~pyro_dgm.AutoFlow`) is cheaper, has a density, and can be judged by
@@ -157,16 +159,15 @@ class ImplicitGuide(VectorGuide):
                 del store[full]
 
     def __getstate__(self) -> dict[str, Any]:
-        for parameter in self.parameters():
-            parameter.__dict__.pop("unconstrained", None)
+        drop_weak_references(self)
         return {**self.__dict__, "_model": None, "_plain_model": None, "_make_network": None, "_scored_by": None,
                 "master": None}  # fmt: skip
 
 
 class EstimatedDensity(ImplicitDistribution):
-    """An implicit law whose ``log_prob`` is an **estimate**, by a learned ratio without gradients to its parameters.
+    """An implicit distribution whose ``log_prob`` is an **estimate**, by a learned ratio without gradients to its weights.
 
-    It is no density: it need not integrate to one. Diagnostics treat the law as implicit, and take no weights from it.
+    It is no density: it need not integrate to one. Diagnostics take no weights from it.
     """
 
     def __init__(self, push: Any, base: Any, features: int, log_density: Callable[[Tensor], Tensor]) -> None:
@@ -240,10 +241,7 @@ class Push(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in ("loc", "scale_tril", "log_weight"):
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape[1:] == getattr(self, name).shape[1:]:
-                setattr(self, name, torch.empty_like(saved).to(self.gain))
+        resize_to_saved(self, ("loc", "scale_tril", "log_weight"), state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -18,7 +18,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution
-from pyro_dgm.guides.posterior import WhitenedPosterior
+from pyro_dgm.guides.whitened import WhitenedPosterior
 
 __all__ = ["Modes", "fitted_log_weights"]
 
@@ -41,10 +41,10 @@ class Modes(DistributionModule):
     def build(self, context: Tensor | None) -> Distribution:
         if len(self.components) == 1:
             return self.components[0].checked_build(None)
-        return Mixture([component() for component in self.components], self.log_weight)
+        return ModeMixture([component() for component in self.components], self.log_weight)
 
     def bijection(self, built: Distribution) -> Transform | None:
-        return None if isinstance(built, Mixture) else self.components[0].bijection(built)
+        return None if isinstance(built, ModeMixture) else self.components[0].bijection(built)
 
     def support_of(self, built: Distribution) -> constraints.Constraint:
         return constraints.real_vector
@@ -97,7 +97,7 @@ def fitted_log_weights(q: Sequence[Any], log_joint: Callable[[Tensor], Tensor], 
     return log_weight
 
 
-class Mixture(Distribution):
+class ModeMixture(Distribution):
     """Draws fall to the components in the proportion of the weights (systematically, in random order)."""
 
     arg_constraints: dict[str, Any] = {}
@@ -114,8 +114,8 @@ class Mixture(Distribution):
     def support(self) -> constraints.Constraint:  # type: ignore[override]
         return constraints.real_vector
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Mixture:
-        return Mixture(self.components, self.log_weight, Size(batch_shape))
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ModeMixture:
+        return ModeMixture(self.components, self.log_weight, Size(batch_shape))
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = Size(sample_shape) + self.batch_shape

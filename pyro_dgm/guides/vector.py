@@ -32,7 +32,7 @@ def _hidden(site: dict[str, Any]) -> bool:
 
 
 class VectorGuide(AutoContinuous):
-    """Abstract: an :class:`~pyro.infer.autoguide.AutoContinuous` whose ``get_posterior`` is one law over the latent vector.
+    """Abstract: an :class:`~pyro.infer.autoguide.AutoContinuous` with one distribution over the latent vector.
 
     A support that follows other latents, as that of ``Uniform(0, top)``, is the one of each draw; an angle stays on its circle.
     """
@@ -189,7 +189,7 @@ def _refuse_unfit_sites(who: str, model: Callable[..., Any], args: tuple[Any, ..
             if frame.full_size is not None and frame.full_size != frame.size:
                 raise ValueError(
                     f"{who}: latent site '{name}' lies in plate '{frame.name}', which is subsampled "
-                    f"({frame.size} of {frame.full_size}). One law over all latents cannot follow a subsample: use "
+                    f"({frame.size} of {frame.full_size}). One density over all latents cannot follow a subsample: use "
                     "the full plate, or an amortised guide for the local latents."
                 )
 

@@ -16,6 +16,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Size, Tensor
 from torch.distributions import Transform
 
+from pyro_dgm.model.handlers import EndOfRun
 from pyro_dgm.model.sites import latent_sites
 from pyro_dgm.model.supports import onto, same_support
 
@@ -143,17 +144,13 @@ class Constrain(poutine.messenger.Messenger):
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if self.stop and len(self.values) == len(self.parts):
-            raise _Reached
+            raise EndOfRun
 
     def run(self, model: Callable[..., Any], args: Any, kwargs: Any) -> Constrain:
         """Run the model as far as its last latent; nothing of it is seen outside."""
         with poutine.block(), self:
             try:
                 model(*args, **kwargs)
-            except _Reached:
+            except EndOfRun:
                 pass
         return self
-
-
-class _Reached(Exception):
-    """All latents have their values."""

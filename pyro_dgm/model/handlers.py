@@ -11,7 +11,11 @@ from torch import Tensor
 
 from pyro_dgm.model.sites import is_data
 
-__all__ = ["Given", "Redraw", "Undrawn"]
+__all__ = ["EndOfRun", "Given", "Redraw", "Undrawn"]
+
+
+class EndOfRun(Exception):
+    """Raised by a handler that has seen all it wants of a run of a model."""
 
 
 class Undrawn(ValueError):

@@ -23,12 +23,12 @@ from pyro_dgm.model.stability import AnySite
 from pyro_dgm.model.vectorize import (
     NOT_VECTORIZED,
     How,
-    how_to_vectorize,
+    find_vectorization,
+    in_draws_plate,
     joint_alone,
     joint_in_plate,
     log_probs,
     plate_nesting,
-    together,
 )
 
 __all__ = ["LogJoint", "prior_draws", "value_and_grad"]
@@ -120,7 +120,7 @@ class LogJoint:
         coordinates, wide = self.coordinates, self._wide(u)
         if coordinates.moving:
             made = Constrain(coordinates, wide, stop=True)
-            made.run(together(self.model, len(u), self.nesting), self.args, self.kwargs)
+            made.run(in_draws_plate(self.model, len(u), self.nesting), self.args, self.kwargs)
             values, log_dets = made.values, made.log_dets
         else:
             values, log_dets = coordinates.constrain(wide)
@@ -186,7 +186,7 @@ class LogJoint:
         stacked = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
         values = {k: v.reshape(3, *(1,) * self._padding(k), *v.shape[1:]) for k, v in stacked.items()}
         shapes = {k: latents[k].shape for k in values}
-        how, fault = how_to_vectorize(self.model, values, shapes, self.nesting, self.args, self.kwargs)
+        how, fault = find_vectorization(self.model, values, shapes, self.nesting, self.args, self.kwargs)
         if how == "loop":
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=3)
         return how
@@ -209,7 +209,7 @@ def prior_draws(log_joint: LogJoint, n: int) -> Tensor:
     rows = []
     with pyro.validation_enabled(False), poutine.block(), AnySite():
         if log_joint.how == "plate":
-            model = together(log_joint.model, n, log_joint.nesting)
+            model = in_draws_plate(log_joint.model, n, log_joint.nesting)
             return _packed(poutine.trace(model).get_trace(*log_joint.args, **log_joint.kwargs), log_joint, n)
         for _ in range(n):
             trace = poutine.trace(log_joint.model).get_trace(*log_joint.args, **log_joint.kwargs)

@@ -25,7 +25,7 @@ def spread(u: Tensor) -> Tensor:
 
 
 def other_modes(log_joint: LogJoint, best: Tensor, u: Tensor, limit: int = 3) -> list[Tensor]:
-    """Where some prior draws climb to, if a barrier of a nat lies between them and ``best`` and one another."""
+    """Other modes: ends of gradient ascent from prior draws, at least 1 nat apart from ``best`` and from one another."""
     if not log_joint.vectorized:
         return []
     ends = ascend(log_joint, u[:32], spread(u))
@@ -49,7 +49,7 @@ def ascend(log_joint: LogJoint, u: Tensor, scale: Tensor, steps: int = 60) -> Te
 def uncovered(
     log_joint: LogJoint, u: Tensor, to_z: Callable[[Tensor], Tensor], density: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """Other basins, as dense as the draws ``u``, with a valley between them and the nearest draws.
+    """Other modes, as dense as the draws ``u``, with a valley between them and the nearest draws.
 
     Valleys are looked for on straight lines of ``z = to_z(u)``, whose log density is given.
     """

@@ -25,7 +25,7 @@ from pyro_dgm.model.layout import subsampled
 from pyro_dgm.model.runs import Draws, Runs, Table, rounds_of, stacked
 from pyro_dgm.model.sites import is_computed, is_data, is_enumerable, is_subsample, latent_sites, plate_frames
 from pyro_dgm.model.terms import total
-from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, how_to_vectorize, plate_nesting
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, find_vectorization, plate_nesting
 
 __all__ = ["Model", "Program"]
 
@@ -154,7 +154,7 @@ class Program:
         values = {k: runs.in_plate(k, v) for k, v in rows.items()}
         shapes = {k: v.shape[1:] for k, v in rows.items()}
         fn = poutine.block(runs.fn, hide=implicit) if implicit else runs.fn  # what has no density is not compared
-        how, fault = how_to_vectorize(fn, values, shapes, runs.nesting, self.args, self.kwargs)
+        how, fault = find_vectorization(fn, values, shapes, runs.nesting, self.args, self.kwargs)
         if how != "loop":
             how, fault = self._computes_alike(runs, rows, how) or (how, fault)
         if how == "loop":
@@ -278,8 +278,6 @@ class Program:
             first = {k: v[:1] for k, v in (draws or {}).items() if k in self.runs.layouts}
             table = self.runs.run(1, first, keep=set(self.sites("observed")) | set(self.runs.latents))
         return {k: table.values[k][0].cpu().numpy() for k in self.sites("observed")}
-
-    # What neutra asks of given draws; all of it follows from the methods above.
 
     def sites(self, kind: str) -> list[str]:
         """Names of latent, deterministic or observed sites of the model; latents without the enumerable ones."""

@@ -24,8 +24,8 @@ from pyro_dgm.model.discrete import posterior_draws_of
 from pyro_dgm.model.handlers import Given, Redraw, Undrawn
 from pyro_dgm.model.layout import Layout, layout_of, mask_of, subsampled, with_shape
 from pyro_dgm.model.sites import is_computed, is_data, is_subsample, latent_sites, plate_frames
-from pyro_dgm.model.terms import Term, is_scored, joined, subsampling_factor, terms_of, total
-from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, enumerated, together
+from pyro_dgm.model.terms import Term, is_scored, merge_terms, subsampling_factor, terms_of, total
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, enumerated, in_draws_plate
 
 __all__ = ["Runs", "Table", "rounds_of"]
 
@@ -93,7 +93,7 @@ def stacked(tables: list[Table]) -> Table:
         return first
     lost = _lost(tables)
     values = {k: torch.cat([t.values[k] for t in tables]) for k in first.values if k not in lost}
-    terms = {k: joined([u.terms[k] for u in tables], torch.cat) for k in first.terms}
+    terms = {k: merge_terms([u.terms[k] for u in tables], torch.cat) for k in first.terms}
     return Table(values, terms, first.masks, lost)
 
 
@@ -259,7 +259,7 @@ class Runs:
 
     def _together(self, fn: Model, n: int, rows: Draws, index: Draws, options: _Options) -> Table:
         given = {k: self.in_plate(k, v) for k, v in rows.items()} | index
-        program = together(Given(given)(fn), n, self.nesting)
+        program = in_draws_plate(Given(given)(fn), n, self.nesting)
         return self._traced(program, n, self.nesting + 1, options)
 
     def in_plate(self, name: str, value: Tensor) -> Tensor:
@@ -346,7 +346,8 @@ class Runs:
         kept = [k for k in first.values if k not in lost]
         values = {k: self._joined([t.values[k] for t in parts], self.layouts[k].axes) for k in kept}
         terms = {
-            k: joined([t.terms[k] for t in parts], partial(self._joined, axes=first.terms[k].axes)) for k in first.terms
+            k: merge_terms([t.terms[k] for t in parts], partial(self._joined, axes=first.terms[k].axes))
+            for k in first.terms
         }
         masks = {}
         for k in first.masks:

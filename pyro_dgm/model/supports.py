@@ -78,7 +78,7 @@ def _infinite(bound: Any) -> bool:
 
 
 def innermost(support: Any) -> Any:
-    """The constraint on single entries."""
+    """The constraint on single entries, also of a mixture."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support

@@ -24,7 +24,7 @@ from pyro_dgm.model.discrete import factor_of, is_enumerated
 from pyro_dgm.model.layout import Layout, subsampled, with_shape
 from pyro_dgm.model.sites import is_computed, is_data, is_subsample
 
-__all__ = ["Term", "is_scored", "joined", "subsampling_factor", "terms_of", "total"]
+__all__ = ["Term", "is_scored", "merge_terms", "subsampling_factor", "terms_of", "total"]
 
 Site = dict[str, Any]
 
@@ -47,7 +47,7 @@ class Term:
     observed: tuple[str, ...]
 
 
-def joined(terms: list[Term], join: Callable[[list[Tensor]], Tensor]) -> Term:
+def merge_terms(terms: list[Term], join: Callable[[list[Tensor]], Tensor]) -> Term:
     """Parts of one term (other draws, or other rows of a plate) put together."""
     pairs = [t.likelihood for t in terms if t.likelihood is not None]
     return replace(terms[0], joint=join([t.joint for t in terms]), likelihood=join(pairs) if pairs else None)

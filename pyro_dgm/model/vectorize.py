@@ -23,7 +23,7 @@ __all__ = [
     "How",
     "enumerated",
     "fault_of",
-    "how_to_vectorize",
+    "find_vectorization",
     "joint_alone",
     "joint_in_plate",
     "joint_of_rows",
@@ -33,7 +33,7 @@ __all__ = [
     "plate_nesting",
     "read_of_rows",
     "seeded_run",
-    "together",
+    "in_draws_plate",
 ]
 
 Model = Callable[..., Any]
@@ -52,7 +52,7 @@ def plate_nesting(trace: poutine.Trace) -> int:
     return max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
 
 
-def together(fn: Model, n: int, nesting: int) -> Model:
+def in_draws_plate(fn: Model, n: int, nesting: int) -> Model:
     """The same program, run for ``n`` independent draws along one new leftmost dimension."""
     return pyro.plate("_draws", n, dim=-nesting - 1)(fn)
 
@@ -130,7 +130,7 @@ def read_of_rows(
         return torch.vmap(one, randomness="same")(rows)
 
 
-def how_to_vectorize(
+def find_vectorization(
     model: Model, values: dict[str, Tensor], shapes: dict[str, Size], nesting: int, args: Any, kwargs: Any
 ) -> tuple[How, str]:
     """How many draws of the latents can be run at once, and what is wrong with the plate where it is not that.
@@ -152,7 +152,7 @@ def how_to_vectorize(
 
 def joint_in_plate(model: Model, values: dict[str, Tensor], n: int, nesting: int, args: Any, kwargs: Any) -> Tensor:
     """Log joint of ``n`` draws ``{site: (n, 1, .., *plates, *event)}``, shape ``(n,)``, in one plate."""
-    run = enumerated(together(poutine.condition(model, data=values), n, nesting), nesting + 1)
+    run = enumerated(in_draws_plate(poutine.condition(model, data=values), n, nesting), nesting + 1)
     return per_draw(log_probs(poutine.trace(run).get_trace(*args, **kwargs)), n)
 
 

@@ -6,14 +6,11 @@ from pyro_dgm.objectives.ali import ALI
 from pyro_dgm.objectives.flow_matching import FlowMatching
 from pyro_dgm.objectives.forward_kl import ForwardKL
 from pyro_dgm.objectives.iwae import IWAE_ELBO
-from pyro_dgm.objectives.latent_mmd import LatentMMD
-from pyro_dgm.objectives.likelihood import MaximumLikelihood
+from pyro_dgm.objectives.likelihood import MaximumLikelihood, Transformed
 from pyro_dgm.objectives.logistic import LogisticRegression
-from pyro_dgm.objectives.penalised import Penalised
 from pyro_dgm.objectives.semisupervised import SemiSupervised
 from pyro_dgm.objectives.stl import STL_ELBO
-from pyro_dgm.objectives.total_correlation import TotalCorrelation
-from pyro_dgm.objectives.transformed import Transformed
+from pyro_dgm.objectives.terms import LatentMMD, Penalised, TotalCorrelation
 from pyro_dgm.objectives.weighted_kl import WeightedKL_ELBO
 
 __all__ = [

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, frozen
 from pyro_dgm.core.data import first_rows
-from pyro_dgm.core.nearness import nearness
 from pyro_dgm.core.training import Distillable, Drawing, Standardizable
 from pyro_dgm.objectives.adversarial_losses import LOSSES, gradient_norms
-from pyro_dgm.objectives.distillation import arrange
+from pyro_dgm.objectives.distillation import distil
 from pyro_dgm.objectives.flow_matching import check_batch
+from pyro_dgm.objectives.quality import sample_quality
 
 __all__ = ["Adversarial"]
 
 _FEW = 16  # entries of an event
-_RATES = (1e-3, 1e-5)  # of the critic and of an arranged generator, which only an able critic may move
+_RATES = (1e-3, 1e-5)  # of the critic and of a distilled generator, which stays almost still until the critic is good
 
 
 class Adversarial(nn.Module):
@@ -32,7 +32,7 @@ class Adversarial(nn.Module):
 
     ``fit(Adversarial(generator, critic), (x,), batch_size=256, max_steps=4000)`` is the whole recipe, with ``(x, context)``
     for a conditional pair. It takes both players' units from the data,
-    arranges the draws (``pretrain``), steps the critic ``critic_steps`` times and the
+    distils a continuous flow into the generator (``pretrain``), steps the critic ``critic_steps`` times and the
     generator once, and at the end gives the generator the running average of its weights. ``History`` holds both losses
     (``loss`` is the generator's), the critic's accuracy (share of pairs of a datum and a draw that it ranks rightly; 1/2
     means that it cannot tell) and the quality: energy distance and coverage against held-out rows. A low coverage is
@@ -44,7 +44,7 @@ class Adversarial(nn.Module):
         loss: ``"non-saturating"``, ``"relativistic"``, ``"wgan-gp"``, ``"hinge"``, ``"least-squares"`` or
             ``"saturating"`` (for comparison).
         r1, r2: weights of :math:`\frac12 E|\nabla T|^2` at data and at draws. None for :math:`D^2 / 4000` each (0 with
-            ``"wgan-gp"``): little blurs narrow modes in two dimensions, images are learned by heart without.
+            ``"wgan-gp"``): little blurs narrow modes in two dimensions, images are memorised without.
         gradient_penalty: weight of :math:`E(|\nabla T| - 1)^2` between data and draws. None for 10 with ``"wgan-gp"``, else 0.
         critic_steps: of the critic for one of the generator. None for 5 with ``"wgan-gp"``, else 1.
         ema: decay of the running average of the generator's weights; 0 keeps the last weights.
@@ -152,10 +152,10 @@ class Adversarial(nn.Module):
         a, b = (self.critic.standard(r.reshape(len(r), -1)) for r in (x, draws))
         if not b.isfinite().all():
             return float("nan"), float("nan")
-        return nearness(a, b)
+        return sample_quality(a, b)
 
     def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
-        """Take both players' units from the data and arrange the draws, unless that was done before."""
+        """Take both players' units from the data and distil a flow into the generator, unless that was done before."""
         x, context = first_rows(batches)
         check_batch("Adversarial", self.generator, x, context)
         new = not isinstance(self.critic, Standardizable) or self.critic.standard.is_identity()
@@ -163,7 +163,7 @@ class Adversarial(nn.Module):
             if isinstance(player, Standardizable) and player.standard.is_identity():
                 player.standardize(x)
         if new and self.steps and isinstance(self.generator, Distillable):
-            arrange(self.generator, batches, _fewer(self.steps, x) if self.fewer_for_few_rows else self.steps)
+            distil(self.generator, batches, _fewer(self.steps, x) if self.fewer_for_few_rows else self.steps)
 
     def _draws(self, rows: int, context: Tensor | None) -> Tensor:
         if self._draws_rows:
@@ -210,7 +210,7 @@ def _usual_pretraining(size: int) -> int:
 
 
 def _fewer(steps: int, x: Tensor) -> int:
-    """On rows that were seen to come again: a flow that meets each of them thousands of times learns them by heart."""
+    """Fewer steps where rows repeat: a flow that meets each of them thousands of times memorises them."""
     rows = len(x.reshape(len(x), -1).unique(dim=0))
     return min(steps, max(500, 4 * rows)) if rows < len(x) else steps
 

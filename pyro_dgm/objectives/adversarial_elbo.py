@@ -18,16 +18,16 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_dgm.core.average import Average
-from pyro_dgm.core.psis import psis
 from pyro_dgm.core.random import seeded
 from pyro_dgm.core.ratio import DensityRatio
 from pyro_dgm.core.training import Implicit
+from pyro_dgm.core.weights import psis
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.model.modes import uncovered
 from pyro_dgm.objectives.contrast import AdaptiveContrast, Contrast, PriorContrast
 from pyro_dgm.objectives.diagnosis import Diagnosis, diagnosed
 from pyro_dgm.objectives.players import DECAY, descend
+from pyro_dgm.train.average import Average
 
 __all__ = ["Adversarial_ELBO"]
 
@@ -183,7 +183,7 @@ class Adversarial_ELBO(nn.Module):
             u = self.guide.draw(512)[0]
         return [joint.constrain(end[None])[0] for end in uncovered(joint, u, lambda x: x, joint)]
 
-    def settle(self, *args: Any, **kwargs: Any) -> None:
+    def finish(self, *args: Any, **kwargs: Any) -> None:
         """Give the guide its averaged parameters, weigh its modes anew, and warn of modes that it misses."""
         self._averaged().give()
         for _ in range(_LAST):

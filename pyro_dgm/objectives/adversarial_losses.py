@@ -31,7 +31,7 @@ class Loss(NamedTuple):
     """Both players' losses of logits of data and of draws, shape ``(N,)`` each, and the settings that go with them.
 
     The weights ``r1`` and ``r2`` are for one dimension; they grow with the square of the number of dimensions: few numbers
-    have sharp edges that a strong penalty would blur, many are learned by heart without one.
+    have sharp edges that a strong penalty would blur, many are memorised without one.
     """
 
     critic: Callable[[Tensor, Tensor], Tensor]

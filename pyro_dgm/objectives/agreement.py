@@ -15,8 +15,8 @@ from torch import Size, Tensor
 
 from pyro_dgm.core.random import fork_rng
 from pyro_dgm.model.sites import is_computed, is_subsample, latent_sites, plate_frames
-from pyro_dgm.model.vectorize import fault_of, how_to_vectorize, per_draw, seeded_run, together
-from pyro_dgm.objectives.path_gradient import innermost, sample_sites, with_values
+from pyro_dgm.model.vectorize import fault_of, find_vectorization, in_draws_plate, per_draw, seeded_run
+from pyro_dgm.objectives.path_gradient import sample_sites, unwrapped, with_values
 
 __all__ = ["HowDrawn", "Pair", "fixed_part", "how_to_draw", "row_shape"]
 
@@ -82,17 +82,17 @@ def how_to_draw(pair: Pair, once: poutine.Trace, model_once: poutine.Trace, nest
     values = {k: s["value"] for k, s in sites.items() if not s["infer"].get("is_auxiliary")}
     shapes = {k: row_shape(s) for k, s in sites.items()}
     model = poutine.replay(pair.model, trace=rows)
-    return how_to_vectorize(model, values or {k: s["value"] for k, s in sites.items()}, shapes, nesting, *pair[2:])
+    return find_vectorization(model, values or {k: s["value"] for k, s in sites.items()}, shapes, nesting, *pair[2:])
 
 
 def _draw_some(pair: Pair, rows: poutine.Trace, nesting: int, many: list[poutine.Trace]) -> Tensor:
     """A few draws in a plate, put into ``many``; zero says that they could be made."""
-    many.append(pair.guide_trace(poutine.replay(together(pair.guide, _TRIED, nesting), trace=rows)))
+    many.append(pair.guide_trace(poutine.replay(in_draws_plate(pair.guide, _TRIED, nesting), trace=rows)))
     return torch.zeros(())
 
 
 def _fault_of_guide(pair: Pair, once: poutine.Trace, many: poutine.Trace) -> str:
-    """Why the guide in a plate is another law than alone; empty where it is the same, or where runs are random."""
+    """Why the guide's distribution in a plate is another than alone; empty where it is not, or where runs are random."""
     sites = dict(latent_sites(many))
     rows = [{k: s["value"].reshape(_TRIED, *row_shape(s))[i] for k, s in sites.items()} for i in range(_TRIED)]
 
@@ -109,12 +109,12 @@ def _fault_of_guide(pair: Pair, once: poutine.Trace, many: poutine.Trace) -> str
 
 
 def _summary(trace: poutine.Trace, n: int) -> Tensor:
-    """One number for each draw that tells laws apart: log densities, and the places of Deltas."""
+    """One number for each draw that tells distributions apart: log densities, and the places of Deltas."""
     return per_draw((_place_or_density(site) for _, site in sample_sites(trace) if not is_computed(site)), n)
 
 
 def _place_or_density(site: dict[str, Any]) -> Tensor:
-    fn = innermost(site["fn"])
+    fn = unwrapped(site["fn"])
     if isinstance(fn, dist.Delta):
         return fn.v.reshape(*fn.batch_shape, -1).sum(-1) + fn.log_density
     try:

@@ -1,4 +1,4 @@
-r"""An encoder for a generator: both laws of pairs are made equal, by a classifier of pairs.
+r"""An encoder for a generator: both distributions of pairs are made equal, by a classifier of pairs.
 
 .. math:: q(x, z) = p_{data}(x)\, q_\phi(z \mid x), \qquad p(x, z) = p(z)\, p_\theta(x \mid z)
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core import MLP
-from pyro_dgm.core.average import Average
 from pyro_dgm.core.ratio import DensityRatio, logistic_loss
 from pyro_dgm.objectives.players import DECAY, descend
+from pyro_dgm.train.average import Average
 
 __all__ = ["ALI"]
 
@@ -96,7 +96,7 @@ class ALI(nn.Module):
         q, p = self.pairs(x)
         return logistic_loss(-self.ratio.held(q), -self.ratio.held(p))
 
-    def settle(self, *args: Any) -> None:
+    def finish(self, *args: Any) -> None:
         """Give both players the averages of their last parameters."""
         self._averaged().give()
 

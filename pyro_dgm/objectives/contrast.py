@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from pyro_dgm.core import frozen
+from pyro_dgm.core.module import resize_to_saved
 from pyro_dgm.core.ratio import DensityRatio, logistic_loss
 from pyro_dgm.model.log_joint import LogJoint, prior_draws
 
@@ -138,10 +139,7 @@ class AdaptiveContrast(Contrast):
                 self.scale_tril[k] = root
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in ("loc", "scale_tril", "log_weight"):
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape[1:] == getattr(self, name).shape[1:]:
-                setattr(self, name, torch.empty_like(saved).to(self.loc))
+        resize_to_saved(self, ("loc", "scale_tril", "log_weight"), state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.ratio import Calibration, calibration, learn_ratio
+from pyro_dgm.core.ratio import RatioCheck, calibration, learn_ratio
+from pyro_dgm.core.weights import log_mean_exp
 from pyro_dgm.objectives.contrast import Contrast
 
 __all__ = ["Diagnosis", "diagnosed"]
@@ -35,8 +36,8 @@ class Diagnosis:
     fresh_error: float
     gap: float
     gap_error: float
-    trained: Calibration
-    fresh: Calibration
+    trained: RatioCheck
+    fresh: RatioCheck
     c2st: float
     c2st_error: float
     other_modes: int
@@ -105,6 +106,6 @@ def _mean(values: Tensor) -> tuple[float, float]:
 
 def _gap(log_w: Tensor) -> tuple[float, float]:
     """Log of the mean weight minus the mean log weight, and its standard error by the delta method."""
-    relative = (log_w - log_w.logsumexp(0)).exp() * len(log_w)
-    terms = relative - log_w
-    return float(log_w.logsumexp(0) - math.log(len(log_w)) - log_w.mean()), float(terms.std()) / math.sqrt(len(log_w))
+    log_of_mean = log_mean_exp(log_w)[0]
+    terms = (log_w - log_of_mean).exp() - log_w
+    return float(log_of_mean - log_w.mean()), float(terms.std()) / math.sqrt(len(log_w))

@@ -1,4 +1,4 @@
-r"""A generator's first arrangement: a continuous flow learns the data, and the generator to do in one pass what it does.
+r"""A generator's start by distillation: a continuous flow learns the data, and the generator learns the flow's map in one pass.
 
 .. math:: \min_\theta\; E_z \big| G_\theta(z; c) - x(1) \big|, \qquad \dot x = v(t, x; c),\quad x(0) = z
 
@@ -20,7 +20,7 @@ from pyro_dgm.core import Standardize
 from pyro_dgm.core.data import first_rows
 from pyro_dgm.objectives.flow_matching import velocity_error
 
-__all__ = ["arrange"]
+__all__ = ["distil"]
 
 _ROWS, _PAIRS = 512, 32_768
 _PATH_STEPS = 16
@@ -29,8 +29,8 @@ _WIDTHS = (64, 256)
 _LEAST_NOISE = 0.01  # of a learned noise, in standard deviations of the data
 
 
-def arrange(generator: Any, batches: Iterator[tuple[Any, ...]], steps: int) -> None:
-    """Teach a flow for some steps, and a :class:`~pyro_dgm.Generator` half as long to do what the flow does."""
+def distil(generator: Any, batches: Iterator[tuple[Any, ...]], steps: int) -> None:
+    """Train a flow for so many steps, then distil it into a :class:`~pyro_dgm.Generator` for half as many."""
     teacher = _Teacher(generator, *first_rows(batches))
     rate = _RATE * _WIDTHS[0] / _width(teacher.flow.features)
     _descend(teacher.flow, lambda: teacher.loss(*_at_most(_ROWS, *first_rows(batches, _ROWS))), steps, rate)
@@ -95,7 +95,7 @@ def _principal(u: Tensor, size: int) -> Tensor:
 
 
 def _width(features: int) -> int:
-    """Of a flow: 64 for a point of a few entries, 256 for an image of 64, whose law is not seen by a narrow one."""
+    """Of a flow: 64 for a point of a few entries, 256 for an image of 64, which a narrow one cannot learn."""
     return max(_WIDTHS[0], min(4 * features, _WIDTHS[1]))
 
 

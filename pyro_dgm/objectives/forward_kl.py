@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_dgm.core.devices import device_of, moved
+from pyro_dgm.core.devices import device_of, to_device
 from pyro_dgm.core.training import Recipe
 from pyro_dgm.objectives.flow_matching import FlowMatching
 
@@ -75,7 +75,7 @@ class ForwardKL(nn.Module):
 
     def forward(self, batch: Mapping[str, Any] | None = None) -> Tensor:
         """The loss of simulations ``{site: (n, *site)}``; None simulates."""
-        fixed = batch is not None and torch.is_grad_enabled()  # fresh simulations cannot be learned by heart
+        fixed = batch is not None and torch.is_grad_enabled()  # fresh simulations cannot be overfitted
         batch = self._fresh() if batch is None else batch
         with _dropout(self.guide.groups, fixed):
             return sum((_term(*piece) for piece in self.guide.pieces(batch)), torch.zeros(())).mean()
@@ -97,7 +97,7 @@ class ForwardKL(nn.Module):
             return Recipe(lr=3e-3, averaging=0.998)
         dim = max(group.features for group in self.guide.groups)
         summaries = len(self.guide.streams.encoder) > 0 or any(group.summarised for group in self.guide.groups)
-        longest, rate = (160, 4e-3) if summaries else (100, 8e-3)  # networks in a row bear no more
+        longest, rate = (160, 4e-3) if summaries else (100, 8e-3)  # two networks in a row need the smaller rate
         return Recipe(
             lr=rate,
             batch_size=min(256, max(32, rows // 40)),
@@ -110,7 +110,7 @@ class ForwardKL(nn.Module):
 
     def _fresh(self) -> Mapping[str, Any]:
         inputs = None if self.inputs is None else self.inputs(self.batch_size)
-        return moved(self.guide.simulate(self.batch_size, inputs), device_of(self.guide))
+        return to_device(self.guide.simulate(self.batch_size, inputs), device_of(self.guide))
 
 
 @contextmanager

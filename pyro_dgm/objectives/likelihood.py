@@ -1,4 +1,4 @@
-r"""Maximum likelihood, for a continuous flow with what its paths cost.
+r"""Maximum likelihood, for a continuous flow with what its paths cost; objectives on data changed anew at each step.
 
 .. math:: L = -E_x \log p(x \mid c) + \sum_k \lambda_k E_x \int_0^1 r_k(t, x(t))\, dt
 """
@@ -6,7 +6,7 @@ r"""Maximum likelihood, for a continuous flow with what its paths cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.training import Transporting
 from pyro_dgm.objectives.flow_matching import FlowMatching, check_batch, standardize_once
 
-__all__ = ["MaximumLikelihood"]
+__all__ = ["MaximumLikelihood", "Transformed"]
 
 
 class MaximumLikelihood(nn.Module):
@@ -117,3 +117,24 @@ def _match(family: DistributionModule, batches: Iterator[tuple[Any, ...]], steps
         objective(*next(batches)).backward()
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+class Transformed(nn.Module):
+    r"""``objective(transform(x), ...)``: the first argument is transformed at each call, the others go through.
+
+    ``Transformed(bound, torch.bernoulli)`` is dynamic binarisation of grey levels in [0, 1]; dequantising and augmenting go
+    the same way.
+
+    Example:
+        >>> import torch
+        >>> mean = Transformed(torch.nn.Identity(), torch.bernoulli)
+        >>> bool(mean(torch.full((100,), 0.5)).unique().tolist() == [0.0, 1.0])
+        True
+    """
+
+    def __init__(self, objective: nn.Module, transform: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.objective, self.transform = objective, transform
+
+    def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
+        return self.objective(self.transform(x), *rest)

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_dgm.core.random import fork_rng
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_enumerable, is_factor, latent_sites
-from pyro_dgm.model.vectorize import NOT_VECTORIZED, enumerated, read_of_rows, together
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, enumerated, in_draws_plate, read_of_rows
 from pyro_dgm.objectives.agreement import Pair, fixed_part, how_to_draw, row_shape
 from pyro_dgm.objectives.path_gradient import PathGradient, sample_sites
 from pyro_dgm.objectives.units import Frames, unit_terms
@@ -108,7 +108,7 @@ class ParticleELBO(Trace_ELBO):
 
     def _run(self, guide: Any) -> Any:
         """The guide as it is run: in a plate of draws, or alone."""
-        return together(guide, self.num_particles, self._nesting) if self._together else guide
+        return in_draws_plate(guide, self.num_particles, self._nesting) if self._together else guide
 
     def _draw(self, pair: Pair, shared: Collection[str] = (), *, same_rows: bool = False) -> Iterator[poutine.Trace]:
         """Traces of the guide: one of all draws, or one for each.

@@ -40,12 +40,13 @@ from torch.distributions.transforms import Transform, _InverseTransform
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.random import fork_rng
+from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_factor, is_subsample, latent_sites
 
 __all__ = [
     "PathGradient",
-    "innermost",
+    "unwrapped",
     "parameters_of",
     "rescored",
     "sample_sites",
@@ -132,7 +133,7 @@ def rescored(
         trace = _run_again(run, drawn, args, kwargs)
         for name in names:
             site = trace.nodes[name]
-            if isinstance(innermost(site["fn"]), dist.Delta):
+            if isinstance(unwrapped(site["fn"]), dist.Delta):
                 site["value"] = site["fn"].mean  # its own place, whatever the last digit
         trace.compute_log_prob(lambda name, _: name in names)
     return trace
@@ -196,7 +197,7 @@ def _why_kept(site: Site) -> str:
         return "a pyro.factor"
     if site["is_observed"]:
         return "it is observed in the guide"
-    if isinstance(innermost(site["fn"]), dist.Delta):
+    if isinstance(unwrapped(site["fn"]), dist.Delta):
         return "a Delta with a density"
     return "its support depends on parameters" if support_moves(site["fn"]) else ""
 
@@ -210,7 +211,7 @@ def _why_plain(site: Site) -> str:
 
 
 def _depends(site: Site) -> bool:
-    fn = innermost(site["fn"])
+    fn = unwrapped(site["fn"])
     if isinstance(fn, dist.Delta):
         has_density = not (is_identically_zero(fn.log_density) or bool((fn.log_density == 0.0).all()))
         return fn.log_density.requires_grad or (fn.v.requires_grad and has_density)
@@ -218,7 +219,7 @@ def _depends(site: Site) -> bool:
 
 
 def _is_placed(site: Site) -> bool:
-    fn = innermost(site["fn"])
+    fn = unwrapped(site["fn"])
     return isinstance(fn, dist.Delta) and not site["is_observed"] and fn.v.requires_grad
 
 
@@ -230,7 +231,7 @@ def _scores_other_values(site: Site) -> bool:
     return True
 
 
-def innermost(fn: Any) -> Any:
+def unwrapped(fn: Any) -> Any:
     """The distribution below ``to_event``, ``mask`` and ``expand``."""
     while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
         fn = fn.base_dist
@@ -239,7 +240,7 @@ def innermost(fn: Any) -> Any:
 
 def support_moves(fn: Any) -> bool:
     """Whether the support depends on tensors that require grad; in doubt it does."""
-    fn = innermost(fn)
+    fn = unwrapped(fn)
     try:
         if isinstance(fn, TransformedDistribution) and not _declares_support(type(fn)):
             return support_moves(fn.base_dist) or _image_moves(fn.base_dist.support, fn.transforms)
@@ -258,12 +259,12 @@ def _image_moves(support: Any, transforms: list[Transform]) -> bool:
 
     Torch declares the reals as the codomain of every affine map, so a box is followed from the base on.
     """
-    whole: Any = _bare(support)  # None for a set that has no name
+    whole: Any = of_entries(support)  # None for a set that has no name
     for t in transforms:
         if _is_to_reals(whole, t):
             whole = constraints.real
-        elif whole is not None and _same_set(whole, _bare(t.domain)) and not _holds_grad(t.codomain):
-            whole = _bare(t.codomain)
+        elif whole is not None and _same_set(whole, of_entries(t.domain)) and not _holds_grad(t.codomain):
+            whole = of_entries(t.codomain)
         elif _holds_grad(t):
             return True
         else:
@@ -277,12 +278,6 @@ def _is_to_reals(support: Any, transform: Transform) -> bool:
         return support is not None and transform == biject_to(support).inv
     except NotImplementedError:
         return False
-
-
-def _bare(constraint: Any) -> Any:
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return constraint
 
 
 def _same_set(a: Any, b: Any) -> bool:

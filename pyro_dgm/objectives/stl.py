@@ -20,7 +20,7 @@ from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
 from pyro_dgm.core import LearnedDistribution
-from pyro_dgm.core.psis import psis
+from pyro_dgm.core.weights import psis
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.objectives.agreement import Pair
 from pyro_dgm.objectives.particles import ParticleELBO, missing_site

@@ -104,7 +104,7 @@ class _WeightedModule(ELBOModule):
             self.steps += 1
         return -(trained + (reported - trained).detach())
 
-    def settle(self, *args: Any, **kwargs: Any) -> None:
+    def finish(self, *args: Any, **kwargs: Any) -> None:
         """Say, once a fit has ended, that the weight never reached its value."""
         if 0 < int(self.steps) < self.elbo.warmup_steps:
             warnings.warn(

@@ -9,8 +9,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_dgm.model.sites import is_drawn
-from pyro_dgm.model.vectorize import how_to_vectorize
-from pyro_dgm.simulation.program import Program, random_state
+from pyro_dgm.model.vectorize import find_vectorization
+from pyro_dgm.simulation.blocks import Blocks, random_state
 
 __all__ = ["TOO_FEW", "fault_of_plate"]
 
@@ -18,10 +18,10 @@ TOO_FEW = "too few simulations for a check"
 
 _FEW = 5
 _MANY = 40
-_ALARM = 1e-5  # probability that equal laws are told apart
+_ALARM = 1e-5  # probability that equal distributions are told apart
 
 
-def fault_of_plate(program: Program, n: int) -> str:
+def fault_of_plate(blocks: Blocks, n: int) -> str:
     """Why runs of many draws differ from single runs; empty where they do not.
 
     The log joint of a few draws of all sites is compared. Sites without a density, and values that were computed with noise
@@ -30,16 +30,16 @@ def fault_of_plate(program: Program, n: int) -> str:
     """
     with random_state(0):
         try:
-            traces = [program.trace() for _ in range(_FEW)]
+            traces = [blocks.trace() for _ in range(_FEW)]
         except Exception as error:
             return f"a run failed: {error}"
         shapes = [{k: s["value"].shape for k, s in t.nodes.items() if is_drawn(s)} for t in traces]
-        if any(found != program.shapes for found in shapes):
+        if any(found != blocks.shapes for found in shapes):
             return "the sites or their shapes differ between runs"
-        opaque = [k for k in program.shapes if _opaque(traces[0].nodes[k])]
+        opaque = [k for k in blocks.shapes if _opaque(traces[0].nodes[k])]
         if opaque and n < 4 * _MANY:
             return TOO_FEW
-        return _densities_differ(program, traces, opaque) or _draws_differ(program, traces, opaque, _MANY)
+        return _densities_differ(blocks, traces, opaque) or _draws_differ(blocks, traces, opaque, _MANY)
 
 
 def _opaque(site: dict) -> bool:
@@ -58,30 +58,30 @@ def _is_delta(fn: object) -> bool:
     return type(fn).__name__ == "Delta"
 
 
-def _densities_differ(program: Program, traces: list[poutine.Trace], opaque: list[str]) -> str:
-    scored = [k for k in program.shapes if k not in opaque]
+def _densities_differ(blocks: Blocks, traces: list[poutine.Trace], opaque: list[str]) -> str:
+    scored = [k for k in blocks.shapes if k not in opaque]
     if not scored:
         return ""
     rows = {k: torch.stack([t.nodes[k]["value"] for t in traces]) for k in scored}
-    values = {k: program.in_plate(k, v) for k, v in rows.items()}
-    shapes = {k: program.shapes[k] for k in scored}
-    fn = poutine.block(program.model, hide=opaque) if opaque else program.model
-    how, fault = how_to_vectorize(fn, values, shapes, program.nesting, program.args, program.kwargs)
+    values = {k: blocks.in_plate(k, v) for k, v in rows.items()}
+    shapes = {k: blocks.shapes[k] for k in scored}
+    fn = poutine.block(blocks.model, hide=opaque) if opaque else blocks.model
+    how, fault = find_vectorization(fn, values, shapes, blocks.nesting, blocks.args, blocks.kwargs)
     return "" if how == "plate" else fault
 
 
-def _draws_differ(program: Program, traces: list[poutine.Trace], opaque: list[str], m: int) -> str:
+def _draws_differ(blocks: Blocks, traces: list[poutine.Trace], opaque: list[str], m: int) -> str:
     """Compare draws of the opaque sites at two settings of the others, which one run holds side by side."""
     if not opaque:
         return ""
-    rest = [k for k in program.shapes if k not in opaque]
+    rest = [k for k in blocks.shapes if k not in opaque]
     settings = [{k: t.nodes[k]["value"] for k in rest} for t in traces[:2]]
     rows = {k: torch.cat([s[k].expand(m, *s[k].shape) for s in settings]) for k in rest}
     try:
-        together = program.rows(program.trace(2 * m, rows), 2 * m)
+        together = blocks.rows(blocks.trace(2 * m, rows), 2 * m)
     except Exception as error:
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    single = [[program.trace(None, given).nodes for _ in range(m)] for given in settings]
+    single = [[blocks.trace(None, given).nodes for _ in range(m)] for given in settings]
     for k in opaque:
         for i, runs in enumerate(single):
             alone = torch.stack([nodes[k]["value"] for nodes in runs]).reshape(m, -1)

@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 from pyro_dgm.model.sites import is_data, is_drawn, is_factor, is_subsample
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, plate_nesting
 from pyro_dgm.simulation.agree import TOO_FEW, fault_of_plate
-from pyro_dgm.simulation.program import Part, Program, random_state, run_job, run_whole_job
+from pyro_dgm.simulation.blocks import Blocks, Part, random_state, run_job, run_whole_job
+from pyro_dgm.simulation.proposal import truncated
 from pyro_dgm.simulation.simulations import Simulations
 from pyro_dgm.simulation.store import Store, manifest
-from pyro_dgm.simulation.truncated import truncated
 
 __all__ = ["simulate"]
 
@@ -83,14 +83,14 @@ def simulate(
     settings.propose(proposal)
     folder = Path(path) if path is not None else None
     seed = _begun_seed(folder, settings, num_simulations, seed)
-    program = settings.program
-    store = Store(num_simulations, settings.kinds, folder, program.how == "loop")
-    jobs = _jobs(store.missing().tolist(), max(batch_size or 1, program.block), num_simulations, program.block)
+    blocks = settings.blocks
+    store = Store(num_simulations, settings.kinds, folder, blocks.how == "loop")
+    jobs = _jobs(store.missing().tolist(), max(batch_size or 1, blocks.block), num_simulations, blocks.block)
     if jobs:
         settings.refuse_non_finite_prior(seed)
     with tqdm(desc="simulate", total=num_simulations, disable=not progress, mininterval=0.5) as bar:
         bar.update(num_simulations - len(store.missing()))
-        with closing(_parts(program, jobs, seed, executor)) as parts:
+        with closing(_parts(blocks, jobs, seed, executor)) as parts:
             for part in parts:
                 store.write(part)
                 bar.update(part.count)
@@ -103,7 +103,7 @@ class _Prepared:
     def __init__(
         self, model: Callable[..., Any], args: Any, kwargs: Any, observed: Sequence[str] | str, n: int
     ) -> None:
-        once = Program(model, args, kwargs, {}, {})
+        once = Blocks(model, args, kwargs, {}, {})
         trace = _first_run(once)
         nodes = {k: s for k, s in trace.nodes.items() if is_drawn(s)}
         self.nodes, self.observed = nodes, _observed(model, args, kwargs, nodes, observed)
@@ -112,12 +112,12 @@ class _Prepared:
         shapes = {k: shape for k, (shape, _) in self.kinds.items()}
         events = {k: s["fn"].event_dim for k, s in nodes.items()}
         nesting = max([plate_nesting(trace), *(len(s["fn"].batch_shape) for s in nodes.values())])
-        self.program = Program(model, args, kwargs, shapes, events, nesting, "plate")
-        fault = fault_of_plate(self.program, n)
+        self.blocks = Blocks(model, args, kwargs, shapes, events, nesting, "plate")
+        fault = fault_of_plate(self.blocks, n)
         if fault and fault != TOO_FEW:
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=3)
         if fault:
-            self.program = replace(self.program, how="loop")
+            self.blocks = replace(self.blocks, how="loop")
 
     def propose(self, posterior: Any) -> None:
         """Draw some latents where a posterior has its mass."""
@@ -129,15 +129,15 @@ class _Prepared:
             raise ValueError(
                 f"simulate: the proposal draws {unknown}, which are no latents of the model, {list(self.nodes)}."
             )
-        self.program = replace(self.program, propose=proposal)
+        self.blocks = replace(self.blocks, propose=proposal)
 
     def refuse_non_finite_prior(self, seed: int) -> None:
         """Look at the first block: latents that depend on no other must be finite."""
-        (part,) = run_whole_job(self.program, 0, self.program.block, seed)
+        (part,) = run_whole_job(self.blocks, 0, self.blocks.block, seed)
         latents = [k for k in self.nodes if k not in self.observed]
         values = {k: [v for v in part.values[k] if v is not None] for k in latents}
         bad = {k: sum(not bool(v.isfinite().all()) for v in rows) for k, rows in values.items() if not _finite(rows)}
-        for name in [k for k in (_roots(self.program) if bad else []) if k in bad]:
+        for name in [k for k in (_roots(self.blocks) if bad else []) if k in bad]:
             raise ValueError(
                 f"simulate: site '{name}' drew {bad[name]} of {len(values[name])} values that are not finite, from "
                 f"{type(self.nodes[name]['fn']).__name__}. A prior must be proper, and narrow enough for its numbers "
@@ -149,12 +149,12 @@ def _finite(rows: list[Tensor]) -> bool:
     return not rows or bool(torch.cat([v.reshape(-1) for v in rows]).isfinite().all())
 
 
-def _first_run(program: Program) -> Any:
+def _first_run(blocks: Blocks) -> Any:
     """A run that does not fail, of a few."""
     for attempt in range(_ATTEMPTS):
         try:
             with random_state(attempt):
-                return program.trace()
+                return blocks.trace()
         except NotImplementedError as error:
             raise ValueError(
                 f"simulate: a site of the model cannot be sampled ({error or 'no sampler'}). A simulation starts from a "
@@ -173,7 +173,7 @@ def _observed(
 ) -> tuple[str, ...]:
     """The names of the data sites."""
     names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
-    given = [k for k, s in _first_run(Program(model, args, kwargs, {}, {}, redraw=False)).nodes.items() if is_data(s)]
+    given = [k for k, s in _first_run(Blocks(model, args, kwargs, {}, {}, redraw=False)).nodes.items() if is_data(s)]
     names = names or tuple(given)
     unknown = [k for k in names if k not in nodes]
     if unknown or not names:
@@ -204,27 +204,27 @@ def _refuse_what_no_draw_follows(trace: Any) -> None:
             )
 
 
-def _roots(program: Program) -> list[str]:
+def _roots(blocks: Blocks) -> list[str]:
     """Latents that depend on no other."""
     try:
         with random_state(0):
-            parents = get_dependencies(program.model, program.args, program.kwargs)["prior_dependencies"]
-        return [k for k in program.shapes if not set(parents.get(k, {})) - {k}]
+            parents = get_dependencies(blocks.model, blocks.args, blocks.kwargs)["prior_dependencies"]
+        return [k for k in blocks.shapes if not set(parents.get(k, {})) - {k}]
     except Exception:  # what is asked of the model is more than a run
-        return list(program.shapes)[:1]
+        return list(blocks.shapes)[:1]
 
 
 def _begun_seed(folder: Path | None, settings: _Prepared, n: int, seed: int | None) -> int:
     """The seed, or that of the folder's first call, or a new one."""
     if folder is None:
         return int(torch.randint(2**31, ())) if seed is None else seed
-    program = settings.program
+    blocks = settings.blocks
     sites = {k: [list(shape), str(dtype)] for k, (shape, dtype) in settings.kinds.items()}
     wanted = {
         "simulations": n,
         "sites": sites,
         "observed": list(settings.observed),
-        "block": program.block,
+        "block": blocks.block,
         "seed": seed,
     }
     fresh = wanted | {"seed": int(torch.randint(2**31, ()))} if seed is None else wanted
@@ -244,14 +244,14 @@ def _jobs(missing: list[int], size: int, n: int, block: int) -> list[tuple[int, 
     return jobs
 
 
-def _parts(program: Program, jobs: list[tuple[int, int]], seed: int, executor: Executor | None) -> Generator[Part]:
+def _parts(blocks: Blocks, jobs: list[tuple[int, int]], seed: int, executor: Executor | None) -> Generator[Part]:
     """Parts as they come; a bounded number of tasks waits at the executor."""
     if executor is None:
         for start, stop in jobs:
-            with closing(run_job(program, start, stop, seed)) as parts:
+            with closing(run_job(blocks, start, stop, seed)) as parts:
                 yield from parts
         return
-    futures = [executor.submit(run_whole_job, program, start, stop, seed) for start, stop in jobs]
+    futures = [executor.submit(run_whole_job, blocks, start, stop, seed) for start, stop in jobs]
     try:
         for future in as_completed(futures):
             yield from _result(future)

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.files import load_checkpoint, save_checkpoint
+from pyro_dgm.train.files import load_checkpoint, save_checkpoint
 
 __all__ = ["Simulations"]
 

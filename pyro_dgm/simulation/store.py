@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
-from pyro_dgm.simulation.program import Part
+from pyro_dgm.simulation.blocks import Part
 from pyro_dgm.simulation.simulations import Simulations
 
 __all__ = ["Store", "manifest"]

@@ -11,11 +11,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.average import Average
 from pyro_dgm.core.data import first_rows
-from pyro_dgm.core.files import save_checkpoint
 from pyro_dgm.core.random import fork_rng, put_random_states, random_states
+from pyro_dgm.train.average import Average
 from pyro_dgm.train.batches import Batches
+from pyro_dgm.train.files import save_checkpoint
 from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.schedule import Limits, rate_at
 
@@ -25,7 +25,7 @@ _STEPS = 4_000  # without a limit
 _CHECKS = 10  # of the quality in a fit
 _MAX_SKIPPED = 20
 _JUDGED = 500  # rows, where no held-out ones are given
-_COLLAPSED = 0.5  # coverage as a share of what equal laws have, below which a user is told
+_COLLAPSED = 0.5  # coverage as a share of what equal distributions have, below which a user is told
 
 
 class AdversarialRun:
@@ -149,7 +149,7 @@ class AdversarialRun:
             return
         self.warned = True
         warnings.warn(
-            f"fit: at step {self.history.steps} the generator covers {coverage:.2f} of what draws of the data's own law "
+            f"fit: at step {self.history.steps} the generator covers {coverage:.2f} of what draws of the data's distribution "
             f"would cover of {len(self.held_out[0])} held-out rows: mode collapse, or a poor fit so far. Look at draws; train "
             "longer, or use a wider network, a larger r1 and r2, or another loss.",
             stacklevel=2,

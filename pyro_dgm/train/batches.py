@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pyro_dgm.core.devices import moved
+from pyro_dgm.core.devices import to_device
 
 __all__ = ["Batches", "held_out_split"]
 
@@ -29,7 +29,7 @@ class Batches:
         self.loader = data if isinstance(data, DataLoader) else None
         self.args = () if self.loader else _as_args(data)
         self.rows = None if self.loader or batch_size is None else _rows(self.args)
-        self.args = self.args if self.rows else moved(self.args, device)
+        self.args = self.args if self.rows else to_device(self.args, device)
         self.batch_size: int = batch_size or 0
         if self.rows is not None:
             _refuse_non_finite(self.args)
@@ -43,7 +43,7 @@ class Batches:
     def example(self) -> tuple[Any, ...]:
         """Arguments for a first run: everything, or one batch."""
         if self.loader is not None:
-            return moved(_as_args(next(iter(self.loader))), self.device)
+            return to_device(_as_args(next(iter(self.loader))), self.device)
         return self.args if self.rows is None else self._take(torch.arange(min(self.batch_size, self.rows)))
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
@@ -52,13 +52,13 @@ class Batches:
 
     def _one_pass(self) -> Iterable[tuple[Any, ...]]:
         if self.loader is not None:
-            return (moved(_as_args(batch), self.device) for batch in self.loader)
+            return (to_device(_as_args(batch), self.device) for batch in self.loader)
         if self.rows is None:
             return [self.args]
         return (self._take(index) for index in torch.randperm(self.rows).split(self.batch_size))
 
     def _take(self, index: Tensor) -> tuple[Any, ...]:
-        return moved(_picked(self.args, index), self.device)
+        return to_device(_picked(self.args, index), self.device)
 
 
 def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_dgm.core.average import Average
-from pyro_dgm.core.devices import device_of, moved
-from pyro_dgm.core.files import load_checkpoint, save_checkpoint
+from pyro_dgm.core.devices import device_of, to_device
 from pyro_dgm.core.random import fork_rng, put_random_states, random_states, seeded
-from pyro_dgm.core.training import Alternating, Convergent, Pretrainable, Recipe, Recommending, Settling, Startable
+from pyro_dgm.core.training import Alternating, Convergent, Finishing, Pretrainable, Recipe, Recommending, Startable
 from pyro_dgm.train.adversarial import AdversarialRun
+from pyro_dgm.train.average import Average
 from pyro_dgm.train.batches import Batches, held_out_split, named_tensors, non_finite, row_count
+from pyro_dgm.train.files import load_checkpoint, save_checkpoint
 from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.parameters import owned_parameters
 from pyro_dgm.train.schedule import Limits, rate_at, round_length
@@ -26,9 +26,7 @@ from pyro_dgm.train.schedule import Limits, rate_at, round_length
 __all__ = ["FitDiverged", "fit"]
 
 _WINDOW = 50  # steps in a smoothed loss, and between checks
-_TELLING = (
-    0.05  # nats; a smoothed loss with a larger error (subsampled data, a poor fit) does not tell that nothing is gained
-)
+_LARGEST_ERROR = 0.05  # nats, of a smoothed loss that may stop a fit; subsampled data or a poor fit have more
 _MAX_SKIPPED = 20  # consecutive non-finite steps before a fit gives up
 _CLIP = 10.0
 
@@ -114,7 +112,7 @@ def fit(
             owned_parameters(objective, batches.example(), lambda: _prepare(objective, batches, saved, bar)) as found,
         ):
             bar.reset(), bar.set_description("fit", refresh=False)
-            ends: Any = (batches, limits, moved(validation, batches.device), patience, bar, checkpoint)
+            ends: Any = (batches, limits, to_device(validation, batches.device), patience, bar, checkpoint)
             if isinstance(objective, Alternating):
                 return AdversarialRun(objective, found, optimizer, lr, *ends).run(saved)
             made = _adam(found, lr or recipe.lr, recipe.weight_decay) if optimizer is None else optimizer(found)
@@ -295,7 +293,7 @@ class _Run:
         before, error = getattr(self, "_previous_best", math.inf), self._smoothed()[1]
         if isinstance(self.objective, Convergent) and self.objective.converged():
             self.history.stopped = "converged"
-        elif before - self.round_best < max(2.0 * error, 1e-2) and error < _TELLING:
+        elif before - self.round_best < max(2.0 * error, 1e-2) and error < _LARGEST_ERROR:
             self.history.stopped = "a round brought no improvement"
         elif round_length(self.round + 1) is None:
             self.history.stopped = "last round ended; the loss was still falling"
@@ -332,8 +330,8 @@ class _Run:
         self._restore(self.best)
         self.optimizer.zero_grad(set_to_none=True)
         for module in self.objective.modules():
-            if isinstance(module, Settling):
-                module.settle(*self.batches.example())
+            if isinstance(module, Finishing):
+                module.finish(*self.batches.example())
 
     def _save(self) -> None:
         fields = ("round", "round_began", "round_best", "stale", "lost", "best")

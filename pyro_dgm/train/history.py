@@ -24,7 +24,7 @@ class History:
         critic_loss: the critic's loss of each step, where two players are trained; ``loss`` is then the generator's.
         critic_accuracy: share of pairs of a datum and a draw that the critic ranks rightly, of each step.
         quality: ``(step, energy distance, coverage)`` of the generator on held-out rows; coverage is a share of what
-            draws of the data's own law have.
+            draws of the data's own distribution have.
     """
 
     loss: list[float] = field(default_factory=list)

@@ -9,7 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_dgm.core import DistributionModule, joined
+from pyro_dgm.core import DistributionModule, broadcast_cat
 
 __all__ = ["Chain"]
 
@@ -51,7 +51,7 @@ class Chain(DistributionModule):
 
 
 class _Chained(TorchDistribution):
-    """The joint law of the layers."""
+    """The joint distribution of the layers."""
 
     arg_constraints: dict[str, Any] = {}
     has_rsample = True
@@ -85,7 +85,7 @@ class _Chained(TorchDistribution):
 
     @staticmethod
     def _joined(parts: Any, context: Tensor | None) -> Tensor | None:
-        return joined(context, *parts) if parts or context is not None else None
+        return broadcast_cat(context, *parts) if parts or context is not None else None
 
     def _given(self, family: Any, parts: Any) -> Any:
         return family(self._joined(parts, self.context))

@@ -10,6 +10,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
 from pyro_dgm.core import DistributionModule
+from pyro_dgm.core.shapes import of_entries
 
 __all__ = ["check_data", "refuse_batch_norm", "refuse_mismatch", "refuse_outside", "refuse_width"]
 
@@ -95,8 +96,7 @@ def refuse_outside(likelihood: Any, x: Tensor | None, *, few: bool = False) -> T
 
 
 def _advice(support: Any, x: Tensor) -> str:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = of_entries(support)
     grey = x.is_floating_point() and 0.0 <= float(x.min()) and float(x.max()) <= 1.0
     if support is constraints.boolean and grey:
         return (

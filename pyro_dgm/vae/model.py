@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_dgm.core import DistributionModule, joined
+from pyro_dgm.core import DistributionModule, broadcast_cat
 from pyro_dgm.core.random import fork_rng
 from pyro_dgm.vae.checks import check_data, refuse_batch_norm, refuse_mismatch, refuse_outside, refuse_width
 
@@ -147,7 +147,7 @@ class Decoder(nn.Module):
     def inputs(self, z: Tensor, context: Tensor | None) -> Tensor:
         """The likelihood's context: the flat latent and the context."""
         flat = z.flatten(-len(self.prior.event_shape)) if self.prior.event_shape else z.unsqueeze(-1)
-        return joined(flat, context)
+        return broadcast_cat(flat, context)
 
     def observation(self, x: Tensor | None, z: Tensor, context: Tensor | None, mask: Tensor | None) -> Any:
         """The distribution of x, without its unseen entries, and x with something valid in their place."""
@@ -197,12 +197,12 @@ class Encoder(nn.Module):
         n = len(self.event_shape)
         seen = x if mask is None else torch.where(mask, x, torch.zeros_like(x))
         parts = [p.flatten(x.dim() - n) if n else p.unsqueeze(-1) for p in (seen, mask) if p is not None]
-        together = joined(*(p.to(dtype) for p in parts), context)
+        together = broadcast_cat(*(p.to(dtype) for p in parts), context)
         refuse_width("posterior", self.posterior, together, _described(parts, context))
         return together
 
     @torch.no_grad()
-    def settle(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1) -> None:
+    def finish(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1) -> None:
         """Warn, once a fit has ended, where the posterior does not depend on the data (posterior collapse)."""
         if len(x) < 10:
             return

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["plot_embedding", "plot_images", "plot_interpolation", "plot_reconstructions", "plot_traversal"]
+__all__ = [
+    "plot_embedding",
+    "plot_images",
+    "plot_interpolation",
+    "plot_reconstructions",
+    "plot_traversal",
+    "along_units",
+]
 
 
 def plot_images(images: Tensor, columns: int = 10, ax: Any = None) -> Any:
@@ -57,10 +64,16 @@ def plot_traversal(
     """Each row moves one latent unit from -3 to 3 and holds the others at the posterior mean of one datum ``x[:1]``."""
     z = vae.embed(x[:1])
     units = range(min(10, z.shape[-1])) if units is None else units
-    paths = z.repeat(len(units) * steps, 1)
-    for i, unit in enumerate(units):
-        paths[i * steps : (i + 1) * steps, unit] = torch.linspace(-3.0, 3.0, steps)
+    paths = along_units(z[0], units, (-3.0, 3.0), steps).flatten(0, 1)
     return plot_images(_means(vae, paths).reshape(-1, *image_shape), steps, ax)
+
+
+def along_units(start: Tensor, units: Sequence[int], span: tuple[float, float], steps: int) -> Tensor:
+    """Latents ``(len(units), steps, L)``: in each row one unit goes through ``span``, and the others stay at ``start``."""
+    z = start.repeat(len(units), steps, 1)
+    for row, unit in enumerate(units):
+        z[row, :, unit] = torch.linspace(*span, steps).to(z)
+    return z
 
 
 def plot_embedding(vae: Any, x: Tensor, labels: Tensor | None = None, ax: Any = None) -> Any:

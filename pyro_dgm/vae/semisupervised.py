@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from pyro_dgm.core import DistributionModule, joined
+from pyro_dgm.core import DistributionModule, broadcast_cat
 from pyro_dgm.vae.checks import check_data, refuse_batch_norm, refuse_outside, refuse_width
 from pyro_dgm.vae.model import plate, register
 
@@ -99,7 +99,7 @@ class _Model(nn.Module):
         with plate(rows if x is None else len(x), None):
             label = pyro.sample("y", dist.Categorical(torch.ones(self.classes) / self.classes))
             z = pyro.sample("z", self.prior())
-            inputs = joined(z, one_hot(label, self.classes).to(z.dtype))
+            inputs = broadcast_cat(z, one_hot(label, self.classes).to(z.dtype))
             refuse_width("likelihood", self.likelihood, inputs, "the latent and the label")
             likelihood = self.likelihood(inputs)
             return pyro.sample("x", likelihood, obs=refuse_outside(likelihood, x, few=True))
@@ -117,12 +117,12 @@ class _Guide(nn.Module):
         flat = x.flatten(1)
         with plate(len(x), None):
             label = pyro.sample("y", self._label(flat, y), infer={"enumerate": "parallel"})
-            inputs = joined(flat, one_hot(label, self.classes).to(flat.dtype))
+            inputs = broadcast_cat(flat, one_hot(label, self.classes).to(flat.dtype))
             refuse_width("posterior", self.posterior, inputs, "x and the label")
             return pyro.sample("z", self.posterior(inputs))
 
     def _label(self, x: Tensor, y: Tensor | None) -> Any:
-        """The classifier's law, and certainty where there is a label."""
+        """The classifier's distribution, and certainty where there is a label."""
         guessed = dist.Categorical(logits=self.classifier(x)._base().logits)
         if y is None:
             return guessed

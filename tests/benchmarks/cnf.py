@@ -75,7 +75,7 @@ class Ours:
         likelihood = dgm.MaximumLikelihood(self.flow)
         lr = 6e-3 if matching else 5e-3
         second = train(likelihood, self.flow.parameters(), draw, seconds - matching, lr, lambda u: after(u + matching))
-        self.flow.settle()
+        self.flow.finish()
         return {"steps": (first[0], second[0]), "seconds": first[1] + second[1]}
 
     def score(self, x):

@@ -251,7 +251,7 @@ def digits_vae(x):
 
 
 DIGITS = {
-    "held-out law itself": lambda x: lambda n: x[torch.randperm(len(x))[:n]],
+    "held-out distribution itself": lambda x: lambda n: x[torch.randperm(len(x))[:n]],
     "GAN, default": digits_gan,
     "GAN, wgan-gp, 3 critic steps": lambda x: digits_gan(x, loss="wgan-gp", critic_steps=3),
     "MAF": digits_flow(lambda: dgm.MAF(64, hidden_features=(128, 128)), 400),

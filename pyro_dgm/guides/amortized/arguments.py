@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Size, Tensor
 
 from pyro_dgm.guides.amortized.structure import Site, Structure
-from pyro_dgm.model.vectorize import together
+from pyro_dgm.model.vectorize import in_draws_plate
 
 __all__ = ["Arguments", "covariate_sites"]
 
@@ -58,7 +58,7 @@ class Arguments:
         observed = {s.name: values[s.name] for s in structure.observed}
 
         def model(*args: Any, **kwargs: Any) -> Any:
-            with poutine.condition(data=observed), _Masked({k: m for k, m in masks.items() if k in observed}):
+            with poutine.condition(data=observed), _MaskedData({k: m for k, m in masks.items() if k in observed}):
                 return self.model(**arguments)
 
         return model
@@ -77,7 +77,7 @@ class Arguments:
         sites = (*structure.latents, *structure.observed)
         try:
             with pyro.validation_enabled(False), poutine.block():
-                trace = poutine.trace(together(self.model, n, nesting)).get_trace(**arguments)
+                trace = poutine.trace(in_draws_plate(self.model, n, nesting)).get_trace(**arguments)
             values = {s.name: _rows(s, trace.nodes[s.name]["value"], n, nesting) for s in sites}
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
@@ -123,7 +123,7 @@ class Arguments:
         return out | ({"mask": masks} if masks else {})
 
 
-class _Masked(poutine.messenger.Messenger):
+class _MaskedData(poutine.messenger.Messenger):
     """Leaves data out of the density where a mask is False."""
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from pyro_dgm.core.devices import device_of
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.guides.amortized.refined import Refined, refine
 from pyro_dgm.guides.amortized.units import Units
-from pyro_dgm.model.vectorize import NOT_VECTORIZED, how_to_vectorize, joint_alone, joint_in_plate, joint_of_rows
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, find_vectorization, joint_alone, joint_in_plate, joint_of_rows
 
 if TYPE_CHECKING:
     from pyro_dgm.guides.amortized.posterior import ConditionedGuide
@@ -54,7 +54,9 @@ class Joint:
         where = device_of(posterior.guide)
         self.units = {s.name: Units([s], "map").to(where) for s in self.sites if not s.classes}
         self.shapes = {k: v.shape[1:] for k, v in example.items()}
-        self.how, fault = how_to_vectorize(posterior.model, self._in_plate(example), self.shapes, self.nesting, (), {})
+        self.how, fault = find_vectorization(
+            posterior.model, self._in_plate(example), self.shapes, self.nesting, (), {}
+        )
         if self.how == "loop":
             warn_user(NOT_VECTORIZED.format(fault))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core import Standardize
-from pyro_dgm.core.networks import MLP, joined
+from pyro_dgm.core.networks import MLP, broadcast_cat
 
 __all__ = ["SetEncoder", "StandardData", "pooled"]
 
@@ -56,8 +56,8 @@ class SetEncoder(nn.Module):
         """``dims`` are negative dimensions of the batch; ``mask`` has the batch's shape, True where there is a datum."""
         elements = self.first(x)
         mean, log_n = pooled(elements, dims, mask)
-        elements = self.second(torch.cat([elements, joined(mean, log_n).expand(*elements.shape[:-1], -1)], -1))
-        return self.last(joined(*pooled(elements, dims, mask)))
+        elements = self.second(torch.cat([elements, broadcast_cat(mean, log_n).expand(*elements.shape[:-1], -1)], -1))
+        return self.last(broadcast_cat(*pooled(elements, dims, mask)))
 
 
 def pooled(x: Tensor, dims: list[int], mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_dgm.core import DistributionModule, zuko
-from pyro_dgm.core.passes import Run, schedule
-from pyro_dgm.guides.amortized.mixtures import Chain, Interval, Mixture
+from pyro_dgm.flows.autoregressive import Run, schedule
+from pyro_dgm.guides.amortized.mixtures import AutoregressiveMixture, Interval, NormalMixture
 from pyro_dgm.guides.amortized.reader import Reader
 
 __all__ = ["MixtureChain"]
@@ -39,7 +39,7 @@ class MixtureChain(DistributionModule):
         hidden_features: of the masked network; None for three layers of 64 D units, 192 at most.
         shared_features: of the context; None for 64 D, 128 at most. 0 for none, where the context is a learned summary.
         dropout: share of hidden units that a step on a fixed budget of simulations leaves out; None for
-            0.05 (D - 2), between 0 and 0.1: few latents are learned too slowly, many by heart.
+            0.05 (D - 2), between 0 and 0.1: with it few latents learn too slowly, without it many overfit.
     """
 
     residual: Tensor
@@ -74,15 +74,15 @@ class MixtureChain(DistributionModule):
         self.eval()  # dropout is switched on by the loss of simulations, and by nothing else
 
     def build(self, context: Tensor | None) -> Distribution:
-        return Chain(self, context, self.features)  # type: ignore[arg-type]
+        return AutoregressiveMixture(self, context, self.features)  # type: ignore[arg-type]
 
-    def conditionals(self, x: Tensor, context: Tensor) -> Mixture:
+    def conditionals(self, x: Tensor, context: Tensor) -> NormalMixture:
         """Of all entries of the vectors x, given those before."""
         centre = self.linear(context)
         numbers = self.net(torch.cat([(x - centre) / self.residual, self._read(context)], -1))
         return self._mixture(numbers.unflatten(-1, (self.features, -1)), centre, self.residual, (self.low, self.high))
 
-    def in_turn(self, context: Tensor, batch: Size) -> Generator[Mixture, Tensor, None]:
+    def in_turn(self, context: Tensor, batch: Size) -> Generator[NormalMixture, Tensor, None]:
         """Of the entries one after the other; each is to be sent its value. A unit of the network is computed once."""
         centre, run = self.linear(context).expand(*batch, -1), self._run(context, batch)
         for i in range(self.features):
@@ -99,11 +99,11 @@ class MixtureChain(DistributionModule):
         passes = schedule(order, [layer.mask for layer in linears], 3 * self.components)
         return Run(linears, [nn.functional.silu] * (len(linears) - 1), passes, self._read(context), batch)
 
-    def _mixture(self, numbers: Tensor, centre: Tensor, scale: Tensor, box: Interval) -> Mixture:
+    def _mixture(self, numbers: Tensor, centre: Tensor, scale: Tensor, box: Interval) -> NormalMixture:
         weight, loc, raw = numbers.unflatten(-1, (self.components, 3)).unbind(-1)
         log_scale = scale.log().unsqueeze(-1) + raw / (1.0 + raw.abs() / _SOFT_BOUND)
         loc = torch.addcmul(centre.unsqueeze(-1), scale.unsqueeze(-1), loc)
-        return Mixture(weight, loc, log_scale, box if self.bounded else None)
+        return NormalMixture(weight, loc, log_scale, box if self.bounded else None)
 
     @torch.no_grad()
     def _start(self) -> None:

@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Categorical
 
 from pyro_dgm.core import DistributionModule
-from pyro_dgm.core.networks import MLP, joined
+from pyro_dgm.core.networks import MLP, broadcast_cat
 from pyro_dgm.core.training import Transporting
 from pyro_dgm.guides.amortized.encoders import SetEncoder, pooled
 from pyro_dgm.guides.amortized.family import MixtureChain
@@ -77,7 +77,7 @@ class Group(nn.Module):
         parts = [self._pooled(pool, s) for pool, s in zip(self.pools, streams, strict=True)]
         parts += [pooled(d.features, self._lacking(d.plates), d.mask)[0] if self._lacking(d.plates) else d.features
                   for d in (earlier[i] for i in self.sees)]  # fmt: skip
-        return joined(*parts)
+        return broadcast_cat(*parts)
 
     def encode(self, values: dict[str, Tensor], prior: Moments) -> tuple[Tensor | None, Tensor, Tensor]:
         """Continuous values in the flow's units (None without any), their log-determinant, and what later groups see."""
@@ -87,15 +87,15 @@ class Group(nn.Module):
     def seen(self, u: Tensor | None, values: dict[str, Tensor]) -> Tensor:
         """Features for later groups: the flow's units and one-hot classes."""
         hot = [one_hot(s, values[s.name]) for s in self.discrete]
-        return joined(*([] if u is None else [u]), *hot)
+        return broadcast_cat(*([] if u is None else [u]), *hot)
 
     def log_prob_discrete(self, values: dict[str, Tensor], context: Tensor, u: Tensor | None) -> Tensor:
         """Log probability of the discrete sites, each given those before it, in nats."""
-        total, seen = context.new_zeros(()), joined(context, u)
+        total, seen = context.new_zeros(()), broadcast_cat(context, u)
         for head, site in zip(self.heads, self.discrete, strict=True):
             flat = values[site.name].reshape(*values[site.name].shape[: -len(site.event_shape) or None], site.width)
             total = total + _categorical(head, seen, site).log_prob(flat.long()).sum(-1)
-            seen = joined(seen, one_hot(site, values[site.name]))
+            seen = broadcast_cat(seen, one_hot(site, values[site.name]))
         return total
 
     def log_prob(self, values: dict[str, Tensor], context: Tensor, mass: Tensor | None, prior: Moments) -> Tensor:
@@ -121,11 +121,11 @@ class Group(nn.Module):
         if self.units is not None:
             u = self.distribution(context).sample(shape)
             values = self.units.unflatten(u, prior)[0]
-        seen = joined(context.expand(*shape, *context.shape), u)
+        seen = broadcast_cat(context.expand(*shape, *context.shape), u)
         for head, site in zip(self.heads, self.discrete, strict=True):
             drawn = _categorical(head, seen, site).sample()
             values[site.name] = drawn.reshape([*drawn.shape[:-1], *site.event_shape]).to(site.dtype)
-            seen = joined(seen, one_hot(site, values[site.name]))
+            seen = broadcast_cat(seen, one_hot(site, values[site.name]))
         return values, self.seen(u, values)
 
     def _pooled(self, pool: nn.Module, stream: Stream) -> Tensor:

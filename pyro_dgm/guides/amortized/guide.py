@@ -18,7 +18,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from pyro_dgm.core import DistributionModule
-from pyro_dgm.core.devices import device_of, moved
+from pyro_dgm.core.devices import device_of, to_device
 from pyro_dgm.core.random import fork_rng
 from pyro_dgm.guides.amortized.arguments import Arguments, covariate_sites
 from pyro_dgm.guides.amortized.group import Drawn, Group
@@ -130,14 +130,14 @@ class AmortizedGuide(nn.Module):
             ValueError: for a name that is unknown or missing, a wrong shape, and data with NaN outside the mask.
         """
         where = device_of(self)
-        data, mask = moved(data, where), moved(mask, where)
+        data, mask = to_device(data, where), to_device(mask, where)
         batch = self.arguments.checked_data(data, mask, self.structure, self.covariates)
         return ConditionedGuide(self, batch, self.streams.lead(batch))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The Pyro guide: takes the model's arguments, with data among them under the names of the sites."""
         data = self.arguments.data_of(args, kwargs, self.structure, self.covariates)
-        return self.trace_draws(moved(data, device_of(self)))
+        return self.trace_draws(to_device(data, device_of(self)))
 
     def conditioned_model(self, data: Mapping[str, Any]) -> Callable[..., Any]:
         """The model with these data and covariates in it, as a program without arguments (it ignores those it gets)."""
@@ -247,7 +247,7 @@ class AmortizedGuide(nn.Module):
         for sites in self.structure.groups():
             earlier = [(g.plates, g.features) for g in groups]
             sees = [i for i, g in enumerate(groups) if self.structure.related(g.sites[0], sites[0])]
-            inner = bool(sites[0].plates or sees)  # whose constant would depend on other latents
+            inner = bool(sites[0].plates or sees)  # a box's constant would depend on other latents
             cut = "map" if inner else bounds or "truncate"
             groups.append(Group(sites, dims, widths, earlier, sees, _family_of(family, sites), cut))  # type: ignore[arg-type]
         return groups

@@ -18,7 +18,7 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-__all__ = ["Chain", "Interval", "Mixture"]
+__all__ = ["AutoregressiveMixture", "Interval", "NormalMixture"]
 
 Interval = tuple[Tensor, Tensor]
 _NEGLIGIBLE = 40.0  # standard deviations below the upper end, where no mass of a component is left
@@ -27,7 +27,7 @@ _TAIL = -30.0  # where the expansion of the distribution function has six digits
 _FARTHEST = 12.0  # standard deviations above a component, where all of its mass is below
 
 
-class Mixture:
+class NormalMixture:
     """A mixture of K normals for each number, cut off at the ends of an interval.
 
     Args:
@@ -116,15 +116,15 @@ def _log_ndtr(x: Tensor) -> Tensor:
 class Conditionals(Protocol):
     """What a chain asks: the distributions of a vector's entries, each given those before it."""
 
-    def conditionals(self, x: Tensor, context: Tensor) -> Mixture:
+    def conditionals(self, x: Tensor, context: Tensor) -> NormalMixture:
         """Of all entries, batch ``(..., D)``."""
 
-    def in_turn(self, context: Tensor, batch: Size) -> Generator[Mixture, Tensor, None]:
+    def in_turn(self, context: Tensor, batch: Size) -> Generator[NormalMixture, Tensor, None]:
         """Of the entries one after the other; each is sent its value, of shape ``batch``."""
 
 
-class Chain(TorchDistribution):
-    r"""The law of a vector, :math:`q(x) = \prod_i q_i(x_i \mid x_{<i}, c)`: scored in one pass, drawn in D.
+class AutoregressiveMixture(TorchDistribution):
+    r"""The distribution of a vector, :math:`q(x) = \prod_i q_i(x_i \mid x_{<i}, c)`: scored in one pass, drawn in D.
 
     Args:
         conditionals: of the entries.
@@ -140,8 +140,8 @@ class Chain(TorchDistribution):
         self.of, self.context = conditionals, context
         super().__init__(context.shape[:-1], Size([features]), validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Chain:
-        return Chain(self.of, self.context.expand(*batch_shape, -1), self.event_shape[0])
+    def expand(self, batch_shape: Any, _instance: Any = None) -> AutoregressiveMixture:
+        return AutoregressiveMixture(self.of, self.context.expand(*batch_shape, -1), self.event_shape[0])
 
     def log_prob(self, value: Tensor) -> Tensor:
         batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)

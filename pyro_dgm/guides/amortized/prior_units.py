@@ -16,9 +16,11 @@ from pyro import poutine
 from torch import Size, Tensor
 from torch.distributions import constraints
 
+from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.guides.amortized.arguments import Arguments
 from pyro_dgm.guides.amortized.structure import Site, Structure
 from pyro_dgm.guides.amortized.units import Moments
+from pyro_dgm.model.handlers import EndOfRun
 
 __all__ = ["PriorUnits"]
 
@@ -53,10 +55,15 @@ class PriorUnits:
         rows = {k: self._rows(k, v, lead) for k, v in known.items()}
         arguments = self.arguments.bound(self.arguments.args, self.arguments.kwargs) | self.inputs(data, lead)
         names = {s.name for s in wanted}
-        with pyro.validation_enabled(False), poutine.block(), _Until(names) as seen, poutine.condition(data=rows):
+        with (
+            pyro.validation_enabled(False),
+            poutine.block(),
+            _PriorMoments(names) as seen,
+            poutine.condition(data=rows),
+        ):
             try:
                 self.arguments.model(**arguments)
-            except _Reached:
+            except EndOfRun:
                 pass
         return {s.name: tuple(self._laid(m, lead, s) for m in seen.moments[s.name]) for s in wanted}  # type: ignore[misc]
 
@@ -117,11 +124,7 @@ class PriorUnits:
         return {s.name: given[s.name].expand(3, *given[s.name].shape) for s in self.covariates}
 
 
-class _Reached(Exception):
-    pass
-
-
-class _Until(poutine.messenger.Messenger):
+class _PriorMoments(poutine.messenger.Messenger):
     """Notes mean and sd of the wanted sites, and stops the model after the last of them."""
 
     def __init__(self, names: set[str]) -> None:
@@ -132,11 +135,8 @@ class _Until(poutine.messenger.Messenger):
         if msg["name"] in self.names:
             self.moments[msg["name"]] = (msg["fn"].mean, msg["fn"].variance.sqrt().clamp_min(1e-6))
             if len(self.moments) == len(self.names):
-                raise _Reached
+                raise EndOfRun
 
 
 def _real(site: Site) -> bool:
-    inner = site.support
-    while isinstance(inner, constraints.independent):
-        inner = inner.base_constraint
-    return inner in (constraints.real, constraints.real_vector)
+    return of_entries(site.support) is constraints.real

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.psis import psis
 from pyro_dgm.core.warn import warn_user
+from pyro_dgm.core.weights import log_mean_exp, psis, stratified
 
 __all__ = ["Refined", "refine"]
 
@@ -84,8 +84,8 @@ def refine(
     log_w = torch.where(finite, lp - lq, -torch.inf).double()
     smooth, k = _smoothed(log_w.cpu())
     ess = float(1.0 / np.square(smooth).sum())
-    evidence, error = _evidence(log_w)
-    index = torch.from_numpy(_stratified(smooth, n))
+    evidence, error = map(float, log_mean_exp(log_w))
+    index = _picked(smooth, n)
     state = _State(u[index], lp[index].double())
     accepted = _chains(state, sample, log_q, log_p, steps) if steps and n > 3 else {}
     moved = float((state.u != u[index]).any(-1).double().mean())
@@ -152,18 +152,10 @@ def _smoothed(log_w: Tensor) -> tuple[np.ndarray, float]:
     return out / out.sum(), k
 
 
-def _evidence(log_w: Tensor) -> tuple[float, float]:
-    """Log of the mean weight, and its standard error by the delta method."""
-    top = log_w.max()
-    w = (log_w - top).exp()
-    return float(w.mean().log() + top), float(w.std() / w.mean() / math.sqrt(len(w)))
-
-
-def _stratified(weight: np.ndarray, n: int) -> np.ndarray:
-    edges = np.cumsum(weight)
-    at = (np.arange(n) + torch.rand(n, dtype=torch.float64, device="cpu").numpy()) / n
-    index = np.searchsorted(edges / edges[-1], at).clip(max=len(weight) - 1)
-    return index[torch.randperm(n, device="cpu").numpy()]
+def _picked(weights: np.ndarray, n: int) -> Tensor:
+    """Indices in proportion to the weights, in random order."""
+    index = stratified(weights, n, torch.rand(n, dtype=torch.float64, device="cpu").numpy())
+    return torch.from_numpy(index)[torch.randperm(n, device="cpu")]
 
 
 def _carried(k: float, effective: float) -> bool:

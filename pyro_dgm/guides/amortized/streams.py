@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_dgm.core.networks import joined
+from pyro_dgm.core.networks import broadcast_cat
 from pyro_dgm.guides.amortized.encoders import StandardData
 from pyro_dgm.guides.amortized.structure import Site, Structure
 
@@ -92,7 +92,7 @@ class Streams(nn.Module):
         own = inputs[site.name]
         present = own.features.new_ones(own.features.shape[:-1]) if own.mask is None else own.mask.to(own.features)
         beside = [inputs[c.name].features for c in self.covariates if c.plates and set(c.plates) <= set(site.plates)]
-        return Stream(site.plates, joined(own.features, *beside, present.unsqueeze(-1)), own.mask)
+        return Stream(site.plates, broadcast_cat(own.features, *beside, present.unsqueeze(-1)), own.mask)
 
 
 def _key(site: Site) -> str:

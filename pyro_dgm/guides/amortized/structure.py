@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Size, Tensor
 from torch.distributions import biject_to, constraints
 
+from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.guides.amortized.dependencies import independent_parts
 from pyro_dgm.model.sites import is_enumerable, is_subsample, latent_sites, plate_frames
 from pyro_dgm.model.stability import changing_supports
@@ -212,14 +213,13 @@ def _of_event(name: str, bound: Tensor, fn: Any) -> Tensor:
 
 def _classes(name: str, supports: list[Any]) -> int:
     """How many values a discrete site has, over all prototypes."""
-    inner = supports[0].base_constraint if isinstance(supports[0], constraints.independent) else supports[0]
+    inner = of_entries(supports[0])
     if inner is constraints.boolean:
         return 2
     if isinstance(inner, type(constraints.integer_interval(0, 1))) and bool(
         torch.as_tensor(inner.lower_bound == 0).all()
     ):
-        ends: list[Any] = [s.base_constraint if isinstance(s, constraints.independent) else s for s in supports]
-        return 1 + max(int(torch.as_tensor(s.upper_bound).max()) for s in ends)
+        return 1 + max(int(torch.as_tensor(of_entries(s).upper_bound).max()) for s in supports)
     raise ValueError(
         f"AmortizedGuide: discrete latent site '{name}' has support {supports[0]}; expected Bernoulli, Categorical or "
         "Binomial, with values from 0. Sum others out, or truncate them to a Categorical."

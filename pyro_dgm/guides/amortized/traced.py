@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
-from pyro_dgm.core.networks import joined
+from pyro_dgm.core.networks import broadcast_cat
 from pyro_dgm.guides.amortized.group import Group, logits_of, one_hot
 from pyro_dgm.guides.amortized.units import Moments
 
@@ -34,11 +34,11 @@ def traced(group: Group, context: Tensor, plates: Sequence[Any], prior: Moments)
             for site in group.continuous:
                 delta = dist.Delta(at[site.name], -log_dets[site.name], event_dim=len(site.event_shape))
                 values[site.name] = pyro.sample(site.name, delta)
-        seen = joined(context, u)
+        seen = broadcast_cat(context, u)
         for head, site in zip(group.heads, group.discrete, strict=True):
             drawn = pyro.sample(f"_class_{site.name}", dist.Categorical(logits=logits_of(head, seen, site)).to_event(1),
                                 infer=_AUXILIARY)  # fmt: skip
             value = drawn.reshape([*drawn.shape[:-1], *site.event_shape]).to(site.dtype)
             values[site.name] = pyro.sample(site.name, dist.Delta(value, event_dim=len(site.event_shape)))
-            seen = joined(seen, one_hot(site, values[site.name]))
+            seen = broadcast_cat(seen, one_hot(site, values[site.name]))
     return values, group.seen(u, values)

@@ -18,6 +18,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import Transform
 
 from pyro_dgm.core import Standardize
+from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.guides.amortized.structure import Site
 
 __all__ = ["Moments", "Units", "box_of"]
@@ -51,9 +52,7 @@ class NormalCdf(Transform):
 
 def box_of(site: Site) -> tuple[Tensor, Tensor] | None:
     """Lower and upper bounds of a site on a box, each of the event's shape; None for other supports."""
-    inner = site.support
-    while isinstance(inner, constraints.independent):
-        inner = inner.base_constraint
+    inner = of_entries(site.support)
     if inner is constraints.unit_interval or not hasattr(inner, "upper_bound") or not hasattr(inner, "lower_bound"):
         ends: Any = (0.0, 1.0) if inner is constraints.unit_interval else None
     else:

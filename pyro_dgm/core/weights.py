@@ -1,12 +1,18 @@
-"""Pareto smoothing of importance weights, by whichever line of ArviZ is installed (imported when asked for)."""
+"""Importance weights: their mean, their Pareto smoothing, and draws picked in proportion to them.
+
+Smoothing is done by whichever line of ArviZ is installed, which is imported when asked for.
+"""
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-__all__ = ["arviz_major", "psis"]
+__all__ = ["arviz_major", "log_mean", "log_mean_exp", "psis", "stratified"]
 
 
 def arviz_major() -> int | None:
@@ -52,3 +58,35 @@ def _smooth(lw: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _logsumexp(x: np.ndarray) -> float:
     return float(np.logaddexp.reduce(x)) if len(x) else 0.0
+
+
+def log_mean(log_weights: np.ndarray) -> Any:
+    """Log of the mean weight over the first dimension; minus infinity of none.
+
+    >>> float(log_mean(np.zeros(4))), float(log_mean(np.zeros(0)))
+    (0.0, -inf)
+    """
+    return np.logaddexp.reduce(log_weights, axis=0) - math.log(max(len(log_weights), 1))
+
+
+def log_mean_exp(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the mean weight over the first dimension, and its standard error by the delta method."""
+    n, log_w = len(log_weights), log_weights.double()
+    log_of_mean = log_w.logsumexp(0) - math.log(n)
+    relative = (log_w - log_of_mean).exp()
+    return log_of_mean, relative.std(0) / math.sqrt(n)
+
+
+def stratified(weights: np.ndarray, n: int, uniforms: Any) -> np.ndarray:
+    """Indices of ``n`` draws in proportion to weights, one from each of ``n`` equal strata, in order.
+
+    Args:
+        weights: not negative; they need not sum to one.
+        uniforms: in [0, 1), one for each stratum; one number for all makes the draws systematic.
+
+    >>> stratified(np.array([0.5, 0.0, 0.25, 0.25]), 4, 0.5)
+    array([0, 0, 2, 3])
+    """
+    edges = np.cumsum(weights)
+    index = np.searchsorted(edges / edges[-1], (np.arange(n) + uniforms) / n)
+    return index.clip(max=len(weights) - 1)

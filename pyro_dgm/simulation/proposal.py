@@ -17,14 +17,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_dgm.model.handlers import Redraw
+from pyro_dgm.model.handlers import EndOfRun, Redraw
 from pyro_dgm.model.sites import is_drawn
-from pyro_dgm.model.vectorize import together
+from pyro_dgm.model.vectorize import in_draws_plate
 
 if TYPE_CHECKING:
-    from pyro_dgm.simulation.program import Program
+    from pyro_dgm.simulation.blocks import Blocks
 
-__all__ = ["Truncated", "truncated"]
+__all__ = ["TruncatedPrior", "truncated"]
 
 _OUTSIDE = 1e-4
 _DRAWS = 10_000
@@ -32,7 +32,7 @@ _TRIES = 1_000  # candidates for each draw that is wanted
 
 
 @dataclass(frozen=True)
-class Truncated:
+class TruncatedPrior:
     """Prior draws inside the region.
 
     Attributes:
@@ -46,7 +46,7 @@ class Truncated:
     threshold: float
 
     @torch.no_grad()
-    def __call__(self, program: Program, n: int) -> tuple[dict[str, Tensor], int]:
+    def __call__(self, blocks: Blocks, n: int) -> tuple[dict[str, Tensor], int]:
         """``n`` accepted draws of all latents up to the last one that the posterior knows, and how many were tried.
 
         Raises:
@@ -55,7 +55,7 @@ class Truncated:
         kept: list[dict[str, Tensor]] = []
         found = tried = 0
         while found < n and tried < _TRIES * max(n, 10):
-            rows = self._candidates(program, n)
+            rows = self._candidates(blocks, n)
             inside = self.posterior.log_prob({k: rows[k] for k in self.sites}) >= self.threshold
             kept.append({k: v[inside] for k, v in rows.items()})
             found, tried = found + int(inside.sum()), tried + n
@@ -67,16 +67,16 @@ class Truncated:
             )
         return {k: torch.cat([rows[k] for rows in kept])[:n] for k in kept[0]}, tried
 
-    def _candidates(self, program: Program, n: int) -> dict[str, Tensor]:
+    def _candidates(self, blocks: Blocks, n: int) -> dict[str, Tensor]:
         """Latents of ``n`` runs that end before the simulator begins."""
-        if program.how == "plate":
-            values = _begun(together(program.model, n, program.nesting), program, self.sites)
-            return {k: v.reshape(n, *program.shapes[k]) for k, v in values.items()}
-        runs = [_begun(program.model, program, self.sites) for _ in range(n)]
+        if blocks.how == "plate":
+            values = _begun(in_draws_plate(blocks.model, n, blocks.nesting), blocks, self.sites)
+            return {k: v.reshape(n, *blocks.shapes[k]) for k, v in values.items()}
+        runs = [_begun(blocks.model, blocks, self.sites) for _ in range(n)]
         return {k: torch.stack([run[k] for run in runs]) for k in runs[0]}
 
 
-def truncated(posterior: Any) -> Truncated:
+def truncated(posterior: Any) -> TruncatedPrior:
     """The proposal that a posterior for one data set makes.
 
     Raises:
@@ -96,14 +96,10 @@ def truncated(posterior: Any) -> Truncated:
             f"simulate: proposal gives densities of shape {tuple(density.shape)} for {_DRAWS} draws; expected a posterior for "
             "one data set, guide.condition(x=x_observed), not for many."
         )
-    return Truncated(posterior, tuple(draws), float(density.quantile(_OUTSIDE)))
+    return TruncatedPrior(posterior, tuple(draws), float(density.quantile(_OUTSIDE)))
 
 
-class _Enough(Exception):
-    """All latents that are asked were drawn."""
-
-
-class _Until(poutine.messenger.Messenger):
+class _UntilDrawn(poutine.messenger.Messenger):
     """Ends a run when the last of some sites is drawn, and keeps what was drawn so far."""
 
     def __init__(self, sites: tuple[str, ...]) -> None:
@@ -114,14 +110,14 @@ class _Until(poutine.messenger.Messenger):
         if is_drawn(msg):
             self.values[msg["name"]] = msg["value"].detach()
         if self.sites <= self.values.keys():
-            raise _Enough
+            raise EndOfRun
 
 
-def _begun(model: Callable[..., Any], program: Program, sites: tuple[str, ...]) -> dict[str, Tensor]:
-    until = _Until(sites)
+def _begun(model: Callable[..., Any], blocks: Blocks, sites: tuple[str, ...]) -> dict[str, Tensor]:
+    until = _UntilDrawn(sites)
     try:
         with poutine.block(), until:
-            Redraw()(model)(*program.args, **program.kwargs)
-    except _Enough:
+            Redraw()(model)(*blocks.args, **blocks.kwargs)
+    except EndOfRun:
         return until.values
     raise ValueError(f"simulate: the proposal knows {sorted(sites)}, the model draws {sorted(until.values)}.")

@@ -21,9 +21,9 @@ from torch import Size, Tensor
 from pyro_dgm.core.random import fork_rng, seed_everywhere
 from pyro_dgm.model.handlers import Given, Redraw
 from pyro_dgm.model.sites import is_drawn
-from pyro_dgm.model.vectorize import How, together
+from pyro_dgm.model.vectorize import How, in_draws_plate
 
-__all__ = ["Part", "Program", "random_state", "run_job", "run_whole_job"]
+__all__ = ["Part", "Blocks", "random_state", "run_job", "run_whole_job"]
 
 _ONE_AT_A_TIME = threading.Lock()  # Pyro's handlers and torch's random state belong to the process, not to a thread
 _BLOCK = 1_000
@@ -49,8 +49,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Program:
-    """A model with its arguments, and how many draws of it are made at once. It can be pickled if they can.
+class Blocks:
+    """Blocks of simulations of a model: its arguments, and how many draws share one run. It can be pickled if they can.
 
     Attributes:
         shapes: of every site in a single run.
@@ -69,7 +69,7 @@ class Program:
     nesting: int = 0
     how: How = "loop"
     redraw: bool = True
-    propose: Callable[[Program, int], tuple[dict[str, Tensor], int]] | None = None
+    propose: Callable[[Blocks, int], tuple[dict[str, Tensor], int]] | None = None
 
     @property
     def block(self) -> int:
@@ -89,7 +89,7 @@ class Program:
             values = {k: self.in_plate(k, v) for k, v in values.items()}
         model = Given(values)(Redraw()(self.model) if self.redraw else self.model)
         with torch.no_grad(), poutine.block():
-            run = model if n is None else together(model, n, self.nesting)
+            run = model if n is None else in_draws_plate(model, n, self.nesting)
             return poutine.trace(run).get_trace(*self.args, **self.kwargs)
 
     def rows(self, trace: poutine.Trace, n: int) -> dict[str, Tensor]:
@@ -102,37 +102,37 @@ class Program:
         return value.reshape(len(value), *(1,) * (self.nesting - batch), *value.shape[1:])
 
 
-def run_job(program: Program, start: int, stop: int, seed: int) -> Generator[Part]:
+def run_job(blocks: Blocks, start: int, stop: int, seed: int) -> Generator[Part]:
     """Simulations ``start`` to ``stop``, block by block; the process's random state is left as it was."""
     with _ONE_AT_A_TIME, random_state(seed):
-        for first in range(start, stop, program.block):
+        for first in range(start, stop, blocks.block):
             _set_state(seed, first)
-            yield _block(program, first, min(program.block, stop - first), seed)
+            yield _block(blocks, first, min(blocks.block, stop - first), seed)
 
 
-def run_whole_job(program: Program, start: int, stop: int, seed: int) -> list[Part]:
+def run_whole_job(blocks: Blocks, start: int, stop: int, seed: int) -> list[Part]:
     """The same in a list, which another process can send back."""
-    return list(run_job(program, start, stop, seed))
+    return list(run_job(blocks, start, stop, seed))
 
 
-def _block(program: Program, first: int, n: int, seed: int) -> Part:
-    given, tried = program.propose(program, n) if program.propose else ({}, 0)
-    part = _drawn(program, first, n, seed, given)
+def _block(blocks: Blocks, first: int, n: int, seed: int) -> Part:
+    given, tried = blocks.propose(blocks, n) if blocks.propose else ({}, 0)
+    part = _drawn(blocks, first, n, seed, given)
     part.tried = tried
     return part
 
 
-def _drawn(program: Program, first: int, n: int, seed: int, given: dict[str, Tensor]) -> Part:
-    if program.how == "plate":
+def _drawn(blocks: Blocks, first: int, n: int, seed: int, given: dict[str, Tensor]) -> Part:
+    if blocks.how == "plate":
         try:
-            return _together(program, first, n, given)
+            return _together(blocks, first, n, given)
         except Exception:  # one draw of the block may have failed; it is found one by one
             pass
-    return _one_by_one(program, first, n, seed, given)
+    return _one_by_one(blocks, first, n, seed, given)
 
 
-def _together(program: Program, first: int, n: int, given: dict[str, Tensor]) -> Part:
-    values = program.rows(program.trace(n, given), n)
+def _together(blocks: Blocks, first: int, n: int, given: dict[str, Tensor]) -> Part:
+    values = blocks.rows(blocks.trace(n, given), n)
     faults: dict[int, str] = {}
     for k, v in values.items():
         bad = ~v.reshape(n, -1).isfinite().all(1)
@@ -140,26 +140,26 @@ def _together(program: Program, first: int, n: int, given: dict[str, Tensor]) ->
     return Part(first, n, values, faults)
 
 
-def _one_by_one(program: Program, first: int, n: int, seed: int, given: dict[str, Tensor]) -> Part:
-    values: dict[str, list[Tensor | None]] = {k: [] for k in program.shapes}
+def _one_by_one(blocks: Blocks, first: int, n: int, seed: int, given: dict[str, Tensor]) -> Part:
+    values: dict[str, list[Tensor | None]] = {k: [] for k in blocks.shapes}
     faults: dict[int, str] = {}
     for i in range(n):
         if n > 1:
             _set_state(seed, first + i)
-        row, fault = _single(program, {k: v[i] for k, v in given.items()})
+        row, fault = _single(blocks, {k: v[i] for k, v in given.items()})
         faults |= {first + i: fault} if fault else {}
         for k in values:
             values[k].append(row.get(k))
     return Part(first, n, values, faults)
 
 
-def _single(program: Program, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
+def _single(blocks: Blocks, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
     try:
-        nodes = program.trace(None, given).nodes
+        nodes = blocks.trace(None, given).nodes
     except Exception as error:
         return {}, f"{type(error).__name__}: {error}".splitlines()[0]
     drawn = {k: s["value"].detach() for k, s in nodes.items() if is_drawn(s)}
-    if set(drawn) != set(program.shapes):
+    if set(drawn) != set(blocks.shapes):
         return {}, f"its sites {sorted(drawn)} are not those of the first run"
     bad = next((k for k, v in drawn.items() if not v.isfinite().all()), None)
     return drawn, bad and f"site '{bad}' is not finite"

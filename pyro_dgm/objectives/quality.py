@@ -8,21 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NEIGHBOURS", "expected_coverage", "nearness"]
+__all__ = ["NEIGHBOURS", "expected_coverage", "sample_quality"]
 
 NEIGHBOURS = 5
 
 
-def nearness(real: Tensor, draws: Tensor) -> tuple[float, float]:
-    r"""Energy distance of rows to draws, and the coverage of rows as a share of what is expected where the laws agree.
+def sample_quality(real: Tensor, draws: Tensor) -> tuple[float, float]:
+    r"""Energy distance of rows to draws, and the coverage of rows as a share of that of equal distributions.
 
-    The first is :math:`2 E|x-y| - E|x-x'| - E|y-y'|`, unbiased: below zero in about half of all cases where the laws agree.
+    The first is :math:`2 E|x-y| - E|x-x'| - E|y-y'|`, unbiased: of equal distributions below zero in about half of all cases.
     Coverage is the share of rows whose ball, which reaches to the fifth nearest other row, holds a draw (Naeem et al. 2020).
 
     >>> x = torch.arange(20.0)[:, None]
-    >>> round(nearness(x, x + 100.0)[0], 3)  # 200 less twice the mean distance of two different rows, 7
+    >>> round(sample_quality(x, x + 100.0)[0], 3)  # 200 less twice the mean distance of two different rows, 7
     186.0
-    >>> nearness(x, x + 100.0)[1], round(nearness(x, x)[1] * expected_coverage(20), 3)
+    >>> sample_quality(x, x + 100.0)[1], round(sample_quality(x, x)[1] * expected_coverage(20), 3)
     (0.0, 1.0)
     """
     n, m = len(real), len(draws)
@@ -34,7 +34,7 @@ def nearness(real: Tensor, draws: Tensor) -> tuple[float, float]:
 
 
 def expected_coverage(rows: int) -> float:
-    r"""Coverage on average where the laws agree and both samples have as many rows: :math:`1 - \prod_i (N-i)/(2N-i)`.
+    r"""Mean coverage of two samples of one distribution, with as many rows each: :math:`1 - \prod_i (N-i)/(2N-i)`.
 
     >>> round(expected_coverage(500), 3)
     0.969
