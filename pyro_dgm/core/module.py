@@ -77,6 +77,13 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         """Become the base distribution, where the family can (flows do); returns the family itself."""
         return self
 
+    def soften(self) -> float | None:
+        """Become a guide that large steps of Adam do not throw off; the distribution stays as it is.
+
+        Returns the rate at which the family is trained best from a good start; None where it can only stay as it is.
+        """
+        return None
+
     @property
     def unconstrained_shape(self) -> Size:
         """The event shape before the support's bijection: ``(K - 1,)`` for a simplex of ``K``."""

@@ -16,6 +16,7 @@ __all__ = [
     "Distillable",
     "Drawing",
     "Implicit",
+    "Paced",
     "Pretrainable",
     "Recipe",
     "Recommending",
@@ -146,6 +147,14 @@ class Alternating(Protocol):
 
     def quality(self, *held_out: Tensor) -> tuple[float, float]:
         """How near the generator's draws are to held-out rows: energy distance, and coverage as a share of the expected."""
+
+
+@runtime_checkable
+class Paced(Protocol):
+    """A part of an objective whose parameters have a learning rate of their own."""
+
+    def peak_rate(self) -> float | None:
+        """The peak; None for the objective's."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class WhitenedPosterior(DistributionModule):
 
     def __init__(self, family: DistributionModule, loc: Tensor, scale: float) -> None:
         super().__init__(len(loc))
+        self.rate = family.soften()
         self.family = family.to(loc)
         self.affine = nn.Parameter(loc.new_zeros(2, len(loc)))  # rows: shift, log scale
         self.register_buffer("loc", loc.clone())
@@ -63,6 +64,10 @@ class WhitenedPosterior(DistributionModule):
     def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Set the whitening: q becomes :math:`N(loc, LL^T)` as long as the flow is the identity."""
         self.loc.copy_(loc), self.scale_tril.copy_(scale_tril)
+
+    def peak_rate(self) -> float | None:
+        """The learning rate of all its parameters, from a start that whitens well."""
+        return self.rate
 
     def buffer_version(self) -> int:
         """A number that grows when the whitening is set."""

@@ -14,7 +14,16 @@ from tqdm.auto import tqdm
 
 from pyro_dgm.core.devices import device_of, to_device
 from pyro_dgm.core.random import fork_rng, put_random_states, random_states, seeded
-from pyro_dgm.core.training import Alternating, Convergent, Finishing, Pretrainable, Recipe, Recommending, Startable
+from pyro_dgm.core.training import (
+    Alternating,
+    Convergent,
+    Finishing,
+    Paced,
+    Pretrainable,
+    Recipe,
+    Recommending,
+    Startable,
+)
 from pyro_dgm.train.adversarial import AdversarialRun
 from pyro_dgm.train.average import Average
 from pyro_dgm.train.batches import Batches, held_out_split, named_tensors, non_finite, row_count
@@ -62,7 +71,8 @@ def fit(
         data: the objective's arguments: a tensor, a tuple, a mapping of tensors (one argument), or a ``DataLoader``. Batches are
             moved to the objective's device.
         optimizer: makes the optimiser from a list of parameters; None for Adam with betas (0.9, 0.99).
-        lr: peak learning rate, used where ``optimizer`` is None; 0.005, or what the objective asks for. Of an adversarial
+        lr: peak learning rate, used where ``optimizer`` is None; 0.005, or what the objective asks for (the flow of an
+            :class:`~pyro_dgm.AutoFlow`: 0.015). Of an adversarial
             pair it is the critic's, and the generator's in proportion. So with the other
             arguments that are None: :class:`~pyro_dgm.ForwardKL` brings a recipe, other objectives none.
         max_steps, max_epochs, max_seconds: limits; the first that is reached ends the fit.
@@ -115,7 +125,8 @@ def fit(
             ends: Any = (batches, limits, to_device(validation, batches.device), patience, bar, checkpoint)
             if isinstance(objective, Alternating):
                 return AdversarialRun(objective, found, optimizer, lr, *ends).run(saved)
-            made = _adam(found, lr or recipe.lr, recipe.weight_decay) if optimizer is None else optimizer(found)
+            groups: Any = found if lr else _by_rate(objective, found, recipe.lr)
+            made = _adam(groups, lr or recipe.lr, recipe.weight_decay) if optimizer is None else optimizer(found)
             return _Run(objective, found, made, Average(found, recipe.averaging), *ends).run(saved)
 
 
@@ -361,5 +372,18 @@ def _largest(args: tuple[Any, ...]) -> float:
     return max((float(a.abs().max()) for _, a in named_tensors(args) if a.numel()), default=0.0)
 
 
-def _adam(parameters: list[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def _by_rate(objective: nn.Module, parameters: list[Tensor], lr: float) -> list[dict[str, Any]]:
+    """Groups of parameters: those of paced parts at their own rates, the others at ``lr``."""
+    rates: dict[int, float] = {}
+    for module in objective.modules():
+        if isinstance(module, Paced):
+            rates |= {id(p): module.peak_rate() or lr for p in module.parameters()}
+    each = [rates.get(id(p), lr) for p in parameters]
+    return [
+        {"params": [p for p, r in zip(parameters, each, strict=True) if r == rate], "lr": rate}
+        for rate in dict.fromkeys(each)
+    ]
+
+
+def _adam(parameters: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
