@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,6 +23,7 @@ from pyro_dgm.model.log_joint import LogJoint, prior_draws
 from pyro_dgm.model.modes import ascend, spread
 from pyro_dgm.model.sites import is_enumerable, latent_sites, refuse_implicit
 from pyro_dgm.model.stability import changing_supports, circular_sites, runs_from_the_prior
+from pyro_dgm.model.supports import wrap
 
 __all__ = ["VectorGuide"]
 
@@ -42,6 +44,15 @@ class VectorGuide(AutoContinuous):
     def __init__(self, model: Callable[..., Any], *, init_loc_fn: Callable[..., Tensor]) -> None:
         super().__init__(model, init_loc_fn=_or_zero(init_loc_fn))
         self._plain_model: Any = (model,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy with the same model; a pickle has none."""
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        kept = {k: self.__dict__[k] for k in ("_model", "_plain_model")}
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        new.__dict__.update(kept)
+        return new
 
     @property
     def target(self) -> Callable[..., Any]:
@@ -67,6 +78,8 @@ class VectorGuide(AutoContinuous):
     def _read_supports(self, traces: list[poutine.Trace], moving: frozenset[str]) -> None:
         circular = circular_sites(type(self).__name__, traces)
         fixed = Coordinates.of(self)
+        self._unconstrained_shapes = {k: latent.inner for k, latent in fixed.latents.items()}
+        self.latent_dim = fixed.dim
         self._coordinates = replace(fixed, moving=moving, circular=circular)
         if circular:
             centres = [(k, s["fn"], s["value"] if k in circular else torch.zeros_like(s["value"]))
@@ -170,7 +183,14 @@ class VectorGuide(AutoContinuous):
         """
         with fork_rng(0):
             draws = self.draws(10_000, *args, **kwargs)
-        return {k: torch.quantile(v, torch.as_tensor(quantiles).to(v), dim=0) for k, v in draws.items()}
+        return {k: self._quantiles_of(k, v, torch.as_tensor(quantiles).to(v)) for k, v in draws.items()}
+
+    def _quantiles_of(self, name: str, draws: Tensor, levels: Tensor) -> Tensor:
+        """Of an angle along its circle, which is cut open opposite to the centre."""
+        if name not in self.coordinates.circular:
+            return torch.quantile(draws, levels, dim=0)
+        centre = self.coordinates.parts(self.centre)[name]
+        return wrap(centre + torch.quantile(wrap(draws - centre), levels, dim=0))
 
 
 def _refuse_unfit_sites(who: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

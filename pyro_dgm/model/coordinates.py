@@ -18,7 +18,7 @@ from torch.distributions import Transform
 
 from pyro_dgm.model.handlers import EndOfRun
 from pyro_dgm.model.sites import latent_sites
-from pyro_dgm.model.supports import onto, same_support
+from pyro_dgm.model.supports import onto, place_of, same_support
 
 __all__ = ["Constrain", "Coordinates", "Latent"]
 
@@ -102,11 +102,11 @@ class Coordinates:
 
     def refuse_another_support(self, name: str, fn: Any) -> None:
         """The support of a site that does not move is that of the prototype."""
-        before = self.latents[name].fn.support
-        if name not in self.circular and not same_support(fn.support, before):
+        if name not in self.circular and not same_support(place_of(fn), place_of(self.latents[name].fn)):
             raise ValueError(
-                f"The support of latent site '{name}' is {fn.support} in this run and was {before} when the guide was set up. "
-                "It depends on the arguments, so the guide's draws would lie outside: build a guide for these arguments."
+                f"The support of latent site '{name}' ({type(fn).__name__}) is not that of the run in which the guide was set "
+                "up, so the guide's draws would lie outside. It depends on the arguments, or in rare cases on other latents by "
+                "way of Python numbers: build a guide for these arguments, or use tensors."
             )
 
     def _centre_of(self, name: str) -> Tensor:
@@ -122,10 +122,12 @@ class Constrain(poutine.messenger.Messenger):
         coordinates: of the model.
         u: vectors ``(*batch, D)``.
         stop: end the run after the last latent.
+        compare: whether supports that do not move are checked to be those of the prototype; under vmap they cannot be.
     """
 
-    def __init__(self, coordinates: Coordinates, u: Tensor, *, stop: bool = False) -> None:
+    def __init__(self, coordinates: Coordinates, u: Tensor, *, stop: bool = False, compare: bool = True) -> None:
         super().__init__()
+        self.compare = compare
         self.coordinates, self.parts, self.stop = coordinates, coordinates.parts(u), stop
         self.values: dict[str, Tensor] = {}
         self.log_dets: dict[str, Tensor] = {}
@@ -134,7 +136,7 @@ class Constrain(poutine.messenger.Messenger):
         name = msg["name"]
         if name not in self.parts or msg["is_observed"]:
             return
-        if name not in self.coordinates.moving:
+        if self.compare and name not in self.coordinates.moving:
             self.coordinates.refuse_another_support(name, msg["fn"])
         to_support = self.coordinates.bijection(name, msg["fn"])
         value = to_support(self.parts[name])

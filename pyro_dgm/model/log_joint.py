@@ -74,6 +74,7 @@ class LogJoint:
             conditioned = poutine.trace(poutine.condition(model, data=known))
             trace = poutine.block(conditioned.get_trace)(*args, **kwargs)
         self.nesting = plate_nesting(trace)
+        self.how: How = "loop"
         self.missing = [n for n, s in latent_sites(trace) if not is_enumerable(s)]
         self.how = self._find_how()
         rounds = rounds_of([trace]) if whole else []
@@ -129,7 +130,8 @@ class LogJoint:
         return values, _summed(log_dets, len(u))
 
     def _constrain_one(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        made = Constrain(self.coordinates, u, stop=True).run(self.model, self.args, self.kwargs)
+        made = Constrain(self.coordinates, u, stop=True, compare=self.how != "vmap")
+        made.run(self.model, self.args, self.kwargs)
         return made.values, _summed(made.log_dets)
 
     def _wide(self, u: Tensor) -> Tensor:
@@ -167,7 +169,7 @@ class LogJoint:
 
     def _without_enumeration(self, u: Tensor) -> Tensor:
         """Of one vector; vmap cannot enumerate."""
-        made = Constrain(self.coordinates, u)
+        made = Constrain(self.coordinates, u, compare=False)
         trace = poutine.trace(made(self.model)).get_trace(*self.args, **self.kwargs)
         return sum((t.sum() for t in log_probs(trace)), torch.zeros(())) + _summed(made.log_dets)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Size, Tensor
 
 from pyro_dgm.core.devices import device_of
 from pyro_dgm.core.warn import warn_user
@@ -50,19 +50,23 @@ class Joint:
         self.nesting = structure.nesting
         self.sites = structure.latents
         self.discrete = any(s.classes for s in self.sites)
-        example = posterior.sample((3,))
+        self.model = posterior.guide.conditioned_model(posterior.data, rewritten=True)
+        example = self._drawn(3)
         where = device_of(posterior.guide)
         self.units = {s.name: Units([s], "map").to(where) for s in self.sites if not s.classes}
         self.shapes = {k: v.shape[1:] for k, v in example.items()}
-        self.how, fault = find_vectorization(
-            posterior.model, self._in_plate(example), self.shapes, self.nesting, (), {}
-        )
+        self.how, fault = find_vectorization(self.model, self._in_plate(example), self.shapes, self.nesting, (), {})
         if self.how == "loop":
             warn_user(NOT_VECTORIZED.format(fault))
 
     def sample(self, n: int) -> Tensor:
         """Draws of the guide."""
-        return self.pack(self.posterior.sample((n,)))
+        return self.pack(self._drawn(n))
+
+    @torch.no_grad()
+    def _drawn(self, n: int) -> dict[str, Tensor]:
+        """Draws of the rewritten model's latents."""
+        return self.posterior.guide.draw(self.posterior.data, 0, Size([n]))
 
     def pack(self, values: dict[str, Tensor]) -> Tensor:
         """Draws ``{site: (N, *site)}`` as vectors."""
@@ -71,13 +75,14 @@ class Joint:
     def unpack(self, u: Tensor) -> dict[str, Tensor]:
         """Vectors as draws."""
         values, unbounded = self._unpacked(u)[0], self.posterior.guide.unbounded
-        return values if unbounded is None else values | unbounded.to_sites(values, self.posterior.data, 1)
+        return values if unbounded is None else unbounded.to_sites(values, self.posterior.data, 1)[0]
 
     def log_q(self, u: Tensor) -> Tensor:
         """Log density of the guide over vectors, nats."""
         values, log_det = self._unpacked(u)
         with pyro.validation_enabled(False):
-            return self.posterior.log_prob(values).double() + log_det
+            masses = self.posterior.masses()[0]
+            return self.posterior.guide.score(values, self.posterior.data, 0, masses).double() + log_det
 
     def log_p(self, u: Tensor) -> Tensor:
         """Log joint density of the model over vectors, nats; NaN where it has none."""
@@ -86,7 +91,7 @@ class Joint:
             return self._joint(values).double() + log_det
 
     def _joint(self, values: dict[str, Tensor]) -> Tensor:
-        model, n = self.posterior.model, len(next(iter(values.values())))
+        model, n = self.model, len(next(iter(values.values())))
         if self.how == "plate":
             return joint_in_plate(model, self._in_plate(values), n, self.nesting, (), {})
         if self.how == "vmap":

@@ -11,9 +11,12 @@ get groups of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from torch import Size, Tensor, nn
 
@@ -115,8 +118,8 @@ class AmortizedGuide(nn.Module):
 
     @property
     def model(self) -> Any:
-        """The model that the guide was made from; a latent x whose support moves is ``x_unconstrained`` in it, and x computed."""
-        return self.arguments.model
+        """The model that the guide was made from."""
+        return self.arguments.model if self.unbounded is None else self.unbounded.model
 
     def condition(self, *, mask: Mapping[str, Tensor] | None = None, **data: Tensor) -> ConditionedGuide:
         """The posterior given ``{observed site: value}`` and covariates; plates may have any size.
@@ -139,9 +142,13 @@ class AmortizedGuide(nn.Module):
         data = self.arguments.data_of(args, kwargs, self.structure, self.covariates)
         return self.trace_draws(to_device(data, device_of(self)))
 
-    def conditioned_model(self, data: Mapping[str, Any]) -> Callable[..., Any]:
-        """The model with these data and covariates in it, as a program without arguments (it ignores those it gets)."""
-        return self.arguments.conditioned(data, self.structure)
+    def conditioned_model(self, data: Mapping[str, Any], *, rewritten: bool = False) -> Callable[..., Any]:
+        """The model with these data and covariates in it, as a program without arguments (it ignores those it gets).
+
+        The rewritten one has ``x_unconstrained`` in the place of a latent x whose support moves.
+        """
+        arguments = self.arguments if rewritten else replace(self.arguments, model=self.model)
+        return arguments.conditioned(data, self.structure)
 
     def simulate(self, n: int, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Fresh simulations ``{site: (n, *site)}`` with the prototype's arguments, covariates replaced by ``inputs``."""
@@ -231,13 +238,35 @@ class AmortizedGuide(nn.Module):
         """Sample statements of a guide for one data set; particles may stand left of all plates."""
         streams, earlier = self.streams(data, 0), list[Drawn]()
         out: dict[str, Tensor] = {}
+        opened: dict[str, Any] = {}
         for group in self.groups:
             context = self._stretched(group.context(streams, earlier), group, data, 0)
             prior = _without_lead(self.prior.of(group.sites, {k: self._wide(v, k) for k, v in out.items()}, data))
-            values, seen = traced(group, _trimmed(context, group.sites[0].depth), self._plates(group, data), prior)
+            hidden = () if self.unbounded is None else tuple(self.unbounded.names.values())
+            context = _trimmed(context, group.sites[0].depth)
+            values, seen = traced(group, context, self._plates(group, data, opened), prior, hidden)
             earlier = [*earlier, Drawn(group.plates, seen)]
             out |= values
-        return {s.name: out[s.name] for s in self.structure.latents}
+        made = {s.name: out[s.name] for s in self.structure.latents}
+        return made if self.unbounded is None else self._with_moving_sites(made, data, opened)
+
+    def _with_moving_sites(
+        self, values: dict[str, Tensor], data: Mapping[str, Any], opened: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Sample statements of the sites whose real numbers were drawn, in their plates."""
+        unbounded: Any = self.unbounded
+        found, out = unbounded.placed({k: self._wide(v, k) for k, v in values.items()}, data), dict(values)
+        for x, (value, log_det) in found.items():
+            u = unbounded.names[x]
+            shape, event = out.pop(u).shape, value.shape[1 + self.structure.nesting :]
+            batch = shape[: len(shape) - len(unbounded.sites[u].event_shape)]
+            delta = dist.Delta(value.reshape([*batch, *event]), -log_det.reshape(batch), event_dim=len(event))
+            group = next(g for g in self.groups if any(s.name == u for s in g.sites))
+            with ExitStack() as stack:
+                for plate in self._plates(group, data, opened):
+                    stack.enter_context(plate)
+                out[x] = pyro.sample(x, delta)
+        return out
 
     def _groups(self, family: Any, bounds: str | None) -> list[Group]:
         dims = {n: d for n, (d, _) in self.structure.plates.items()}
@@ -287,8 +316,12 @@ class AmortizedGuide(nn.Module):
             sizes |= {p: batch[d] for p, d in zip(site.plates, site.dims, strict=True) if p in sizes}
         return sizes
 
-    def _plates(self, group: Group, data: Mapping[str, Any]) -> list[Any]:
-        return [pyro.plate(p, n, dim=self.structure.plates[p][0]) for p, n in self._sizes(group, data).items()]
+    def _plates(self, group: Group, data: Mapping[str, Any], opened: dict[str, Any]) -> list[Any]:
+        """The group's plates, each made once in a run."""
+        for p, n in self._sizes(group, data).items():
+            if p not in opened:
+                opened[p] = pyro.plate(p, n, dim=self.structure.plates[p][0])
+        return [opened[p] for p in group.plates]
 
     def _stretched(self, context: Tensor, group: Group, data: Mapping[str, Any], lead: int) -> Tensor:
         shape = list(context.shape)

@@ -46,7 +46,7 @@ class ConditionedGuide(nn.Module):
         draws, unbounded = self.guide.draw(self.data, self.lead, Size(sample_shape)), self.guide.unbounded
         if unbounded is None:
             return draws
-        return draws | unbounded.to_sites(draws, self.data, self.lead + len(Size(sample_shape)))
+        return unbounded.to_sites(draws, self.data, self.lead + len(Size(sample_shape)))[0]
 
     def log_prob(self, values: dict[str, Tensor]) -> Tensor:
         """Log density (nats) of draws ``{site: (*sample_shape, *lead, *site)}``, shape ``(*sample_shape, *lead)``.
@@ -57,11 +57,13 @@ class ConditionedGuide(nn.Module):
         Raises:
             ValueError: for a latent that is missing.
         """
-        values = dict(self.guide.with_real_numbers(values, self.data, self._leading(values)))
+        lead = self._leading(values)
+        values = dict(self.guide.with_real_numbers(values, self.data, lead))
         missing = [s.name for s in self.guide.structure.latents if s.name not in values]
         if missing:
             raise ValueError(f"log_prob: latent sites {missing} are missing; got {sorted(values)}.")
-        return self.guide.score(values, self.data, self.lead, self.masses()[0])
+        log_prob, unbounded = self.guide.score(values, self.data, self.lead, self.masses()[0]), self.guide.unbounded
+        return log_prob if unbounded is None else log_prob - unbounded.to_sites(values, self.data, lead)[1]
 
     def _leading(self, values: dict[str, Tensor]) -> int:
         """Dimensions of draws and data sets that stand left of the sites."""

@@ -16,7 +16,7 @@ from torch.distributions import biject_to, constraints
 from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.guides.amortized.dependencies import independent_parts
 from pyro_dgm.model.sites import is_enumerable, is_subsample, latent_sites, plate_frames
-from pyro_dgm.model.stability import changing_supports
+from pyro_dgm.model.stability import changing_supports, runs_from_the_prior
 from pyro_dgm.model.supports import innermost, is_circular
 from pyro_dgm.model.vectorize import plate_nesting
 
@@ -115,9 +115,10 @@ def read(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: 
 
 def moving_supports(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: Any) -> frozenset[str]:
     """Latents whose support follows other latents."""
-    traces = [_simulated(model, args, kwargs) for _ in range(3)]
+    who = "AmortizedGuide"
+    traces = runs_from_the_prior(who, model, _simulated(model, args, kwargs), args, kwargs)
     hidden = {name for name, site in latent_sites(traces[0]) if not is_enumerable(site)} - set(observed)
-    moving = changing_supports("AmortizedGuide", model, traces, args, kwargs)
+    moving = changing_supports(who, model, traces, args, kwargs)
     return frozenset(k for k in moving & hidden if not traces[0].nodes[k]["fn"].support.is_discrete)
 
 

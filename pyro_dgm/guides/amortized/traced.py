@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,8 +20,10 @@ _AUXILIARY = {"is_auxiliary": True}
 _CUT_OFF = {"instead": "A prior's box is cut off the flow by rejection: build the guide with bounds='map' for an ELBO."}
 
 
-def traced(group: Group, context: Tensor, plates: Sequence[Any], prior: Moments) -> tuple[dict[str, Tensor], Tensor]:
-    """Values of the group's sites, and what later groups see, drawn inside its plates."""
+def traced(
+    group: Group, context: Tensor, plates: Sequence[Any], prior: Moments, hidden: Collection[str] = ()
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Values of the group's sites, and what later groups see, drawn inside its plates; ``hidden`` sites are no model's."""
     values: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for plate in plates:
@@ -33,7 +35,8 @@ def traced(group: Group, context: Tensor, plates: Sequence[Any], prior: Moments)
             at, log_dets = group.units.unflatten(u, prior)
             for site in group.continuous:
                 delta = dist.Delta(at[site.name], -log_dets[site.name], event_dim=len(site.event_shape))
-                values[site.name] = pyro.sample(site.name, delta)
+                aside: dict[str, Any] = _AUXILIARY if site.name in hidden else {}
+                values[site.name] = pyro.sample(site.name, delta, infer=aside)
         seen = broadcast_cat(context, u)
         for head, site in zip(group.heads, group.discrete, strict=True):
             drawn = pyro.sample(f"_class_{site.name}", dist.Categorical(logits=logits_of(head, seen, site)).to_event(1),

@@ -76,21 +76,57 @@ class Unbounded:
             real[u] = self._bare(u, to_support.inv(value).nan_to_num(0.0, 15.0, -15.0), values, lead)
         return dict(values) | real
 
-    def to_sites(self, values: Mapping[str, Tensor], data: Mapping[str, Any], lead: int) -> dict[str, Tensor]:
-        """Values ``(*lead, *site)`` of the rewritten model's latents, with the plain sites in place of those rewritten."""
-        found = self._seen(values, {x: values[u] for x, u in self.names.items()}, data, lead)
+    def to_sites(
+        self, values: Mapping[str, Tensor], data: Mapping[str, Any], lead: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Values ``(*lead, *site)`` of the plain model's latents, and the log-determinant of the map to them, ``(*lead)``."""
+        real = {x: values[u] for x, u in self.names.items()}
+        found, shape = self._seen(values, real, data, lead), self._lead(values, lead)
         kept = {k: v for k, v in values.items() if k not in self.names.values()}
-        return kept | {x: self._bare(u, found[x][0], values, lead) for x, u in self.names.items()}
+        made = {x: self._bare(u, found[x][0], values, lead) for x, u in self.names.items()}
+        rows = [self._log_det(x, real[x], found[x], shape).reshape(*shape, -1).sum(-1) for x in self.names]
+        return kept | made, torch.stack(rows).sum(0)
+
+    def placed(self, values: Mapping[str, Tensor], data: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Value and log-determinant of each rewritten site, ``(n, *plates, *event)`` and ``(n, *plates)``.
+
+        ``values`` are those of a traced run ``(*particles, *plates, *event)``, with all plates of the model.
+        """
+        lead = next(v.dim() - self._dims(k) for k, v in values.items())
+        shape, nesting = self._lead(values, lead), self.prior.structure.nesting
+        found = self._seen(values, {x: values[u] for x, u in self.names.items()}, data, lead, wide=True)
+        out = {}
+        for x, u in self.names.items():
+            log_det = self._log_det(x, values[u], found[x], shape, wide=True)
+            out[x] = (found[x][0], log_det.reshape(*log_det.shape[: 1 + nesting], -1).sum(-1))
+        return out
+
+    def _dims(self, name: str) -> int:
+        return self.prior.structure.nesting + len(self.sites[name].event_shape)
+
+    def _log_det(
+        self, x: str, u: Tensor, found: tuple[Tensor, Transform], shape: Size, *, wide: bool = False
+    ) -> Tensor:
+        real = self._row(self.sites[self.names[x]], u, shape, wide=wide)
+        return found[1].log_abs_det_jacobian(real, found[0])
 
     def _seen(
-        self, values: Mapping[str, Any], real: Mapping[str, Tensor], data: Mapping[str, Any], lead: int
+        self,
+        values: Mapping[str, Any],
+        real: Mapping[str, Tensor],
+        data: Mapping[str, Any],
+        lead: int,
+        *,
+        wide: bool = False,
     ) -> dict[str, tuple[Tensor, Transform]]:
         """Value and map of each rewritten site, in one run of the plain model on all values."""
         shape = self._lead(values, lead)
-        plain = {k: self._row(s, values[k], shape) for k, s in self.sites.items() if k not in self.names.values()}
-        rewritten_rows = {x: self.sites[u] for x, u in self.names.items()}
-        plain |= {x: self._row(s, values[x], shape) for x, s in rewritten_rows.items() if x not in real}
-        seen = _Seen(set(self.names), {x: self._row(rewritten_rows[x], u, shape) for x, u in real.items()})
+        sites = {k: s for k, s in self.sites.items() if k not in self.names.values()}
+        sites |= {x: self.sites[u] for x, u in self.names.items()}
+        plain = {
+            k: self._row(s, values[k], shape, wide=wide) for k, s in sites.items() if k not in real and k in values
+        }
+        seen = _Seen(set(self.names), {x: self._row(sites[x], u, shape, wide=wide) for x, u in real.items()})
         own = self.prior.arguments
         arguments = own.bound(own.args, own.kwargs) | self.prior.inputs(data, shape)
         with pyro.validation_enabled(False), poutine.block(), poutine.condition(data=plain), seen:
@@ -103,9 +139,9 @@ class Unbounded:
     def _lead(self, values: Mapping[str, Any], lead: int) -> Size:
         return next(v.shape[:lead] for k, v in values.items() if k in self.sites or k in self.names)
 
-    def _row(self, site: Site, value: Tensor, shape: Size) -> Tensor:
-        """``(n, 1, .., *plates, *event)``."""
-        pad = (1,) * (self.prior.structure.nesting - site.depth)
+    def _row(self, site: Site, value: Tensor, shape: Size, *, wide: bool = False) -> Tensor:
+        """``(n, 1, .., *plates, *event)``; a wide value has all plates already."""
+        pad = () if wide else (1,) * (self.prior.structure.nesting - site.depth)
         return value.reshape(shape.numel(), *pad, *value.shape[len(shape) :])
 
     def _bare(self, name: str, value: Tensor, values: Mapping[str, Any], lead: int) -> Tensor:
