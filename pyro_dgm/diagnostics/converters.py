@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from pyro import poutine
 from pyro.infer.mcmc import StreamingMCMC
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from pyro_dgm.diagnostics.groups import (
 from pyro_dgm.diagnostics.khat import judge
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws
+from pyro_dgm.model.sites import is_subsample
 
 __all__ = [
     "compute_log_likelihood",
@@ -88,8 +91,7 @@ def from_pyro_mcmc(
         )
     if getattr(mcmc, "_samples", None) is None:
         raise ValueError("from_pyro_mcmc: this MCMC has no draws; call mcmc.run(*args) first.")
-    model = mcmc.kernel.model
-    if model is None:
+    if mcmc.kernel.model is None:
         raise ValueError(
             "from_pyro_mcmc: the kernel was made from potential_fn and has no model. Use "
             "from_posterior_samples(model, mcmc.get_samples(), *args)."
@@ -97,6 +99,7 @@ def from_pyro_mcmc(
     if not args and model_kwargs is None:
         args, model_kwargs = tuple(mcmc._args or ()), dict(mcmc._kwargs or {})
     samples = mcmc.get_samples(group_by_chain=True)
+    model = poutine.infer_config(mcmc.kernel.model, partial(_summed_out, samples))
     chains, draws = next(iter(samples.values())).shape[:2]
     options = Options(log_likelihood, log_prior, posterior_predictive, prior, predictions, constant_data, None, coords, dims,
                     extra_event_dims, batch_size, container)  # fmt: skip
@@ -105,6 +108,14 @@ def from_pyro_mcmc(
     attrs = {"kernel": type(mcmc.kernel).__name__}
     return _converted(model, flat, args, model_kwargs or {}, options, stats, attrs, chains, "mcmc", parallel, seed,
                       "from_pyro_mcmc")  # fmt: skip
+
+
+def _summed_out(samples: Draws, site: dict[str, Any]) -> dict[str, Any]:
+    """Marks discrete latents that have no draws for enumeration: NUTS sums them out, marked or not."""
+    if site["type"] != "sample" or site["is_observed"] or is_subsample(site) or site["name"] in samples:
+        return {}
+    discrete = getattr(site["fn"], "has_enumerate_support", False)
+    return {"enumerate": site["infer"].get("enumerate", "parallel")} if discrete else {}
 
 
 def _diverging(mcmc: Any, chains: int, draws: int) -> np.ndarray:
