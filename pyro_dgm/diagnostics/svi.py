@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from pyro.infer.autoguide import AutoDelta, AutoGuide
+from pyro.infer.autoguide import AutoGuide
 
 from pyro_dgm.core.random import seed_everywhere, seeded
 from pyro_dgm.core.weights import psis
 from pyro_dgm.diagnostics.explore import explore
 from pyro_dgm.diagnostics.groups import Options, groups_of
 from pyro_dgm.diagnostics.khat import Exploration, judge
+from pyro_dgm.diagnostics.point_estimates import refuse_autodelta, refuse_points
 from pyro_dgm.model.program import Model, Program, refuse_guides_as_models
 
 __all__ = ["from_fits", "from_svi"]
@@ -173,7 +174,7 @@ def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: A
     refuse_guides_as_models(who, model)
     kwargs = model_kwargs or {}
     for guide in guides:
-        _refuse_point_estimates(who, guide)
+        refuse_autodelta(who, guide)
     with seeded(seed), pyro.get_param_store().scope(_store_state()):
         _seed(seed)
         for guide in guides:
@@ -182,6 +183,8 @@ def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: A
         programs = [Program(model, guide, args, kwargs, parallel, who=who) for guide in guides]
         program, total = programs[0], n * len(guides)
         guided = [p.guided(n) for p in programs]
+        for fit, made_by in zip(programs, guided, strict=True):
+            refuse_points(fit, made_by)
         draws = {k: torch.cat([g.values[k] for g in guided]) for k in program.sites("latent")}
         scored = program.scored(draws, total, options.batch_size)
         made = groups_of(program, draws, total, options, scored)
@@ -229,8 +232,3 @@ def _store_state() -> Any:
     """A copy of the param store, so that reading a guide leaves the user's store as it was."""
     state = pyro.get_param_store().get_state()
     return {k: dict(v) for k, v in state.items()}
-
-
-def _refuse_point_estimates(who: str, guide: Any) -> None:
-    if isinstance(guide, AutoDelta):
-        raise ValueError(f"{who}: AutoDelta is a point estimate, not a posterior: it has no density and no weights.")
