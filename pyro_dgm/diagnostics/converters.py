@@ -68,7 +68,8 @@ def from_pyro_mcmc(
             parallel, batch_size, seed, container: as in :func:`~pyro_dgm.from_svi`.
 
     Raises:
-        ValueError: if ``mcmc`` did not run, or its kernel has no model (``potential_fn``).
+        ValueError: if ``mcmc`` did not run, is a ``StreamingMCMC`` (it keeps no draws), or its kernel has no model
+            (``potential_fn``).
 
     Warns:
         UserWarning: for each group that the model cannot give, and each site that it cannot draw; the others are there.

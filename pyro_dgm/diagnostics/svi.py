@@ -82,8 +82,9 @@ def from_svi(
         container: "auto" (what the installed ArviZ uses), "inferencedata", "datatree" or "dict" (needs no ArviZ).
 
     Raises:
-        ValueError: for point-estimate guides, latents that the guide lacks, subsampled plates whose data do not follow the
-            index, and masked latents under a guide with one joint density.
+        ValueError: for guides that put a latent on a point (a ``Delta`` without a density), latents that the guide lacks,
+            subsampled plates whose data do not follow the index, masked latents under a guide with one joint density, and
+            a guide in the place of the model.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
