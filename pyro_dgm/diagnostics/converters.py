@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from pyro import poutine
+from pyro.infer.mcmc import StreamingMCMC
 from torch import Tensor
 
 from pyro_dgm.core.random import seeded
@@ -24,6 +27,7 @@ from pyro_dgm.diagnostics.groups import (
 from pyro_dgm.diagnostics.khat import judge
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws
+from pyro_dgm.model.sites import is_subsample
 
 __all__ = [
     "compute_log_likelihood",
@@ -64,7 +68,8 @@ def from_pyro_mcmc(
             parallel, batch_size, seed, container: as in :func:`~pyro_dgm.from_svi`.
 
     Raises:
-        ValueError: if ``mcmc`` did not run, or its kernel has no model (``potential_fn``).
+        ValueError: if ``mcmc`` did not run, is a ``StreamingMCMC`` (it keeps no draws), or its kernel has no model
+            (``potential_fn``).
 
     Warns:
         UserWarning: for each group that the model cannot give, and each site that it cannot draw; the others are there.
@@ -81,10 +86,13 @@ def from_pyro_mcmc(
         >>> from_pyro_mcmc(mcmc, torch.ones(3), prior=0)["log_likelihood"]["x"].shape
         (1, 20, 3)
     """
+    if isinstance(mcmc, StreamingMCMC):
+        raise ValueError(
+            "from_pyro_mcmc: StreamingMCMC keeps no draws, only their statistics. Run pyro.infer.MCMC with the same kernel."
+        )
     if getattr(mcmc, "_samples", None) is None:
         raise ValueError("from_pyro_mcmc: this MCMC has no draws; call mcmc.run(*args) first.")
-    model = mcmc.kernel.model
-    if model is None:
+    if mcmc.kernel.model is None:
         raise ValueError(
             "from_pyro_mcmc: the kernel was made from potential_fn and has no model. Use "
             "from_posterior_samples(model, mcmc.get_samples(), *args)."
@@ -92,13 +100,23 @@ def from_pyro_mcmc(
     if not args and model_kwargs is None:
         args, model_kwargs = tuple(mcmc._args or ()), dict(mcmc._kwargs or {})
     samples = mcmc.get_samples(group_by_chain=True)
+    model = poutine.infer_config(mcmc.kernel.model, partial(_summed_out, samples))
     chains, draws = next(iter(samples.values())).shape[:2]
     options = Options(log_likelihood, log_prior, posterior_predictive, prior, predictions, constant_data, None, coords, dims,
                     extra_event_dims, batch_size, container)  # fmt: skip
     flat = {k: v.reshape(chains * draws, *v.shape[2:]) for k, v in samples.items()}
     stats = {"diverging": _diverging(mcmc, chains, draws)}
     attrs = {"kernel": type(mcmc.kernel).__name__}
-    return _converted(model, flat, args, model_kwargs or {}, options, stats, attrs, chains, "mcmc", parallel, seed)
+    return _converted(model, flat, args, model_kwargs or {}, options, stats, attrs, chains, "mcmc", parallel, seed,
+                      "from_pyro_mcmc")  # fmt: skip
+
+
+def _summed_out(samples: Draws, site: dict[str, Any]) -> dict[str, Any]:
+    """Marks discrete latents that have no draws for enumeration: NUTS sums them out, marked or not."""
+    if site["type"] != "sample" or site["is_observed"] or is_subsample(site) or site["name"] in samples:
+        return {}
+    discrete = getattr(site["fn"], "has_enumerate_support", False)
+    return {"enumerate": site["infer"].get("enumerate", "parallel")} if discrete else {}
 
 
 def _diverging(mcmc: Any, chains: int, draws: int) -> np.ndarray:
@@ -169,7 +187,8 @@ def from_posterior_samples(
                 f"from_posterior_samples: log_q has shape {stats['log_q'].shape}, expected ({n},), one per draw."
             )
     method = "samples" if log_q is None else "importance"
-    return _converted(model, flat, args, model_kwargs or {}, options, stats, {}, num_chains, method, parallel, seed)
+    return _converted(model, flat, args, model_kwargs or {}, options, stats, {}, num_chains, method, parallel, seed,
+                      "from_posterior_samples")  # fmt: skip
 
 
 def _number(samples: Draws, chains: int) -> int:
@@ -184,10 +203,11 @@ def _number(samples: Draws, chains: int) -> int:
 
 
 def _converted(model: Model, samples: Draws, args: Any, kwargs: Any, options: Options, stats: dict[str, np.ndarray],
-               attrs: dict[str, Any], chains: int, method: str, parallel: bool | str, seed: int | None) -> Any:  # fmt: skip
+               attrs: dict[str, Any], chains: int, method: str, parallel: bool | str, seed: int | None,
+               who: str) -> Any:  # fmt: skip
     n = len(next(iter(samples.values())))
     with seeded(seed):
-        program = Program(model, None, args, kwargs, parallel, draws=samples)
+        program = Program(model, None, args, kwargs, parallel, draws=samples, who=who)
         draws = {k: samples[k] for k in program.sites("latent")}
         made = groups_of(program, draws, n, options, program.scored(draws, n, options.batch_size))
     made.groups["sample_stats"] |= stats
@@ -218,7 +238,7 @@ def compute_log_likelihood(idata: Any, model: Model, *args: Any, model_kwargs: d
         >>> compute_log_likelihood(idata, model, torch.tensor(1.0), extend=False)["x"].round(2)
         array([[-1.42, -1.42, -1.42, -1.42]])
     """
-    program, draws, chains = _read(idata, model, args, model_kwargs or {}, parallel)
+    program, draws, chains = _read(idata, model, args, model_kwargs or {}, parallel, "compute_log_likelihood")
     made = Groups({})
     log_likelihoods(
         program, made, program.scored(draws, _count(draws), batch_size), program.observed(draws), coords_of(idata)
@@ -237,7 +257,7 @@ def compute_log_prior(idata: Any, model: Model, *args: Any, model_kwargs: dict[s
     Raises:
         ValueError: if the posterior lacks latents of the model.
     """
-    program, draws, chains = _read(idata, model, args, model_kwargs or {}, parallel)
+    program, draws, chains = _read(idata, model, args, model_kwargs or {}, parallel, "compute_log_prior")
     made = Groups({"log_prior": log_priors(program, program.scored(draws, _count(draws), batch_size))})
     return _added(idata, program, made, chains, extend)
 
@@ -265,7 +285,9 @@ def sample_posterior_predictive(idata: Any, model: Model, *args: Any, model_kwar
             sizes = {k: len(v) for k, v in coords_of(idata).items()}
             program, made = predictions_of(model, draws, args, kwargs, sizes, batch_size)
         else:
-            program, draws, chains = _read(idata, model, args, kwargs, parallel, also_discrete=True)
+            program, draws, chains = _read(
+                idata, model, args, kwargs, parallel, "sample_posterior_predictive", also_discrete=True
+            )
             made = Groups(predictive(program, draws, _count(draws), batch_size))
     return _added(idata, program, made, chains, extend)
 
@@ -287,9 +309,9 @@ def _tensor(values: np.ndarray) -> Tensor:
 
 
 def _read(idata: Any, model: Model, args: Any, kwargs: Any, parallel: bool | str,
-          also_discrete: bool = False) -> tuple[Program, Draws, int]:  # fmt: skip
+          who: str, also_discrete: bool = False) -> tuple[Program, Draws, int]:  # fmt: skip
     stored, chains = _stored(idata)
-    program = Program(model, None, args, kwargs, parallel, draws=stored)
+    program = Program(model, None, args, kwargs, parallel, draws=stored, who=who)
     names = program.sites("latent") + (program.enumerable if also_discrete else [])
     return program, {k: stored[k] for k in names if k in stored}, chains
 

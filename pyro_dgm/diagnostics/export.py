@@ -24,7 +24,7 @@ def contained(
     event_dims: dict[str, list[str]] | None = None,
 ) -> Any:  # fmt: skip
     """The groups as a container: names made safe, draws split into chains, plates as dimensions."""
-    names = {k: safe(k, say=True) for k in sorted({k for g in groups.values() for k in g} | _plates(program))}
+    names = {k: safe(k, program.who) for k in sorted({k for g in groups.values() for k in g} | _plates(program))}
     named = {
         k: [names.get(d, d) for d in v]
         for k, v in (site_dims(program, groups, event_dims or {}) | (dims or {})).items()
@@ -44,12 +44,12 @@ def split_chains(values: np.ndarray, group: str, chains: int) -> np.ndarray:
     return values.reshape(rows, -1, *values.shape[1:])
 
 
-def safe(name: str, *, say: bool = False) -> str:
-    """ArviZ loses a variable or dimension named ``chain`` or ``draw``."""
+def safe(name: str, who: str = "") -> str:
+    """ArviZ loses a variable or dimension named ``chain`` or ``draw``; warned of where a function is named."""
     if name not in _RESERVED:
         return name
-    if say:
-        warnings.warn(f"from_svi: '{name}' is a dimension of ArviZ; it is stored as '{name}_'.", stacklevel=5)
+    if who:
+        warnings.warn(f"{who}: '{name}' is a dimension of ArviZ; it is stored as '{name}_'.", stacklevel=5)
     return f"{name}_"
 
 

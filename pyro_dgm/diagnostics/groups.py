@@ -113,7 +113,7 @@ def log_likelihoods(program: Program, made: Groups, scored: Table, observed: Any
             if program.enumerable
             else "they have no density"
         )
-        warnings.warn(f"from_svi: no log_likelihood of {missing}, since {why}.", stacklevel=4)
+        warnings.warn(f"{program.who}: no log_likelihood of {missing}, since {why}.", stacklevel=4)
     if arrays:
         made.groups["log_likelihood"] = arrays
         made.dims |= dims
@@ -200,7 +200,7 @@ def predictions_of(model: Any, draws: Draws, args: Any, kwargs: Any, sizes: dict
     Latents whose shape the new arguments change (local to new rows) are drawn anew, given the others. Plates of another
     size than in ``sizes`` are new dimensions.
     """
-    new = Program(model, None, args, kwargs, draws=draws, new=True)
+    new = Program(model, None, args, kwargs, draws=draws, new=True, who="predictions")
     anew = [k for k in new.sites("latent") if k in draws and not new.fits(k, draws[k])]
     if anew:
         warnings.warn(

@@ -20,7 +20,7 @@ from pyro_dgm.core.random import seeded
 from pyro_dgm.diagnostics.explore import pulled_back
 from pyro_dgm.diagnostics.groups import Options, groups_of
 from pyro_dgm.model.log_joint import LogJoint
-from pyro_dgm.model.program import Model, Program
+from pyro_dgm.model.program import Model, Program, refuse_guides_as_models
 
 __all__ = ["neutra"]
 
@@ -78,10 +78,11 @@ def neutra(
     kwargs = model_kwargs or {}
     if num_samples < 4:
         raise ValueError(f"neutra: num_samples is {num_samples}, expected at least 4: R-hat halves each chain.")
+    refuse_guides_as_models("neutra", model)
     with seeded(seed), frozen(*guide.parameters()):
         guide.get_transform(*args, **kwargs)
         draws, diverging = _chains(model, guide, args, kwargs, num_samples, warmup_steps, num_chains, progress)
-        program = Program(model, None, args, kwargs, draws=draws)
+        program = Program(model, None, args, kwargs, draws=draws, who="neutra")
         options, n = Options(coords=coords, container=container), num_samples * num_chains
         made = groups_of(program, draws, n, options, program.scored(draws, n))
     made.groups["sample_stats"]["diverging"] = diverging

@@ -77,7 +77,7 @@ class _Fitted:
 
     def sample(self, sample_shape: tuple[int, ...]) -> Draws:
         with pyro.get_param_store().scope(self.state):
-            program = Program(self.model, self.guide, self.args, {}, "auto")
+            program = Program(self.model, self.guide, self.args, {}, "auto", who="Refit")
             values = program.guided(sample_shape[0]).values
         return {k: values[k] for k in program.sites("latent")}
 

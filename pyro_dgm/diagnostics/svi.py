@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from pyro.infer.autoguide import AutoDelta
+from pyro.infer.autoguide import AutoGuide
 
 from pyro_dgm.core.random import seed_everywhere, seeded
 from pyro_dgm.core.weights import psis
 from pyro_dgm.diagnostics.explore import explore
 from pyro_dgm.diagnostics.groups import Options, groups_of
 from pyro_dgm.diagnostics.khat import Exploration, judge
-from pyro_dgm.model.program import Model, Program
+from pyro_dgm.diagnostics.point_estimates import refuse_autodelta, refuse_points
+from pyro_dgm.model.program import Model, Program, refuse_guides_as_models
 
 __all__ = ["from_fits", "from_svi"]
 
@@ -81,8 +82,9 @@ def from_svi(
         container: "auto" (what the installed ArviZ uses), "inferencedata", "datatree" or "dict" (needs no ArviZ).
 
     Raises:
-        ValueError: for point-estimate guides, latents that the guide lacks, subsampled plates whose data do not follow the
-            index, and masked latents under a guide with one joint density.
+        ValueError: for guides that put a latent on a point (a ``Delta`` without a density), latents that the guide lacks,
+            subsampled plates whose data do not follow the index, masked latents under a guide with one joint density, and
+            a guide in the place of the model.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
@@ -98,7 +100,17 @@ def from_svi(
     options = Options(log_likelihood, log_prior, posterior_predictive, prior, predictions, constant_data, sites, coords, dims,
                     extra_event_dims, batch_size, container)  # fmt: skip
     return _from_guides(
-        model, [guide], args, model_kwargs, num_samples * num_chains, options, num_chains, parallel, check, seed
+        model,
+        [guide],
+        args,
+        model_kwargs,
+        num_samples * num_chains,
+        options,
+        num_chains,
+        parallel,
+        check,
+        seed,
+        "from_svi",
     )
 
 
@@ -145,26 +157,35 @@ def from_fits(
         >>> from_fits(fits, model, torch.tensor(0.0), num_samples=50, prior=0)["posterior"]["mu"].shape
         (2, 50)
     """
+    if isinstance(guides, AutoGuide) or not isinstance(guides, Iterable):
+        raise ValueError(
+            f"from_fits: guides is one {type(guides).__name__}; expected a list of fitted guides, then the model."
+        )
     if not guides:
         raise ValueError("from_fits: got an empty list of guides; expected one or more fitted guides.")
     options = Options(log_likelihood, False, posterior_predictive, prior, coords=coords, dims=dims, batch_size=batch_size,
                     container=container)  # fmt: skip
-    return _from_guides(model, guides, args, model_kwargs, num_samples, options, len(guides), parallel, False, seed)
+    return _from_guides(
+        model, guides, args, model_kwargs, num_samples, options, len(guides), parallel, False, seed, "from_fits"
+    )
 
 
 def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: Any, n: int, options: Options, chains: int,
-                 parallel: bool | str, check: bool, seed: int | None) -> Any:  # fmt: skip
+                 parallel: bool | str, check: bool, seed: int | None, who: str) -> Any:  # fmt: skip
+    refuse_guides_as_models(who, model)
     kwargs = model_kwargs or {}
     for guide in guides:
-        _refuse_point_estimates(guide)
+        refuse_autodelta(who, guide)
     with seeded(seed), pyro.get_param_store().scope(_store_state()):
         _seed(seed)
         for guide in guides:
             guide(*args, **kwargs)  # lazy guides find their structure, by draws of their own
         _seed(seed)
-        programs = [Program(model, guide, args, kwargs, parallel) for guide in guides]
+        programs = [Program(model, guide, args, kwargs, parallel, who=who) for guide in guides]
         program, total = programs[0], n * len(guides)
         guided = [p.guided(n) for p in programs]
+        for fit, made_by in zip(programs, guided, strict=True):
+            refuse_points(fit, made_by)
         draws = {k: torch.cat([g.values[k] for g in guided]) for k in program.sites("latent")}
         scored = program.scored(draws, total, options.batch_size)
         made = groups_of(program, draws, total, options, scored)
@@ -212,8 +233,3 @@ def _store_state() -> Any:
     """A copy of the param store, so that reading a guide leaves the user's store as it was."""
     state = pyro.get_param_store().get_state()
     return {k: dict(v) for k, v in state.items()}
-
-
-def _refuse_point_estimates(guide: Any) -> None:
-    if isinstance(guide, AutoDelta):
-        raise ValueError("from_svi: AutoDelta is a point estimate, not a posterior: it has no density and no weights.")

@@ -24,12 +24,14 @@ class Layout:
         batch, event: the two parts of the shape.
         plates: the plates' frames among the batch dimensions, outermost first.
         axes: plate name -> its axis in a stack of draws ``(n, *batch, *event)``.
+        run: the batch shape of a single run, singleton dimensions included.
     """
 
     batch: Size
     event: Size
     plates: tuple[Any, ...]
     axes: dict[str, int]
+    run: Size = Size()
 
     @property
     def shape(self) -> Size:
@@ -57,7 +59,7 @@ def layout_of(site: Site) -> Layout:
     kept = [d for d in range(-len(batch), 0) if batch[d] != 1 or d in owned]
     axes = {owned[d].name: 1 + i for i, d in enumerate(kept) if d in owned}
     plates = tuple(owned[d] for d in kept if d in owned)
-    return Layout(Size(batch[d] for d in kept), event, plates, axes)
+    return Layout(Size(batch[d] for d in kept), event, plates, axes, batch)
 
 
 def _deterministic(shape: Size, frames: list[Any]) -> Layout:
@@ -86,19 +88,24 @@ def with_shape(value: Tensor, n: int, shape: Size, name: str) -> Tensor:
         ) from error
 
 
-def mask_of(site: Site, layout: Layout) -> Tensor | None:
-    """Which data a site has, shape ``batch``, by ``poutine.mask``, ``obs_mask`` or ``.mask``; None for all of them."""
+def mask_of(site: Site, layout: Layout, nesting: int) -> Tensor | None:
+    """Which data a site has, shape ``batch``, by ``poutine.mask``, ``obs_mask`` or ``.mask``; None for all of them.
+
+    A mask that depends on an enumerated value, in dimensions left of ``nesting``, hides what it hides for all values.
+    """
     fn, mask = site["fn"], site["mask"]
     own = fn._mask if isinstance(fn, MaskedDistribution) else None
     masks = [torch.as_tensor(m) for m in (mask, own) if m is not None and m is not True]
     if not masks:
         return None
     together = masks[0] if len(masks) == 1 else masks[0] & masks[1]
-    return _first(together, layout.batch)
+    for _ in range(together.dim() - nesting):
+        together = together.any(0)
+    return _first(together, layout)
 
 
-def _first(mask: Tensor, batch: Size) -> Tensor:
+def _first(mask: Tensor, layout: Layout) -> Tensor:
     """The mask of one draw; masks do not depend on the draw."""
-    if mask.numel() < batch.numel():
-        return mask.reshape(mask.shape[-len(batch) :]).expand(batch)
-    return mask.reshape(-1, *batch)[0]
+    while mask.dim() > len(layout.run):
+        mask = mask[0]
+    return mask.expand(layout.run).reshape(layout.batch)

@@ -27,7 +27,19 @@ from pyro_dgm.model.sites import is_computed, is_data, is_enumerable, is_subsamp
 from pyro_dgm.model.terms import total
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, find_vectorization, plate_nesting
 
-__all__ = ["Model", "Program"]
+__all__ = ["Model", "Program", "refuse_guides_as_models"]
+
+
+def refuse_guides_as_models(who: str, model: Any) -> None:
+    """An autoguide in the place of the model is a swap of the two."""
+    if isinstance(model, AutoGuide):
+        raise ValueError(
+            f"{who}: the model is an {type(model).__name__}, a guide. Did you swap model and guide? "
+            f"Expected {_CALLS.get(who, who + '(model, ...)')}."
+        )
+
+
+_CALLS = {"from_svi": "from_svi(model, guide, *args)", "from_fits": "from_fits(guides, model, *args)"}
 
 
 class _Preset(poutine.messenger.Messenger):
@@ -52,18 +64,23 @@ class Program:
         parallel: True, False, or "auto" (in one plate or by vmap, if a check of three draws allows it).
         draws: ``{site: (n, *site)}`` of at least one draw, where there is no guide.
         new: the arguments are others than those of the draws; latents that do not fit are left to the model.
+        who: the function that messages name.
 
     Raises:
-        ValueError: for latents that guide or draws lack, and for subsampled plates whose rows cannot be visited.
+        ValueError: for latents that guide or draws lack, for subsampled plates whose rows cannot be visited, for a guide in
+            the place of the model, and for a model without sites.
     """
 
     def __init__(self, model: Model, guide: Model | None, args: Any, kwargs: Any, parallel: bool | str = "auto",
-                 draws: Draws | None = None, new: bool = False) -> None:  # fmt: skip
+                 draws: Draws | None = None, new: bool = False, who: str = "pyro_dgm") -> None:  # fmt: skip
+        refuse_guides_as_models(who, model)
+        self.who = who
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         guided = self._trace(guide) if guide is not None else None
         known = {k: v[0] for k, v in (draws or {}).items()}
         known = _values(guided) if guided else known
         self.prototype = self._anyhow(model, known)
+        self._refuse_no_sites(guided)
         traces = [t for t in (self.prototype, guided) if t is not None]
         rounds = rounds_of(traces)
         if len(rounds) > 1:
@@ -117,12 +134,25 @@ class Program:
                     "other rows cannot be reached. Pass the full data and write obs=x[i] with the index i of the plate."
                 )
 
+    def _refuse_no_sites(self, guided: poutine.Trace | None) -> None:
+        """A model without latents and data, and a guide that has the data in its place."""
+        data = [n for n, s in guided.nodes.items() if is_data(s)] if guided else []
+        if data and not self.sites("observed"):
+            raise ValueError(
+                f"{self.who}: the model has no data site '{data[0]}', and the guide has it. Did you swap model and guide?"
+            )
+        if not self.sites("observed") and not any(True for _ in latent_sites(self.prototype)):
+            raise ValueError(
+                f"{self.who}: the model has no latent and no data site, so there is no posterior. Write "
+                "pyro.sample(name, distribution), with obs= for data; pyro.deterministic and pyro.factor draw nothing."
+            )
+
     def _refuse_missing_latents(self, known: Any) -> None:
         missing = [n for n in self.sites("latent") if n not in known]
         if missing:
             where = "the guide" if self.guide is not None else "the draws"
             raise ValueError(
-                f"from_svi: latent sites {missing} of the model are not in {where}, so they would be drawn from the "
+                f"{self.who}: latent sites {missing} of the model are not in {where}, so they would be drawn from the "
                 f"prior. Add them to {where}; discrete ones can be summed out: infer={{'enumerate': 'parallel'}}."
             )
 
@@ -209,7 +239,7 @@ class Program:
         site = self.guide_runs.prototype.nodes[name]  # type: ignore[union-attr]
         if isinstance(site["fn"], dist.Delta) and f"{name}_unconstrained" not in terms:
             raise ValueError(
-                f"from_svi: latent site '{name}' is masked in part, so its other values mean nothing, and "
+                f"{self.who}: latent site '{name}' is masked in part, so its other values mean nothing, and "
                 f"{type(self.guide).__name__} has one density over all latents. Use a guide that has a site of its own for "
                 f"'{name}' (AutoNormal), or leave the missing data out of the model."
             )

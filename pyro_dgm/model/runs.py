@@ -210,7 +210,7 @@ class Runs:
 
     def of_prototype(self) -> Table:
         """The values of the prototype's run."""
-        return self._table(self.prototype, 1, _Options())
+        return self._table(self.prototype, 1, self.nesting, _Options())
 
     def _round(self, n: int, given: Draws, visited: Round, options: _Options) -> Table:
         index = {name: index for name, (index, _) in visited.items()}
@@ -277,18 +277,18 @@ class Runs:
             with self._grad(), poutine.block(), pyro.validation_enabled(False):
                 run = enumerated(program, nesting) if options.discrete == "sum" else program
                 trace = poutine.trace(run).get_trace(*self.args, **self.kwargs)
-                return self._table(trace, n, options)
+                return self._table(trace, n, nesting, options)
         except torch.linalg.LinAlgError as error:
             raise ValueError(
                 f"A matrix of the model could not be factorised for one of {n} draws. Add jitter to its diagonal "
                 f"(1e-6 of its scale), or work in float64. torch says: {str(error).splitlines()[0]}"
             ) from error
 
-    def _table(self, trace: poutine.Trace, n: int, options: _Options) -> Table:
+    def _table(self, trace: poutine.Trace, n: int, nesting: int, options: _Options) -> Table:
         table = Table(terms=terms_of(trace, n, self.layouts) if options.score else {})
         for name, site in trace.nodes.items():
             if name in self.layouts:
-                mask = mask_of(site, self.layouts[name])
+                mask = None if is_computed(site) else mask_of(site, self.layouts[name], nesting)
                 table.masks |= {} if mask is None else {name: mask}
                 if options.keeps(name):
                     self._put(table, name, site["value"].detach(), n, options)
