@@ -103,7 +103,7 @@ def from_pyro_mcmc(
     model = poutine.infer_config(mcmc.kernel.model, partial(_summed_out, samples))
     chains, draws = next(iter(samples.values())).shape[:2]
     options = Options(log_likelihood, log_prior, posterior_predictive, prior, predictions, constant_data, None, coords, dims,
-                    extra_event_dims, batch_size, container)  # fmt: skip
+                      extra_event_dims, batch_size, container)  # fmt: skip
     flat = {k: v.reshape(chains * draws, *v.shape[2:]) for k, v in samples.items()}
     stats = {"diverging": _diverging(mcmc, chains, draws)}
     attrs = {"kernel": type(mcmc.kernel).__name__}
@@ -178,7 +178,7 @@ def from_posterior_samples(
     flat = {k: torch.as_tensor(v) for k, v in samples.items()}
     n = _number(flat, num_chains)
     options = Options(log_likelihood, log_prior, posterior_predictive, prior, predictions, constant_data, sites, coords, dims,
-                    extra_event_dims, batch_size, container)  # fmt: skip
+                      extra_event_dims, batch_size, container)  # fmt: skip
     stats = {}
     if log_q is not None:
         stats["log_q"] = torch.as_tensor(log_q).double().cpu().numpy()

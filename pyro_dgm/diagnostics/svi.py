@@ -98,7 +98,7 @@ def from_svi(
         ('chain', 'draw', 'item')
     """
     options = Options(log_likelihood, log_prior, posterior_predictive, prior, predictions, constant_data, sites, coords, dims,
-                    extra_event_dims, batch_size, container)  # fmt: skip
+                      extra_event_dims, batch_size, container)  # fmt: skip
     return _from_guides(
         model,
         [guide],
@@ -164,7 +164,7 @@ def from_fits(
     if not guides:
         raise ValueError("from_fits: got an empty list of guides; expected one or more fitted guides.")
     options = Options(log_likelihood, False, posterior_predictive, prior, coords=coords, dims=dims, batch_size=batch_size,
-                    container=container)  # fmt: skip
+                      container=container)  # fmt: skip
     return _from_guides(
         model, guides, args, model_kwargs, num_samples, options, len(guides), parallel, False, seed, "from_fits"
     )
