@@ -78,7 +78,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         return self
 
     def soften(self) -> float | None:
-        """Become a guide that large steps of Adam do not throw off; the distribution stays as it is.
+        """Become a guide that large steps of Adam do not throw off; a family that stands at its identity stays there.
 
         Returns the rate at which the family is trained best from a good start; None where it can only stay as it is.
         """

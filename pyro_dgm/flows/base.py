@@ -127,7 +127,7 @@ class NormalizingFlow(DistributionModule):
 
     def soften(self) -> float | None:
         """Scale what the last layer of every plain hyper-network reads, and bound how far an affine layer scales."""
-        plain = [m for m in self.flow.modules() if _has_plain_network(m)]
+        plain: list[Any] = [m for m in self.modules() if _has_plain_network(m)]
         for module in plain:
             module.hyper[-2] = _Softened(module.hyper[-2], module.hyper[-1].in_features)
             if module.univariate is zuko.transforms.MonotonicAffineTransform:
