@@ -42,9 +42,9 @@ class AnySite(poutine.messenger.Messenger):
 
 
 def runs_from_the_prior(
-    who: str, model: Callable[..., Any], prototype: poutine.Trace, args: Any, kwargs: Any
+    who: str, model: Callable[..., Any], prototype: poutine.Trace, args: Any, kwargs: Any, *, one_size: bool = True
 ) -> list[poutine.Trace]:
-    """Traces of several runs, the prototype first; all have the same latents, shapes and plates.
+    """Traces of several runs, the prototype first; all have the same latents and, with ``one_size``, shapes and plates.
 
     Raises:
         ValueError: for a latent that some runs lack, or whose shape or plates differ; it names the site.
@@ -55,7 +55,7 @@ def runs_from_the_prior(
     known = [{k: s for k, s in latent_sites(t) if not is_enumerable(s)} for t in traces]
     for sites in known[1:]:
         _refuse_other_sites(who, known, set(known[0]) ^ set(sites))
-        for name, site in sites.items():
+        for name, site in sites.items() if one_size else ():
             _refuse_other_shape(who, name, known[0][name], site)
     return traces
 

@@ -116,7 +116,7 @@ def read(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: 
 def moving_supports(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: Any) -> frozenset[str]:
     """Latents whose support follows other latents."""
     who = "AmortizedGuide"
-    traces = runs_from_the_prior(who, model, _simulated(model, args, kwargs), args, kwargs)
+    traces = runs_from_the_prior(who, model, _simulated(model, args, kwargs), args, kwargs, one_size=False)
     hidden = {name for name, site in latent_sites(traces[0]) if not is_enumerable(site)} - set(observed)
     moving = changing_supports(who, model, traces, args, kwargs)
     return frozenset(k for k in moving & hidden if not traces[0].nodes[k]["fn"].support.is_discrete)
