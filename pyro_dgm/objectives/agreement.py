@@ -115,6 +115,9 @@ def _draw_some(pair: Pair, rows: poutine.Trace, nesting: int, many: list[poutine
 def _fault_of_guide(pair: Pair, once: poutine.Trace, many: poutine.Trace) -> str:
     """Why the guide's distribution in a plate is another than alone; empty where it is not, or where runs are random."""
     sites = dict(latent_sites(many))
+    odd = [k for k, s in sites.items() if s["value"].numel() != _TRIED * row_shape(s).numel()]
+    if odd:
+        return f"of the guide, shape {tuple(sites[odd[0]]['value'].shape)} at site '{odd[0]}'"
     rows = [{k: s["value"].reshape(_TRIED, *row_shape(s))[i] for k, s in sites.items()} for i in range(_TRIED)]
 
     def alone() -> Tensor:
