@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
 from torch import Size, Tensor
+from torch.distributions import biject_to
 
 from pyro_dgm.core.random import fork_rng
 from pyro_dgm.model.sites import is_computed, is_subsample, latent_sites, plate_frames
@@ -82,7 +83,27 @@ def how_to_draw(pair: Pair, once: poutine.Trace, model_once: poutine.Trace, nest
     values = {k: s["value"] for k, s in sites.items() if not s["infer"].get("is_auxiliary")}
     shapes = {k: row_shape(s) for k, s in sites.items()}
     model = poutine.replay(pair.model, trace=rows)
-    return find_vectorization(model, values or {k: s["value"] for k, s in sites.items()}, shapes, nesting, *pair[2:])
+    values = values or {k: s["value"] for k, s in sites.items()}
+    try:
+        return find_vectorization(model, _apart(values, model_once), shapes, nesting, *pair[2:])
+    except (RuntimeError, ValueError):  # a model that fails where the guide has no draws
+        return find_vectorization(model, values, shapes, nesting, *pair[2:])
+
+
+def _apart(values: dict[str, Tensor], model_once: poutine.Trace) -> dict[str, Tensor]:
+    """The draws with other places inside the supports: those of a narrow guide would tell little apart."""
+    with fork_rng(0), torch.no_grad():
+        return {k: _moved(v, model_once.nodes[k]["fn"]) if k in model_once.nodes else v for k, v in values.items()}
+
+
+def _moved(value: Tensor, fn: Any) -> Tensor:
+    try:
+        to_support = biject_to(fn.support)
+        free = to_support.inv(value)
+        moved = to_support(free + 0.1 * torch.randn_like(free))
+    except (NotImplementedError, RuntimeError, ValueError):  # a support without coordinates
+        return value
+    return moved if moved.shape == value.shape and bool(moved.isfinite().all()) else value
 
 
 def _draw_some(pair: Pair, rows: poutine.Trace, nesting: int, many: list[poutine.Trace]) -> Tensor:
@@ -94,6 +115,9 @@ def _draw_some(pair: Pair, rows: poutine.Trace, nesting: int, many: list[poutine
 def _fault_of_guide(pair: Pair, once: poutine.Trace, many: poutine.Trace) -> str:
     """Why the guide's distribution in a plate is another than alone; empty where it is not, or where runs are random."""
     sites = dict(latent_sites(many))
+    odd = [k for k, s in sites.items() if s["value"].numel() != _TRIED * row_shape(s).numel()]
+    if odd:
+        return f"of the guide, shape {tuple(sites[odd[0]]['value'].shape)} at site '{odd[0]}'"
     rows = [{k: s["value"].reshape(_TRIED, *row_shape(s))[i] for k, s in sites.items()} for i in range(_TRIED)]
 
     def alone() -> Tensor:

@@ -34,8 +34,9 @@ from torch.distributions import TransformedDistribution
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import latent_sites
 from pyro_dgm.objectives.agreement import Pair
+from pyro_dgm.objectives.leaves import parameters_of
 from pyro_dgm.objectives.particles import ParticleELBO, Terms
-from pyro_dgm.objectives.path_gradient import parameters_of, rescored, sample_sites, with_densities, with_values
+from pyro_dgm.objectives.path_gradient import rescored, sample_sites, with_densities, with_values
 from pyro_dgm.objectives.units import Frames, is_local, scale_of, stray_plates, units_of
 
 __all__ = ["IWAE_ELBO"]
@@ -117,6 +118,10 @@ class IWAE_ELBO(ParticleELBO):
         self._averaged: set[str] = set()
         self._told: set[str] = set()
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._shared, self._shared_of = set(), None
+
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         weights = self._weights(Pair(model, guide, args, kwargs))
         if weights.strays:
@@ -141,8 +146,11 @@ class IWAE_ELBO(ParticleELBO):
         units = units_of(drawn[0])
         proxies = _Proxies(self._nesting, units, watched=self._squares_weights(pair, drawn, units))
         if proxies.watched:
-            drawn = [proxies.watch(trace) for trace in drawn]
-            scored = [self._rescored(pair, trace, units) for trace in drawn]
+            watched = [proxies.watch(trace) for trace in drawn]
+            scored = [self._rescored(pair, trace, units) for trace in watched]
+            proxies.watched = not any(map(self._is_unlike, drawn, scored))
+        if proxies.watched:
+            drawn = watched
         else:
             scored = [prune_subsample_sites(trace) for trace in drawn]
         p, models = self._joint_terms(pair, drawn, units)
@@ -170,12 +178,17 @@ class IWAE_ELBO(ParticleELBO):
         """Whether the gradient is the doubly reparameterised one: it needs paths from parameters to draws only."""
         if self.gradient == "standard" or not torch.is_grad_enabled():
             return False
+        shared = [k for k, s in latent_sites(drawn[0]) if not is_local(s, units)]
         for trace in drawn:
-            self._path.learn(pair.guide, self._run(pair.guide), trace, pair.args, pair.kwargs)
+            self._path.learn(pair.guide, self._run(pair.guide), trace, pair.args, pair.kwargs, shared)
         placed = [k for k in self._path.placed if k in drawn[0].nodes and is_local(drawn[0].nodes[k], units)]
         weighed = [k for k, s in latent_sites(drawn[0]) if is_local(s, units) and _is_weighed(s, units)]
         self._say_weighed(weighed)
-        return not (self._path.plain or placed or weighed)
+        return not (placed or weighed or self._path.plain.keys() & drawn[0].nodes.keys())
+
+    def _is_unlike(self, drawn: poutine.Trace, again: poutine.Trace) -> bool:
+        """Whether a second run of the guide is not like the one that made the draws."""
+        return bool(self._path.unlike(drawn, again, {k for k, _ in sample_sites(again) if k in drawn.nodes}))
 
     def _say_weighed(self, names: list[str]) -> None:
         if not self._told.issuperset(names):

@@ -17,7 +17,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, warn_if_nan
 from torch import Tensor
 
-from pyro_dgm.core.random import fork_rng
+from pyro_dgm.core.random import fork_rng, random_states
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_enumerable, is_factor, latent_sites
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, enumerated, in_draws_plate, read_of_rows
@@ -33,7 +33,7 @@ Terms = tuple[Tensor, Tensor]  # of each draw and unit, (n, *units), and of each
 class ParticleELBO(Trace_ELBO):
     """A bound from ``num_particles`` draws. A subclass says how they are averaged, by ``differentiable_loss``.
 
-    How the draws are run is found at the first call and stays: many at once where that gives what single runs give.
+    How the draws are run is found at the first call with a pair: many at once where that gives what single runs give.
     """
 
     num_particles: int
@@ -45,10 +45,10 @@ class ParticleELBO(Trace_ELBO):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        alone = not self.vectorize_particles or self.num_particles == 1
-        self._how = "loop" if alone else ""
         self._met: Any = None
         self._once: Any = None  # a run of the guide, for its structure
+        self._how = ""
+        self._asked: dict[str, Any] = {}  # the options that were changed for the pair at hand
         self._path = PathGradient(type(self).__name__, self.plain_instead)
 
     @abstractmethod
@@ -82,26 +82,53 @@ class ParticleELBO(Trace_ELBO):
         """How often guide and model run in a step; once, if the guide draws nothing and all runs are the same."""
         return self.num_particles if self._how == "loop" else 1
 
+    def _forget(self) -> None:
+        """Be as before the first call: with the options that were asked for, and nothing known of a model or a guide."""
+        self.__dict__.update(self._asked, _asked={}, _how="", _met=None, _once=None)
+        self._path = PathGradient(type(self).__name__, self.plain_instead)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without model, guide and traces: they are found again at the next call."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new._forget()
+        return new.__dict__
+
     def _meet(self, pair: Pair) -> None:
         """What a first call has to find out or to create; it takes nothing from the stream of random numbers."""
+        if (pair.model, pair.guide) == self._met and not self._has_more(pair):
+            return
+        told = self._path.told
+        self._forget()
+        self._path.told = told
         if self.max_plate_nesting == float("inf"):
+            self._asked = {"max_plate_nesting": self.max_plate_nesting}
             with fork_rng():
                 self._guess_max_plate_nesting(*pair[:2], pair.args, pair.kwargs)
-        if (pair.model, pair.guide) == self._met:
-            return
         with torch.no_grad(), poutine.block(), fork_rng():
             once = pair.guide_trace(pair.guide)
             self._refuse_unpathed(once)
             model_once = pair.trace(poutine.replay(pair.model, trace=once))
         self._refuse_missing(model_once, once)
         self._met, self._once = (pair.model, pair.guide), once
-        if self._how in ("", "once"):
+        if self.vectorize_particles and self.num_particles > 1:
             self._choose(pair, once, model_once)
+        else:
+            self._how = "loop"
+
+    def _has_more(self, pair: Pair) -> bool:
+        """Whether a guide that drew nothing at the first call, with all latents given, has draws now."""
+        if self._how != "once":
+            return False
+        with torch.no_grad(), poutine.block(), fork_rng():
+            return bool(dict(latent_sites(pair.guide_trace(pair.guide))))
 
     def _choose(self, pair: Pair, once: poutine.Trace, model_once: poutine.Trace) -> None:
         self._how, fault = how_to_draw(pair, once, model_once, self._nesting)
         if self._how == "loop":
             warn_user(NOT_VECTORIZED.format(fault))
+            changed = ("max_plate_nesting", "vectorize_particles", "num_particles")
+            self._asked = {k: getattr(self, k) for k in changed} | self._asked
             self.max_plate_nesting -= 1
             self.vectorize_particles = False
             self.num_particles = min(self.num_particles, self.fewest_alone or self.num_particles)
@@ -126,7 +153,9 @@ class ParticleELBO(Trace_ELBO):
             yield self._traced(pair, run)
 
     def _traced(self, pair: Pair, run: Any) -> poutine.Trace:
+        states = random_states()
         trace = pair.guide_trace(run)
+        trace.nodes["_INPUT"]["random_states"] = states  # for another run like it
         self._refuse_unpathed(trace)
         if self._runs > 1:
             trace.compute_log_prob()  # some transforms of Pyro remember their last draw only

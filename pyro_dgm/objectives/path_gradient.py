@@ -17,16 +17,21 @@ run that made the draws, at
 - a ``Delta``, whose ``log_density`` is a Jacobian and no density of a draw;
 - ``pyro.factor``, and a site that is observed in the guide;
 - a site whose support moves;
-- a site whose density cannot be asked of a value from elsewhere (a transform that inverts its own draws only).
+- a site whose density cannot be asked of a value from elsewhere (a transform that inverts its own draws only), or is
+  another then (one that saturates);
+- straight-through draws, whose density is that of another tensor;
+- a site that depends on tensors computed outside of the guide, which cannot be held constant.
 
-All other densities come from a second run through the same draws with the parameters held constant.
+All other densities come from a second run through the same draws, with the same random numbers besides and the
+parameters held constant; a site whose density is another one in that run keeps the first.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import pyro.distributions as dist
@@ -39,15 +44,15 @@ from torch.distributions import TransformedDistribution, biject_to, constraints
 from torch.distributions.transforms import Transform, _InverseTransform
 
 from pyro_dgm.core import frozen
-from pyro_dgm.core.random import fork_rng
+from pyro_dgm.core.random import fork_rng, put_random_states
 from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_factor, is_subsample, latent_sites
+from pyro_dgm.objectives.leaves import forget_inverses, parameters_of, registered_in, simple_parts
 
 __all__ = [
     "PathGradient",
     "unwrapped",
-    "parameters_of",
     "rescored",
     "sample_sites",
     "support_moves",
@@ -71,58 +76,113 @@ class PathGradient:
     def __init__(self, who: str, instead: str) -> None:
         self._who, self._instead = who, instead
         self._guide: Any = None
-        self._known: set[str] = set()
-        self._told: set[str] = set()
-        self.plain: dict[str, str] = {}  # sites that keep a score, with the reason
-        self.placed: set[str] = set()  # Deltas whose place is a parameter
+        self.told: set[str] = set()
+        self._learnt: dict[Any, _Learnt] = {}
+        self._now = _Learnt()
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """Sites that keep a score, with the reason."""
+        return self._now.plain
+
+    @property
+    def placed(self) -> set[str]:
+        """Deltas whose place is a parameter, or follows from a draw that is shared."""
+        return self._now.placed
 
     def scored(self, guide: Any, run: Any, drawn: poutine.Trace, args: Any, kwargs: Any) -> poutine.Trace:
         """The trace with the log density of every site, its score left out where that is allowed.
 
         ``run`` is the guide as it made the draws: alone, or in a plate of draws.
         """
-        frozen_ones = self._frozen_sites(guide, run, drawn, args, kwargs)
-        drawn.compute_log_prob(lambda name, _: name not in frozen_ones)
-        if not frozen_ones:
-            return prune_subsample_sites(drawn)
-        views = with_values(drawn, {k: s["value"].view_as(s["value"]) for k, s in latent_sites(drawn)})
-        again = rescored(run, views, parameters_of(guide, drawn), frozen_ones, args, kwargs)
-        return prune_subsample_sites(with_densities(drawn, {k: again.nodes[k] for k in frozen_ones}))
-
-    def _frozen_sites(self, guide: Any, run: Any, drawn: poutine.Trace, args: Any, kwargs: Any) -> set[str]:
+        drawn.compute_log_prob()
         if not torch.is_grad_enabled():
-            return set()
-        self.learn(guide, run, drawn, args, kwargs)
-        return {k for k, s in sample_sites(drawn) if not _why_kept(s) and k not in self.plain}
+            return prune_subsample_sites(drawn)
+        constant = self.learn(guide, run, drawn, args, kwargs)
+        names = {k for k, s in sample_sites(drawn) if not _why_kept(s) and k not in self.plain}
+        views = with_values(drawn, {k: s["value"].view_as(s["value"]) for k, s in latent_sites(drawn)})
+        again = rescored(run, views, constant, names, args, kwargs)
+        names -= self.unlike(drawn, again, names)
+        return prune_subsample_sites(with_densities(drawn, {k: again.nodes[k] for k in names}))
 
-    def learn(self, guide: Any, run: Any, drawn: poutine.Trace, args: Any, kwargs: Any) -> None:
-        """Find the sites that keep a score, and warn of them; once for a guide, and again where new sites appear."""
-        if guide != self._guide:  # equal are also two bound methods of one object
-            self._guide, self._known, self.plain, self.placed = guide, set(), {}, set()
-        if {k for k, _ in sample_sites(drawn)} <= self._known:
-            return
+    def unlike(self, drawn: poutine.Trace, again: poutine.Trace, names: set[str]) -> set[str]:
+        """The sites that a second run gives other densities than the draws have, of which it warns."""
+        ordered = sorted(names)
+        flags = [_is_unlike(drawn.nodes[k]["unscaled_log_prob"], again.nodes[k]["unscaled_log_prob"]) for k in ordered]
+        found = [k for k, unlike in zip(ordered, torch.stack(flags).tolist() if flags else [], strict=True) if unlike]
+        self._say(dict.fromkeys(found, "a second run of the guide gives the same draws another density"))
+        return set(found)
+
+    def learn(
+        self, guide: Any, run: Any, drawn: poutine.Trace, args: Any, kwargs: Any, shared: Collection[str] = ()
+    ) -> list[Tensor]:
+        """Find the sites that keep a score, and warn of them; what is constant in a second run.
+
+        It is found once for a guide, and again where new sites appear or other tensors are trained. Draws that all
+        others share (``shared``) are parameters to the rest.
+        """
         drawn.compute_log_prob()  # before another run, while transforms still remember these draws
-        for name, site in sample_sites(_run_at_constants(run, drawn, args, kwargs)):
-            if name in drawn.nodes and name not in self._known:
-                self._note(name, site)
-        self._say()
+        constant = parameters_of(guide, drawn)
+        self._recall(guide, drawn, constant, shared)
+        names = {k for k, _ in sample_sites(drawn)}
+        if not names <= self._now.known:
+            self._look(run, drawn, constant, args, kwargs, shared)
+            self._now.known.update(names)
+            self._say(self.plain)
+        return constant
 
-    def _note(self, name: str, site: Site) -> None:
-        self._known.add(name)
+    def _recall(self, guide: Any, drawn: poutine.Trace, constant: list[Tensor], shared: Collection[str]) -> None:
+        """What was found with the same guide, the same tensors that are trained, and the same shared draws."""
+        if guide != self._guide or len(self._learnt) > 32:  # equal are also two bound methods of one object
+            self._guide, self._learnt = guide, {}
+        registered = {id(p) for p in registered_in(guide, drawn)}
+        trained = [id(p) for p in constant if p.requires_grad]
+        others = sum(i not in registered for i in trained)
+        key = frozenset(registered.intersection(trained)), others, frozenset(shared)
+        self._now = self._learnt.setdefault(key, _Learnt())
+
+    def _look(
+        self, run: Any, drawn: poutine.Trace, constant: list[Tensor], args: Any, kwargs: Any, shared: Collection[str]
+    ) -> None:
+        sites = {k for k, _ in sample_sites(drawn)} - self._now.known
+        self._note(_run_at_constants(run, drawn, args, kwargs), sites)
+        if shared:
+            self._note(_run_at_constants(run, drawn, args, kwargs, shared), sites.difference(shared))
+        with frozen(*constant):
+            for name, site in sample_sites(_run_at_constants(run, drawn, args, kwargs)):
+                if name in sites and name not in self.plain and not _why_kept(site) and _requires_grad(site):
+                    self.plain[name] = "it depends on tensors that were computed outside of the guide"
+
+    def _note(self, trace: poutine.Trace, names: Collection[str]) -> None:
+        for name, site in sample_sites(trace):
+            if name in names:
+                self._now.note(name, site)
+
+    def _say(self, reasons: dict[str, str]) -> None:
+        """Warn of the sites that keep a score, those of one reason together, each once."""
+        for why in sorted(set(reasons.values())):
+            names = [k for k, reason in reasons.items() if reason == why and k not in self.told]
+            self.told.update(names)
+            if names:
+                sites = ("sites " if len(names) > 1 else "site ") + ", ".join(f"'{k}'" for k in names)
+                warn_user(f"{self._who}: the score of guide {sites} cannot be left out ({why}). {self._instead}")
+
+
+class _Learnt:
+    """What was found of a guide's sites."""
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+        self.plain: dict[str, str] = {}
+        self.placed: set[str] = set()
+
+    def note(self, name: str, site: Site) -> None:
+        """Of one site at constant draws."""
         if _is_placed(site):
             self.placed.add(name)
         why = _why_plain(site)
         if why:
-            self.plain[name] = why
-
-    def _say(self) -> None:
-        """Warn of the sites that keep a score, those of one reason together, each once."""
-        for why in sorted(set(self.plain.values())):
-            names = [k for k, reason in self.plain.items() if reason == why and k not in self._told]
-            self._told.update(names)
-            if names:
-                sites = ("sites " if len(names) > 1 else "site ") + ", ".join(f"'{k}'" for k in names)
-                warn_user(f"{self._who}: the score of guide {sites} cannot be left out ({why}). {self._instead}")
+            self.plain.setdefault(name, why)
 
 
 def rescored(
@@ -136,19 +196,45 @@ def rescored(
             if isinstance(unwrapped(site["fn"]), dist.Delta):
                 site["value"] = site["fn"].mean  # its own place, whatever the last digit
         trace.compute_log_prob(lambda name, _: name in names)
+    for name in names:
+        forget_inverses(trace.nodes[name]["fn"])  # which hold no gradient towards what was constant
     return trace
 
 
+def _is_unlike(first: Tensor, second: Tensor) -> Tensor:
+    """Whether log densities of the same draws differ by more than rounding."""
+    close = torch.isclose(first.detach(), second.detach(), rtol=1e-4, atol=1e-3, equal_nan=True)
+    return ~close.all()
+
+
 def _run_again(run: Any, drawn: poutine.Trace, args: Any, kwargs: Any) -> poutine.Trace:
-    with poutine.block(), _quiet():
+    """Through the same draws and, where they were kept, with the same random numbers besides (those of dropout)."""
+    states = drawn.nodes["_INPUT"].get("random_states")
+    with poutine.block(), _quiet(), fork_rng():
+        if states is not None:
+            put_random_states(states)
         return poutine.trace(poutine.replay(run, trace=drawn)).get_trace(*args, **kwargs)
 
 
-def _run_at_constants(run: Any, drawn: poutine.Trace, args: Any, kwargs: Any) -> poutine.Trace:
-    """The guide through its draws taken as constants: what requires grad then depends on parameters directly."""
-    constants = with_values(drawn, {k: s["value"].detach().clone() for k, s in latent_sites(drawn)})
-    with torch.enable_grad(), fork_rng():
-        return _run_again(run, constants, args, kwargs)
+def _run_at_constants(
+    run: Any, drawn: poutine.Trace, args: Any, kwargs: Any, moving: Collection[str] = ()
+) -> poutine.Trace:
+    """The guide through its draws taken as constants, but for those that are named.
+
+    What requires grad then depends on parameters directly, or on the named draws.
+    """
+    values = {k: _constant(s["value"]) for k, s in latent_sites(drawn)}
+    for name in moving:
+        values[name].requires_grad_()
+    with torch.enable_grad():
+        return _run_again(run, with_values(drawn, values), args, kwargs)
+
+
+def _constant(value: Tensor) -> Tensor:
+    copy = value.detach().clone()
+    if hasattr(value, "_unquantize"):
+        copy._unquantize = value._unquantize.detach()  # type: ignore[attr-defined]
+    return copy
 
 
 @contextmanager
@@ -157,14 +243,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_NOT_REGISTERED)
         yield
-
-
-def parameters_of(guide: Any, trace: poutine.Trace) -> list[Tensor]:
-    """The leaf tensors behind a guide's densities: of its ``pyro.param`` statements, and those of the module."""
-    params = [n["value"] for n in trace.nodes.values() if n["type"] == "param"]
-    leaves = [p.unconstrained() if hasattr(p, "unconstrained") else p for p in params]
-    inner = poutine.unwrap(guide)
-    return leaves + (list(inner.parameters()) if isinstance(inner, nn.Module) else [])
 
 
 def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
@@ -199,6 +277,8 @@ def _why_kept(site: Site) -> str:
         return "it is observed in the guide"
     if isinstance(unwrapped(site["fn"]), dist.Delta):
         return "a Delta with a density"
+    if hasattr(site["value"], "_unquantize"):
+        return "its draws are straight-through"
     return "its support depends on parameters" if support_moves(site["fn"]) else ""
 
 
@@ -215,6 +295,10 @@ def _depends(site: Site) -> bool:
     if isinstance(fn, dist.Delta):
         has_density = not (is_identically_zero(fn.log_density) or bool((fn.log_density == 0.0).all()))
         return fn.log_density.requires_grad or (fn.v.requires_grad and has_density)
+    return _requires_grad(site)
+
+
+def _requires_grad(site: Site) -> bool:
     return bool(site["fn"].log_prob(site["value"]).requires_grad)
 
 
@@ -260,7 +344,7 @@ def _image_moves(support: Any, transforms: list[Transform]) -> bool:
     Torch declares the reals as the codomain of every affine map, so a box is followed from the base on.
     """
     whole: Any = of_entries(support)  # None for a set that has no name
-    for t in transforms:
+    for t in chain.from_iterable(simple_parts([t]) if _holds_grad(t) else [t] for t in transforms):
         if _is_to_reals(whole, t):
             whole = constraints.real
         elif whole is not None and _same_set(whole, of_entries(t.domain)) and not _holds_grad(t.codomain):

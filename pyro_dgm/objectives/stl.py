@@ -93,6 +93,10 @@ class STL_ELBO(ParticleELBO):
         )
         self._joint: LogJoint | None = None
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._joint = None
+
     def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
         return _STLModule(model, guide, self)
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_dgm.model.sites import latent_sites, plate_frames
 from pyro_dgm.model.vectorize import packed_log_probs
-from pyro_dgm.objectives.path_gradient import sample_sites
+from pyro_dgm.objectives.path_gradient import sample_sites, unwrapped
 
 __all__ = ["Frames", "is_local", "scale_of", "stray_plates", "unit_terms", "units_of"]
 
@@ -24,8 +25,11 @@ _DRAWS = "_draws"
 def units_of(trace: poutine.Trace) -> Frames:
     """The plates that all local latents of a guide share, outermost first; their slices are independent.
 
-    Local are the latents in subsampled plates, or, where nothing is subsampled, in any plate.
+    Local are the latents in subsampled plates, or, where nothing is subsampled, in any plate. Where all of these only
+    follow from a joint draw outside, everything is one unit.
     """
+    if _follow_from_a_joint_draw(trace):
+        return ()
     stacks = [[f for f in plate_frames(s) if f.name != _DRAWS] for _, s in latent_sites(trace)]
     subsampled = sorted({f.name for stack in stacks for f in stack if _is_part(f)})
     local = [stack for stack in stacks if any(f.name in subsampled or not subsampled for f in stack)]
@@ -36,6 +40,15 @@ def units_of(trace: poutine.Trace) -> Frames:
             "STL_ELBO, or one plate around all local latents."
         )
     return units
+
+
+def _follow_from_a_joint_draw(trace: poutine.Trace) -> bool:
+    """Whether the latents in plates are parts of one vector, an auxiliary draw outside: those of a joint autoguide."""
+    sites = [site for _, site in latent_sites(trace)]
+    inside = [s for s in sites if any(f.name != _DRAWS for f in plate_frames(s))]
+    outside = [s for s in sites if not any(f.name != _DRAWS for f in plate_frames(s))]
+    joint = any(s["infer"].get("is_auxiliary") for s in outside)
+    return joint and bool(inside) and all(isinstance(unwrapped(s["fn"]), Delta) for s in inside)
 
 
 def is_local(site: dict[str, Any], units: Frames) -> bool:
