@@ -5,6 +5,7 @@ Supports may differ: those that follow other latents are found here, and angles,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -115,14 +116,11 @@ def _followed(model: Callable[..., Any], known: dict[str, Any], args: Any, kwarg
     for value in values.values():
         if value.is_floating_point():
             value.requires_grad_()
-    with (
-        torch.enable_grad(),
-        fork_rng(),
-        pyro.validation_enabled(False),
-        poutine.block(),
-        poutine.condition(data=values),
-    ):
-        trace = _tried(model, args, kwargs)
+    given = poutine.condition(model, data=values)
+    quiet = warnings.catch_warnings()  # torch warns where a number is made of a tensor with a gradient
+    with quiet, torch.enable_grad(), fork_rng(), pyro.validation_enabled(False), poutine.block():
+        warnings.simplefilter("ignore")
+        trace = _tried(given, args, kwargs)
     if trace is None:
         return set()
     return {k for k in known if k in trace.nodes and follows_gradients(place_of(trace.nodes[k]["fn"]))}
