@@ -52,8 +52,8 @@ def program(kind, **known):
     """Register a builder under its own name."""
 
     def register(build):
-        known = PROGRAMS.get(build.__name__)  # the collection of doctests imports a file a second time
-        assert known is None or known.build.__code__.co_filename == build.__code__.co_filename, build.__name__
+        earlier = PROGRAMS.get(build.__name__)  # the collection of doctests imports a file a second time
+        assert earlier is None or earlier.build.__code__.co_filename == build.__code__.co_filename, build.__name__
         PROGRAMS[build.__name__] = Program(kind, build, **known)
         return build
 
