@@ -382,11 +382,16 @@ def test_a_transform_of_less_than_the_line_lives_on_its_image(name):
     assert bool(((guide.draws(500, y)["x"] >= low - 1e-4) & (guide.draws(500, y)["x"] <= high + 30.0)).all())
 
 
-def test_a_shift_by_a_latent_is_followed():
+@pytest.mark.parametrize(
+    "shift", [lambda low: SHIFT(low, 1.0), lambda low: SHIFT(-low, 1.0).inv], ids=["map", "inverse"]
+)
+def test_a_shift_by_a_latent_is_followed(shift):
+    """Planted fault: what an inverse is the inverse of is left out of the comparison."""
+
     def model(y):
         low = pyro.sample("low", dist.Normal(0.0, 1.0))
         pyro.sample(
-            "y", dist.Normal(pyro.sample("x", dist.TransformedDistribution(EXPONENTIAL, [SHIFT(low, 1.0)])), 0.5), obs=y
+            "y", dist.Normal(pyro.sample("x", dist.TransformedDistribution(EXPONENTIAL, [shift(low)])), 0.5), obs=y
         )
 
     guide = dgm.AutoFlow(model).setup(torch.tensor(1.2))

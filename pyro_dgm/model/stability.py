@@ -18,7 +18,6 @@ from pyro_dgm.core.random import fork_rng
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_enumerable, latent_sites
 from pyro_dgm.model.supports import (
-    follows_gradients,
     holds_moved_circle,
     innermost,
     is_circular,
@@ -27,6 +26,7 @@ from pyro_dgm.model.supports import (
     repeats,
     same_support,
 )
+from pyro_dgm.model.transforms import holds_grad
 
 __all__ = ["AnySite", "changing_supports", "circular_sites", "runs_from_the_prior"]
 
@@ -123,7 +123,7 @@ def _followed(model: Callable[..., Any], known: dict[str, Any], args: Any, kwarg
         trace = _tried(given, args, kwargs)
     if trace is None:
         return set()
-    return {k for k in known if k in trace.nodes and follows_gradients(place_of(trace.nodes[k]["fn"]))}
+    return {k for k in known if k in trace.nodes and holds_grad(place_of(trace.nodes[k]["fn"]))}
 
 
 def _refuse_random_supports(

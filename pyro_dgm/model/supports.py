@@ -11,18 +11,19 @@ cut open opposite to a centre c.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pyro
 import torch
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Size, Tensor
 from torch.distributions import Transform, TransformedDistribution, biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, IndependentTransform
 
-__all__ = ["Wrapped", "follows_gradients", "holds_moved_circle", "innermost", "is_circular", "mass", "onto", "place_of",
-           "repeats", "same_support", "unwrapped", "wrap"]  # fmt: skip
+from pyro_dgm.model.transforms import declares_support, made_of, simple_parts, unwrapped
+
+__all__ = ["Wrapped", "holds_moved_circle", "innermost", "is_circular", "mass", "onto", "place_of", "repeats",
+           "same_support", "wrap"]  # fmt: skip
 
 _TURN = 2.0 * math.pi
 _IMPROPER = "ImproperUniform"
@@ -73,34 +74,21 @@ def place_of(fn: Any) -> Any:
     return [place_of(inner.base_dist), list(inner.transforms)] if _is_misdeclared(inner) else fn.support
 
 
-def unwrapped(fn: Any) -> Any:
-    """The distribution below ``to_event``, ``mask`` and ``expand``."""
-    while isinstance(fn, (MaskedDistribution, ExpandedDistribution, torch.distributions.Independent)):
-        fn = fn.base_dist
-    return fn
-
-
 def _is_misdeclared(fn: Any) -> bool:
     """Whether a transformed distribution lives on less than the last transform's codomain, which torch declares.
 
     An exponential that is shifted by an affine map is declared on the whole line, and so is one that is stretched.
     """
-    if not isinstance(fn, TransformedDistribution) or _declares_support(type(fn)):
+    if not isinstance(fn, TransformedDistribution) or declares_support(type(fn)):
         return False
     if not all(t.bijective for t in fn.transforms):
         return False
-    parts = [t for whole in fn.transforms for t in (whole.parts if isinstance(whole, ComposeTransform) else [whole])]
     support = innermost(fn.base_dist.support)
-    for part in parts:
+    for part in simple_parts(fn.transforms):
         if not _same_ends(support, innermost(part.domain)):
             return True
         support = innermost(part.codomain)
     return _is_misdeclared(unwrapped(fn.base_dist))
-
-
-def _declares_support(kind: type) -> bool:
-    """Whether a family has its own word on where it lives."""
-    return any("support" in c.__dict__ for c in kind.__mro__[: kind.__mro__.index(TransformedDistribution)])
 
 
 def _same_ends(a: Any, b: Any) -> bool:
@@ -171,13 +159,8 @@ def same_support(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, list):
         return _same(a, b)
-    x, y = _held(a), _held(b)
+    x, y = made_of(a), made_of(b)
     return type(a) is type(b) and x.keys() == y.keys() and all(_same(v, y[k]) for k, v in x.items())
-
-
-def _held(thing: Any) -> dict[str, Any]:
-    """What a constraint or a transform is made of."""
-    return {k: v for k, v in vars(thing).items() if not k.startswith("_cached") and k not in ("_inv", "_mixins")}
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -187,7 +170,9 @@ def _same(a: Any, b: Any) -> bool:
         return _equal(torch.as_tensor(a), torch.as_tensor(b))
     if isinstance(a, (list, tuple)):
         return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(v, b[k]) for k, v in a.items())
+    return a is b or bool(a == b)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -197,20 +182,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     except RuntimeError:  # shapes that do not broadcast
         first = a.reshape(-1)[0]
         return bool((a == first).all()) and bool((b == first).all())
-
-
-def follows_gradients(place: Any) -> bool:
-    """Whether a bound requires a gradient: it follows a latent, or a parameter that moves from one step to the next."""
-    return any(t.requires_grad for t in _tensors(place))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (constraints.Constraint, Transform)):
-        yield from (t for v in _held(value).values() for t in _tensors(v))
-    elif isinstance(value, (list, tuple)):
-        yield from (t for v in value for t in _tensors(v))
 
 
 @torch.no_grad()

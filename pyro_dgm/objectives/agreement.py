@@ -16,8 +16,9 @@ from torch.distributions import biject_to
 
 from pyro_dgm.core.random import fork_rng
 from pyro_dgm.model.sites import is_computed, is_subsample, latent_sites, plate_frames
+from pyro_dgm.model.transforms import unwrapped
 from pyro_dgm.model.vectorize import fault_of, find_vectorization, in_draws_plate, per_draw, seeded_run
-from pyro_dgm.objectives.path_gradient import sample_sites, unwrapped, with_values
+from pyro_dgm.objectives.path_gradient import sample_sites, with_values
 
 __all__ = ["HowDrawn", "Pair", "fixed_part", "how_to_draw", "row_shape"]
 

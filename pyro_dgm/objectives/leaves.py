@@ -7,15 +7,10 @@ from typing import Any
 
 from pyro import poutine
 from torch import Tensor, nn
-from torch.distributions.transforms import (
-    ComposeTransform,
-    IndependentTransform,
-    ReshapeTransform,
-    Transform,
-    _InverseTransform,
-)
 
-__all__ = ["forget_inverses", "leaves_behind", "parameters_of", "registered_in", "simple_parts"]
+from pyro_dgm.model.transforms import simple_parts
+
+__all__ = ["forget_inverses", "leaves_behind", "parameters_of", "registered_in"]
 
 
 def parameters_of(guide: Any, trace: poutine.Trace) -> list[Tensor]:
@@ -55,23 +50,6 @@ def leaves_behind(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         if not node.next_functions and isinstance(getattr(node, "variable", None), Tensor):
             yield node.variable
         nodes.extend(n for n, _ in node.next_functions if n is not None)
-
-
-def simple_parts(transforms: Iterable[Transform]) -> Iterator[Transform]:
-    """The transforms one after the other, out of compositions, inverses and added event dimensions."""
-    for t in transforms:
-        if isinstance(t, ComposeTransform):
-            yield from simple_parts(t.parts)
-        elif isinstance(t, IndependentTransform):
-            yield from simple_parts([t.base_transform])
-        elif isinstance(t, _InverseTransform) and not _is_simple(t.inv):
-            yield from (part.inv for part in reversed(list(simple_parts([t.inv]))))
-        elif not isinstance(t, ReshapeTransform):
-            yield t
-
-
-def _is_simple(t: Transform) -> bool:
-    return not isinstance(t, ComposeTransform | IndependentTransform | ReshapeTransform)
 
 
 def forget_inverses(fn: Any) -> None:

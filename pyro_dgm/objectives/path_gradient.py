@@ -39,20 +39,19 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero
 from pyro.poutine.util import prune_subsample_sites
-from torch import Tensor, nn
-from torch.distributions import TransformedDistribution, biject_to, constraints
-from torch.distributions.transforms import Transform, _InverseTransform
+from torch import Tensor
+from torch.distributions import Transform, TransformedDistribution, biject_to, constraints
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.random import fork_rng, put_random_states
 from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_factor, is_subsample, latent_sites
-from pyro_dgm.objectives.leaves import forget_inverses, parameters_of, registered_in, simple_parts
+from pyro_dgm.model.transforms import declares_support, holds_grad, simple_parts, unwrapped
+from pyro_dgm.objectives.leaves import forget_inverses, parameters_of, registered_in
 
 __all__ = [
     "PathGradient",
-    "unwrapped",
     "rescored",
     "sample_sites",
     "support_moves",
@@ -315,27 +314,15 @@ def _scores_other_values(site: Site) -> bool:
     return True
 
 
-def unwrapped(fn: Any) -> Any:
-    """The distribution below ``to_event``, ``mask`` and ``expand``."""
-    while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
 def support_moves(fn: Any) -> bool:
     """Whether the support depends on tensors that require grad; in doubt it does."""
     fn = unwrapped(fn)
     try:
-        if isinstance(fn, TransformedDistribution) and not _declares_support(type(fn)):
+        if isinstance(fn, TransformedDistribution) and not declares_support(type(fn)):
             return support_moves(fn.base_dist) or _image_moves(fn.base_dist.support, fn.transforms)
-        return _holds_grad(fn.support)
+        return holds_grad(fn.support)
     except NotImplementedError:  # a distribution that does not say where it lives
         return True
-
-
-def _declares_support(kind: type) -> bool:
-    """Whether a family has its own word on where it lives, rather than what its last transform says."""
-    return any("support" in c.__dict__ for c in kind.__mro__[: kind.__mro__.index(TransformedDistribution)])
 
 
 def _image_moves(support: Any, transforms: list[Transform]) -> bool:
@@ -344,12 +331,12 @@ def _image_moves(support: Any, transforms: list[Transform]) -> bool:
     Torch declares the reals as the codomain of every affine map, so a box is followed from the base on.
     """
     whole: Any = of_entries(support)  # None for a set that has no name
-    for t in chain.from_iterable(simple_parts([t]) if _holds_grad(t) else [t] for t in transforms):
+    for t in chain.from_iterable(simple_parts([t]) if holds_grad(t) else [t] for t in transforms):
         if _is_to_reals(whole, t):
             whole = constraints.real
-        elif whole is not None and _same_set(whole, of_entries(t.domain)) and not _holds_grad(t.codomain):
+        elif whole is not None and _same_set(whole, of_entries(t.domain)) and not holds_grad(t.codomain):
             whole = of_entries(t.codomain)
-        elif _holds_grad(t):
+        elif holds_grad(t):
             return True
         else:
             whole = None
@@ -375,19 +362,3 @@ def _bounds(constraint: Any) -> tuple[float, float] | None:
     if (low, high) == (-torch.inf, torch.inf) or not all(isinstance(b, int | float) for b in (low, high)):
         return None
     return float(low), float(high)
-
-
-def _holds_grad(thing: Any) -> bool:
-    """Whether a constraint or a transform holds a tensor that requires grad, in its parts too."""
-    if isinstance(thing, Tensor):
-        return thing.requires_grad
-    if isinstance(thing, nn.Module) and any(p.requires_grad for p in thing.parameters()):
-        return True
-    if isinstance(thing, list | tuple):
-        return any(_holds_grad(t) for t in thing)
-    if not isinstance(thing, constraints.Constraint | Transform):
-        return callable(thing)  # a function may hold anything
-    inverse = isinstance(thing, _InverseTransform)  # any other transform holds its inverse, which holds it
-    return any(
-        _holds_grad(v) for k, v in vars(thing).items() if not k.startswith("_cached") and (inverse or k != "_inv")
-    )

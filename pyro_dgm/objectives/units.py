@@ -12,8 +12,9 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_dgm.model.sites import latent_sites, plate_frames
+from pyro_dgm.model.transforms import unwrapped
 from pyro_dgm.model.vectorize import packed_log_probs
-from pyro_dgm.objectives.path_gradient import sample_sites, unwrapped
+from pyro_dgm.objectives.path_gradient import sample_sites
 
 __all__ = ["Frames", "is_local", "scale_of", "stray_plates", "unit_terms", "units_of"]
 
