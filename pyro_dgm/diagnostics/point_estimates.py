@@ -12,7 +12,7 @@ from torch.distributions import biject_to
 from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.model.program import Program
 from pyro_dgm.model.runs import Table
-from pyro_dgm.model.sites import is_data, is_subsample, latent_sites
+from pyro_dgm.model.sites import is_data, latent_sites, sample_sites
 
 __all__ = ["refuse_autodelta", "refuse_points"]
 
@@ -33,7 +33,7 @@ def refuse_points(program: Program, guided: Table) -> None:
     draw, in a guide that has auxiliary entries to spare, is not found.
     """
     guide: Any = program.guide_runs
-    nodes = {k: s for k, s in guide.prototype.nodes.items() if s["type"] == "sample" and not is_subsample(s)}
+    nodes = dict(sample_sites(guide.prototype))
     if any(isinstance(_bare(s), ImplicitDistribution) for s in nodes.values()):
         return
     models = {k: s for k, s in latent_sites(program.prototype) if _is_continuous(s)}

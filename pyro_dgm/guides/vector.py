@@ -19,6 +19,7 @@ from torch.distributions import biject_to
 
 from pyro_dgm.core.random import fork_rng
 from pyro_dgm.model.coordinates import Constrain, Coordinates
+from pyro_dgm.model.layout import subsampled
 from pyro_dgm.model.log_joint import LogJoint, prior_draws
 from pyro_dgm.model.modes import ascend, spread
 from pyro_dgm.model.sites import is_enumerable, latent_sites, refuse_implicit
@@ -206,7 +207,7 @@ def _refuse_unfit_sites(who: str, model: Callable[..., Any], args: tuple[Any, ..
             )
         _refuse_without_bijection(who, name, site["fn"])
         for frame in site["cond_indep_stack"]:
-            if frame.full_size is not None and frame.full_size != frame.size:
+            if subsampled(frame):
                 raise ValueError(
                     f"{who}: latent site '{name}' lies in plate '{frame.name}', which is subsampled "
                     f"({frame.size} of {frame.full_size}). One density over all latents cannot follow a subsample: use "

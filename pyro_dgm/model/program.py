@@ -23,7 +23,15 @@ from pyro_dgm.model.discrete import warn_of_masked_sums
 from pyro_dgm.model.handlers import Given, Undrawn
 from pyro_dgm.model.layout import subsampled
 from pyro_dgm.model.runs import Draws, Runs, Table, rounds_of, stacked
-from pyro_dgm.model.sites import is_computed, is_data, is_enumerable, is_subsample, latent_sites, plate_frames
+from pyro_dgm.model.sites import (
+    is_computed,
+    is_data,
+    is_enumerable,
+    is_subsample,
+    latent_sites,
+    plate_frames,
+    sample_sites,
+)
 from pyro_dgm.model.terms import total
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, find_vectorization, plate_nesting
 
@@ -320,7 +328,7 @@ class Program:
 
 def _nesting(trace: poutine.Trace) -> int:
     """Depth of the plates, and of batch dimensions that belong to none."""
-    sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not (is_subsample(s) or is_computed(s))]
+    sites = [s for _, s in sample_sites(trace) if not is_computed(s)]
     return max(plate_nesting(trace), *(len(s["fn"].batch_shape) for s in sites), 0)
 
 
@@ -334,4 +342,4 @@ def _broadcasts(guide: Any) -> bool:
 
 
 def _values(trace: poutine.Trace) -> Draws:
-    return {k: s["value"] for k, s in trace.nodes.items() if s["type"] == "sample" and not is_subsample(s)}
+    return {k: s["value"] for k, s in sample_sites(trace)}

@@ -23,7 +23,7 @@ from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.discrete import posterior_draws_of
 from pyro_dgm.model.handlers import Given, Redraw, Undrawn
 from pyro_dgm.model.layout import Layout, layout_of, mask_of, subsampled, with_shape
-from pyro_dgm.model.sites import is_computed, is_data, is_subsample, latent_sites, plate_frames
+from pyro_dgm.model.sites import is_computed, is_data, latent_sites, plate_frames, sample_sites
 from pyro_dgm.model.terms import Term, is_scored, merge_terms, subsampling_factor, terms_of, total
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, enumerated, in_draws_plate
 
@@ -153,8 +153,7 @@ class Runs:
         self.with_grad = with_grad
         self.fn, self.args, self.kwargs, self.prototype = fn, args, kwargs, prototype
         self.nesting, self.how, self.rounds = nesting, how, rounds
-        sites = {k: s for k, s in prototype.nodes.items() if s["type"] == "sample" and not is_subsample(s)}
-        self.layouts: dict[str, Layout] = {k: layout_of(s) for k, s in sites.items()}
+        self.layouts: dict[str, Layout] = {k: layout_of(s) for k, s in sample_sites(prototype)}
         self.latents = [k for k, _ in latent_sites(prototype)]
 
     def run(self, n: int, given: Draws | None = None, *, keep: Collection[str] | None = None, redraw: bool = False,

@@ -22,6 +22,7 @@ __all__ = [
     "observed_sites",
     "plate_frames",
     "refuse_implicit",
+    "sample_sites",
 ]
 
 Site = dict[str, Any]
@@ -30,6 +31,13 @@ Site = dict[str, Any]
 def is_subsample(site: Site) -> bool:
     """Whether the site is the index draw of a subsampled plate."""
     return type(site["fn"]).__name__ == "_Subsample"
+
+
+def sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
+    """Name and site of every ``pyro.sample`` and ``pyro.factor``: latent, observed, computed; not the index of a plate."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not is_subsample(site):
+            yield name, site
 
 
 def latent_sites(trace: Trace) -> Iterator[tuple[str, Site]]:

@@ -23,6 +23,7 @@ from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.model.discrete import factor_of, is_enumerated
 from pyro_dgm.model.layout import Layout, subsampled, with_shape
 from pyro_dgm.model.sites import is_computed, is_data, is_subsample
+from pyro_dgm.model.vectorize import DRAWS
 
 __all__ = ["Term", "is_scored", "merge_terms", "subsampling_factor", "terms_of", "total"]
 
@@ -143,13 +144,13 @@ def _tree(trace: poutine.Trace, sites: Iterable[Site]) -> OrderedDict[Any, list[
 
 
 def _frames(trace: poutine.Trace, sites: Iterable[Site], ordinal: Any) -> tuple[Any, ...]:
-    frames = {f for s in sites for f in s["cond_indep_stack"] if f.vectorized and f.name != "_draws"}
+    frames = {f for s in sites for f in s["cond_indep_stack"] if f.vectorized and f.name != DRAWS}
     return tuple(sorted((f for f in frames if trace.plate_to_symbol[f.name] in ordinal), key=lambda f: f.dim))
 
 
 def _aligned(term: Tensor, trace: poutine.Trace, frames: tuple[Any, ...], n: int) -> Tensor:
     """A packed tensor as ``(n, *plates)``; dimensions that it lacks are repeated."""
-    wanted = [trace.plate_to_symbol.get("_draws", ""), *(trace.plate_to_symbol[f.name] for f in frames)]
+    wanted = [trace.plate_to_symbol.get(DRAWS, ""), *(trace.plate_to_symbol[f.name] for f in frames)]
     dims = list(term._pyro_dims)  # type: ignore[attr-defined]
     ordered = term.permute([dims.index(d) for d in wanted if d in dims])
     for axis, d in enumerate(wanted):

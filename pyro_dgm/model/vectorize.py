@@ -19,6 +19,7 @@ from pyro_dgm.core.random import fork_rng
 from pyro_dgm.model.discrete import is_enumerated
 
 __all__ = [
+    "DRAWS",
     "NOT_VECTORIZED",
     "How",
     "enumerated",
@@ -38,7 +39,7 @@ __all__ = [
 
 Model = Callable[..., Any]
 How = Literal["plate", "vmap", "loop"]  # in which many draws are run
-_DRAWS = ("_draws", "num_particles_vectorized")  # the plates of draws, ours and Pyro's
+DRAWS = "_draws"  # the plate of draws
 
 NOT_VECTORIZED = (
     "The model cannot run many draws at once ({}), so they run one by one, which is slow. Latent vectors must broadcast: "
@@ -54,7 +55,7 @@ def plate_nesting(trace: poutine.Trace) -> int:
 
 def in_draws_plate(fn: Model, n: int, nesting: int) -> Model:
     """The same program, run for ``n`` independent draws along one new leftmost dimension."""
-    return pyro.plate("_draws", n, dim=-nesting - 1)(fn)
+    return pyro.plate(DRAWS, n, dim=-nesting - 1)(fn)
 
 
 def enumerated(fn: Model, nesting: int) -> Model:
@@ -67,8 +68,7 @@ def log_probs(trace: poutine.Trace) -> list[Tensor]:
     trace.compute_log_prob()
     if _has_enumerated(trace):
         terms = list(packed_log_probs(trace))  # which names the dimensions
-        draws = next((trace.plate_to_symbol[n] for n in _DRAWS if n in trace.plate_to_symbol), "")
-        return [_draws_first(t, draws) for t in terms]
+        return [_draws_first(t, trace.plate_to_symbol.get(DRAWS, "")) for t in terms]
     return [s["log_prob"] for s in _sample_sites(trace)]
 
 

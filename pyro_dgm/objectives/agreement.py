@@ -15,10 +15,10 @@ from torch import Size, Tensor
 from torch.distributions import biject_to
 
 from pyro_dgm.core.random import fork_rng
-from pyro_dgm.model.sites import is_computed, is_subsample, latent_sites, plate_frames
+from pyro_dgm.model.sites import is_computed, is_subsample, latent_sites, plate_frames, sample_sites
 from pyro_dgm.model.transforms import unwrapped
-from pyro_dgm.model.vectorize import fault_of, find_vectorization, in_draws_plate, per_draw, seeded_run
-from pyro_dgm.objectives.path_gradient import sample_sites, with_values
+from pyro_dgm.model.vectorize import DRAWS, fault_of, find_vectorization, in_draws_plate, per_draw, seeded_run
+from pyro_dgm.objectives.path_gradient import with_values
 
 __all__ = ["HowDrawn", "Pair", "fixed_part", "how_to_draw", "row_shape"]
 
@@ -60,7 +60,7 @@ def fixed_part(trace: poutine.Trace, names: Collection[str] = ()) -> poutine.Tra
 
 def row_shape(site: dict[str, Any]) -> Size:
     """The shape that a site of many draws has in a single run."""
-    plates = [-f.dim for f in plate_frames(site) if f.name != "_draws"]
+    plates = [-f.dim for f in plate_frames(site) if f.name != DRAWS]
     return site["value"].shape[site["value"].dim() - site["fn"].event_dim - max(plates, default=0) :]
 
 

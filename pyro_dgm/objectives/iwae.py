@@ -32,11 +32,12 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution
 
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import latent_sites
+from pyro_dgm.model.layout import subsampled
+from pyro_dgm.model.sites import latent_sites, sample_sites
 from pyro_dgm.objectives.agreement import Pair
 from pyro_dgm.objectives.leaves import parameters_of
 from pyro_dgm.objectives.particles import ParticleELBO, Terms
-from pyro_dgm.objectives.path_gradient import rescored, sample_sites, with_densities, with_values
+from pyro_dgm.objectives.path_gradient import rescored, with_densities, with_values
 from pyro_dgm.objectives.units import Frames, is_local, scale_of, stray_plates, units_of
 
 __all__ = ["IWAE_ELBO"]
@@ -220,7 +221,7 @@ class IWAE_ELBO(ParticleELBO):
         return self._terms(traces, units), traces
 
     def _refuse_subsampled(self, units: Frames) -> None:
-        names = [f.name for f in units if f.full_size not in (None, f.size)]
+        names = [f.name for f in units if subsampled(f)]
         if names:
             raise ValueError(
                 f"IWAE_ELBO: a site outside of the subsampled plate '{names[0]}' depends on latents inside, so the evidence does "

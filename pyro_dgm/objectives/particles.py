@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pyro_dgm.core.random import fork_rng, random_states
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import is_enumerable, is_factor, latent_sites
+from pyro_dgm.model.sites import is_enumerable, is_factor, latent_sites, sample_sites
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, enumerated, in_draws_plate, read_of_rows
 from pyro_dgm.objectives.agreement import Pair, fixed_part, how_to_draw, row_shape
-from pyro_dgm.objectives.path_gradient import PathGradient, sample_sites
+from pyro_dgm.objectives.path_gradient import PathGradient
 from pyro_dgm.objectives.units import Frames, unit_terms
 
 __all__ = ["ParticleELBO", "Terms", "missing_site"]

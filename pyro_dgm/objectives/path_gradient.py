@@ -46,14 +46,13 @@ from pyro_dgm.core import frozen
 from pyro_dgm.core.random import fork_rng, put_random_states
 from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import is_factor, is_subsample, latent_sites
+from pyro_dgm.model.sites import is_factor, latent_sites, sample_sites
 from pyro_dgm.model.transforms import declares_support, holds_grad, simple_parts, unwrapped
 from pyro_dgm.objectives.leaves import forget_inverses, parameters_of, registered_in
 
 __all__ = [
     "PathGradient",
     "rescored",
-    "sample_sites",
     "support_moves",
     "with_densities",
     "with_values",
@@ -242,13 +241,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_NOT_REGISTERED)
         yield
-
-
-def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
-    """Name and site of all that has a density: latent, observed, factors."""
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not is_subsample(site):
-            yield name, site
 
 
 def with_values(trace: poutine.Trace, values: dict[str, Tensor]) -> poutine.Trace:

@@ -11,16 +11,14 @@ from pyro import poutine
 from pyro.distributions import Delta
 from torch import Tensor
 
-from pyro_dgm.model.sites import latent_sites, plate_frames
+from pyro_dgm.model.layout import subsampled
+from pyro_dgm.model.sites import latent_sites, plate_frames, sample_sites
 from pyro_dgm.model.transforms import unwrapped
-from pyro_dgm.model.vectorize import packed_log_probs
-from pyro_dgm.objectives.path_gradient import sample_sites
+from pyro_dgm.model.vectorize import DRAWS, packed_log_probs
 
 __all__ = ["Frames", "is_local", "scale_of", "stray_plates", "unit_terms", "units_of"]
 
 Frames = tuple[Any, ...]
-
-_DRAWS = "_draws"
 
 
 def units_of(trace: poutine.Trace) -> Frames:
@@ -31,13 +29,13 @@ def units_of(trace: poutine.Trace) -> Frames:
     """
     if _follow_from_a_joint_draw(trace):
         return ()
-    stacks = [[f for f in plate_frames(s) if f.name != _DRAWS] for _, s in latent_sites(trace)]
-    subsampled = sorted({f.name for stack in stacks for f in stack if _is_part(f)})
-    local = [stack for stack in stacks if any(f.name in subsampled or not subsampled for f in stack)]
+    stacks = [[f for f in plate_frames(s) if f.name != DRAWS] for _, s in latent_sites(trace)]
+    parts = sorted({f.name for stack in stacks for f in stack if subsampled(f)})
+    local = [stack for stack in stacks if any(f.name in parts or not parts for f in stack)]
     units = tuple(f for f in local[0] if all(f in stack for stack in local)) if local else ()
-    if not units and subsampled:
+    if not units and parts:
         raise ValueError(
-            f"IWAE_ELBO: latents lie in different subsampled plates, {subsampled}, so no bound per datum exists. Use "
+            f"IWAE_ELBO: latents lie in different subsampled plates, {parts}, so no bound per datum exists. Use "
             "STL_ELBO, or one plate around all local latents."
         )
     return units
@@ -46,8 +44,8 @@ def units_of(trace: poutine.Trace) -> Frames:
 def _follow_from_a_joint_draw(trace: poutine.Trace) -> bool:
     """Whether the latents in plates are parts of one vector, an auxiliary draw outside: those of a joint autoguide."""
     sites = [site for _, site in latent_sites(trace)]
-    inside = [s for s in sites if any(f.name != _DRAWS for f in plate_frames(s))]
-    outside = [s for s in sites if not any(f.name != _DRAWS for f in plate_frames(s))]
+    inside = [s for s in sites if any(f.name != DRAWS for f in plate_frames(s))]
+    outside = [s for s in sites if not any(f.name != DRAWS for f in plate_frames(s))]
     joint = any(s["infer"].get("is_auxiliary") for s in outside)
     return joint and bool(inside) and all(isinstance(unwrapped(s["fn"]), Delta) for s in inside)
 
@@ -66,16 +64,12 @@ def stray_plates(traces: Iterable[poutine.Trace], units: Frames) -> list[str]:
     """Subsampled plates that scale a unit's terms without being one of the units: inside a logarithm no bound results."""
     stacks = [s["cond_indep_stack"] for trace in traces for _, s in sample_sites(trace)]
     local = [stack for stack in stacks if all(any(_same(u, f) for f in stack) for u in units if u.size > 1)]
-    return sorted({f.name for stack in local for f in stack if _is_part(f) and not any(_same(u, f) for u in units)})
+    return sorted({f.name for stack in local for f in stack if subsampled(f) and not any(_same(u, f) for u in units)})
 
 
 def _same(unit: Any, frame: Any) -> bool:
     """Whether a plate of the guide and one of the model are the same, under two names perhaps."""
     return unit.name == frame.name or (unit.dim, unit.size) == (frame.dim, frame.size)
-
-
-def _is_part(frame: Any) -> bool:
-    return frame.full_size not in (None, frame.size)
 
 
 def unit_terms(trace: poutine.Trace, units: Frames, n: int) -> tuple[Tensor, Tensor]:
@@ -86,7 +80,7 @@ def unit_terms(trace: poutine.Trace, units: Frames, n: int) -> tuple[Tensor, Ten
     """
     packed = list(packed_log_probs(trace))
     sizes = [n, *(f.size for f in units)]
-    symbols = [trace.plate_to_symbol.get(_DRAWS, ""), *(_symbol(trace, f) for f in units)]
+    symbols = [trace.plate_to_symbol.get(DRAWS, ""), *(_symbol(trace, f) for f in units)]
     needed = [s for s, size in zip(symbols[1:], sizes[1:], strict=True) if size > 1]
     local, rest = torch.zeros(()), torch.zeros(())
     for term in packed:

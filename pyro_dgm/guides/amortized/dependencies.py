@@ -18,7 +18,7 @@ from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 
 from pyro_dgm.core.random import fork_rng
-from pyro_dgm.model.sites import is_subsample
+from pyro_dgm.model.sites import sample_sites
 
 __all__ = ["independent_parts"]
 
@@ -55,8 +55,7 @@ def independent_parts(
 
 def _values(trace: poutine.Trace, observed: Sequence[str]) -> dict[str, Tensor]:
     """What a run has drawn; what it has computed is left to the next run."""
-    sites = {k: s for k, s in trace.nodes.items() if s["type"] == "sample" and not is_subsample(s)}
-    return {k: s["value"] for k, s in sites.items() if not s["is_observed"] or k in observed}
+    return {k: s["value"] for k, s in sample_sites(trace) if not s["is_observed"] or k in observed}
 
 
 def _connected(upstream: Mapping[str, Any], hidden: set[str]) -> list[set[str]]:
@@ -79,5 +78,4 @@ def _alone(part: set[str], upstream: Mapping[str, Any], drawn: Any, others: Any,
 def _densities(model: Any, values: dict[str, Tensor], args: Any, kwargs: Any) -> dict[str, Tensor]:
     with fork_rng(0):
         trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
-    sites = {k: s for k, s in trace.nodes.items() if s["type"] == "sample" and not is_subsample(s)}
-    return {k: s["fn"].log_prob(s["value"]) for k, s in sites.items() if not s["infer"].get("_deterministic")}
+    return {k: s["fn"].log_prob(s["value"]) for k, s in sample_sites(trace) if not s["infer"].get("_deterministic")}

@@ -15,7 +15,8 @@ from torch.distributions import biject_to, constraints
 
 from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.guides.amortized.dependencies import independent_parts
-from pyro_dgm.model.sites import is_enumerable, is_subsample, latent_sites, plate_frames
+from pyro_dgm.model.layout import subsampled
+from pyro_dgm.model.sites import is_enumerable, latent_sites, plate_frames, sample_sites
 from pyro_dgm.model.stability import changing_supports, runs_from_the_prior
 from pyro_dgm.model.supports import innermost, is_circular
 from pyro_dgm.model.vectorize import plate_nesting
@@ -107,7 +108,7 @@ def read(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: 
         raise ValueError(
             f"AmortizedGuide: the model has no latent site besides observed={list(names)}; nothing to infer."
         )
-    sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not is_subsample(s)]
+    sites = [s for _, s in sample_sites(trace)]
     plates = {f.name: (f.dim, f.size) for s in sites for f in plate_frames(s)}
     parts = independent_parts(model, [s.name for s in latents], names, traces[:2], args, kwargs)
     return Structure(latents, data, plates, plate_nesting(trace), tuple(map(frozenset, parts)))
@@ -128,7 +129,7 @@ def _simulated(model: Callable[..., Any], args: Any, kwargs: Any) -> poutine.Tra
 
 
 def _refuse_unknown(trace: poutine.Trace, names: tuple[str, ...]) -> None:
-    sites = [k for k, s in trace.nodes.items() if s["type"] == "sample" and not is_subsample(s)]
+    sites = [k for k, _ in sample_sites(trace)]
     unknown = [k for k in names if k not in sites]
     if unknown or not names:
         raise ValueError(
@@ -141,7 +142,7 @@ def _refuse_subsamples(trace: poutine.Trace) -> None:
     """Half of a simulated data set is no data set."""
     for site in trace.nodes.values():
         for frame in plate_frames(site) if site["type"] == "sample" else []:
-            if frame.full_size not in (None, frame.size):
+            if subsampled(frame):
                 raise ValueError(
                     f"AmortizedGuide: plate '{frame.name}' is subsampled ({frame.size} of {frame.full_size}); simulations must "
                     f"be whole. Take its size from an argument, pyro.plate('{frame.name}', n), and build the guide with a "
