@@ -83,9 +83,17 @@ class VectorGuide(AutoContinuous):
         self.latent_dim = fixed.dim
         self._coordinates = replace(fixed, moving=moving, circular=circular)
         if circular:
-            centres = [(k, s["fn"], s["value"] if k in circular else torch.zeros_like(s["value"]))
-                       for k, s in latent_sites(self.prototype_trace)]  # fmt: skip
-            self.register_buffer("centre", fixed.vector(centres).nan_to_num(0.0, 0.0, 0.0).detach())
+            self.register_buffer("centre", torch.zeros(fixed.dim).to(fixed.vector(self._prototype_values())))
+            self._centre_at({k: v for k, _, v in self._prototype_values()})
+
+    def _prototype_values(self) -> list[tuple[str, Any, Tensor]]:
+        return [(k, s["fn"], s["value"].detach()) for k, s in latent_sites(self.prototype_trace)]
+
+    @torch.no_grad()
+    def _centre_at(self, values: dict[str, Tensor]) -> None:
+        """Cut each circle open opposite to these values of its sites."""
+        for name in self._coordinates.circular:
+            self._coordinates.parts(self.centre)[name].copy_(values[name])
 
     @property
     def coordinates(self) -> Coordinates:
@@ -95,8 +103,7 @@ class VectorGuide(AutoContinuous):
         return replace(self._coordinates, centre=self.centre)
 
     def _init_loc(self) -> Tensor:
-        sites = [(k, s["fn"], s["value"].detach()) for k, s in latent_sites(self.prototype_trace)]
-        return self.coordinates.vector(sites)
+        return self.coordinates.vector(self._prototype_values())
 
     def _unpack_latent(self, latent: Tensor) -> Any:
         """What NeuTraReparam asks; it maps sites by the supports of the prototype, or of the real line for an angle."""
@@ -169,8 +176,7 @@ class VectorGuide(AutoContinuous):
         ends = ascend(log_joint, u[log_joint(u).argsort(descending=True)[:32]], spread(u))
         best = ends[log_joint(ends).argmax()]
         values, _ = log_joint.constrain(best[None])
-        for name in self.coordinates.circular:
-            self.coordinates.parts(self.centre)[name].copy_(values[name][0])
+        self._centre_at({k: v[0] for k, v in values.items()})
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Elementwise posterior medians, from 10,000 draws with a fixed seed, in the constrained space."""

@@ -32,18 +32,20 @@ class Latent:
         inner: of its value mapped to real numbers.
         inner_dim: how many dimensions of ``inner`` belong to the event.
         fn: its distribution.
+        place: where that lives, to be compared with other runs.
     """
 
     shape: Size
     inner: Size
     inner_dim: int
     fn: Any
+    place: Any
 
     @classmethod
     def of(cls, site: dict[str, Any]) -> Latent:
         fn, shape = site["fn"], site["value"].shape
         inner = onto(fn, None).inv(site["value"].detach()).shape
-        return cls(shape, inner, fn.event_dim + len(inner) - len(shape), fn)
+        return cls(shape, inner, fn.event_dim + len(inner) - len(shape), fn, place_of(fn))
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Coordinates:
 
     def refuse_another_support(self, name: str, fn: Any) -> None:
         """The support of a site that does not move is that of the prototype."""
-        if name not in self.circular and not same_support(place_of(fn), place_of(self.latents[name].fn)):
+        if name not in self.circular and not same_support(place_of(fn), self.latents[name].place):
             raise ValueError(
                 f"The support of latent site '{name}' ({type(fn).__name__}) is not that of the run in which the guide was set "
                 "up, so the guide's draws would lie outside. It depends on the arguments, or in rare cases on other latents by "

@@ -11,7 +11,7 @@ from torch import Size, Tensor
 
 from pyro_dgm.model.sites import plate_frames
 
-__all__ = ["Layout", "layout_of", "mask_of", "subsampled", "with_shape"]
+__all__ = ["Layout", "layout_of", "left_of_plates", "mask_of", "subsampled", "with_shape"]
 
 Site = dict[str, Any]
 
@@ -71,6 +71,12 @@ def _deterministic(shape: Size, frames: list[Any]) -> Layout:
 def subsampled(frame: Any) -> bool:
     """Whether a plate's frame holds fewer rows than the plate."""
     return frame.full_size is not None and frame.full_size != frame.size
+
+
+def left_of_plates(value: Tensor, event_dim: int, nesting: int) -> Tensor:
+    """Values of single runs ``(n, *batch, *event)`` with the draws left of all plates: ``(n, 1, .., *batch, *event)``."""
+    batch = value.dim() - 1 - event_dim
+    return value.reshape(len(value), *(1,) * (nesting - batch), *value.shape[1:])
 
 
 def with_shape(value: Tensor, n: int, shape: Size, name: str) -> Tensor:

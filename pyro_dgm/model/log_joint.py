@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pyro_dgm.core.random import fork_rng
 from pyro_dgm.model.coordinates import Constrain, Coordinates
+from pyro_dgm.model.layout import left_of_plates
 from pyro_dgm.model.runs import Runs, rounds_of
 from pyro_dgm.model.sites import is_enumerable, latent_sites
 from pyro_dgm.model.stability import AnySite
@@ -27,7 +29,7 @@ from pyro_dgm.model.vectorize import (
     in_draws_plate,
     joint_alone,
     joint_in_plate,
-    log_probs,
+    joint_of,
     plate_nesting,
 )
 
@@ -74,7 +76,6 @@ class LogJoint:
             conditioned = poutine.trace(poutine.condition(model, data=known))
             trace = poutine.block(conditioned.get_trace)(*args, **kwargs)
         self.nesting = plate_nesting(trace)
-        self.how: How = "loop"
         self.missing = [n for n, s in latent_sites(trace) if not is_enumerable(s)]
         self.how = self._find_how()
         rounds = rounds_of([trace]) if whole else []
@@ -113,7 +114,7 @@ class LogJoint:
             if self.how == "plate" or not self.coordinates.moving:
                 return self._constrain_together(u)
             if self.how == "vmap":
-                return torch.vmap(self._constrain_one, randomness="same")(u)
+                return torch.vmap(partial(self._constrain_one, compare=False), randomness="same")(u)
             rows = [self._constrain_one(v) for v in u]
         return {k: torch.stack([v[k] for v, _ in rows]) for k in rows[0][0]}, torch.stack([d for _, d in rows])
 
@@ -129,8 +130,8 @@ class LogJoint:
         values = {k: v.reshape(len(u), *shapes[k]) for k, v in values.items()}
         return values, _summed(log_dets, len(u))
 
-    def _constrain_one(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        made = Constrain(self.coordinates, u, stop=True, compare=self.how != "vmap")
+    def _constrain_one(self, u: Tensor, compare: bool = True) -> tuple[dict[str, Tensor], Tensor]:
+        made = Constrain(self.coordinates, u, stop=True, compare=compare)
         made.run(self.model, self.args, self.kwargs)
         return made.values, _summed(made.log_dets)
 
@@ -171,7 +172,7 @@ class LogJoint:
         """Of one vector; vmap cannot enumerate."""
         made = Constrain(self.coordinates, u, compare=False)
         trace = poutine.trace(made(self.model)).get_trace(*self.args, **self.kwargs)
-        return sum((t.sum() for t in log_probs(trace)), torch.zeros(())) + _summed(made.log_dets)
+        return joint_of(trace) + _summed(made.log_dets)
 
     def _whole(self, u: Tensor) -> Tensor:
         """With all rows of subsampled plates."""
@@ -186,17 +187,12 @@ class LogJoint:
             return "plate"
         latents = self.coordinates.latents
         stacked = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
-        values = {k: v.reshape(3, *(1,) * self._padding(k), *v.shape[1:]) for k, v in stacked.items()}
+        values = {k: left_of_plates(v, latents[k].fn.event_dim, self.nesting) for k, v in stacked.items()}
         shapes = {k: latents[k].shape for k in values}
         how, fault = find_vectorization(self.model, values, shapes, self.nesting, self.args, self.kwargs)
         if how == "loop":
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=3)
         return how
-
-    def _padding(self, name: str) -> int:
-        """Plates of the model that a site's value has no dimension for."""
-        latent = self.coordinates.latents[name]
-        return self.nesting - (len(latent.shape) - latent.fn.event_dim)
 
 
 def _summed(log_dets: dict[str, Tensor], rows: int | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.discrete import posterior_draws_of
 from pyro_dgm.model.handlers import Given, Redraw, Undrawn
-from pyro_dgm.model.layout import Layout, layout_of, mask_of, subsampled, with_shape
+from pyro_dgm.model.layout import Layout, layout_of, left_of_plates, mask_of, subsampled, with_shape
 from pyro_dgm.model.sites import is_computed, is_data, latent_sites, plate_frames, sample_sites
 from pyro_dgm.model.terms import Term, is_scored, merge_terms, subsampling_factor, terms_of, total
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, enumerated, in_draws_plate
@@ -49,6 +49,7 @@ class _OwnNoise(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_SLOW_SAMPLER = "There is a performance drop"  # torch's note, under vmap
 _SAMPLERS = {"normal", "bernoulli", "poisson", "_standard_gamma", "_sample_dirichlet", "multinomial", "binomial",
              "normal_", "uniform_", "exponential_", "cauchy_", "geometric_", "log_normal_", "bernoulli_"}  # fmt: skip
 
@@ -263,8 +264,7 @@ class Runs:
 
     def in_plate(self, name: str, value: Tensor) -> Tensor:
         """Values ``(n, *value)`` with the draws left of all plates."""
-        batch = value.dim() - 1 - self.prototype.nodes[name]["fn"].event_dim
-        return value.reshape(len(value), *(1,) * (self.nesting - batch), *value.shape[1:])
+        return left_of_plates(value, self.prototype.nodes[name]["fn"].event_dim, self.nesting)
 
     def _alone(self, fn: Model, values: Draws, options: _Options) -> Table:
         return self._traced(Given(values)(fn), 1, self.nesting, options)
@@ -319,9 +319,7 @@ class Runs:
             poutine.block(hide_types=["sample"]),
             warnings.catch_warnings(),
         ):
-            warnings.filterwarnings(
-                "ignore", message="There is a performance drop"
-            )  # torch, of samplers it has no rule for
+            warnings.filterwarnings("ignore", message=_SLOW_SAMPLER)
             values, log_probs = torch.vmap(single, randomness="different")(rows, torch.zeros(n))
         masks = self._alone(fn, {k: v[0] for k, v in rows.items()} | index, _Options(())).masks
         table = Table(terms=self._mapped_terms(log_probs, n), masks=masks)

@@ -12,6 +12,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_dgm.core.random import fork_rng
@@ -20,8 +21,8 @@ from pyro_dgm.model.sites import is_enumerable, latent_sites
 from pyro_dgm.model.supports import (
     holds_moved_circle,
     innermost,
-    is_circular,
     mass,
+    on_the_circle,
     place_of,
     repeats,
     same_support,
@@ -150,13 +151,16 @@ def circular_sites(who: str, traces: list[poutine.Trace]) -> frozenset[str]:
         ValueError: for a transform of an angle.
     """
     sites = {k: s["fn"] for k, s in latent_sites(traces[0]) if not is_enumerable(s)} if traces else {}
+    found = set()
     for name, fn in sites.items():
-        _refuse_other_turns(who, name, fn)
-    circular = frozenset(k for k, fn in sites.items() if is_circular(fn))
-    for name, fn in sites.items():
-        if name not in circular:
+        _refuse_moved_circles(who, name, fn)
+        draws = repeats(fn)
+        if draws is None:
             _check_mass(who, name, fn)
-    return circular
+        else:
+            _refuse_another_turn(who, name, fn, draws)
+            found.add(name)
+    return frozenset(found)
 
 
 def _check_mass(who: str, name: str, fn: Any) -> None:
@@ -171,14 +175,17 @@ def _check_mass(who: str, name: str, fn: Any) -> None:
     )
 
 
-def _refuse_other_turns(who: str, name: str, fn: Any) -> None:
-    """An angle that is not counted from -pi to pi."""
+def _refuse_moved_circles(who: str, name: str, fn: Any) -> None:
     if holds_moved_circle(fn):
         raise ValueError(
             f"{who}: latent site '{name}' is a transform of an angle, whose period is not known. Sample the angle itself and "
             "compute the rest from it, with pyro.deterministic."
         )
-    if repeats(fn) is not None and not is_circular(fn):
+
+
+def _refuse_another_turn(who: str, name: str, fn: Any, draws: Tensor) -> None:
+    """An angle that is not counted from -pi to pi."""
+    if not on_the_circle(draws):
         raise ValueError(
             f"{who}: the density of latent site '{name}' ({type(fn).__name__}) repeats after a turn, and its draws do not lie in "
             "[-pi, pi]. Declare the turn in which they lie: support = constraints.interval(0.0, 2.0 * math.pi), say."

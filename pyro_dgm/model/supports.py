@@ -22,7 +22,7 @@ from torch.distributions.transforms import ComposeTransform, IndependentTransfor
 
 from pyro_dgm.model.transforms import declares_support, made_of, simple_parts, unwrapped
 
-__all__ = ["Wrapped", "holds_moved_circle", "innermost", "is_circular", "mass", "onto", "place_of", "repeats",
+__all__ = ["Wrapped", "holds_moved_circle", "innermost", "is_circular", "mass", "on_the_circle", "onto", "place_of", "repeats",
            "same_support", "wrap"]  # fmt: skip
 
 _TURN = 2.0 * math.pi
@@ -100,7 +100,7 @@ def _same_ends(a: Any, b: Any) -> bool:
 
 
 class _OntoInterval(Transform):
-    """Onto intervals some of whose upper ends are infinite: half lines by an exponential, the others by a sigmoid."""
+    """Onto intervals some of whose upper ends are infinite, by torch's maps onto an interval and onto a half line."""
 
     domain = constraints.real
     codomain = constraints.real
@@ -109,25 +109,21 @@ class _OntoInterval(Transform):
 
     def __init__(self, low: Any, high: Tensor) -> None:
         super().__init__()
-        self.low, self.high = low, high
-
-    def _width(self) -> tuple[Tensor, Tensor]:
-        bounded = self.high.isfinite()
-        return bounded, torch.where(bounded, self.high - self.low, torch.ones_like(self.high))
+        self.bounded = high.isfinite()
+        self.interval = biject_to(
+            constraints.interval(low, torch.where(self.bounded, high, low + torch.ones_like(high)))
+        )
+        self.half_line = biject_to(constraints.greater_than(low))
 
     def _call(self, x: Tensor) -> Tensor:
-        bounded, width = self._width()
-        return self.low + torch.where(bounded, width * torch.sigmoid(x), x.exp())
+        return torch.where(self.bounded, self.interval(x), self.half_line(x))
 
     def _inverse(self, y: Tensor) -> Tensor:
-        bounded, width = self._width()
-        above, eps = y - self.low, torch.finfo(y.dtype).eps
-        return torch.where(bounded, torch.logit((above / width).clamp(eps, 1.0 - eps)), above.log())
+        return torch.where(self.bounded, self.interval.inv(y), self.half_line.inv(y))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        bounded, width = self._width()
-        inside = width.log() + torch.nn.functional.logsigmoid(x) + torch.nn.functional.logsigmoid(-x)
-        return torch.where(bounded, inside, x)
+        inside, above = (t.log_abs_det_jacobian(x, t(x)) for t in (self.interval, self.half_line))
+        return torch.where(self.bounded, inside, above)
 
 
 def _onto_set(support: Any) -> Transform:
@@ -191,8 +187,13 @@ def is_circular(fn: Any) -> bool:
     Its density then repeats after :math:`2\pi` in every coordinate, and its draws lie there. A constant density is one on
     the circle only if it is :math:`1 / 2\pi`, and an improper prior otherwise.
     """
-    x = repeats(fn)
-    return x is not None and bool((x.abs() <= math.pi + 1e-4).all())
+    draws = repeats(fn)
+    return draws is not None and on_the_circle(draws)
+
+
+def on_the_circle(angle: Tensor) -> bool:
+    r"""Whether angles lie between :math:`-\pi` and :math:`\pi`."""
+    return bool((angle.abs() <= math.pi + 1e-4).all())
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ __all__ = [
     "find_vectorization",
     "joint_alone",
     "joint_in_plate",
+    "joint_of",
     "joint_of_rows",
     "log_probs",
     "packed_log_probs",
@@ -115,7 +116,7 @@ def joint_of_rows(model: Model, rows: dict[str, Tensor], args: Any, kwargs: Any)
     It needs no broadcasting from the model, but neither control flow on values nor enumerated sites.
     """
 
-    return read_of_rows(model, rows, _sum, args, kwargs)
+    return read_of_rows(model, rows, joint_of, args, kwargs)
 
 
 def read_of_rows(
@@ -208,10 +209,11 @@ def seeded_run(run: Callable[[], Tensor]) -> Tensor:
 def joint_alone(model: Model, values: dict[str, Tensor], nesting: int, args: Any, kwargs: Any) -> Tensor:
     """Log joint of one draw, a scalar."""
     run = enumerated(poutine.condition(model, data=values), nesting)
-    return _sum(poutine.trace(run).get_trace(*args, **kwargs))
+    return joint_of(poutine.trace(run).get_trace(*args, **kwargs))
 
 
-def _sum(trace: poutine.Trace) -> Tensor:
+def joint_of(trace: poutine.Trace) -> Tensor:
+    """Log joint of a trace of one draw, a scalar."""
     return sum((t.sum() for t in log_probs(trace)), torch.zeros(()))
 
 

@@ -14,6 +14,7 @@ from pyro_dgm.core.devices import device_of
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.guides.amortized.refined import Refined, refine
 from pyro_dgm.guides.amortized.units import Units
+from pyro_dgm.model.layout import left_of_plates
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, find_vectorization, joint_alone, joint_in_plate, joint_of_rows
 
 if TYPE_CHECKING:
@@ -101,11 +102,7 @@ class Joint:
 
     def _in_plate(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Values with the draws left of all plates: ``(n, 1, .., *plates, *event)``."""
-        out = {}
-        for site in self.sites:
-            v = values[site.name]
-            out[site.name] = v.reshape(len(v), *(1,) * (self.nesting - site.depth), *v.shape[1:])
-        return out
+        return {s.name: left_of_plates(values[s.name], len(s.event_shape), self.nesting) for s in self.sites}
 
     def _packed(self, site: Any, value: Tensor) -> Tensor:
         if site.classes:
