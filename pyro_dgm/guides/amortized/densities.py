@@ -76,7 +76,7 @@ class Joint:
     def unpack(self, u: Tensor) -> dict[str, Tensor]:
         """Vectors as draws."""
         values, unbounded = self._unpacked(u)[0], self.posterior.guide.unbounded
-        return values if unbounded is None else unbounded.to_sites(values, self.posterior.data, 1)[0]
+        return values if unbounded is None else unbounded.to_sites(values, self.posterior.data, 1)
 
     def log_q(self, u: Tensor) -> Tensor:
         """Log density of the guide over vectors, nats."""

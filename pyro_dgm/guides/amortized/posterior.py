@@ -46,7 +46,7 @@ class ConditionedGuide(nn.Module):
         draws, unbounded = self.guide.draw(self.data, self.lead, Size(sample_shape)), self.guide.unbounded
         if unbounded is None:
             return draws
-        return unbounded.to_sites(draws, self.data, self.lead + len(Size(sample_shape)))[0]
+        return unbounded.to_sites(draws, self.data, self.lead + len(Size(sample_shape)))
 
     def log_prob(self, values: dict[str, Tensor]) -> Tensor:
         """Log density (nats) of draws ``{site: (*sample_shape, *lead, *site)}``, shape ``(*sample_shape, *lead)``.
@@ -58,12 +58,14 @@ class ConditionedGuide(nn.Module):
             ValueError: for a latent that is missing.
         """
         lead = self._leading(values)
-        values = dict(self.guide.with_real_numbers(values, self.data, lead))
+        unbounded: Any = self.guide.unbounded
+        log_det: Any = 0.0
+        if unbounded is not None:
+            values, log_det = unbounded.both(values, self.data, lead)
         missing = [s.name for s in self.guide.structure.latents if s.name not in values]
         if missing:
             raise ValueError(f"log_prob: latent sites {missing} are missing; got {sorted(values)}.")
-        log_prob, unbounded = self.guide.score(values, self.data, self.lead, self.masses()[0]), self.guide.unbounded
-        return log_prob if unbounded is None else log_prob - unbounded.to_sites(values, self.data, lead)[1]
+        return self.guide.score(values, self.data, self.lead, self.masses()[0]) - log_det
 
     def _leading(self, values: dict[str, Tensor]) -> int:
         """Dimensions of draws and data sets that stand left of the sites."""

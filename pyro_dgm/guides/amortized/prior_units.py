@@ -7,12 +7,13 @@ says mean and sd: it is run on the globals as far as the local sites.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Size, Tensor
 from torch.distributions import constraints
 
@@ -53,19 +54,25 @@ class PriorUnits:
 
     def _run(self, wanted: list[Site], known: Mapping[str, Tensor], data: Mapping[str, Any], lead: Size) -> Moments:
         rows = {k: self._rows(k, v, lead) for k, v in known.items()}
+        seen = _PriorMoments({s.name for s in wanted})
+        self.run(self.arguments.model, rows, data, lead, seen)
+        return {s.name: tuple(self._laid(m, lead, s) for m in seen.moments[s.name]) for s in wanted}  # type: ignore[misc]
+
+    def run(
+        self,
+        model: Callable[..., Any],
+        rows: Mapping[str, Tensor],
+        data: Mapping[str, Any],
+        lead: Size,
+        seen: Messenger,
+    ) -> None:
+        """Run a model on values ``(n, *plates, *event)`` of its sites until the handler has seen all it wants."""
         arguments = self.arguments.bound(self.arguments.args, self.arguments.kwargs) | self.inputs(data, lead)
-        names = {s.name for s in wanted}
-        with (
-            pyro.validation_enabled(False),
-            poutine.block(),
-            _PriorMoments(names) as seen,
-            poutine.condition(data=rows),
-        ):
+        with pyro.validation_enabled(False), poutine.block(), poutine.condition(data=rows), seen:
             try:
-                self.arguments.model(**arguments)
+                model(**arguments)
             except EndOfRun:
                 pass
-        return {s.name: tuple(self._laid(m, lead, s) for m in seen.moments[s.name]) for s in wanted}  # type: ignore[misc]
 
     def _rows(self, name: str, value: Tensor, lead: Size) -> Tensor:
         shape = value.shape[len(self._lead(name, value)) :]
@@ -124,7 +131,7 @@ class PriorUnits:
         return {s.name: given[s.name].expand(3, *given[s.name].shape) for s in self.covariates}
 
 
-class _PriorMoments(poutine.messenger.Messenger):
+class _PriorMoments(Messenger):
     """Notes mean and sd of the wanted sites, and stops the model after the last of them."""
 
     def __init__(self, names: set[str]) -> None:

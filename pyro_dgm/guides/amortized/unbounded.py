@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -16,10 +16,10 @@ import torch
 from pyro import poutine
 from pyro.infer.reparam.reparam import Reparam
 from torch import Size, Tensor
-from torch.distributions import Transform
 
 from pyro_dgm.guides.amortized.prior_units import PriorUnits
-from pyro_dgm.guides.amortized.structure import Site
+from pyro_dgm.model.handlers import EndOfRun
+from pyro_dgm.model.layout import left_of_plates
 from pyro_dgm.model.supports import onto
 
 __all__ = ["Unbounded", "rewritten"]
@@ -58,7 +58,7 @@ class Unbounded:
     Args:
         model: the plain model.
         names: of the sites that were rewritten.
-        prior: knows how the model is run on values that are laid out with leading dimensions.
+        prior: knows how a model is run on values that are laid out with leading dimensions.
     """
 
     def __init__(self, model: Callable[..., Any], names: frozenset[str], prior: PriorUnits) -> None:
@@ -68,99 +68,77 @@ class Unbounded:
 
     def to_real(self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int) -> dict[str, Any]:
         """Values of the plain sites ``(*lead, *site)``, with those on the real line beside them."""
-        if all(u in values for u in self.names.values()) or any(x not in values for x in self.names):
+        if all(u in values for u in self.names.values()):
             return dict(values)
-        found, real = self._seen(values, {}, data, lead), {}
-        for x, u in self.names.items():
-            value, to_support = found[x]
-            real[u] = self._bare(u, to_support.inv(value).nan_to_num(0.0, 15.0, -15.0), values, lead)
-        return dict(values) | real
+        return self.both(values, data, lead)[0]
 
-    def to_sites(
-        self, values: Mapping[str, Tensor], data: Mapping[str, Any], lead: int
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Values ``(*lead, *site)`` of the plain model's latents, and the log-determinant of the map to them, ``(*lead)``."""
-        real = {x: values[u] for x, u in self.names.items()}
-        found, shape = self._seen(values, real, data, lead), self._lead(values, lead)
-        kept = {k: v for k, v in values.items() if k not in self.names.values()}
-        made = {x: self._bare(u, found[x][0], values, lead) for x, u in self.names.items()}
-        rows = [self._log_det(x, real[x], found[x], shape).reshape(*shape, -1).sum(-1) for x in self.names]
-        return kept | made, torch.stack(rows).sum(0)
+    def to_sites(self, values: Mapping[str, Tensor], data: Mapping[str, Any], lead: int) -> dict[str, Tensor]:
+        """Values ``(*lead, *site)`` of the plain model's latents, from those of the rewritten one."""
+        both = self.both(values, data, lead)[0]
+        return {k: v for k, v in both.items() if k not in self.names.values()}
+
+    def both(self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int) -> tuple[dict[str, Any], Any]:
+        """Latents of both models, from those of either, and the log-determinant of the map to the plain ones, ``(*lead)``.
+
+        Values that lack a site come back as they are.
+        """
+        if any(x not in values and u not in values for x, u in self.names.items()):
+            return dict(values), 0.0
+        shape, found = self._lead(values, lead), self._seen(values, data, lead)
+        made = {x: self._bare(x, found[x].value, shape) for x in self.names}
+        made |= {u: self._bare(x, found[x].real, shape) for x, u in self.names.items()}
+        return dict(values) | made, sum(f.log_det.reshape(*shape, -1).sum(-1) for f in found.values())
 
     def placed(self, values: Mapping[str, Tensor], data: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
         """Value and log-determinant of each rewritten site, ``(n, *plates, *event)`` and ``(n, *plates)``.
 
         ``values`` are those of a traced run ``(*particles, *plates, *event)``, with all plates of the model.
         """
-        lead = next(v.dim() - self._dims(k) for k, v in values.items())
-        shape, nesting = self._lead(values, lead), self.prior.structure.nesting
-        found = self._seen(values, {x: values[u] for x, u in self.names.items()}, data, lead, wide=True)
-        out = {}
-        for x, u in self.names.items():
-            log_det = self._log_det(x, values[u], found[x], shape, wide=True)
-            out[x] = (found[x][0], log_det.reshape(*log_det.shape[: 1 + nesting], -1).sum(-1))
-        return out
+        nesting = self.prior.structure.nesting
+        lead = next(v.dim() - nesting - len(self.sites[k].event_shape) for k, v in values.items())
+        return {x: (f.value, f.log_det) for x, f in self._seen(values, data, lead).items()}
 
-    def _dims(self, name: str) -> int:
-        return self.prior.structure.nesting + len(self.sites[name].event_shape)
-
-    def _log_det(
-        self, x: str, u: Tensor, found: tuple[Tensor, Transform], shape: Size, *, wide: bool = False
-    ) -> Tensor:
-        real = self._row(self.sites[self.names[x]], u, shape, wide=wide)
-        return found[1].log_abs_det_jacobian(real, found[0])
-
-    def _seen(
-        self,
-        values: Mapping[str, Any],
-        real: Mapping[str, Tensor],
-        data: Mapping[str, Any],
-        lead: int,
-        *,
-        wide: bool = False,
-    ) -> dict[str, tuple[Tensor, Transform]]:
-        """Value and map of each rewritten site, in one run of the plain model on all values."""
-        shape = self._lead(values, lead)
-        sites = {k: s for k, s in self.sites.items() if k not in self.names.values()}
-        sites |= {x: self.sites[u] for x, u in self.names.items()}
-        plain = {
-            k: self._row(s, values[k], shape, wide=wide) for k, s in sites.items() if k not in real and k in values
-        }
-        seen = _Seen(set(self.names), {x: self._row(sites[x], u, shape, wide=wide) for x, u in real.items()})
-        own = self.prior.arguments
-        arguments = own.bound(own.args, own.kwargs) | self.prior.inputs(data, shape)
-        with pyro.validation_enabled(False), poutine.block(), poutine.condition(data=plain), seen:
-            try:
-                self.model(**arguments)
-            except _AllSeen:
-                pass
+    def _seen(self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int) -> dict[str, _Place]:
+        """Each rewritten site, in one run of the plain model on all values; a real number counts before the site's value."""
+        real = {x: self._row(u, values[u], lead) for x, u in self.names.items() if u in values}
+        plain = self.names.keys() | (self.sites.keys() - self.names.values())
+        given = {k: self._row(k, v, lead) for k, v in values.items() if k in plain and k not in real}
+        seen = _Places(set(self.names), real, 1 + self.prior.structure.nesting)
+        self.prior.run(self.model, given, data, self._lead(values, lead), seen)
         return seen.found
 
     def _lead(self, values: Mapping[str, Any], lead: int) -> Size:
         return next(v.shape[:lead] for k, v in values.items() if k in self.sites or k in self.names)
 
-    def _row(self, site: Site, value: Tensor, shape: Size, *, wide: bool = False) -> Tensor:
-        """``(n, 1, .., *plates, *event)``; a wide value has all plates already."""
-        pad = () if wide else (1,) * (self.prior.structure.nesting - site.depth)
-        return value.reshape(shape.numel(), *pad, *value.shape[len(shape) :])
+    def _row(self, name: str, value: Tensor, lead: int) -> Tensor:
+        """``(n, 1, .., *plates, *event)``, of a value that may have all plates already."""
+        event_dim = value.dim() - lead - self._depth(name) if name in self.names else len(self.sites[name].event_shape)
+        rows = value.reshape(value.shape[:lead].numel(), *value.shape[lead:])
+        return left_of_plates(rows, event_dim, self.prior.structure.nesting)
 
-    def _bare(self, name: str, value: Tensor, values: Mapping[str, Any], lead: int) -> Tensor:
+    def _bare(self, name: str, value: Tensor, shape: Size) -> Tensor:
         """A run's value as ``(*lead, *plates, *event)``."""
-        event = value.dim() - 1 - self.prior.structure.nesting
-        own = value.shape[value.dim() - event - self.sites[name].depth :]
-        return value.reshape(*self._lead(values, lead), *own)
+        plates_end = 1 + self.prior.structure.nesting
+        return value.reshape(*shape, *value.shape[plates_end - self._depth(name) :])
+
+    def _depth(self, name: str) -> int:
+        return self.sites[self.names.get(name, name)].depth
 
 
-class _AllSeen(Exception):
-    pass
+class _Place(NamedTuple):
+    """A site in a run of the plain model: its real number, its value, and the log-determinant between them."""
+
+    real: Tensor  # (n, *plates, *event)
+    value: Tensor
+    log_det: Tensor  # (n, *plates)
 
 
-class _Seen(poutine.messenger.Messenger):
-    """Notes value and map of the wanted sites; those of which the real number is known get their value from it."""
+class _Places(poutine.messenger.Messenger):
+    """Notes the wanted sites; those of which the real number is known get their value from it."""
 
-    def __init__(self, names: set[str], real: Mapping[str, Tensor]) -> None:
+    def __init__(self, names: set[str], real: Mapping[str, Tensor], batch: int) -> None:
         super().__init__()
-        self.names, self.real, self.found = names, real, dict[str, tuple[Tensor, Transform]]()
+        self.names, self.real, self.batch, self.found = names, real, batch, dict[str, _Place]()
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self.real:
@@ -168,6 +146,14 @@ class _Seen(poutine.messenger.Messenger):
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self.names:
-            self.found[msg["name"]] = (msg["value"], onto(msg["fn"], None))
+            self.found[msg["name"]] = self._place(msg)
             if len(self.found) == len(self.names):
-                raise _AllSeen
+                raise EndOfRun
+
+    def _place(self, msg: dict[str, Any]) -> _Place:
+        to_support, value = onto(msg["fn"], None), msg["value"]
+        real = self.real.get(msg["name"])
+        if real is None:
+            real = to_support.inv(value).nan_to_num(0.0, 15.0, -15.0)
+        log_det = to_support.log_abs_det_jacobian(real, to_support(real))
+        return _Place(real, value, log_det.reshape(*log_det.shape[: self.batch], -1).sum(-1))
