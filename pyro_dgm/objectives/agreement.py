@@ -12,10 +12,10 @@ import torch
 from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
 from torch import Size, Tensor
-from torch.distributions import biject_to
 
 from pyro_dgm.core.random import fork_rng
 from pyro_dgm.model.sites import is_computed, is_subsample, latent_sites, plate_frames, sample_sites
+from pyro_dgm.model.supports import onto
 from pyro_dgm.model.transforms import unwrapped
 from pyro_dgm.model.vectorize import DRAWS, fault_of, find_vectorization, in_draws_plate, per_draw, seeded_run
 from pyro_dgm.objectives.path_gradient import with_values
@@ -99,7 +99,7 @@ def _apart(values: dict[str, Tensor], model_once: poutine.Trace) -> dict[str, Te
 
 def _moved(value: Tensor, fn: Any) -> Tensor:
     try:
-        to_support = biject_to(fn.support)
+        to_support = onto(fn, None)
         free = to_support.inv(value)
         moved = to_support(free + 0.1 * torch.randn_like(free))
     except (NotImplementedError, RuntimeError, ValueError):  # a support without coordinates

@@ -114,14 +114,12 @@ class IWAE_ELBO(ParticleELBO):
             tail_adaptive_beta=tail_adaptive_beta,
         )
         self.gradient = gradient
-        self._shared: set[str] = set()  # latents that are drawn once for all draws of the others
-        self._shared_of: Any = None
+        self._shared: set[str] | None = None  # latents that are drawn once for all draws of the others
         self._averaged: set[str] = set()
-        self._told: set[str] = set()
 
     def _forget(self) -> None:
         super()._forget()
-        self._shared, self._shared_of = set(), None
+        self._shared = None
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         weights = self._weights(Pair(model, guide, args, kwargs))
@@ -166,8 +164,8 @@ class IWAE_ELBO(ParticleELBO):
 
     def _drawn(self, pair: Pair) -> list[poutine.Trace]:
         """The guide's draws, with one draw of those latents that stand outside the plates of the others."""
-        if pair.guide != self._shared_of:
-            self._shared_of, self._shared = pair.guide, _shared_latents(self._once)
+        if self._shared is None:
+            self._shared = _shared_latents(self._once)
         drawn = list(self._draw(pair, self._shared, same_rows=True))
         shared = _shared_latents(drawn[0])
         if shared != self._shared:  # another plate is subsampled than before
@@ -184,20 +182,14 @@ class IWAE_ELBO(ParticleELBO):
             self._path.learn(pair.guide, self._run(pair.guide), trace, pair.args, pair.kwargs, shared)
         placed = [k for k in self._path.placed if k in drawn[0].nodes and is_local(drawn[0].nodes[k], units)]
         weighed = [k for k, s in latent_sites(drawn[0]) if is_local(s, units) and _is_weighed(s, units)]
-        self._say_weighed(weighed)
+        self._path.say(
+            dict.fromkeys(weighed, "it is scaled or masked, so its weight and its score do not belong together")
+        )
         return not (placed or weighed or self._path.plain.keys() & drawn[0].nodes.keys())
 
     def _is_unlike(self, drawn: poutine.Trace, again: poutine.Trace) -> bool:
         """Whether a second run of the guide is not like the one that made the draws."""
         return bool(self._path.unlike(drawn, again, {k for k, _ in sample_sites(again) if k in drawn.nodes}))
-
-    def _say_weighed(self, names: list[str]) -> None:
-        if not self._told.issuperset(names):
-            self._told |= set(names)
-            warn_user(
-                f"IWAE_ELBO: guide site '{names[0]}' is scaled or masked, so its weight and its score do not belong together. "
-                f"{self.plain_instead}"
-            )
 
     def _rescored(self, pair: Pair, drawn: poutine.Trace, units: Frames) -> poutine.Trace:
         """The guide's densities without scores: parameters are constant and, for local draws, shared draws are too."""
@@ -215,7 +207,7 @@ class IWAE_ELBO(ParticleELBO):
 
     def _joint_terms(self, pair: Pair, drawn: list[poutine.Trace], units: Frames) -> tuple[Terms, list[poutine.Trace]]:
         if self._how == "vmap":
-            terms, trace = self._mapped_terms(pair, drawn[0], units, self._shared)
+            terms, trace = self._mapped_terms(pair, drawn[0], units, self._shared or ())
             return terms, [trace]
         traces = self._model_traces(pair, drawn, same_rows=True)
         return self._terms(traces, units), traces

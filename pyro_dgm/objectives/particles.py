@@ -25,7 +25,7 @@ from pyro_dgm.objectives.agreement import Pair, fixed_part, how_to_draw, row_sha
 from pyro_dgm.objectives.path_gradient import PathGradient
 from pyro_dgm.objectives.units import Frames, unit_terms
 
-__all__ = ["ParticleELBO", "Terms", "missing_site"]
+__all__ = ["ParticleELBO", "Terms"]
 
 Terms = tuple[Tensor, Tensor]  # of each draw and unit, (n, *units), and of each draw outside the units, (n,)
 
@@ -85,22 +85,20 @@ class ParticleELBO(Trace_ELBO):
     def _forget(self) -> None:
         """Be as before the first call: with the options that were asked for, and nothing known of a model or a guide."""
         self.__dict__.update(self._asked, _asked={}, _how="", _met=None, _once=None)
-        self._path = PathGradient(type(self).__name__, self.plain_instead)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without model, guide and traces: they are found again at the next call."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new._forget()
+        new._path = PathGradient(type(self).__name__, self.plain_instead)
         return new.__dict__
 
     def _meet(self, pair: Pair) -> None:
         """What a first call has to find out or to create; it takes nothing from the stream of random numbers."""
         if (pair.model, pair.guide) == self._met and not self._has_more(pair):
             return
-        told = self._path.told
         self._forget()
-        self._path.told = told
         if self.max_plate_nesting == float("inf"):
             self._asked = {"max_plate_nesting": self.max_plate_nesting}
             with fork_rng():
@@ -208,7 +206,11 @@ class ParticleELBO(Trace_ELBO):
     def _refuse_missing(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
         for name, site in latent_sites(model_trace):
             if name not in guide_trace.nodes and not is_enumerable(site):
-                raise ValueError(missing_site(type(self).__name__, name))
+                raise ValueError(
+                    f"{type(self).__name__}: latent site '{name}' of the model is missing from the guide, so the result would "
+                    "be no bound. Add it to the guide; a discrete site can be summed out: infer={'enumerate': 'parallel'}; "
+                    "for a guide that was built with reparam= pass guide.target."
+                )
 
 
 def _has_no_path(site: dict[str, Any]) -> bool:
@@ -216,12 +218,3 @@ def _has_no_path(site: dict[str, Any]) -> bool:
     if is_factor(site):
         return not vars(fn).get("has_rsample", True) and fn.log_factor.requires_grad
     return not site["is_observed"] and not fn.has_rsample
-
-
-def missing_site(who: str, name: str) -> str:
-    """The message about a latent that the guide lacks."""
-    return (
-        f"{who}: latent site '{name}' of the model is missing from the guide, so the result would be no bound. Add it to "
-        "the guide; a discrete site can be summed out: infer={'enumerate': 'parallel'}; for a guide that was built with "
-        "reparam= pass guide.target."
-    )

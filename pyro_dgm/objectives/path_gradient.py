@@ -74,7 +74,7 @@ class PathGradient:
     def __init__(self, who: str, instead: str) -> None:
         self._who, self._instead = who, instead
         self._guide: Any = None
-        self.told: set[str] = set()
+        self._told: set[str] = set()
         self._learnt: dict[Any, _Learnt] = {}
         self._now = _Learnt()
 
@@ -108,7 +108,7 @@ class PathGradient:
         ordered = sorted(names)
         flags = [_is_unlike(drawn.nodes[k]["unscaled_log_prob"], again.nodes[k]["unscaled_log_prob"]) for k in ordered]
         found = [k for k, unlike in zip(ordered, torch.stack(flags).tolist() if flags else [], strict=True) if unlike]
-        self._say(dict.fromkeys(found, "a second run of the guide gives the same draws another density"))
+        self.say(dict.fromkeys(found, "a second run of the guide gives the same draws another density"))
         return set(found)
 
     def learn(
@@ -126,7 +126,7 @@ class PathGradient:
         if not names <= self._now.known:
             self._look(run, drawn, constant, args, kwargs, shared)
             self._now.known.update(names)
-            self._say(self.plain)
+            self.say(self.plain)
         return constant
 
     def _recall(self, guide: Any, drawn: poutine.Trace, constant: list[Tensor], shared: Collection[str]) -> None:
@@ -156,11 +156,11 @@ class PathGradient:
             if name in names:
                 self._now.note(name, site)
 
-    def _say(self, reasons: dict[str, str]) -> None:
+    def say(self, reasons: dict[str, str]) -> None:
         """Warn of the sites that keep a score, those of one reason together, each once."""
         for why in sorted(set(reasons.values())):
-            names = [k for k, reason in reasons.items() if reason == why and k not in self.told]
-            self.told.update(names)
+            names = [k for k, reason in reasons.items() if reason == why and k not in self._told]
+            self._told.update(names)
             if names:
                 sites = ("sites " if len(names) > 1 else "site ") + ", ".join(f"'{k}'" for k in names)
                 warn_user(f"{self._who}: the score of guide {sites} cannot be left out ({why}). {self._instead}")

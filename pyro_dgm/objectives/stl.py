@@ -23,7 +23,7 @@ from pyro_dgm.core import LearnedDistribution
 from pyro_dgm.core.weights import psis
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.objectives.agreement import Pair
-from pyro_dgm.objectives.particles import ParticleELBO, missing_site
+from pyro_dgm.objectives.particles import ParticleELBO
 
 __all__ = ["STL_ELBO"]
 
@@ -127,11 +127,9 @@ class STL_ELBO(ParticleELBO):
 
     def _vector_log_weights(self, q: LearnedDistribution, pair: Pair) -> Tensor:
         """The shortest way, for a guide that is one learned distribution over all latents: no trace of the guide."""
+        if self._joint is None:
+            self._joint = LogJoint(pair.guide, pair.model, pair.args, pair.kwargs)
         joint = self._joint
-        if joint is None or joint.model is not pair.model or joint.guide is not pair.guide:
-            joint = self._joint = LogJoint(pair.guide, pair.model, pair.args, pair.kwargs)
-            if joint.missing:
-                raise ValueError(missing_site("STL_ELBO", joint.missing[0]))
         latent = q.rsample((self.num_particles if joint.vectorized else min(self.num_particles, self.fewest_alone),))
         return joint.at(*pair.args, **pair.kwargs)(latent) - q.detach().log_prob(latent)
 
