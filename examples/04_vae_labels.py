@@ -14,7 +14,7 @@ from torch import nn
 
 import pyro_dgm as dgm
 from pyro_dgm.evaluate import evidence_bound
-from pyro_dgm.objectives import SemiSupervised
+from pyro_dgm.vae import SemiSupervised
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,9 +1,9 @@
 """Deep generative models for Pyro: flows, autoencoders, and the posteriors, fits and diagnostics that they make possible."""
 
 from pyro_dgm import evaluate
-from pyro_dgm.cnf import FFJORD, OTFlow
+from pyro_dgm.amortized import AmortizedGuide, ForwardKL
+from pyro_dgm.cnf import FFJORD, FlowMatching, OTFlow
 from pyro_dgm.core import (
-    DensityRatio,
     Dequantize,
     DistributionModule,
     ImplicitDistribution,
@@ -29,18 +29,10 @@ from pyro_dgm.diagnostics import (
     tarp,
 )
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
-from pyro_dgm.gan import Critic, Generator, refine
-from pyro_dgm.guides import AmortizedGuide, AutoFlow, ImplicitGuide
-from pyro_dgm.objectives import (
-    IWAE_ELBO,
-    STL_ELBO,
-    Adversarial,
-    Adversarial_ELBO,
-    FlowMatching,
-    ForwardKL,
-    LogisticRegression,
-    MaximumLikelihood,
-)
+from pyro_dgm.gan import Adversarial, Critic, Generator
+from pyro_dgm.guides import AutoFlow
+from pyro_dgm.objectives import IWAE_ELBO, STL_ELBO, MaximumLikelihood
+from pyro_dgm.ratio import Adversarial_ELBO, DensityRatio, ImplicitGuide, LogisticRegression, refine
 from pyro_dgm.simulation import Simulations, simulate
 from pyro_dgm.train import FitDiverged, History, fit
 from pyro_dgm.vae import VAE

@@ -381,7 +381,7 @@ def test_flow_matching_reaches_its_least_value_on_normal_data(path, least):
 
 
 def test_coupling_shortens_paths_and_keeps_the_noise():
-    from pyro_dgm.objectives.flow_matching import _matched
+    from pyro_dgm.cnf.matching import _matched
 
     noise, data = torch.randn(100, 2), 3.0 * torch.randn(100, 2)
     matched = _matched(noise, data)

@@ -15,8 +15,7 @@ import torch
 from pyro.infer import MCMC, NUTS, SVI, Importance, Predictive, Trace_ELBO
 
 import pyro_dgm as dgm
-from pyro_dgm.core.devices import device_of
-from pyro_dgm.core.random import fork_rng, put_random_states, random_states, seeded
+from pyro_dgm.core.devices import device_of, fork_rng, put_random_states, random_states, seeded
 from pyro_dgm.train.adversarial import AdversarialRun
 from pyro_dgm.train.fit import _Run
 

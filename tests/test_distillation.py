@@ -9,7 +9,7 @@ from torch import nn
 
 import pyro_dgm as dgm
 from pyro_dgm.core.data import first_rows
-from pyro_dgm.objectives.distillation import distil
+from pyro_dgm.gan.distillation import distil
 
 
 def endless(*tensors, size=500):
@@ -81,7 +81,7 @@ def test_images_take_fewer_steps_of_wider_networks(event, flow, latents, width):
 def test_few_rows_are_not_learned_by_heart(monkeypatch, rows, size, given, expected):
     """Planted faults: rows counted with their repetitions (8,000 for 1,000 rows); a cap on steps that were asked for."""
     taken = []
-    monkeypatch.setattr("pyro_dgm.objectives.adversarial.distil", lambda generator, batches, steps: taken.append(steps))
+    monkeypatch.setattr("pyro_dgm.gan.adversarial.distil", lambda generator, batches, steps: taken.append(steps))
     gan = dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), pretrain=given)
     gan.pretrain(endless(torch.randn(rows, 2), size=size))
     assert taken == [expected]

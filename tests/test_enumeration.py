@@ -14,8 +14,8 @@ from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal
 
 import pyro_dgm as dgm
+from pyro_dgm.amortized.refine import Joint
 from pyro_dgm.diagnostics.containers import group, has_group
-from pyro_dgm.guides.amortized.densities import Joint
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.model.program import Program
 from pyro_dgm.model.sites import is_enumerable, latent_sites

@@ -12,7 +12,8 @@ import pyro_dgm as dgm
 from pyro_dgm import vae as parts
 from pyro_dgm.core import MLP
 from pyro_dgm.evaluate import ais, evidence_bound
-from pyro_dgm.objectives import LatentMMD, Penalised, TotalCorrelation, WeightedKL_ELBO
+from pyro_dgm.objectives import WeightedKL_ELBO
+from pyro_dgm.vae import LatentMMD, Penalised, TotalCorrelation
 from tests.test_vae import LATENT, D, evidence, ppca, small
 
 

@@ -21,6 +21,8 @@ ROOMS = [
     "vae",
     "guides",
     "gan",
+    "ratio",
+    "amortized",
     "simulation",
     "evaluate",
     "diagnostics",

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import pyro_dgm as dgm
-from pyro_dgm.guides.amortized.family import MixtureChain
-from pyro_dgm.guides.amortized.mixtures import NormalMixture
+from pyro_dgm.flows.mixture_chain import MixtureChain, NormalMixture
 
 CASES = {  # log weights, places, log scales, ends
     "inside": ([0.0, 1.0], [-0.5, 0.6], [-1.5, -0.5], (-1.0, 1.0)),

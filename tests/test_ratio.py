@@ -9,7 +9,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 
 import pyro_dgm as dgm
-from pyro_dgm.core.ratio import calibration, learn_ratio, logistic_loss
+from pyro_dgm.ratio.ratio import calibration, learn_ratio, logistic_loss
 
 
 def normal(loc, scale=1.0, d=2):

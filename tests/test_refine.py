@@ -7,9 +7,9 @@ import torch
 from pyro.infer import MCMC, NUTS
 
 import pyro_dgm as dgm
-from pyro_dgm.core.ratio import calibration
-from pyro_dgm.gan.refine import _refuse_bad
-from pyro_dgm.objectives import ALI
+from pyro_dgm.ratio import ALI
+from pyro_dgm.ratio.ratio import calibration
+from pyro_dgm.ratio.refine import _refuse_bad
 
 W = torch.tensor([[1.0, 0.2], [0.3, 0.8], [-0.5, 0.6]])
 NOISE = 0.3

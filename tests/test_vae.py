@@ -20,7 +20,8 @@ import pyro_dgm as dgm
 from pyro_dgm import vae as parts
 from pyro_dgm.core import MLP, ConvDecoder, ConvEncoder
 from pyro_dgm.evaluate import evidence_bound
-from pyro_dgm.objectives import SemiSupervised, Transformed, WeightedKL_ELBO
+from pyro_dgm.objectives import Transformed, WeightedKL_ELBO
+from pyro_dgm.vae import SemiSupervised
 
 D, LATENT = 6, 2
 

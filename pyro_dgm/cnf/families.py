@@ -14,15 +14,11 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_dgm.cnf.black_box import BlackBoxField
-from pyro_dgm.cnf.costs import COSTS, path_costs
-from pyro_dgm.cnf.field import Plan, VectorField
-from pyro_dgm.cnf.potential import PotentialField
-from pyro_dgm.cnf.solver import FIXED, MOST, Solver
-from pyro_dgm.cnf.transform import FlowMap
-from pyro_dgm.cnf.two_layer import TwoLayerField
+from pyro_dgm.cnf.field import COSTS, Plan, VectorField, path_costs
+from pyro_dgm.cnf.networks import BlackBoxField, PotentialField, TwoLayerField
+from pyro_dgm.cnf.solver import FIXED, MOST, FlowMap, Solver
 from pyro_dgm.core import zuko
-from pyro_dgm.core.random import fork_rng
+from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.flows.base import NormalizingFlow
 
 __all__ = ["FFJORD", "ContinuousFlow", "OTFlow"]

@@ -4,7 +4,6 @@ from pyro_dgm.core.data import Dequantize, Standardize
 from pyro_dgm.core.distribution import ImplicitDistribution, LearnedDistribution, NoDensityError, frozen
 from pyro_dgm.core.module import DistributionModule, compose
 from pyro_dgm.core.networks import MLP, ConvDecoder, ConvEncoder, broadcast_cat
-from pyro_dgm.core.ratio import DensityRatio
 from pyro_dgm.core.upstream import zuko
 
 __all__ = [
@@ -12,7 +11,6 @@ __all__ = [
     "Dequantize",
     "ConvDecoder",
     "ConvEncoder",
-    "DensityRatio",
     "DistributionModule",
     "ImplicitDistribution",
     "LearnedDistribution",

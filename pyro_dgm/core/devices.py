@@ -1,14 +1,18 @@
-"""Where a module is, and data moved to it: moving the module is all that a GPU asks for."""
+"""Where a module is, and data moved to it: moving the module is all that a GPU asks for.
+
+Random numbers of the CPU and of the accelerator in use: from a seed, apart from the rest, or from a kept state.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["device_of", "to_device"]
+__all__ = ["device_of", "fork_rng", "put_random_states", "random_states", "seed_everywhere", "seeded", "to_device"]
 
 
 def device_of(module: nn.Module) -> torch.device | None:
@@ -24,3 +28,73 @@ def to_device(data: Any, device: torch.device | None) -> Any:
     if isinstance(data, Mapping):
         return {k: to_device(v, device) for k, v in data.items()}
     return type(data)(to_device(v, device) for v in data) if type(data) in (tuple, list) else data
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draws inside come from the seed and do not advance the global random state; with None they do.
+
+    Example:
+        >>> with seeded(0):
+        ...     a = torch.rand(1)
+        >>> with seeded(0):
+        ...     b = torch.rand(1)
+        >>> bool(a == b)
+        True
+    """
+    if seed is None:
+        yield
+        return
+    with fork_rng(seed):
+        yield
+
+
+@contextmanager
+def fork_rng(seed: int | None = None) -> Iterator[None]:
+    """Draws inside do not advance the global random state; they come from the seed, where there is one."""
+    before = random_states()
+    try:
+        if seed is not None:
+            seed_everywhere(seed)
+        yield
+    finally:
+        put_random_states(before)
+
+
+def random_states() -> list[Tensor]:
+    """Of the CPU, then of each accelerator, if one was used."""
+    return [torch.get_rng_state()] + [module.get_rng_state(*at) for module, at in _generators()]
+
+
+def put_random_states(states: list[Tensor]) -> None:
+    """Go on from there; states of devices that this machine lacks are left out."""
+    torch.set_rng_state(states[0])
+    for state, (module, at) in zip(states[1:], _generators(), strict=False):
+        module.set_rng_state(state, *at)
+
+
+def seed_everywhere(seed: int) -> None:
+    """As ``torch.manual_seed``, which is slow and queues a call for every absent device."""
+    seed = int(seed)  # also numpy's
+    torch.default_generator.manual_seed(seed)
+    module = _accelerator()
+    if module is not None:
+        getattr(module, "manual_seed_all", module.manual_seed)(seed)
+
+
+def _accelerator() -> Any:
+    """Torch's module of the accelerator; None without one, or where nothing was put on it yet."""
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        return None
+    module = torch.get_device_module(device)
+    used = getattr(module, "is_initialized", torch.accelerator.is_available)  # Apple's has no such function
+    return module if used() else None
+
+
+def _generators() -> list[tuple[Any, tuple[int, ...]]]:
+    """Module and index of each; Apple's one device takes no index."""
+    module = _accelerator()
+    if module is None:
+        return []
+    return [(module, () if module is torch.mps else (i,)) for i in range(module.device_count())]

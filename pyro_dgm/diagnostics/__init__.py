@@ -1,6 +1,5 @@
 """Is the posterior right? Export to ArviZ, and verdicts."""
 
-from pyro_dgm.diagnostics.bounds import ErrorBounds, error_bounds
 from pyro_dgm.diagnostics.calibration import Calibration, coverage, sbc, tarp
 from pyro_dgm.diagnostics.check import Page, check
 from pyro_dgm.diagnostics.converters import (
@@ -11,12 +10,11 @@ from pyro_dgm.diagnostics.converters import (
     sample_posterior_predictive,
 )
 from pyro_dgm.diagnostics.iterates import IterateMonitor
-from pyro_dgm.diagnostics.khat import KHat, khat
+from pyro_dgm.diagnostics.khat import ErrorBounds, KHat, error_bounds, khat, resample
 from pyro_dgm.diagnostics.loo import compare, loo
 from pyro_dgm.diagnostics.misspecification import Misspecification, misspecification
 from pyro_dgm.diagnostics.neutra import neutra
 from pyro_dgm.diagnostics.posteriors import Refit
-from pyro_dgm.diagnostics.resample import resample
 from pyro_dgm.diagnostics.svi import from_fits, from_svi
 
 __all__ = [

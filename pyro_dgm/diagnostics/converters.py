@@ -12,9 +12,8 @@ from pyro import poutine
 from pyro.infer.mcmc import StreamingMCMC
 from torch import Tensor
 
-from pyro_dgm.core.random import seeded
-from pyro_dgm.diagnostics.containers import coords_of, extended, group
-from pyro_dgm.diagnostics.export import safe, site_dims
+from pyro_dgm.core.devices import seeded
+from pyro_dgm.diagnostics.containers import coords_of, extended, group, safe, site_dims
 from pyro_dgm.diagnostics.groups import (
     Groups,
     Options,

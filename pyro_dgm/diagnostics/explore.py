@@ -19,8 +19,7 @@ from torch.distributions import Transform
 from pyro_dgm.core import frozen
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.diagnostics.khat import Exploration
-from pyro_dgm.model.log_joint import LogJoint, value_and_grad
-from pyro_dgm.model.modes import uncovered
+from pyro_dgm.model.log_joint import LogJoint, uncovered, value_and_grad
 from pyro_dgm.model.vectorize import Model
 
 __all__ = ["explore", "pulled_back"]

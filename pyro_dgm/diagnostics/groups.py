@@ -13,8 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.diagnostics.containers import Arrays
-from pyro_dgm.diagnostics.export import contained, likelihoods
+from pyro_dgm.diagnostics.containers import Arrays, contained, likelihoods
 from pyro_dgm.model.handlers import Undrawn
 from pyro_dgm.model.program import Program
 from pyro_dgm.model.runs import Draws, Table

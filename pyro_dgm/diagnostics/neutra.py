@@ -15,8 +15,8 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from pyro_dgm.core import frozen
+from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.module import whole_event
-from pyro_dgm.core.random import seeded
 from pyro_dgm.diagnostics.explore import pulled_back
 from pyro_dgm.diagnostics.groups import Options, groups_of
 from pyro_dgm.model.log_joint import LogJoint

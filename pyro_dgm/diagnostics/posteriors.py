@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_dgm.core.random import seeded
+from pyro_dgm.core.devices import seeded
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws
 

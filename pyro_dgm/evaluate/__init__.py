@@ -4,16 +4,15 @@
 """
 
 from pyro_dgm.evaluate.c2st import c2st
-from pyro_dgm.evaluate.coverage import (
+from pyro_dgm.evaluate.density import bits_per_dim, held_out_score, kl_divergence
+from pyro_dgm.evaluate.evidence import AIS, EvidenceBound, ais, evidence_bound
+from pyro_dgm.evaluate.neighbours import (
     ModeCoverage,
     NeighbourCoverage,
+    memorization,
     mode_coverage,
     precision_recall_density_coverage,
 )
-from pyro_dgm.evaluate.density import bits_per_dim, held_out_score, kl_divergence
-from pyro_dgm.evaluate.evidence import AIS, EvidenceBound, ais, evidence_bound
-from pyro_dgm.evaluate.features import frechet_distance, kernel_distance
-from pyro_dgm.evaluate.memorization import memorization
 from pyro_dgm.evaluate.pictures import interpolation, traversal
 from pyro_dgm.evaluate.report import report, table
 from pyro_dgm.evaluate.representation import (
@@ -24,7 +23,7 @@ from pyro_dgm.evaluate.representation import (
     sap,
 )
 from pyro_dgm.evaluate.score import JudgedScore, Score
-from pyro_dgm.evaluate.two_sample import energy_distance, mmd, sliced_wasserstein
+from pyro_dgm.evaluate.two_sample import energy_distance, frechet_distance, kernel_distance, mmd, sliced_wasserstein
 
 __all__ = [
     "AIS",

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_dgm.evaluate.rows import same_features
-from pyro_dgm.evaluate.score import JudgedScore
+from pyro_dgm.evaluate.score import JudgedScore, same_features
 
 __all__ = ["c2st"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.random import seeded
+from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.weights import log_mean_exp, psis
 
 __all__ = ["AIS", "EvidenceBound", "ais", "evidence_bound"]

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.distribution import NoDensityError
-from pyro_dgm.core.random import seeded
 from pyro_dgm.evaluate.c2st import c2st
-from pyro_dgm.evaluate.coverage import precision_recall_density_coverage
 from pyro_dgm.evaluate.density import held_out_score
-from pyro_dgm.evaluate.memorization import memorization
+from pyro_dgm.evaluate.neighbours import memorization, precision_recall_density_coverage
 from pyro_dgm.evaluate.representation import active_units, linear_probe
 from pyro_dgm.evaluate.score import Score
 from pyro_dgm.evaluate.two_sample import energy_distance, mmd, sliced_wasserstein

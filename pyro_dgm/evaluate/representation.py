@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_dgm.evaluate.rows import as_rows
-from pyro_dgm.evaluate.score import Score, jackknife, mean_score
+from pyro_dgm.evaluate.score import Score, as_rows, jackknife, mean_score
 
 __all__ = ["active_units", "aggregated_posterior_gap", "linear_probe", "mutual_information_gap", "sap"]
 

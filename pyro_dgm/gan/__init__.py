@@ -1,7 +1,7 @@
-"""Generative adversarial networks: a generator that samples without a density, and the critic that judges its draws."""
+"""Generative adversarial networks: a generator, its critic, and the game between them."""
 
+from pyro_dgm.gan.adversarial import Adversarial
 from pyro_dgm.gan.critic import Critic
 from pyro_dgm.gan.generator import Generator
-from pyro_dgm.gan.refine import CorrectedDraws, refine
 
-__all__ = ["Critic", "Generator", "CorrectedDraws", "refine"]
+__all__ = ["Adversarial", "Critic", "Generator"]

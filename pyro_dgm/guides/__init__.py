@@ -1,7 +1,5 @@
-"""Posteriors for any Pyro model."""
+"""AutoFlow: a flow posterior for any Pyro model."""
 
-from pyro_dgm.guides.amortized import AmortizedGuide
 from pyro_dgm.guides.autoflow import AutoFlow
-from pyro_dgm.guides.implicit import ImplicitGuide
 
-__all__ = ["AmortizedGuide", "AutoFlow", "ImplicitGuide"]
+__all__ = ["AutoFlow"]

@@ -19,12 +19,11 @@ from torch.distributions import Distribution, Independent, Transform
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
 from pyro_dgm.core.upstream import drop_weak_references
-from pyro_dgm.flows.standard_normal import StandardNormalBase
-from pyro_dgm.guides.modes import Modes
+from pyro_dgm.flows.base import StandardNormalBase
+from pyro_dgm.flows.coupling import TailedCoupling
+from pyro_dgm.guides.modes import Modes, WhitenedPosterior
 from pyro_dgm.guides.start import find_start
-from pyro_dgm.guides.tailed import TailedCoupling
 from pyro_dgm.guides.vector import VectorGuide
-from pyro_dgm.guides.whitened import WhitenedPosterior
 from pyro_dgm.model.log_joint import LogJoint
 
 __all__ = ["AutoFlow", "as_pyro"]

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_dgm.model.log_joint import LogJoint, prior_draws
-from pyro_dgm.model.modes import barrier, other_modes, spread
+from pyro_dgm.model.log_joint import LogJoint, barrier, other_modes, prior_draws, spread
 
 __all__ = ["Gaussians", "find_start"]
 

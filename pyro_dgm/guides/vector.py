@@ -17,12 +17,10 @@ from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_dgm.core.random import fork_rng
+from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.model.coordinates import Constrain, Coordinates
-from pyro_dgm.model.layout import subsampled
-from pyro_dgm.model.log_joint import LogJoint, prior_draws
-from pyro_dgm.model.modes import ascend, spread
-from pyro_dgm.model.sites import is_enumerable, latent_sites, refuse_implicit
+from pyro_dgm.model.log_joint import LogJoint, ascend, prior_draws, spread
+from pyro_dgm.model.sites import is_enumerable, latent_sites, refuse_implicit, subsampled
 from pyro_dgm.model.stability import changing_supports, circular_sites, runs_from_the_prior
 from pyro_dgm.model.supports import wrap
 

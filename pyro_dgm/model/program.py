@@ -17,11 +17,9 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoCallable, AutoGuide, AutoGuideList
 
+from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.distribution import ImplicitDistribution
-from pyro_dgm.core.random import fork_rng
-from pyro_dgm.model.discrete import warn_of_masked_sums
-from pyro_dgm.model.handlers import Given, Undrawn
-from pyro_dgm.model.layout import subsampled
+from pyro_dgm.model.handlers import Given, Undrawn, warn_of_masked_sums
 from pyro_dgm.model.runs import Draws, Runs, Table, rounds_of, stacked
 from pyro_dgm.model.sites import (
     is_computed,
@@ -31,6 +29,7 @@ from pyro_dgm.model.sites import (
     latent_sites,
     plate_frames,
     sample_sites,
+    subsampled,
 )
 from pyro_dgm.model.terms import total
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, find_vectorization, plate_nesting

@@ -20,10 +20,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.discrete import posterior_draws_of
-from pyro_dgm.model.handlers import Given, Redraw, Undrawn
-from pyro_dgm.model.layout import Layout, layout_of, left_of_plates, mask_of, subsampled, with_shape
-from pyro_dgm.model.sites import is_computed, is_data, latent_sites, plate_frames, sample_sites
+from pyro_dgm.model.handlers import Given, Redraw, Undrawn, posterior_draws_of
+from pyro_dgm.model.sites import (
+    Layout,
+    is_computed,
+    is_data,
+    latent_sites,
+    layout_of,
+    left_of_plates,
+    mask_of,
+    plate_frames,
+    sample_sites,
+    subsampled,
+    with_shape,
+)
 from pyro_dgm.model.terms import Term, is_scored, merge_terms, subsampling_factor, terms_of, total
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, enumerated, in_draws_plate
 

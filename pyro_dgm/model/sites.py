@@ -1,17 +1,24 @@
-"""What a Pyro trace holds: latent, observed and deterministic sites, told apart once."""
+"""What a Pyro trace holds: latent, observed and deterministic sites, told apart once.
+
+Where the dimensions of a site belong: to draws, to plates, to the event.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine import Trace
+from torch import Size, Tensor
 
 from pyro_dgm.core.distribution import ImplicitDistribution
 
 __all__ = [
+    "Layout",
     "is_computed",
     "is_data",
     "is_drawn",
@@ -19,10 +26,15 @@ __all__ = [
     "is_factor",
     "is_subsample",
     "latent_sites",
+    "layout_of",
+    "left_of_plates",
+    "mask_of",
     "observed_sites",
     "plate_frames",
     "refuse_implicit",
     "sample_sites",
+    "subsampled",
+    "with_shape",
 ]
 
 Site = dict[str, Any]
@@ -103,3 +115,104 @@ def refuse_implicit(who: str, trace: Trace) -> None:
                 f"{', obs=...' if kind == 'observed' else ''}) instead: its noise is then the latent and everything works; "
                 "or learn the density ratio with Adversarial_ELBO."
             )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a site's value in one run, without singleton dimensions that no plate owns.
+
+    Attributes:
+        batch, event: the two parts of the shape.
+        plates: the plates' frames among the batch dimensions, outermost first.
+        axes: plate name -> its axis in a stack of draws ``(n, *batch, *event)``.
+        run: the batch shape of a single run, singleton dimensions included.
+    """
+
+    batch: Size
+    event: Size
+    plates: tuple[Any, ...]
+    axes: dict[str, int]
+    run: Size = Size()
+
+    @property
+    def shape(self) -> Size:
+        return self.batch + self.event
+
+    @property
+    def full_shape(self) -> Size:
+        """The shape over all rows of subsampled plates."""
+        full = list(self.shape)
+        for frame in self.plates:
+            if subsampled(frame):
+                full[self.axes[frame.name] - 1] = frame.full_size
+        return Size(full)
+
+
+def layout_of(site: Site) -> Layout:
+    """The layout of a sample site; the value of a deterministic site starts with its plates, or has none."""
+    frames = plate_frames(site)
+    if site["infer"].get("_deterministic"):
+        return _deterministic(site["value"].shape, frames)
+    event_dim = site["fn"].event_dim
+    shape = torch.broadcast_shapes(site["value"].shape, site["fn"].shape())
+    batch, event = shape[: len(shape) - event_dim], shape[len(shape) - event_dim :]
+    owned = {f.dim: f for f in frames}
+    kept = [d for d in range(-len(batch), 0) if batch[d] != 1 or d in owned]
+    axes = {owned[d].name: 1 + i for i, d in enumerate(kept) if d in owned}
+    plates = tuple(owned[d] for d in kept if d in owned)
+    return Layout(Size(batch[d] for d in kept), event, plates, axes, batch)
+
+
+def _deterministic(shape: Size, frames: list[Any]) -> Layout:
+    plates = tuple(frames) if list(shape[: len(frames)]) == [f.size for f in frames] else ()
+    n = len(plates)
+    return Layout(shape[:n], shape[n:], plates, {f.name: 1 + i for i, f in enumerate(plates)})
+
+
+def subsampled(frame: Any) -> bool:
+    """Whether a plate's frame holds fewer rows than the plate."""
+    return frame.full_size is not None and frame.full_size != frame.size
+
+
+def left_of_plates(value: Tensor, event_dim: int, nesting: int) -> Tensor:
+    """Values of single runs ``(n, *batch, *event)`` with the draws left of all plates: ``(n, 1, .., *batch, *event)``."""
+    batch = value.dim() - 1 - event_dim
+    return value.reshape(len(value), *(1,) * (nesting - batch), *value.shape[1:])
+
+
+def with_shape(value: Tensor, n: int, shape: Size, name: str) -> Tensor:
+    """A site's value as ``(n, *shape)``; a value that does not depend on the draws is repeated."""
+    if value.numel() == n * shape.numel():
+        return value.reshape(n, *shape)
+    if value.numel() == shape.numel():
+        return value.reshape(1, *shape).expand(n, *shape)
+    try:
+        return value.expand(n, *shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Site '{name}' has shape {tuple(value.shape)} for {n} draws, expected {n} times {tuple(shape)}. Its shape "
+            "must not depend on the draw, and its batch dimensions must belong to plates."
+        ) from error
+
+
+def mask_of(site: Site, layout: Layout, nesting: int) -> Tensor | None:
+    """Which data a site has, shape ``batch``, by ``poutine.mask``, ``obs_mask`` or ``.mask``; None for all of them.
+
+    A mask that depends on an enumerated value, in dimensions left of ``nesting``, hides what it hides for all values.
+    """
+    fn, mask = site["fn"], site["mask"]
+    own = fn._mask if isinstance(fn, MaskedDistribution) else None
+    masks = [torch.as_tensor(m) for m in (mask, own) if m is not None and m is not True]
+    if not masks:
+        return None
+    together = masks[0] if len(masks) == 1 else masks[0] & masks[1]
+    for _ in range(together.dim() - nesting):
+        together = together.any(0)
+    return _first(together, layout)
+
+
+def _first(mask: Tensor, layout: Layout) -> Tensor:
+    """The mask of one draw; masks do not depend on the draw."""
+    while mask.dim() > len(layout.run):
+        mask = mask[0]
+    return mask.expand(layout.run).reshape(layout.batch)

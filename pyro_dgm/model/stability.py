@@ -15,10 +15,11 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_dgm.core.random import fork_rng
+from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_enumerable, latent_sites
 from pyro_dgm.model.supports import (
+    holds_grad,
     holds_moved_circle,
     innermost,
     mass,
@@ -27,7 +28,6 @@ from pyro_dgm.model.supports import (
     repeats,
     same_support,
 )
-from pyro_dgm.model.transforms import holds_grad
 
 __all__ = ["AnySite", "changing_supports", "circular_sites", "runs_from_the_prior"]
 

@@ -1,4 +1,6 @@
-r"""Where the density of a latent site integrates to one, and the map from the real numbers onto that set.
+r"""What distributions and their transforms are made of.
+
+Where the density of a latent site integrates to one, and the map from the real numbers onto that set.
 
 Torch and Pyro declare angles (VonMises and its kin) on the real line, with a periodic density: over the line it integrates to
 infinity, and the evidence of a posterior there grows with every turn that it covers. Their set is the circle,
@@ -11,19 +13,88 @@ cut open opposite to a centre c.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyro
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
-from torch import Size, Tensor
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from torch import Size, Tensor, nn
 from torch.distributions import Transform, TransformedDistribution, biject_to, constraints
-from torch.distributions.transforms import ComposeTransform, IndependentTransform
+from torch.distributions.transforms import (
+    ComposeTransform,
+    IndependentTransform,
+    ReshapeTransform,
+    _InverseTransform,
+)
 
-from pyro_dgm.model.transforms import declares_support, made_of, simple_parts, unwrapped
+__all__ = [
+    "Wrapped",
+    "declares_support",
+    "holds_grad",
+    "holds_moved_circle",
+    "innermost",
+    "is_circular",
+    "made_of",
+    "mass",
+    "on_the_circle",
+    "onto",
+    "place_of",
+    "repeats",
+    "same_support",
+    "simple_parts",
+    "unwrapped",
+    "wrap",
+]
 
-__all__ = ["Wrapped", "holds_moved_circle", "innermost", "is_circular", "mass", "on_the_circle", "onto", "place_of", "repeats",
-           "same_support", "wrap"]  # fmt: skip
+
+def unwrapped(fn: Any) -> Any:
+    """The distribution below ``to_event``, ``mask`` and ``expand``."""
+    while isinstance(fn, (MaskedDistribution, ExpandedDistribution, torch.distributions.Independent)):
+        fn = fn.base_dist
+    return fn
+
+
+def declares_support(kind: type) -> bool:
+    """Whether a family of transformed distributions has its own word on where it lives, not what its last transform says."""
+    return any("support" in c.__dict__ for c in kind.__mro__[: kind.__mro__.index(TransformedDistribution)])
+
+
+def simple_parts(transforms: Iterable[Transform]) -> Iterator[Transform]:
+    """The transforms one after the other, out of compositions, inverses and added event dimensions."""
+    for t in transforms:
+        if isinstance(t, ComposeTransform):
+            yield from simple_parts(t.parts)
+        elif isinstance(t, IndependentTransform):
+            yield from simple_parts([t.base_transform])
+        elif isinstance(t, _InverseTransform) and not _is_simple(t.inv):
+            yield from (part.inv for part in reversed(list(simple_parts([t.inv]))))
+        elif not isinstance(t, ReshapeTransform):
+            yield t
+
+
+def _is_simple(t: Transform) -> bool:
+    return not isinstance(t, ComposeTransform | IndependentTransform | ReshapeTransform)
+
+
+def made_of(thing: Any) -> dict[str, Any]:
+    """The attributes of a constraint or a transform, without what it remembers of its last value."""
+    inverse = isinstance(thing, _InverseTransform)  # any other transform holds its inverse, which holds it
+    return {k: v for k, v in vars(thing).items() if not k.startswith("_cached") and (inverse or k != "_inv")}
+
+
+def holds_grad(thing: Any) -> bool:
+    """Whether a constraint or a transform holds a tensor that requires grad, in its parts too."""
+    if isinstance(thing, Tensor):
+        return thing.requires_grad
+    if isinstance(thing, nn.Module) and any(p.requires_grad for p in thing.parameters()):
+        return True
+    if isinstance(thing, list | tuple):
+        return any(holds_grad(t) for t in thing)
+    if not isinstance(thing, constraints.Constraint | Transform):
+        return callable(thing)  # a function may hold anything
+    return any(holds_grad(v) for v in made_of(thing).values())
+
 
 _TURN = 2.0 * math.pi
 _IMPROPER = "ImproperUniform"

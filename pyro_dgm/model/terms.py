@@ -2,7 +2,7 @@ r"""Terms of a log joint, site by site, with enumerated sites summed out where t
 
 A discrete :math:`z_n` that is local to a row of a plate gives that row :math:`\log \sum_z p(z)\,p(y_n \mid z)`; what is
 observed in the row has the log-likelihood :math:`\log p(y_n, h_n) - \log p(h_n)`, with :math:`h_n` the row's other sites.
-Masks and scales are those of :mod:`pyro_dgm.model.discrete`.
+Masks and scales are those of :mod:`pyro_dgm.model.handlers`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from torch import Tensor
 
 from pyro_dgm.core.distribution import ImplicitDistribution
-from pyro_dgm.model.discrete import factor_of, is_enumerated
-from pyro_dgm.model.layout import Layout, subsampled, with_shape
-from pyro_dgm.model.sites import is_computed, is_data, is_subsample
+from pyro_dgm.model.handlers import factor_of, is_enumerated
+from pyro_dgm.model.sites import Layout, is_computed, is_data, is_subsample, subsampled, with_shape
 from pyro_dgm.model.vectorize import DRAWS
 
 __all__ = ["Term", "is_scored", "merge_terms", "subsampling_factor", "terms_of", "total"]

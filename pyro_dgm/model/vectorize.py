@@ -15,8 +15,8 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from torch import Size, Tensor
 
-from pyro_dgm.core.random import fork_rng
-from pyro_dgm.model.discrete import is_enumerated
+from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.model.handlers import is_enumerated
 
 __all__ = [
     "DRAWS",

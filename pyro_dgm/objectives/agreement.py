@@ -13,10 +13,9 @@ from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
 from torch import Size, Tensor
 
-from pyro_dgm.core.random import fork_rng
+from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.model.sites import is_computed, is_subsample, latent_sites, plate_frames, sample_sites
-from pyro_dgm.model.supports import onto
-from pyro_dgm.model.transforms import unwrapped
+from pyro_dgm.model.supports import onto, unwrapped
 from pyro_dgm.model.vectorize import DRAWS, fault_of, find_vectorization, in_draws_plate, per_draw, seeded_run
 from pyro_dgm.objectives.path_gradient import with_values
 

@@ -32,13 +32,11 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution
 
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.layout import subsampled
-from pyro_dgm.model.sites import latent_sites, sample_sites
+from pyro_dgm.model.sites import latent_sites, sample_sites, subsampled
 from pyro_dgm.objectives.agreement import Pair
 from pyro_dgm.objectives.leaves import parameters_of
-from pyro_dgm.objectives.particles import ParticleELBO, Terms
+from pyro_dgm.objectives.particles import Frames, ParticleELBO, Terms, is_local, scale_of, stray_plates, units_of
 from pyro_dgm.objectives.path_gradient import rescored, with_densities, with_values
-from pyro_dgm.objectives.units import Frames, is_local, scale_of, stray_plates, units_of
 
 __all__ = ["IWAE_ELBO"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_dgm.model.transforms import simple_parts
+from pyro_dgm.model.supports import simple_parts
 
 __all__ = ["forget_inverses", "leaves_behind", "parameters_of", "registered_in"]
 

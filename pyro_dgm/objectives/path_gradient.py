@@ -43,11 +43,11 @@ from torch import Tensor
 from torch.distributions import Transform, TransformedDistribution, biject_to, constraints
 
 from pyro_dgm.core import frozen
-from pyro_dgm.core.random import fork_rng, put_random_states
+from pyro_dgm.core.devices import fork_rng, put_random_states
 from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_factor, latent_sites, sample_sites
-from pyro_dgm.model.transforms import declares_support, holds_grad, simple_parts, unwrapped
+from pyro_dgm.model.supports import declares_support, holds_grad, simple_parts, unwrapped
 from pyro_dgm.objectives.leaves import forget_inverses, parameters_of, registered_in
 
 __all__ = [

@@ -1,6 +1,6 @@
 """Draws of parameters and data from any Pyro model: many at once, in parallel, on disk, resumable."""
 
 from pyro_dgm.simulation.simulate import simulate
-from pyro_dgm.simulation.simulations import Simulations
+from pyro_dgm.simulation.store import Simulations
 
 __all__ = ["Simulations", "simulate"]

@@ -18,11 +18,9 @@ from tqdm.auto import tqdm
 
 from pyro_dgm.model.sites import is_data, is_drawn, is_factor, is_subsample
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, plate_nesting
-from pyro_dgm.simulation.agree import TOO_FEW, fault_of_plate
-from pyro_dgm.simulation.blocks import Blocks, Part, random_state, run_job, run_whole_job
+from pyro_dgm.simulation.blocks import TOO_FEW, Blocks, Part, fault_of_plate, random_state, run_job, run_whole_job
 from pyro_dgm.simulation.proposal import truncated
-from pyro_dgm.simulation.simulations import Simulations
-from pyro_dgm.simulation.store import Store, manifest
+from pyro_dgm.simulation.store import Simulations, Store, manifest
 
 __all__ = ["simulate"]
 

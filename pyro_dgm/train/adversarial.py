@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from pyro_dgm.core.data import first_rows
-from pyro_dgm.core.random import fork_rng, put_random_states, random_states
-from pyro_dgm.train.average import Average
+from pyro_dgm.core.devices import fork_rng, put_random_states, random_states
 from pyro_dgm.train.batches import Batches
-from pyro_dgm.train.files import save_checkpoint
-from pyro_dgm.train.history import FitDiverged, History
-from pyro_dgm.train.schedule import Limits, rate_at
+from pyro_dgm.train.checkpoint import save_checkpoint
+from pyro_dgm.train.history import FitDiverged, History, Limits, rate_at
+from pyro_dgm.train.parameters import Average
 
 __all__ = ["AdversarialRun"]
 
@@ -29,7 +28,7 @@ _COLLAPSED = 0.5  # coverage as a share of what equal distributions have, below 
 
 
 class AdversarialRun:
-    """One call of ``fit`` with an :class:`~pyro_dgm.core.training.Alternating` objective; made like the run of a loss."""
+    """One call of ``fit`` with an :class:`~pyro_dgm.train.hooks.Alternating` objective; made like the run of a loss."""
 
     def __init__(
         self, objective: Any, parameters: list[Tensor], optimizer: Any, lr: float | None, batches: Batches,

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_dgm.core.devices import device_of, to_device
-from pyro_dgm.core.random import fork_rng, put_random_states, random_states, seeded
-from pyro_dgm.core.training import (
+from pyro_dgm.core.devices import device_of, fork_rng, put_random_states, random_states, seeded, to_device
+from pyro_dgm.train.adversarial import AdversarialRun
+from pyro_dgm.train.batches import Batches, held_out_split, named_tensors, non_finite, row_count
+from pyro_dgm.train.checkpoint import load_checkpoint, save_checkpoint
+from pyro_dgm.train.history import FitDiverged, History, Limits, rate_at, round_length
+from pyro_dgm.train.hooks import (
     Alternating,
     Convergent,
     Finishing,
@@ -24,13 +27,7 @@ from pyro_dgm.core.training import (
     Recommending,
     Startable,
 )
-from pyro_dgm.train.adversarial import AdversarialRun
-from pyro_dgm.train.average import Average
-from pyro_dgm.train.batches import Batches, held_out_split, named_tensors, non_finite, row_count
-from pyro_dgm.train.files import load_checkpoint, save_checkpoint
-from pyro_dgm.train.history import FitDiverged, History
-from pyro_dgm.train.parameters import owned_parameters
-from pyro_dgm.train.schedule import Limits, rate_at, round_length
+from pyro_dgm.train.parameters import Average, owned_parameters
 
 __all__ = ["FitDiverged", "fit"]
 

@@ -1,8 +1,8 @@
 """Variational autoencoders: the model/guide pair, and families for its three places."""
 
-from pyro_dgm.vae.chain import Chain
-from pyro_dgm.vae.conditional import Conditional, Encoded
-from pyro_dgm.vae.impute import impute
+from pyro_dgm.vae.conditional import Chain, Conditional, Encoded
+from pyro_dgm.vae.inference import impute, refine
+from pyro_dgm.vae.latents import FullRank, Mixture, StandardNormal, VampPrior
 from pyro_dgm.vae.likelihoods import (
     DiscretizedLogistic,
     bernoulli,
@@ -24,12 +24,14 @@ from pyro_dgm.vae.pictures import (
     plot_reconstructions,
     plot_traversal,
 )
-from pyro_dgm.vae.posteriors import FullRank
-from pyro_dgm.vae.priors import Mixture, StandardNormal, VampPrior
-from pyro_dgm.vae.refine import refine
-from pyro_dgm.vae.semisupervised import SemiSupervisedVAE
+from pyro_dgm.vae.semisupervised import SemiSupervised, SemiSupervisedVAE
+from pyro_dgm.vae.terms import LatentMMD, Penalised, TotalCorrelation
 
 __all__ = [
+    "LatentMMD",
+    "Penalised",
+    "SemiSupervised",
+    "TotalCorrelation",
     "VAE",
     "Chain",
     "Conditional",

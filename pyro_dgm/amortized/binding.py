@@ -1,0 +1,195 @@
+"""Between a guide and its model's arguments: data by the names of sites, covariates and sizes by the names of arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Size, Tensor
+
+from pyro_dgm.amortized.structure import Site, Structure
+from pyro_dgm.model.vectorize import in_draws_plate
+
+__all__ = ["Arguments", "covariate_sites"]
+
+
+@dataclass
+class Arguments:
+    """A model and the arguments of its prototype."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the model's arguments."""
+        fn = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
+        return [k for k, p in inspect.signature(fn).parameters.items() if p.kind is not p.VAR_KEYWORD]
+
+    def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of arguments by name."""
+        return dict(zip(self.names, args, strict=False)) | dict(kwargs)
+
+    def data_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], structure: Structure,
+                covariates: tuple[Site, ...]) -> dict[str, Any]:  # fmt: skip
+        """Data and covariates among the arguments of a call."""
+        given = {k: v for k, v in self.bound(args, kwargs).items() if v is not None}
+        wanted = [s.name for s in (*structure.observed, *covariates)]
+        missing = [k for k in wanted if k not in given]
+        if missing:
+            raise ValueError(
+                f"AmortizedGuide: called without {missing}. Call it with the model's arguments, data among them under the "
+                f"names of their sites (the model takes {self.names}), or use guide.condition(...)."
+            )
+        sites = (*structure.observed, *covariates)
+        return {s.name: checked(s, given[s.name], None, 0) for s in sites}
+
+    def conditioned(self, data: Mapping[str, Any], structure: Structure) -> Callable[..., Any]:
+        """The model with data, covariates and sizes in it; it ignores the arguments of its call."""
+        values = {k: v for k, v in data.items() if k != "mask"}
+        arguments = self.bound(self.args, self.kwargs) | {k: v for k, v in values.items() if k in self.names}
+        masks = data.get("mask", {})
+        observed = {s.name: values[s.name] for s in structure.observed}
+
+        def model(*args: Any, **kwargs: Any) -> Any:
+            with poutine.condition(data=observed), _MaskedData({k: m for k, m in masks.items() if k in observed}):
+                return self.model(**arguments)
+
+        return model
+
+    @torch.no_grad()
+    def simulate(self, n: int, structure: Structure, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """``{site: (n, *site)}`` from one vectorised run of the model; inputs ``(n, *covariate)`` stand left-padded.
+
+        Raises:
+            ValueError: if the model cannot run many draws at once.
+        """
+        nesting, inputs = structure.nesting, dict(inputs or {})
+        mask = inputs.pop("mask", {})
+        wide = {k: v.reshape(n, *(1,) * (nesting - v.dim() + 1), *v.shape[1:]) for k, v in inputs.items()}
+        arguments = self.bound(self.args, self.kwargs) | wide
+        sites = (*structure.latents, *structure.observed)
+        try:
+            with pyro.validation_enabled(False), poutine.block():
+                trace = poutine.trace(in_draws_plate(self.model, n, nesting)).get_trace(**arguments)
+            values = {s.name: _rows(s, trace.nodes[s.name]["value"], n, nesting) for s in sites}
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"AmortizedGuide: the model cannot simulate many data sets at once ({str(error).splitlines()[0]}). Simulate "
+                "beforehand, sims = dgm.simulate(model, n, observed=...), and pass them: fit(ForwardKL(guide), sims)."
+            ) from error
+        return values | inputs | ({"mask": mask} if mask else {})
+
+    def example(self, structure: Structure, covariates: tuple[Site, ...]) -> dict[str, Any]:
+        """Zeros in the shapes of the prototype."""
+        given, plates = self.bound(self.args, self.kwargs), {d: n for d, n in structure.plates.values()}
+        shape = lambda s: [plates[-d] if -d in s.dims else 1 for d in range(s.depth, 0, -1)]  # noqa: E731
+        zeros = {s.name: torch.zeros([*shape(s), *s.event_shape]) for s in structure.observed}
+        return zeros | {s.name: given[s.name] for s in covariates}
+
+    def refuse_lacking(self, batch: Mapping[str, Any], structure: Structure, covariates: tuple[Site, ...]) -> None:
+        """An error where simulations lack a site of the guide."""
+        names = [s.name for s in (*structure.latents, *structure.observed, *covariates)]
+        lacking = [k for k in names if k not in batch]
+        if lacking:
+            raise ValueError(
+                f"ForwardKL: the simulations hold {sorted(batch)}, without {lacking}. Simulate with the guide's model, and "
+                "keep covariates beside the sites: {**sims, 'name': covariate}."
+            )
+
+    def checked_data(self, data: Mapping[str, Any], mask: Mapping[str, Tensor] | None, structure: Structure,
+                     covariates: tuple[Site, ...]) -> dict[str, Any]:  # fmt: skip
+        """The data of a call of ``condition``, or an error that says what is wrong with them."""
+        sites = {s.name: s for s in (*structure.observed, *covariates)}
+        missing, unknown = (
+            [k for k in sites if k not in data],
+            [k for k in data if k not in sites and k not in self.names],
+        )
+        if missing or unknown:
+            raise ValueError(
+                f"condition: {f'{missing} missing' if missing else f'{unknown} unknown'}; expected the observed sites and "
+                f"covariates {list(sites)}, and maybe other arguments of the model ({self.names})."
+            )
+        masks = dict(mask or {})
+        first = structure.observed[0]
+        lead = torch.as_tensor(data[first.name]).dim() - first.depth - len(first.event_shape)
+        out = {k: checked(sites[k], v, masks.get(k), lead) if k in sites else v for k, v in data.items()}
+        return out | ({"mask": masks} if masks else {})
+
+
+class _MaskedData(poutine.messenger.Messenger):
+    """Leaves data out of the density where a mask is False."""
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.masks = masks
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.masks:
+            msg["mask"] = self.masks[msg["name"]] if msg["mask"] is None else msg["mask"] & self.masks[msg["name"]]
+
+
+def checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
+    """A value of a site, of the right shape and finite where it counts; what is masked becomes 0.
+
+    Raises:
+        ValueError: naming the site, for a wrong shape or NaN.
+    """
+    value = torch.as_tensor(value)
+    if lead and value.dim() == site.depth + len(site.event_shape):
+        lead = 0
+    event = value.shape[value.dim() - len(site.event_shape) :]
+    depth = value.dim() - len(site.event_shape) - lead
+    if event != site.event_shape or depth != site.depth or lead < 0:
+        expected = ", ".join([f"size of '{p}'" for p in site.plates] + [str(n) for n in site.event_shape])
+        raise ValueError(
+            f"condition: '{site.name}' has shape {tuple(value.shape)}, expected ({expected}) "
+            "with any number of leading dimensions for many data sets."
+        )
+    bad = ~value.isfinite() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
+    if mask is not None:
+        full = mask.reshape(*mask.shape, *(1,) * (value.dim() - mask.dim())).expand(value.shape)
+        value, bad = torch.where(full, value, torch.zeros_like(value)), bad & full
+    if bad.any():
+        raise ValueError(
+            f"condition: '{site.name}' holds {int(bad.sum())} NaN or infinite entries. Pass what is missing as a mask: "
+            f"condition({site.name}=..., mask={{'{site.name}': present}})."
+        )
+    return value
+
+
+def covariate_sites(
+    arguments: Arguments, names: Sequence[str] | Mapping[str, int], structure: Structure
+) -> tuple[Site, ...]:
+    """Covariates as sites: which plates their dimensions are is told by the sizes in the prototype."""
+    right = (
+        dict(names) if isinstance(names, Mapping) else {k: 0 for k in ([names] if isinstance(names, str) else names)}
+    )
+    given, sites = arguments.bound(arguments.args, arguments.kwargs), []
+    for name, event_dim in right.items():
+        if not isinstance(given.get(name), Tensor):
+            raise ValueError(
+                f"AmortizedGuide: covariate '{name}' is no tensor among the prototype's arguments {sorted(given)} (the model "
+                f"takes {arguments.names}). Pass an example in args= or kwargs=."
+            )
+        shape = given[name].shape
+        batch, event = shape[: len(shape) - event_dim], Size(shape[len(shape) - event_dim :])
+        plates = [(p, d) for p, (d, n) in structure.plates.items() if -d <= len(batch) and batch[d] == n]
+        sites.append(Site(name, event, tuple(p for p, _ in plates), tuple(d for _, d in plates)))
+    return tuple(sites)
+
+
+def _rows(site: Site, value: Tensor, n: int, nesting: int) -> Tensor:
+    """A site's value of a vectorised run as ``(n, *site)``."""
+    batch = value.shape[: value.dim() - len(site.event_shape)]
+    full = (1,) * (nesting + 1 - len(batch)) + tuple(batch)
+    value = value.reshape([*full, *site.event_shape]).expand(n, *full[1:], *site.event_shape)
+    if any(size != 1 for size in full[1 : nesting + 1 - site.depth]):
+        raise ValueError(f"site '{site.name}' came as {tuple(value.shape)} for {n} draws")
+    return value.reshape(n, *full[nesting + 1 - site.depth :], *site.event_shape)

@@ -1,0 +1,179 @@
+r"""What a group of latents sees of the data: embeddings of each observed site, pooled over the plates that the group lacks.
+
+A latent outside a plate must not depend on the order of the plate's data, and must take any number of them: its context is
+:math:`\rho\big(\frac1n \sum_i \phi(x_i), \log n\big)` (Zaheer et al. 2017, "Deep sets", theorem 2), with two layers of
+such means, so that each datum is seen beside the others. A latent inside a plate sees its own datum.
+
+The data as features: one stream per observed site, with covariates beside it and a mask of what is there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_dgm.amortized.structure import Site, Structure
+from pyro_dgm.core import Standardize
+from pyro_dgm.core.networks import MLP, broadcast_cat
+
+__all__ = ["SetEncoder", "StandardData", "Stream", "Streams", "pooled"]
+
+
+class StandardData(nn.Module):
+    """Data in units of their simulations; what is missing is zero.
+
+    Args:
+        features: numbers in one datum.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.standard = Standardize(features)
+
+    def fit(self, x: Tensor, mask: Tensor | None) -> None:
+        """Take mean and standard deviation of what is present."""
+        self.standard.fit(x.reshape(-1, x.shape[-1]) if mask is None else x[mask.expand(x.shape[:-1])])
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        u = self.standard(x.to(self.standard.loc))
+        return u if mask is None else torch.where(mask.unsqueeze(-1), u, torch.zeros_like(u))
+
+
+class SetEncoder(nn.Module):
+    """Elements ``(*batch, F)`` pooled over chosen batch dimensions (which become 1): ``(*batch, out_features)``.
+
+    Args:
+        in_features: F.
+        out_features: length of the summary.
+        hidden_features: width of the networks on single elements.
+    """
+
+    def __init__(self, in_features: int, out_features: int = 32, hidden_features: int = 64) -> None:
+        super().__init__()
+        h = hidden_features
+        self.first = MLP(in_features, h, (h,))
+        self.second = MLP(2 * h + 1, h, (h,))
+        self.last = MLP(h + 1, out_features, (h,))
+
+    def forward(self, x: Tensor, dims: list[int], mask: Tensor | None = None) -> Tensor:
+        """``dims`` are negative dimensions of the batch; ``mask`` has the batch's shape, True where there is a datum."""
+        elements = self.first(x)
+        mean, log_n = pooled(elements, dims, mask)
+        elements = self.second(torch.cat([elements, broadcast_cat(mean, log_n).expand(*elements.shape[:-1], -1)], -1))
+        return self.last(broadcast_cat(*pooled(elements, dims, mask)))
+
+
+def pooled(x: Tensor, dims: list[int], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean over batch dimensions, kept as 1, of what is present; and the log of one plus how many there are.
+
+    >>> mean, log_n = pooled(torch.tensor([[1.0], [3.0], [9.0]]), [-1], torch.tensor([True, True, False]))
+    >>> mean, bool(log_n.exp().round() == 3)
+    (tensor([[2.]]), True)
+    """
+    axes = [d - 1 for d in dims]
+    present = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x).expand(x.shape[:-1])
+    count = present.unsqueeze(-1).sum(axes, keepdim=True)
+    mean = (x * present.unsqueeze(-1)).sum(axes, keepdim=True) / count.clamp_min(1.0)
+    return mean, torch.log1p(count)
+
+
+@dataclass
+class Stream:
+    """Features ``(*lead, *plates, F)`` of one site, and where there is a datum, ``(*lead, *plates)`` or None."""
+
+    plates: tuple[str, ...]
+    features: Tensor
+    mask: Tensor | None
+
+
+class Streams(nn.Module):
+    """Standardised data, through the user's encoder where there is one, with the covariates of their plates.
+
+    Args:
+        structure: of the model.
+        covariates: inputs of the model as sites without a distribution.
+        encoder: ``{site: module}``; a module maps events ``(N, *event_shape)`` to ``(N, F)``, and may take ``mask``.
+    """
+
+    def __init__(self, structure: Structure, covariates: tuple[Site, ...], encoder: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.structure, self.covariates = structure, covariates
+        self.standard: Any = nn.ModuleDict({_key(s): StandardData(s.width) for s in (*structure.observed, *covariates)})
+        unknown = [k for k in encoder if k not in {s.name for s in structure.observed}]
+        if unknown:
+            raise ValueError(
+                f"AmortizedGuide: encoder={unknown} names no observed site; observed are "
+                f"{[s.name for s in structure.observed]}."
+            )
+        self.encoder = nn.ModuleDict({f"site_{k}".replace(".", "_"): m for k, m in encoder.items()})
+
+    def lead(self, batch: Mapping[str, Any]) -> int:
+        """Leading dimensions of the data: 1 for a batch of simulations, 0 for one data set."""
+        site = self.structure.observed[0]
+        return batch[site.name].dim() - site.depth - len(site.event_shape)
+
+    def forward(self, batch: Mapping[str, Any], lead: int) -> list[Stream]:
+        inputs = {s.name: self._standardised(s, batch, lead) for s in (*self.structure.observed, *self.covariates)}
+        streams = [self._with_covariates(s, inputs) for s in self.structure.observed]
+        alone = [s for s in self.covariates if not s.plates]
+        return streams + [Stream((), inputs[s.name].features, None) for s in alone]
+
+    def fit(self, batch: Mapping[str, Any]) -> None:
+        """Take the units from simulations."""
+        for site in (*self.structure.observed, *self.covariates):
+            x = site.features(batch[site.name], self.structure.nesting, 1)
+            self.standard[_key(site)].fit(x, self._mask(site, batch, 1, x)[0])
+
+    def _standardised(self, site: Site, batch: Mapping[str, Any], lead: int) -> Stream:
+        x = site.features(batch[site.name], self.structure.nesting, lead)
+        mask, entries = self._mask(site, batch, lead, x)
+        u = self.standard[_key(site)](x, mask)
+        u = u if entries is None else torch.where(entries, u, torch.zeros_like(u))
+        name = f"site_{site.name}".replace(".", "_")
+        if name in self.encoder:
+            u = _encoded(self.encoder[name], u, site, entries)
+        return Stream(site.plates, u, mask)
+
+    def _mask(self, site: Site, batch: Mapping[str, Any], lead: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of whole data, and of entries of data (where the mask has axes of the event)."""
+        mask = batch.get("mask", {}).get(site.name)
+        if mask is None:
+            return None, None
+        axes = mask.dim() - lead
+        if axes <= site.depth:
+            full = mask.reshape(*mask.shape[:lead], *(1,) * (self.structure.nesting - site.depth), *mask.shape[lead:],
+                                *(1,) * (site.depth - axes))  # fmt: skip
+            return full.expand(x.shape[:-1]), None
+        entries = mask.reshape(*mask.shape, *(1,) * (site.depth + len(site.event_shape) - axes))
+        entries = entries.expand(batch[site.name].shape).reshape(x.shape)
+        return entries.any(-1), entries
+
+    def _with_covariates(self, site: Site, inputs: dict[str, Stream]) -> Stream:
+        own = inputs[site.name]
+        present = own.features.new_ones(own.features.shape[:-1]) if own.mask is None else own.mask.to(own.features)
+        beside = [inputs[c.name].features for c in self.covariates if c.plates and set(c.plates) <= set(site.plates)]
+        return Stream(site.plates, broadcast_cat(own.features, *beside, present.unsqueeze(-1)), own.mask)
+
+
+def _key(site: Site) -> str:
+    return f"site_{site.name}".replace(".", "_")
+
+
+def _encoded(encoder: nn.Module, u: Tensor, site: Site, entries: Tensor | None) -> Tensor:
+    rows = u.reshape(-1, *site.event_shape)
+    if "mask" in inspect.signature(encoder.forward).parameters:
+        present = torch.ones_like(rows, dtype=torch.bool) if entries is None else entries.reshape(rows.shape)
+        out = encoder(rows, mask=present)
+    else:
+        out = encoder(rows)
+    if out.dim() != 2 or len(out) != len(rows):
+        raise ValueError(
+            f"AmortizedGuide: the encoder of '{site.name}' maps {tuple(rows.shape)} to {tuple(out.shape)}; expected "
+            f"({len(rows)}, features)."
+        )
+    return out.reshape(*u.shape[:-1], -1)

@@ -1,0 +1,263 @@
+r"""The posterior for given data: draws, densities, and a Pyro guide.
+
+The posterior of one data set as an ``AutoContinuous``: a map :math:`z \mapsto \theta` from a base, as NeuTra asks for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import init_to_median
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution, Transform, biject_to, constraints
+
+from pyro_dgm.amortized.refine import Refined, refined
+from pyro_dgm.amortized.units import Units
+from pyro_dgm.core import compose, zuko
+from pyro_dgm.core.devices import fork_rng, seeded
+from pyro_dgm.guides.autoflow import as_pyro
+from pyro_dgm.guides.vector import VectorGuide
+
+if TYPE_CHECKING:
+    from pyro_dgm.amortized.guide import AmortizedGuide
+
+__all__ = ["ConditionedGuide", "Transport"]
+
+
+class ConditionedGuide(nn.Module):
+    r"""q(latents | data) for one data set, or for many at once; made by :meth:`AmortizedGuide.condition`.
+
+    Called, with any arguments, it is a Pyro guide for one data set: pass it to ``Importance``, ``Predictive`` or
+    :func:`~pyro_dgm.from_svi` together with :attr:`model`, the user's model with the data in it.
+
+    Args:
+        guide: the amortised guide; parameters are shared with it.
+        data: ``{site: value}`` of data and covariates, masks under ``"mask"``; data may have leading dimensions.
+        lead: how many leading dimensions there are.
+    """
+
+    def __init__(self, guide: AmortizedGuide, data: dict[str, Any], lead: int) -> None:
+        super().__init__()
+        self.guide, self.data, self.lead = guide, data, lead
+        self.model = guide.conditioned_model(data)
+        self._masses: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        self._refuse_many("called as a guide")
+        return self.guide.trace_draws(self.data)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> dict[str, Tensor]:
+        """Draws ``{site: (*sample_shape, *lead, *site)}``; never outside a prior's support."""
+        draws, unbounded = self.guide.draw(self.data, self.lead, Size(sample_shape)), self.guide.unbounded
+        if unbounded is None:
+            return draws
+        return unbounded.to_sites(draws, self.data, self.lead + len(Size(sample_shape)))
+
+    def log_prob(self, values: dict[str, Tensor]) -> Tensor:
+        """Log density (nats) of draws ``{site: (*sample_shape, *lead, *site)}``, shape ``(*sample_shape, *lead)``.
+
+        Where a box was cut off the flow, the error that Monte Carlo leaves in the density's constant is
+        :attr:`log_prob_error`; it is the same for all draws of one data set.
+
+        Raises:
+            ValueError: for a latent that is missing.
+        """
+        lead = self._leading(values)
+        unbounded: Any = self.guide.unbounded
+        log_det: Any = 0.0
+        if unbounded is not None:
+            values, log_det = unbounded.both(values, self.data, lead)
+        missing = [s.name for s in self.guide.structure.latents if s.name not in values]
+        if missing:
+            raise ValueError(f"log_prob: latent sites {missing} are missing; got {sorted(values)}.")
+        return self.guide.score(values, self.data, self.lead, self.masses()[0]) - log_det
+
+    def _leading(self, values: dict[str, Tensor]) -> int:
+        """Dimensions of draws and data sets that stand left of the sites."""
+        site = next((s for s in self.guide.structure.latents if s.name in values), None)
+        return 0 if site is None else values[site.name].dim() - site.depth - len(site.event_shape)
+
+    def masses(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """For each group the share of its flow inside the box, and the error; estimated once."""
+        if self._masses is None:
+            with fork_rng(0):
+                self._masses = self.guide.masses(self.data, self.lead)
+        return self._masses
+
+    @property
+    def log_prob_error(self) -> Tensor:
+        """Standard error of ``log_prob`` common to all draws, in nats, shape ``(*lead,)``; 0 where nothing was cut off."""
+        shares, errors = self.masses()
+        terms = [(e / s).square() for s, e in zip(shares, errors, strict=True) if s is not None and e is not None]
+        return sum(terms, torch.zeros(())).sqrt()
+
+    def refine(
+        self,
+        num_samples: int = 1000,
+        *,
+        proposals: int | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+    ) -> Refined:
+        r"""Draws of this data set's posterior by the model's own density: importance weights, then short Markov chains.
+
+        Sites marked for enumeration are summed out of the density. Discrete latents without that mark need chains that do
+        not exist here: then weights only.
+
+        Args:
+            num_samples: draws to return.
+            proposals: draws of the guide that are weighted; None for four times as many.
+            steps: steps of the chains, all draws at once; None for none where k-hat is below 0.5, otherwise 200.
+            seed: makes it reproducible.
+
+        Returns:
+            Draws with k-hat, effective number, evidence and its error, and the chains' acceptance.
+
+        Raises:
+            ValueError: on many data sets at once, or where the model's density vanishes at all draws.
+
+        Warns:
+            UserWarning: where k-hat is 0.7 or more.
+        """
+        self._refuse_many("refined")
+        with seeded(seed):
+            return refined(self, num_samples, proposals or 4 * num_samples, steps)
+
+    def transport(self) -> Transport:
+        """The same posterior as an ``AutoContinuous``, for NUTS in its coordinates.
+
+        ``dgm.neutra(posterior.model, posterior.transport())`` and ``NeuTraReparam(posterior.transport())``. The guide must be
+        built with a flow, such as ``family=dgm.NSF``: the default family is no transform of a base.
+
+        Raises:
+            ValueError: on many data sets at once; for latents inside plates, discrete ones, a box that is cut off
+                (build the guide with ``bounds="map"``), and a family that is no flow.
+        """
+        self._refuse_many("asked for its transport")
+        return Transport(self)
+
+    def _refuse_many(self, what: str) -> None:
+        if self.lead:
+            site = self.guide.structure.observed[0].name
+            raise ValueError(
+                f"posterior: {what}, but it was conditioned on many data sets at once ('{site}' has shape "
+                f"{tuple(self.data[site].shape)}). Condition on one data set, without the leading dimension."
+            )
+
+
+class Transport(VectorGuide):
+    """q(latents | data) over the vector of all latents, each unconstrained by ``biject_to`` of its support.
+
+    Made by :meth:`~pyro_dgm.amortized.posterior.ConditionedGuide.transport`. The parameters are those of the
+    amortised guide.
+
+    Args:
+        posterior: of one data set, with one flow over continuous latents outside plates, and no box cut off.
+
+    Raises:
+        ValueError: for another posterior; it says what is in the way.
+    """
+
+    def __init__(self, posterior: ConditionedGuide) -> None:
+        _refuse(posterior)
+        super().__init__(posterior.model, init_loc_fn=init_to_median)
+        self.amortized = posterior.guide
+        self._data = posterior.data
+        self.setup()
+        _refuse_circles(self.coordinates.circular)
+
+    def get_base_dist(self) -> Distribution:
+        return as_pyro(self._built().base)
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
+        group, built = self.amortized.groups[0], self._built()
+        inner = group.family.bijection(built)
+        return compose([built.transform.inv, *([] if inner is None else [inner]), _Unconstrained(group.units)])
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> Distribution:
+        return dist.TransformedDistribution(self.get_base_dist(), [self.get_transform()])
+
+    def _built(self) -> Any:
+        group = self.amortized.groups[0]
+        context = group.context(self.amortized.streams(self._data, 0), [])
+        return group.family.checked_build(context.reshape(context.shape[-1]))
+
+
+class _Unconstrained(Transform):
+    """From the units of a group to the unconstrained values of its sites, side by side."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, units: Units) -> None:
+        super().__init__()
+        self.units = units
+
+    def _call(self, u: Tensor) -> Tensor:
+        return self.call_and_ladj(u)[0]
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        values = {}
+        for site, part in zip(self.units.sites, x.split(self.units.widths, -1), strict=True):
+            to_site: Any = biject_to(site.support)
+            values[site.name] = to_site(part.reshape([*x.shape[:-1], *to_site.inverse_shape(site.event_shape)]))
+        return self.units.flatten(values)[0]
+
+    def call_and_ladj(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and log-determinant."""
+        values, log_dets = self.units.unflatten(u)
+        parts, total = [], torch.zeros(())
+        for site in self.units.sites:
+            to_site = biject_to(site.support)
+            x = to_site.inv(values[site.name])
+            log_det = to_site.log_abs_det_jacobian(x, values[site.name])
+            parts.append(x.reshape(*u.shape[:-1], -1))
+            total = total + log_dets[site.name] - log_det.reshape(*u.shape[:-1], -1).sum(-1)
+        return torch.cat(parts, -1), total
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[1]
+
+
+def _refuse(posterior: ConditionedGuide) -> None:
+    groups = list(posterior.guide.groups)
+    inside = [s.name for g in groups for s in g.sites if g.plates]
+    discrete = [s.name for g in groups for s in g.discrete]
+    if inside or discrete:
+        what = f"latents {inside} lie in plates" if inside else f"latents {discrete} are discrete"
+        raise ValueError(
+            f"transport: {what}, and NeuTra needs one map from a base to all latents. Start NUTS at draws, "
+            "NUTS(posterior.model, init_strategy=init_to_value(values=posterior.sample())), or use AutoFlow with dgm.neutra."
+        )
+    if len(groups) > 1:
+        raise ValueError(
+            f"transport: the model falls into parts, {[[s.name for s in g.sites] for g in groups]}, that are independent given "
+            "the data, each with a flow of its own. Infer them as models of their own."
+        )
+    if groups[0].truncated:
+        raise ValueError(
+            "transport: a prior's box is cut off the flow, which is then no map from a base. Build the guide with "
+            "AmortizedGuide(..., bounds='map')."
+        )
+    if not _is_flow(groups[0]):
+        raise ValueError(
+            f"transport: {type(groups[0].family).__name__} is no transform of a base. Build the guide with a flow, such as "
+            "family=dgm.NSF."
+        )
+
+
+def _refuse_circles(circular: frozenset[str]) -> None:
+    if circular:
+        raise ValueError(
+            f"transport: latent site '{sorted(circular)[0]}' lives on a circle, which has no map from a base. Use AutoFlow with "
+            "dgm.neutra, or posterior.refine()."
+        )
+
+
+def _is_flow(group: Any) -> bool:
+    built = group.family.build(torch.zeros(group.context_features))
+    return isinstance(built, zuko.distributions.NormalizingFlow)

@@ -1,0 +1,292 @@
+r"""From an amortised posterior to the posterior of one data set, by the model's own density.
+
+1. Importance weights :math:`w = p(x, \theta) / q(\theta \mid x)`, Pareto-smoothed, say how far off q is (k-hat, effective
+   draws) and estimate the evidence, :math:`\log p(x) \approx \log \bar w`.
+2. Draws picked in proportion to w are moved by many short Markov chains at once. Each step proposes either a fresh draw of q
+   (independence: it changes modes) or a difference of two other chains' states (it follows scale and correlation without
+   tuning), and accepts by Metropolis and Hastings' rule, so the posterior stays as it is.
+
+Sources: Vehtari et al. (2024), JMLR 25(72); ter Braak & Vrugt (2008), "Differential evolution Markov chain with snooker
+updater and fewer chains", Statistics and Computing 18, eqs. 1-2.
+
+The model's joint density and the guide's, as functions of one vector of all latents, for many vectors at once.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Size, Tensor
+
+from pyro_dgm.amortized.units import Units
+from pyro_dgm.core.devices import device_of
+from pyro_dgm.core.warn import warn_user
+from pyro_dgm.core.weights import log_mean_exp, psis, stratified
+from pyro_dgm.model.sites import left_of_plates
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, find_vectorization, joint_alone, joint_in_plate, joint_of_rows
+
+if TYPE_CHECKING:
+    from pyro_dgm.amortized.posterior import ConditionedGuide
+
+__all__ = ["Joint", "Refined", "refine", "refined"]
+
+_BAD = 0.7  # Pareto k from which on weights do not repair the draws
+_EQUAL = 0.98  # share of effective draws above which weights are as good as equal
+_FRESH_EVERY = 20  # steps; a fresh draw asks the flow three times, a difference only the model
+
+
+@dataclass
+class Refined:
+    """Draws of one data set's posterior, and what is known of their quality.
+
+    Attributes:
+        draws: ``{site: (n, *site)}``.
+        khat: Pareto k of the guide's importance weights; 0.7 and more is bad.
+        ess: effective number among the ``proposed`` draws of the guide.
+        log_evidence: estimate of log p(x), nats.
+        log_evidence_error: its standard error; not to be believed where k-hat is bad.
+        acceptance: share of accepted steps of the chains, of fresh draws and of differences; empty without chains.
+        moved: share of the chains that left their starting point.
+    """
+
+    draws: dict[str, Tensor]
+    khat: float
+    ess: float
+    proposed: int
+    log_evidence: float
+    log_evidence_error: float
+    acceptance: dict[str, float] = field(default_factory=dict)
+    moved: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        """Whether importance weights alone carry the draws: k-hat below 0.7, or weights that hardly differ at all."""
+        return _carried(self.khat, self.ess / self.proposed)
+
+    def __str__(self) -> str:
+        chains = "".join(f", {k} accepted {v:.0%}" for k, v in self.acceptance.items())
+        return (
+            f"Refined({len(next(iter(self.draws.values())))} draws, k-hat {self.khat:.2f}, ess {self.ess:.0f} of "
+            f"{self.proposed}, log evidence {self.log_evidence:.3f} +- {self.log_evidence_error:.3f}{chains})"
+        )
+
+
+@torch.no_grad()
+def refine(
+    sample: Callable[[int], Tensor], log_q: Callable[[Tensor], Tensor], log_p: Callable[[Tensor], Tensor],
+    unpack: Callable[[Tensor], dict[str, Tensor]], n: int, proposals: int, steps: int, constant_error: float,
+) -> Refined:  # fmt: skip
+    """Weights, then ``steps`` steps of ``n`` chains; densities are of vectors ``(N, D)``."""
+    u = sample(proposals)
+    lp, lq = log_p(u), log_q(u)
+    finite = lp.isfinite()
+    if not finite.any():
+        raise ValueError(
+            f"refine: the model's density is zero or NaN at all {proposals} draws of the guide. The data are not what the "
+            "model simulates, or the guide is not trained."
+        )
+    log_w = torch.where(finite, lp - lq, -torch.inf).double()
+    smooth, k = _smoothed(log_w.cpu())
+    ess = float(1.0 / np.square(smooth).sum())
+    evidence, error = map(float, log_mean_exp(log_w))
+    index = _picked(smooth, n)
+    state = _State(u[index], lp[index].double())
+    accepted = _chains(state, sample, log_q, log_p, steps) if steps and n > 3 else {}
+    moved = float((state.u != u[index]).any(-1).double().mean())
+    _warn(k, ess, proposals, steps, accepted)
+    return Refined(unpack(state.u), k, ess, proposals, evidence, math.hypot(error, constant_error), accepted, moved)
+
+
+@dataclass
+class _State:
+    u: Tensor
+    log_p: Tensor
+
+    def accept(self, u: Tensor, log_p: Tensor, log_ratio: Tensor) -> Tensor:
+        """Metropolis: move where a uniform number is below the ratio; returns where."""
+        take = torch.rand_like(log_ratio).log() < log_ratio
+        self.u = torch.where(take.unsqueeze(-1), u, self.u)
+        self.log_p = torch.where(take, log_p, self.log_p)
+        return take
+
+
+def _chains(state: _State, sample: Any, log_q: Any, log_p: Any, steps: int) -> dict[str, float]:
+    shares: dict[str, list[float]] = {"fresh draws": [], "differences": []}
+    for i in range(steps):
+        fresh = i % _FRESH_EVERY == _FRESH_EVERY - 1
+        taken = _fresh(state, sample, log_q, log_p) if fresh else _difference(state, log_p, jump=i % 4 == 3)
+        shares["fresh draws" if fresh else "differences"].append(float(taken.double().mean()))
+    return {k: sum(v) / len(v) for k, v in shares.items() if v}
+
+
+def _fresh(state: _State, sample: Any, log_q: Any, log_p: Any) -> Tensor:
+    """Independence step: the proposal is the guide. It changes modes."""
+    u = sample(len(state.u))
+    proposed = _finite(log_p(u))
+    return state.accept(u, proposed, proposed - log_q(u).double() - state.log_p + log_q(state.u).double())
+
+
+def _difference(state: _State, log_p: Any, jump: bool) -> Tensor:
+    """Half the chains at a time move by the difference of two chains of the other half, which stays as it is."""
+    n, dim = state.u.shape
+    order, taken = torch.randperm(n), torch.zeros_like(state.log_p, dtype=torch.bool)
+    for movers, rest in ((order[: n // 2], order[n // 2 :]), (order[n // 2 :], order[: n // 2])):
+        a = torch.randint(len(rest), (len(movers),))
+        b = (a + torch.randint(1, len(rest), (len(movers),))) % len(rest)
+        gamma = 1.0 if jump else 2.38 / math.sqrt(2.0 * dim) * torch.rand(len(movers), 1, device=state.u.device)
+        u = state.u[movers] + gamma * (state.u[rest[a]] - state.u[rest[b]])
+        u = u + 1e-4 * torch.randn_like(u)  # chains that share a point must part
+        part = _State(state.u[movers], state.log_p[movers])
+        proposed = _finite(log_p(u))
+        taken[movers] = part.accept(u, proposed, proposed - part.log_p)
+        state.u[movers], state.log_p[movers] = part.u, part.log_p
+    return taken
+
+
+def _finite(log_p: Tensor) -> Tensor:
+    return log_p.double().nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+
+
+def _smoothed(log_w: Tensor) -> tuple[np.ndarray, float]:
+    """Smoothed weights of all draws, summing to one, and Pareto k; draws of density zero have weight zero."""
+    finite = log_w.isfinite().numpy()
+    smooth, k = psis(log_w.numpy()[finite])
+    out = np.zeros(len(log_w))
+    out[finite] = np.exp(smooth)
+    return out / out.sum(), k
+
+
+def _picked(weights: np.ndarray, n: int) -> Tensor:
+    """Indices in proportion to the weights, in random order."""
+    index = stratified(weights, n, torch.rand(n, dtype=torch.float64, device="cpu").numpy())
+    return torch.from_numpy(index)[torch.randperm(n, device="cpu")]
+
+
+def _carried(k: float, effective: float) -> bool:
+    """Of weights within some per cent of each other even a heavy tail moves nothing."""
+    return k < _BAD or effective > _EQUAL
+
+
+def _warn(k: float, ess: float, proposals: int, steps: int, accepted: dict[str, float]) -> None:
+    if _carried(k, ess / proposals):
+        return
+    after = (
+        f"The draws come from {steps} steps of chains ({', '.join(f'{n} accepted {a:.1%}' for n, a in accepted.items())}); "
+        "a mode that the guide misses is still missed."
+        if steps
+        else "They were not moved by chains: pass steps=200."
+    )
+    warn_user(
+        f"refine: k-hat is {k:.2f} ({ess:.0f} effective draws); the guide is far from this data set's posterior, and "
+        f"importance weights alone do not repair it, nor is the evidence to be believed. {after}"
+    )
+
+
+_LIKELY = 0.5  # Pareto k below which weights are all that is needed
+_STEPS = 200
+
+
+def refined(posterior: ConditionedGuide, n: int, proposals: int, steps: int | None) -> Refined:
+    """Weights, and chains where the weights ask for them."""
+    joint = Joint(posterior)
+    error = float(posterior.log_prob_error)
+    run = lambda k: refine(joint.sample, joint.log_q, joint.log_p, joint.unpack, n, proposals, k, error)  # noqa: E731
+    if joint.discrete or steps is not None:
+        return run(0 if joint.discrete else steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = run(0)
+    return first if (first.khat < _LIKELY and first.ess > n) or first.ess > 0.98 * proposals else run(_STEPS)
+
+
+class Joint:
+    """Densities over vectors ``(N, D)``: the continuous latents, mapped to all numbers, side by side.
+
+    Args:
+        posterior: of one data set.
+    """
+
+    def __init__(self, posterior: ConditionedGuide) -> None:
+        self.posterior, structure = posterior, posterior.guide.structure
+        self.nesting = structure.nesting
+        self.sites = structure.latents
+        self.discrete = any(s.classes for s in self.sites)
+        self.model = posterior.guide.conditioned_model(posterior.data, rewritten=True)
+        example = self._drawn(3)
+        where = device_of(posterior.guide)
+        self.units = {s.name: Units([s], "map").to(where) for s in self.sites if not s.classes}
+        self.shapes = {k: v.shape[1:] for k, v in example.items()}
+        self.how, fault = find_vectorization(self.model, self._in_plate(example), self.shapes, self.nesting, (), {})
+        if self.how == "loop":
+            warn_user(NOT_VECTORIZED.format(fault))
+
+    def sample(self, n: int) -> Tensor:
+        """Draws of the guide."""
+        return self.pack(self._drawn(n))
+
+    @torch.no_grad()
+    def _drawn(self, n: int) -> dict[str, Tensor]:
+        """Draws of the rewritten model's latents."""
+        return self.posterior.guide.draw(self.posterior.data, 0, Size([n]))
+
+    def pack(self, values: dict[str, Tensor]) -> Tensor:
+        """Draws ``{site: (N, *site)}`` as vectors."""
+        return torch.cat([self._packed(s, values[s.name]) for s in self.sites], -1)
+
+    def unpack(self, u: Tensor) -> dict[str, Tensor]:
+        """Vectors as draws."""
+        values, unbounded = self._unpacked(u)[0], self.posterior.guide.unbounded
+        return values if unbounded is None else unbounded.to_sites(values, self.posterior.data, 1)
+
+    def log_q(self, u: Tensor) -> Tensor:
+        """Log density of the guide over vectors, nats."""
+        values, log_det = self._unpacked(u)
+        with pyro.validation_enabled(False):
+            masses = self.posterior.masses()[0]
+            return self.posterior.guide.score(values, self.posterior.data, 0, masses).double() + log_det
+
+    def log_p(self, u: Tensor) -> Tensor:
+        """Log joint density of the model over vectors, nats; NaN where it has none."""
+        values, log_det = self._unpacked(u)
+        with pyro.validation_enabled(False), poutine.block():
+            return self._joint(values).double() + log_det
+
+    def _joint(self, values: dict[str, Tensor]) -> Tensor:
+        model, n = self.model, len(next(iter(values.values())))
+        if self.how == "plate":
+            return joint_in_plate(model, self._in_plate(values), n, self.nesting, (), {})
+        if self.how == "vmap":
+            return joint_of_rows(model, values, (), {})
+        rows = [{k: v[i] for k, v in values.items()} for i in range(n)]
+        return torch.stack([joint_alone(model, row, self.nesting, (), {}) for row in rows])
+
+    def _in_plate(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Values with the draws left of all plates: ``(n, 1, .., *plates, *event)``."""
+        return {s.name: left_of_plates(values[s.name], len(s.event_shape), self.nesting) for s in self.sites}
+
+    def _packed(self, site: Any, value: Tensor) -> Tensor:
+        if site.classes:
+            return value.reshape(len(value), -1).to(torch.get_default_dtype())
+        return self.units[site.name].flatten({site.name: value})[0].reshape(len(value), -1)
+
+    def _unpacked(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        values, log_det, at = {}, u.new_zeros(len(u), dtype=torch.float64), 0
+        for site in self.sites:
+            batch = self.shapes[site.name][: site.depth]
+            width = batch.numel() * (site.width if site.classes else self.units[site.name].features)
+            part, at = u[:, at : at + width].reshape(len(u), *batch, -1), at + width
+            if site.classes:
+                values[site.name] = part.reshape(len(u), *self.shapes[site.name]).to(site.dtype)
+                continue
+            value, log_dets = self.units[site.name].unflatten(part)
+            values[site.name] = value[site.name]
+            log_det = log_det + log_dets[site.name].double().reshape(len(u), -1).sum(-1)
+        return values, log_det

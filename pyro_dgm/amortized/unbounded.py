@@ -1,0 +1,159 @@
+r"""Latents whose support follows other latents, for a guide that wants fixed ones: :math:`x = T_{\theta}(u)`, with u learned.
+
+The model is rewritten: a site x on ``Uniform(0, top)`` becomes a latent ``x_unconstrained`` on the real line, with the density
+that x gives it, and x a deterministic site. Simulations of the plain model are converted by running it on their values.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.reparam.reparam import Reparam
+from torch import Size, Tensor
+
+from pyro_dgm.amortized.units import PriorUnits
+from pyro_dgm.model.handlers import EndOfRun
+from pyro_dgm.model.sites import left_of_plates
+from pyro_dgm.model.supports import onto
+
+__all__ = ["Unbounded", "rewritten"]
+
+_NAME = "{}_unconstrained"
+
+
+class _OnRealNumbers(Reparam):
+    """Samples the unconstrained value, and computes the site from it."""
+
+    def apply(self, msg: Any) -> Any:
+        fn, name = msg["fn"], msg["name"]
+        to_support = onto(fn, None)
+        given = None if msg["value"] is None else to_support.inv(msg["value"])
+        base = dist.TransformedDistribution(fn, [to_support.inv])
+        u = pyro.sample(_NAME.format(name), base, obs=given if msg["is_observed"] else None)
+        value = to_support(u)
+        return {"fn": dist.Delta(value, event_dim=fn.event_dim).mask(False), "value": value, "is_observed": True}
+
+
+def rewritten(model: Callable[..., Any], names: frozenset[str]) -> Callable[..., Any]:
+    """The model with these sites on the real line."""
+    config = {name: _OnRealNumbers() for name in names}
+
+    @functools.wraps(model.forward if isinstance(model, torch.nn.Module) else model)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with poutine.reparam(config=config):
+            return model(*args, **kwargs)
+
+    return run
+
+
+class Unbounded:
+    """Between the sites of the plain model and those of the rewritten one.
+
+    Args:
+        model: the plain model.
+        names: of the sites that were rewritten.
+        prior: knows how a model is run on values that are laid out with leading dimensions.
+    """
+
+    def __init__(self, model: Callable[..., Any], names: frozenset[str], prior: PriorUnits) -> None:
+        self.model, self.prior = model, prior
+        self.names = {name: _NAME.format(name) for name in sorted(names)}
+        self.sites = {s.name: s for s in prior.structure.latents}
+
+    def to_real(self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int) -> dict[str, Any]:
+        """Values of the plain sites ``(*lead, *site)``, with those on the real line beside them."""
+        if all(u in values for u in self.names.values()):
+            return dict(values)
+        return self.both(values, data, lead)[0]
+
+    def to_sites(self, values: Mapping[str, Tensor], data: Mapping[str, Any], lead: int) -> dict[str, Tensor]:
+        """Values ``(*lead, *site)`` of the plain model's latents, from those of the rewritten one."""
+        both = self.both(values, data, lead)[0]
+        return {k: v for k, v in both.items() if k not in self.names.values()}
+
+    def both(self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int) -> tuple[dict[str, Any], Any]:
+        """Latents of both models, from those of either, and the log-determinant of the map to the plain ones, ``(*lead)``.
+
+        Values that lack a site come back as they are.
+        """
+        if any(x not in values and u not in values for x, u in self.names.items()):
+            return dict(values), 0.0
+        shape, found = self._lead(values, lead), self._seen(values, data, lead)
+        made = {x: self._bare(x, found[x].value, shape) for x in self.names}
+        made |= {u: self._bare(x, found[x].real, shape) for x, u in self.names.items()}
+        return dict(values) | made, sum(f.log_det.reshape(*shape, -1).sum(-1) for f in found.values())
+
+    def placed(self, values: Mapping[str, Tensor], data: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Value and log-determinant of each rewritten site, ``(n, *plates, *event)`` and ``(n, *plates)``.
+
+        ``values`` are those of a traced run ``(*particles, *plates, *event)``, with all plates of the model.
+        """
+        nesting = self.prior.structure.nesting
+        lead = next(v.dim() - nesting - len(self.sites[k].event_shape) for k, v in values.items())
+        return {x: (f.value, f.log_det) for x, f in self._seen(values, data, lead).items()}
+
+    def _seen(self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int) -> dict[str, _Place]:
+        """Each rewritten site, in one run of the plain model on all values; a real number counts before the site's value."""
+        real = {x: self._row(u, values[u], lead) for x, u in self.names.items() if u in values}
+        plain = self.names.keys() | (self.sites.keys() - self.names.values())
+        given = {k: self._row(k, v, lead) for k, v in values.items() if k in plain and k not in real}
+        seen = _Places(set(self.names), real, 1 + self.prior.structure.nesting)
+        self.prior.run(self.model, given, data, self._lead(values, lead), seen)
+        return seen.found
+
+    def _lead(self, values: Mapping[str, Any], lead: int) -> Size:
+        return next(v.shape[:lead] for k, v in values.items() if k in self.sites or k in self.names)
+
+    def _row(self, name: str, value: Tensor, lead: int) -> Tensor:
+        """``(n, 1, .., *plates, *event)``, of a value that may have all plates already."""
+        event_dim = value.dim() - lead - self._depth(name) if name in self.names else len(self.sites[name].event_shape)
+        rows = value.reshape(value.shape[:lead].numel(), *value.shape[lead:])
+        return left_of_plates(rows, event_dim, self.prior.structure.nesting)
+
+    def _bare(self, name: str, value: Tensor, shape: Size) -> Tensor:
+        """A run's value as ``(*lead, *plates, *event)``."""
+        plates_end = 1 + self.prior.structure.nesting
+        return value.reshape(*shape, *value.shape[plates_end - self._depth(name) :])
+
+    def _depth(self, name: str) -> int:
+        return self.sites[self.names.get(name, name)].depth
+
+
+class _Place(NamedTuple):
+    """A site in a run of the plain model: its real number, its value, and the log-determinant between them."""
+
+    real: Tensor  # (n, *plates, *event)
+    value: Tensor
+    log_det: Tensor  # (n, *plates)
+
+
+class _Places(poutine.messenger.Messenger):
+    """Notes the wanted sites; those of which the real number is known get their value from it."""
+
+    def __init__(self, names: set[str], real: Mapping[str, Tensor], batch: int) -> None:
+        super().__init__()
+        self.names, self.real, self.batch, self.found = names, real, batch, dict[str, _Place]()
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.real:
+            msg["value"] = onto(msg["fn"], None)(self.real[msg["name"]])
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.names:
+            self.found[msg["name"]] = self._place(msg)
+            if len(self.found) == len(self.names):
+                raise EndOfRun
+
+    def _place(self, msg: dict[str, Any]) -> _Place:
+        to_support, value = onto(msg["fn"], None), msg["value"]
+        real = self.real.get(msg["name"])
+        if real is None:
+            real = to_support.inv(value).nan_to_num(0.0, 15.0, -15.0)
+        log_det = to_support.log_abs_det_jacobian(real, to_support(real))
+        return _Place(real, value, log_det.reshape(*log_det.shape[: self.batch], -1).sum(-1))

@@ -1,0 +1,142 @@
+"""Priors over a latent vector. Any unconditional flow is one too; a family with a context makes the VAE conditional.
+
+Posteriors beyond the diagonal Gaussian ``Conditional(latent, data, normal)``; flows come by ``Encoded``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
+
+from pyro_dgm.core import MLP, DistributionModule
+
+__all__ = ["FullRank", "Mixture", "StandardNormal", "VampPrior"]
+
+
+class StandardNormal(DistributionModule):
+    r""":math:`N(0, I)` over ``features`` dimensions, without parameters.
+
+    >>> StandardNormal(3)().log_prob(torch.zeros(3)).shape
+    torch.Size([])
+    """
+
+    zero: Tensor
+    one: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.register_buffer("zero", torch.zeros(self.event_shape))
+        self.register_buffer("one", torch.ones(self.event_shape))
+
+    def build(self, context: Tensor | None) -> Distribution:
+        return Independent(Normal(self.zero, self.one), len(self.event_shape))
+
+
+class Mixture(DistributionModule):
+    r"""Learned mixture of diagonal Gaussians, :math:`p(z) = \sum_k w_k N(z; \mu_k, \sigma_k^2)`.
+
+    Its draws carry no gradient, which a prior does not need.
+
+    Args:
+        features: length of the latent.
+        components: number of Gaussians.
+
+    Example:
+        >>> Mixture(2, 5)().sample((7,)).shape
+        torch.Size([7, 2])
+    """
+
+    def __init__(self, features: int, components: int = 10) -> None:
+        super().__init__(features)
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.loc = nn.Parameter(torch.randn(components, features))
+        self.log_scale = nn.Parameter(torch.zeros(components, features))
+
+    def build(self, context: Tensor | None) -> Distribution:
+        parts = Independent(Normal(self.loc, self.log_scale.exp()), 1)
+        return dist.MixtureSameFamily(Categorical(logits=self.logits), parts)
+
+
+class VampPrior(DistributionModule):
+    r"""The mixture of the posteriors of learned pseudo-data, :math:`p(z) = \sum_k w_k\, q(z \mid u_k)`.
+
+    It shares the posterior's parameters. Start the pseudo-data at rows of the training set.
+
+    Args:
+        posterior: the VAE's own posterior family.
+        pseudo_inputs: shape ``(K, posterior.context_features)``, in the encoder's units.
+
+    Raises:
+        ValueError: for pseudo-inputs that the posterior cannot take.
+
+    References:
+        | Tomczak & Welling (2018), "VAE with a VampPrior", arXiv 1705.07120, eq. 9.
+
+    Example:
+        >>> import pyro_dgm as dgm
+        >>> q = dgm.vae.Conditional(2, 5, dgm.vae.normal)
+        >>> VampPrior(q, torch.rand(10, 5))().log_prob(torch.zeros(4, 2)).shape
+        torch.Size([4])
+    """
+
+    def __init__(self, posterior: DistributionModule, pseudo_inputs: Tensor) -> None:
+        super().__init__(posterior.event_shape)
+        if pseudo_inputs.dim() != 2 or pseudo_inputs.shape[-1] != posterior.context_features:
+            raise ValueError(
+                f"VampPrior: pseudo_inputs have shape {tuple(pseudo_inputs.shape)}, expected (K, "
+                f"{posterior.context_features}), such as {10} flat rows of the data."
+            )
+        self.posterior = posterior
+        self.inputs = nn.Parameter(pseudo_inputs.detach().clone())
+        self.logits = nn.Parameter(torch.zeros(len(pseudo_inputs)))
+
+    def build(self, context: Tensor | None) -> Distribution:
+        parts: Any = self.posterior(self.inputs)
+        return MixtureSameFamily(Categorical(logits=self.logits), parts)
+
+
+class FullRank(DistributionModule):
+    r"""A Gaussian with all its covariances, :math:`q(z \mid x) = N(\mu(x), L(x) L(x)^\top)`.
+
+    The network gives D + D (D + 1) / 2 numbers; use it up to some tens of dimensions.
+
+    Args:
+        features: length D of the latent.
+        context_features: length of the encoder's input.
+        network: ``(*batch, context_features) -> (*batch, D + D (D + 1) / 2)``; None for an MLP.
+        hidden_features, activation: of that MLP.
+
+    Example:
+        >>> FullRank(3, 5)(torch.zeros(7, 5)).rsample().shape
+        torch.Size([7, 3])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int,
+        *,
+        network: nn.Module | None = None,
+        hidden_features: Sequence[int] = (400,),
+        activation: type[nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__(features, context_features)
+        numbers = features + features * (features + 1) // 2
+        self.network = network or MLP(context_features, numbers, hidden_features, activation)
+
+    def build(self, context: Tensor | None) -> Distribution:
+        return self.from_output(self.network(context))
+
+    def from_output(self, output: Tensor) -> Distribution:
+        """The Gaussian for an output of the network."""
+        d = self.features
+        loc, entries = output[..., :d], output[..., d:]
+        rows, cols = torch.tril_indices(d, d, device=output.device)
+        lower = output.new_zeros(*output.shape[:-1], d, d)
+        lower[..., rows, cols] = torch.where(rows == cols, entries.clamp(max=20.0).exp(), entries)
+        return dist.MultivariateNormal(loc, scale_tril=lower)
