@@ -23,7 +23,7 @@ lint: $(VENV)/ready
 
 # the pages that are generated from what was measured
 docs: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_compat.py tests/test_bound_programs.py -n 2 --write-compatibility
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_compat.py tests/objectives/test_bound_programs.py -n 2 --write-compatibility
 	$(PY) -m pip install --quiet ".[docs]"
 	$(PY) -m mkdocs build --strict
 

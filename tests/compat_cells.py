@@ -633,7 +633,7 @@ def torch_optim__guide():
 def _ddp(column):
     """Two gloo processes: equal parameters after steps; where the loss has no noise, the one-process gradient."""
     root = pathlib.Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-m", "tests.ddp", column], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tests.train.ddp", column], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0 and "ranks agree" in done.stdout, done.stderr[-2_000:]
 
 

@@ -42,7 +42,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
     ran = {k: {r.nodeid.split("::")[-1] for r in terminalreporter.getreports(k)} for k in ("passed", "failed")}
     if not set(TESTS) <= ran["passed"] | ran["failed"]:
-        files = "tests/test_compat.py tests/test_bound_programs.py"
+        files = "tests/test_compat.py tests/objectives/test_bound_programs.py"
         raise pytest.UsageError(f"--write-compatibility needs every cell to run: pytest {files}")
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page({TESTS[i] for i in ran["failed"] if i in TESTS}))

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import tests.compat_implicit  # noqa: F401  (its cells)
-from tests.bound_programs import PROGRAMS
 from tests.compat_cells import CELLS, COLUMNS, DATA, conjugate
-from tests.test_bound_programs import BOUNDS, CASES
+from tests.objectives.bound_programs import PROGRAMS
+from tests.objectives.test_bound_programs import BOUNDS, CASES
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "compatibility.md"
 NAMES = {"guide": "flow guide", "implicit": "generator"}
@@ -24,7 +24,7 @@ TESTS |= {f"test_bound[{bound}-{name}]": (bound, name) for bound, name in CASES}
 HEAD = """# What works with what
 
 Every entry is a test of `tests/compat_cells.py`; this page is written from their results by
-`pytest tests/test_compat.py tests/test_bound_programs.py --write-compatibility`. **N**: compared with a known number (a
+`pytest tests/test_compat.py tests/objectives/test_bound_programs.py --write-compatibility`. **N**: compared with a known number (a
 conjugate evidence, an importance sum, an enumerated logsumexp). **x**: runs, with shapes or gradients checked. **E**: refused
 by an error that names what is wrong. A dash: not meaningful. FAILS: does not work.
 
@@ -33,7 +33,7 @@ by an error that names what is wrong. A dash: not meaningful. FAILS: does not wo
 BOUNDS_HEAD = """
 ## Bounds: programs and what they give
 
-From `tests/test_bound_programs.py`; the programs are in `tests/bound_programs*.py`. **N**: the value and the gradient equal
+From `tests/objectives/test_bound_programs.py`; the programs are in `tests/objectives/bound_programs*.py`. **N**: the value and the gradient equal
 those of Pyro's `Trace_ELBO` or `TraceEnum_ELBO` (`STL_ELBO`), and those of the importance weights of single runs
 (`IWAE_ELBO`), draw by draw or within 5 standard errors (7 to 10 where the error comes from few seeds). **A**: value and
 gradient of Pyro's ELBO, with a warning that names the subsampled plate whose scale allows no logarithm. **B**: the value lies

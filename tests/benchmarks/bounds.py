@@ -11,7 +11,7 @@ import warnings
 from pyro.infer import Trace_ELBO
 
 import pyro_dgm as dgm
-from tests.bound_pairs import PAIRS, copied, errors_apart, gradients, plain_iwae, prepared
+from tests.objectives.bound_pairs import PAIRS, copied, errors_apart, gradients, plain_iwae, prepared
 
 REPETITIONS, PARTICLES, DRAWS = 50, 4_000, 4
 COPIES = PARTICLES // DRAWS

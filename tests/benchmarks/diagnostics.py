@@ -114,7 +114,7 @@ def speed_rows(draws=4_000):
 
 def calibration_rows(seeds):
     """A conjugate plane normal, 300 simulations x 199 draws; p-values of three methods."""
-    from tests.test_calibration import Amortised, model
+    from tests.diagnostics.test_calibration import Amortised, model
 
     faults = {
         "exact": (1.0, 0.0),

@@ -10,7 +10,7 @@ import warnings
 import pyro
 
 import pyro_dgm as dgm
-from tests.domain_models import CASES, seen
+from tests.model.domain_models import CASES, seen
 
 HEAD = f"{'model':28s}{'seed':>5s}{'evidence':>10s}{'mean':>7s}{'sd':>7s}{'k-hat':>7s}{'CPU s':>7s}  verdict"
 

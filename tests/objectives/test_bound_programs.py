@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import pyro_dgm as dgm
-import tests.bound_programs_guides
-import tests.bound_programs_models
-import tests.bound_programs_plates
-import tests.bound_programs_terms  # noqa: F401  (their programs)
-from tests.bound_programs import PROGRAMS
-from tests.bound_references import FAULTS, Renyi, SingleRuns, losses, pyros, same_draws, same_mean
+import tests.objectives.bound_programs_guides
+import tests.objectives.bound_programs_models
+import tests.objectives.bound_programs_plates
+import tests.objectives.bound_programs_terms  # noqa: F401  (their programs)
+from tests.objectives.bound_programs import PROGRAMS
+from tests.objectives.bound_references import FAULTS, Renyi, SingleRuns, losses, pyros, same_draws, same_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # models that run one by one, sites of the guide only
 BOUNDS = {"STL_ELBO": dgm.STL_ELBO, "IWAE_ELBO": dgm.IWAE_ELBO}

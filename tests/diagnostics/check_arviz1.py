@@ -1,4 +1,4 @@
-"""ArviZ 1.x on Python >= 3.12, without torch: ``python tests/check_arviz1.py [written-by-0.x.nc]``.
+"""ArviZ 1.x on Python >= 3.12, without torch: ``python tests/diagnostics/check_arviz1.py [written-by-0.x.nc]``.
 
 Loads containers, verdict, loo and bounds by themselves (the package's ``__init__`` would import torch), builds a DataTree
 from dictionaries as ``from_svi(container="dict")`` gives them, and calls what a user of ArviZ would. With a file that
@@ -13,7 +13,7 @@ import warnings
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).parents[1] / "pyro_dgm"
+ROOT = pathlib.Path(__file__).parents[2] / "pyro_dgm"
 
 DIMS = {"x": ["item"], "log_likelihood/y": ["item_seen"]}
 GROUPS = {  # group -> variable -> (dims, dtype)

@@ -8,9 +8,9 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 
-from tests.bound_programs import TABLE, X, guess, normal, program
-from tests.bound_programs_guides import NO_BOUND
-from tests.bound_programs_plates import MODEL_ONLY, rows
+from tests.objectives.bound_programs import TABLE, X, guess, normal, program
+from tests.objectives.bound_programs_guides import NO_BOUND
+from tests.objectives.bound_programs_plates import MODEL_ONLY, rows
 
 KEEP = torch.tensor([True, True, False, True, False, True])
 PARALLEL = {"enumerate": "parallel"}

@@ -19,7 +19,7 @@ from pyro_dgm.diagnostics import (
     sample_posterior_predictive,
 )
 from pyro_dgm.diagnostics.containers import build, extended, group, has_group
-from tests.test_diagnostics import EFFECT, ERROR, eight_schools, export
+from tests.diagnostics.test_diagnostics import EFFECT, ERROR, eight_schools, export
 
 ELPD = -30.742  # eight schools, by quadrature
 MU = 4.397
@@ -304,8 +304,8 @@ def test_constant_data_dims_and_event_dims():
 
 
 def test_a1_both_lines():
-    """The fixed dictionary of tests/check_arviz1.py gives the same groups, dims and dtypes on either line."""
-    from tests.check_arviz1 import DIMS, GROUPS, example, laid_out
+    """The fixed dictionary of tests/diagnostics/check_arviz1.py gives the same groups, dims and dtypes on either line."""
+    from tests.diagnostics.check_arviz1 import DIMS, GROUPS, example, laid_out
 
     made = build(example(), DIMS, {"item": list("abcdefgh")}, {"/": {"creation_library": "pyro_dgm"}})
     assert laid_out(made) == GROUPS and made.attrs["creation_library"] == "pyro_dgm"

@@ -12,7 +12,7 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.reparam import NeuTraReparam
 
 import pyro_dgm as dgm
-from tests.amortized_models import boxed, groups, kinds, normal
+from tests.amortized.amortized_models import boxed, groups, kinds, normal
 
 
 def halves(y=None, size=None):

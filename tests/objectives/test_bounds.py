@@ -14,7 +14,7 @@ from pyro.optim import Adam
 
 import pyro_dgm as dgm
 from pyro_dgm.objectives.path_gradient import support_moves
-from tests.bound_pairs import (
+from tests.objectives.bound_pairs import (
     PAIRS,
     SILENT,
     copied,

@@ -280,7 +280,7 @@ def test_a3_netcdf(schools, tmp_path):
 
 
 def test_e1_arviz_calls(tmp_path):
-    """Every call of the table on 0.x; tests/check_arviz1.py makes those of 1.x."""
+    """Every call of the table on 0.x; tests/diagnostics/check_arviz1.py makes those of 1.x."""
     import arviz as az
     import matplotlib
 

@@ -9,7 +9,7 @@ from scipy.stats import binomtest, kstest
 import pyro_dgm as dgm
 from pyro_dgm.diagnostics import misspecification
 from pyro_dgm.diagnostics.misspecification import _Range
-from tests.test_calibration import POSTERIOR, Amortised, model
+from tests.diagnostics.test_calibration import POSTERIOR, Amortised, model
 
 
 def walk(x=None):

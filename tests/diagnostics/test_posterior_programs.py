@@ -20,7 +20,7 @@ import pyro_dgm as dgm
 from pyro_dgm.diagnostics import from_posterior_samples
 from pyro_dgm.diagnostics.containers import has_group
 from tests.compat_cells import DATA, EVIDENCE, conjugate
-from tests.test_diagnostics import EFFECT, ERROR, eight_schools, export
+from tests.diagnostics.test_diagnostics import EFFECT, ERROR, eight_schools, export
 
 X = torch.tensor([0.3, 0.9, -0.5, 0.2, 1.1, 0.0, -1.2, 0.7, 2.0, -0.4])
 

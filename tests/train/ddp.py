@@ -1,4 +1,4 @@
-"""Two ranks of DistributedDataParallel over an ELBO module; run as ``python -m tests.ddp likelihood|prior|guide|implicit``."""
+"""Two ranks of DistributedDataParallel over an ELBO module; run as ``python -m tests.train.ddp likelihood|prior|guide|implicit``."""
 
 import os
 import sys

@@ -8,8 +8,8 @@ from pyro.contrib.easyguide import easy_guide
 from pyro.infer import autoguide
 
 import pyro_dgm as dgm
-from tests.bound_programs import TABLE, X, guess, normal, program, see
-from tests.bound_programs_plates import MODEL_ONLY, own_rows, rows
+from tests.objectives.bound_programs import TABLE, X, guess, normal, program, see
+from tests.objectives.bound_programs_plates import MODEL_ONLY, own_rows, rows
 
 SLOPES = torch.tensor([0.5, 1.0, -0.5])
 

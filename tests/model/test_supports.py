@@ -16,7 +16,7 @@ from pyro.optim import Adam
 import pyro_dgm as dgm
 from pyro_dgm.model.log_joint import LogJoint, prior_draws
 from pyro_dgm.model.supports import Wrapped, is_circular, mass, same_support
-from tests.domain_models import CASES, MOVING, seen
+from tests.model.domain_models import CASES, MOVING, seen
 
 TWO = [name for name, case in CASES.items() if case.dims <= 2]
 

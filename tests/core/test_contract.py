@@ -45,7 +45,7 @@ def test_every_public_family_is_in_the_table():
         for n in dgm.__all__
         if isinstance(getattr(dgm, n), type) and issubclass(getattr(dgm, n), dgm.DistributionModule)
     }
-    assert public - made == {"DistributionModule", "Generator"}  # the second has no density: tests/test_gan.py
+    assert public - made == {"DistributionModule", "Generator"}  # the second has no density: tests/gan/test_gan.py
 
 
 @pytest.mark.parametrize("batch", [(), (5,), (4, 1)], ids=str)

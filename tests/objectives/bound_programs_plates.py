@@ -3,7 +3,7 @@
 import pyro
 import torch
 
-from tests.bound_programs import TABLE, X, common_mean, guess, normal, own_means, program
+from tests.objectives.bound_programs import TABLE, X, common_mean, guess, normal, own_means, program
 
 MODEL_ONLY, LOCAL = "subsampled plate in the model only", "subsampled plate in model and guide"
 NOT_ALL = "subsampled plate in model and guide: sequential, or not around all local latents"

@@ -14,7 +14,7 @@ from pyro_dgm.core import MLP
 from pyro_dgm.evaluate import ais, evidence_bound
 from pyro_dgm.objectives import WeightedKL_ELBO
 from pyro_dgm.vae import LatentMMD, Penalised, TotalCorrelation
-from tests.test_vae import LATENT, D, evidence, ppca, small
+from tests.vae.test_vae import LATENT, D, evidence, ppca, small
 
 
 def with_poor_encoder():

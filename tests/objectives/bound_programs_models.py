@@ -10,9 +10,9 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
 import pyro_dgm as dgm
-from tests.bound_programs import TABLE, X, common_mean, guess, normal, program, see
-from tests.bound_programs_guides import NO_BOUND, SLOPES, nothing, two
-from tests.bound_programs_plates import MODEL_ONLY
+from tests.objectives.bound_programs import TABLE, X, common_mean, guess, normal, program, see
+from tests.objectives.bound_programs_guides import NO_BOUND, SLOPES, nothing, two
+from tests.objectives.bound_programs_plates import MODEL_ONLY
 
 # --- no latents ------------------------------------------------------------------------------------------------------
 

@@ -424,7 +424,7 @@ def test_pictures_are_drawn():
 
 def test_a_saved_vae_gives_the_same_embeddings_to_the_bit(tmp_path):
     code = (
-        "import sys, torch, pyro_dgm as dgm\nfrom tests.test_vae import POSTERIORS, small\n"
+        "import sys, torch, pyro_dgm as dgm\nfrom tests.vae.test_vae import POSTERIORS, small\n"
         "torch.manual_seed(int(sys.argv[1]))\nvae = small(posterior=POSTERIORS['flow']())\n"
         "path, x = sys.argv[2], torch.linspace(-1, 1, 60).reshape(10, 6)\n"
         "if sys.argv[1] == '1': torch.save(vae.state_dict(), path)\n"

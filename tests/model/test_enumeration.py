@@ -19,7 +19,7 @@ from pyro_dgm.diagnostics.containers import group, has_group
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.model.program import Program
 from pyro_dgm.model.sites import is_enumerable, latent_sites
-from tests.enumerated_programs import PROGRAMS, X, Y, by_state, draw_loc, state
+from tests.model.enumerated_programs import PROGRAMS, X, Y, by_state, draw_loc, state
 
 
 class Point(dist.Normal):

@@ -18,7 +18,7 @@ from pyro.infer.autoguide import init_to_value
 from torch import nn
 
 import pyro_dgm as dgm
-from tests.amortized_models import boxed, groups, kinds, normal
+from tests.amortized.amortized_models import boxed, groups, kinds, normal
 from tests.benchmarks import amortized as bench
 
 
@@ -265,7 +265,7 @@ def test_calibration_accepts_the_guide_and_rejects_a_narrow_one(model):
 
 KILLED = """
     import sys, time, torch, pyro, pyro_dgm as dgm
-    from tests.test_amortized import normal
+    from tests.amortized.test_amortized import normal
     torch.set_num_threads(1)
     sims = dgm.simulate(normal, 1000, observed=("x",), seed=0, progress=False)
     torch.manual_seed(0)
