@@ -1,6 +1,7 @@
 """The order of rooms, the size of files and functions, and what importing the package leaves behind."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -50,6 +51,46 @@ def test_rooms_import_downwards(path):
 
 def test_every_room_has_a_place_in_the_order():
     assert sorted(ROOMS) == sorted(p.parent.name for p in (ROOT / "pyro_dgm").glob("*/__init__.py"))
+
+
+def imported_at_once(body):
+    """Files of the package that a file imports at its top: not those that it needs for types, or inside functions."""
+    for node in body:
+        if isinstance(node, ast.Import):
+            yield from (file_of(alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            modules = [file_of(f"{node.module}.{alias.name}") for alias in node.names]
+            yield from (file or file_of(node.module) for file in modules)
+        elif isinstance(node, (ast.If, ast.Try)) and "TYPE_CHECKING" not in ast.unparse(node).splitlines()[0]:
+            yield from imported_at_once([n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)])
+
+
+def file_of(module):
+    path = ROOT / module.replace(".", "/")
+    found = [file for file in (path.with_suffix(".py"), path / "__init__.py") if file in FILES]
+    return found[0] if found else None
+
+
+def test_no_circle_of_files():
+    graph = {path: set(imported_at_once(ast.parse(path.read_text()).body)) - {None} for path in FILES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail("imported by the next: " + ", ".join(str(p.relative_to(ROOT)) for p in error.args[1]))
+
+
+def test_the_package_stays_small_enough_to_know():
+    assert len(FILES) < 120
+
+
+def test_tests_mirror_the_rooms():
+    """A folder of tests for each room, and few files beside them: tables and checks that concern all rooms."""
+    tests = ROOT / "tests"
+    folders = {p.parent.name for p in tests.glob("*/*.py")}
+    assert folders == {*ROOMS, "benchmarks"}
+    assert all(list((tests / room).glob("test_*.py")) for room in ROOMS)
+    above = {"test_compat.py", "test_examples.py", "test_layers.py", "test_readme.py"}
+    assert {p.name for p in tests.glob("test_*.py")} == above
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -103,6 +144,50 @@ def test_an_earlier_zuko_is_left_alone_and_named():
     """`import pyro, zuko` had switched validation off before; it stays as it was, and a warning says so."""
     result = run("import pyro, zuko, pyro_dgm, torch; print(torch.distributions.Distribution._validate_args)")
     assert result.stdout == "False\n" and "pyro.enable_validation(True)" in result.stderr
+
+
+STATE = """
+import logging, os, sys, warnings
+import pyro, torch, torch.distributions as td, torch.optim.optimizer as optimizer, torchdiffeq, tqdm
+{before}
+def state():
+    registries = [td.biject_to._registry, td.transform_to._registry]
+    theirs = [pair for pair in td.kl._KL_REGISTRY if not any(c.__module__.startswith("pyro_dgm") for c in pair)]
+    return {{
+        "hooks of every optimiser": [len(optimizer._global_optimizer_pre_hooks), len(optimizer._global_optimizer_post_hooks)],
+        "hooks of every module": len(torch.nn.modules.module._global_forward_hooks),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "threads": torch.get_num_threads(),
+        "gradients": [torch.is_grad_enabled(), torch.is_anomaly_enabled()],
+        "torch's random state": torch.get_rng_state().tolist(),
+        "validation": [td.Distribution._validate_args, isinstance(vars(td.Distribution)["arg_constraints"], property)],
+        "supports with a bijection": [sorted(k.__name__ for k in r) for r in registries],
+        "divergences of others": len(theirs),
+        "settings of Pyro": pyro.settings.get(),
+        "param store": sorted(pyro.get_param_store().keys()),
+        "warning filters": list(warnings.filters),
+        "environment": dict(os.environ),
+        "hooks of Python": [sys.excepthook, sys.displayhook, sys.getrecursionlimit()],
+        "logging": [logging.root.level, len(logging.root.handlers), logging.raiseExceptions],
+    }}
+before = state()
+import pyro_dgm
+after = state()
+print([key for key in before if before[key] != after[key]])
+"""
+
+
+@pytest.mark.xfail(strict=True, reason="core/upstream.py still puts a step hook on every optimiser")
+def test_importing_changes_no_optimiser():
+    assert "hooks of every optimiser" not in run(STATE.format(before="import zuko")).stdout
+
+
+@pytest.mark.parametrize("before", ["", "import zuko; pyro.enable_validation(True)"])
+def test_importing_changes_nothing_outside(before):
+    """One exception, documented in core/upstream.py: torch and Pyro learn maps onto two supports that had none."""
+    changed = ast.literal_eval(run(STATE.format(before=before)).stdout)
+    assert set(changed) <= {"supports with a bijection", "hooks of every optimiser"}
 
 
 def run(code):
