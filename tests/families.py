@@ -69,6 +69,8 @@ FAMILIES = {
 
 # Families whose draws carry no gradient.
 NOT_REPARAMETERISED = {"zuko-GMM"}
+# Families that are no transform of a latent.
+NO_TRANSFORM = {"Gaussian", "Conditional", "Chain", "zuko-GMM"}
 # Families that invert by bisection or by an ODE solver: a round trip is exact to the solver only.
 APPROXIMATE = {
     "FFJORD": 1e-3,
