@@ -32,7 +32,7 @@ from pyro_dgm.model.sites import (
     subsampled,
 )
 from pyro_dgm.model.terms import total
-from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, find_vectorization, plate_nesting
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine, How, Model, plate_nesting
 
 __all__ = ["Model", "Program", "refuse_guides_as_models"]
 
@@ -188,10 +188,9 @@ class Program:
             return "plate"
         if self.enumerable and len(runs.rounds) > 1 and runs is self.runs:
             runs.refuse_sums_across_subsamples({k: v[:1] for k, v in rows.items()})
-        values = {k: runs.in_plate(k, v) for k, v in rows.items()}
-        shapes = {k: v.shape[1:] for k, v in rows.items()}
+        events = {k: nodes[k]["fn"].event_dim for k in rows}
         fn = poutine.block(runs.fn, hide=implicit) if implicit else runs.fn  # what has no density is not compared
-        how, fault = find_vectorization(fn, values, shapes, runs.nesting, self.args, self.kwargs)
+        how, fault = Engine(fn, self.args, self.kwargs, runs.nesting, events).find_how(rows)
         if how != "loop":
             how, fault = self._computes_alike(runs, rows, how) or (how, fault)
         if how == "loop":

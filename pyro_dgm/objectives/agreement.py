@@ -16,7 +16,7 @@ from torch import Size, Tensor
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.model.sites import is_computed, is_subsample, latent_sites, plate_frames, sample_sites
 from pyro_dgm.model.supports import onto, unwrapped
-from pyro_dgm.model.vectorize import DRAWS, fault_of, find_vectorization, in_draws_plate, per_draw, seeded_run
+from pyro_dgm.model.vectorize import DRAWS, Engine, fault_of, in_draws_plate, per_draw, seeded_run
 from pyro_dgm.objectives.path_gradient import with_values
 
 __all__ = ["HowDrawn", "Pair", "fixed_part", "how_to_draw", "row_shape"]
@@ -80,14 +80,20 @@ def how_to_draw(pair: Pair, once: poutine.Trace, model_once: poutine.Trace, nest
     if fault:
         return "loop", fault
     sites = dict(latent_sites(many[0]))
-    values = {k: s["value"] for k, s in sites.items() if not s["infer"].get("is_auxiliary")}
-    shapes = {k: row_shape(s) for k, s in sites.items()}
-    model = poutine.replay(pair.model, trace=rows)
-    values = values or {k: s["value"] for k, s in sites.items()}
+    own = {k: s for k, s in sites.items() if not s["infer"].get("is_auxiliary")} or sites
+    values = {k: s["value"] for k, s in own.items()}
+    engine = Engine(
+        poutine.replay(pair.model, trace=rows), *pair[2:], nesting, {k: s["fn"].event_dim for k, s in own.items()}
+    )
     try:
-        return find_vectorization(model, _apart(values, model_once), shapes, nesting, *pair[2:])
+        return engine.find_how(_rows(_apart(values, model_once), sites))
     except (RuntimeError, ValueError):  # a model that fails where the guide has no draws
-        return find_vectorization(model, values, shapes, nesting, *pair[2:])
+        return engine.find_how(_rows(values, sites))
+
+
+def _rows(values: dict[str, Tensor], sites: dict[str, Any]) -> dict[str, Tensor]:
+    """Draws in a plate in the shape of single runs."""
+    return {k: v.reshape(_TRIED, *row_shape(sites[k])) for k, v in values.items()}
 
 
 def _apart(values: dict[str, Tensor], model_once: poutine.Trace) -> dict[str, Tensor]:

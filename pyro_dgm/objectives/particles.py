@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
@@ -25,7 +26,7 @@ from pyro_dgm.core.devices import fork_rng, random_states
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_enumerable, is_factor, latent_sites, plate_frames, sample_sites, subsampled
 from pyro_dgm.model.supports import unwrapped
-from pyro_dgm.model.vectorize import DRAWS, NOT_VECTORIZED, enumerated, in_draws_plate, packed_log_probs, read_of_rows
+from pyro_dgm.model.vectorize import DRAWS, NOT_VECTORIZED, enumerated, in_draws_plate, over_draws, packed_log_probs
 from pyro_dgm.objectives.agreement import Pair, fixed_part, how_to_draw, row_shape
 from pyro_dgm.objectives.path_gradient import PathGradient
 
@@ -284,12 +285,13 @@ class ParticleELBO(Trace_ELBO):
         known = {k: sites[k]["value"] for k in shared}
         model = poutine.condition(poutine.replay(pair.model, trace=fixed_part(drawn)), data=known)
 
-        def read(trace: poutine.Trace) -> Terms:
-            traces.append(prune_subsample_sites(trace))
+        def one(values: dict[str, Tensor]) -> Terms:
+            traces.append(prune_subsample_sites(pair.trace(poutine.condition(model, data=values))))
             local, rest = unit_terms(traces[-1], units, 1)
             return local[0], rest[0]
 
-        return read_of_rows(model, rows, read, pair.args, pair.kwargs), traces[0]
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
+            return over_draws("vmap", one, rows), traces[0]
 
     def _refuse_unpathed(self, guide_trace: poutine.Trace) -> None:
         for name, site in sample_sites(guide_trace):

@@ -24,7 +24,7 @@ from torch import Size, Tensor
 from pyro_dgm.core.devices import fork_rng, seed_everywhere
 from pyro_dgm.model.handlers import Given, Redraw
 from pyro_dgm.model.sites import is_drawn
-from pyro_dgm.model.vectorize import How, find_vectorization, in_draws_plate
+from pyro_dgm.model.vectorize import Engine, How, in_draws_plate
 
 __all__ = ["Blocks", "Part", "TOO_FEW", "fault_of_plate", "random_state", "run_job", "run_whole_job"]
 
@@ -246,10 +246,8 @@ def _densities_differ(blocks: Blocks, traces: list[poutine.Trace], opaque: list[
     if not scored:
         return ""
     rows = {k: torch.stack([t.nodes[k]["value"] for t in traces]) for k in scored}
-    values = {k: blocks.in_plate(k, v) for k, v in rows.items()}
-    shapes = {k: blocks.shapes[k] for k in scored}
     fn = poutine.block(blocks.model, hide=opaque) if opaque else blocks.model
-    how, fault = find_vectorization(fn, values, shapes, blocks.nesting, blocks.args, blocks.kwargs)
+    how, fault = Engine(fn, blocks.args, blocks.kwargs, blocks.nesting, blocks.event_dims).find_how(rows)
     return "" if how == "plate" else fault
 
 
