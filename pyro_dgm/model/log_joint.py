@@ -8,8 +8,10 @@ Modes of a log density: where draws of the prior climb to, and whether a valley 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyro
 import torch
@@ -36,6 +38,9 @@ def value_and_grad(log_density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[
         (grad,) = torch.autograd.grad(total, u)
     inside = value.isfinite() & grad.isfinite().all(-1)
     return torch.where(inside, value, -torch.inf).detach(), torch.where(inside[:, None], grad, 0.0)
+
+
+_LATEST: WeakKeyDictionary[AutoContinuous, weakref.ref[LogJoint]] = WeakKeyDictionary()
 
 
 class LogJoint:
@@ -83,11 +88,19 @@ class LogJoint:
         self._runs = None
         if len(rounds) > 1:
             self._runs = Runs(model, args, kwargs, trace, self.engine.nesting, self.how, rounds, with_grad=True)
+        _LATEST[guide] = weakref.ref(self)
 
     def __call__(self, u: Tensor) -> Tensor:
         with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
             value = self._parallel(u) if self.vectorized else torch.cat([self._parallel(v) for v in u.split(1)])
         return value.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+
+    @classmethod
+    def known(cls, guide: AutoContinuous, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
+        """A new one; how it runs is not asked again where the guide's latest is still in use, of this model and these arguments."""
+        latest = _LATEST[guide]() if guide in _LATEST else None
+        same = latest is not None and latest.engine.model == model and latest.engine.is_called_with(args, kwargs)
+        return cls(guide, model, args, kwargs, how=latest.how if latest is not None and same else None)
 
     def at(self, *args: Any, **kwargs: Any) -> LogJoint:
         """The same density, of other data."""

@@ -64,6 +64,9 @@ class _Preset(poutine.messenger.Messenger):
 class Program:
     """A model with its arguments, and either a guide or some draws.
 
+    Attributes:
+        density_how: how the log joint of many draws runs, for a :class:`LogJoint`; None where it was not asked.
+
     Args:
         model: a Pyro model.
         guide: a Pyro guide; None where draws are given.
@@ -86,6 +89,7 @@ class Program:
         guided = self._trace(guide) if guide is not None else None
         known = {k: v[0] for k, v in (draws or {}).items()}
         known = _values(guided) if guided else known
+        self.density_how: How | None = None
         self.prototype = self._anyhow(model, known)
         self._refuse_no_sites(guided)
         traces = [t for t in (self.prototype, guided) if t is not None]
@@ -191,6 +195,8 @@ class Program:
         events = {k: nodes[k]["fn"].event_dim for k in rows}
         fn = poutine.block(runs.fn, hide=implicit) if implicit else runs.fn  # what has no density is not compared
         how, fault = Engine(fn, self.args, self.kwargs, runs.nesting, events).find_how(rows)
+        if runs is self.runs and runs.nesting == plate_nesting(runs.prototype):
+            self.density_how = how
         if how != "loop":
             how, fault = self._computes_alike(runs, rows, how) or (how, fault)
         if how == "loop":

@@ -147,6 +147,13 @@ class Engine:
         """One run, of one draw or of ``n`` draws in a plate."""
         return poutine.trace(self.wide(n)).get_trace(*self.args, **self.kwargs)
 
+    def is_called_with(self, args: Any, kwargs: Any) -> bool:
+        """Whether these are the very arguments that the model is called with."""
+        if len(args) != len(self.args) or kwargs.keys() != self.kwargs.keys():
+            return False
+        pairs = [*zip(args, self.args, strict=True), *((v, self.kwargs[k]) for k, v in kwargs.items())]
+        return all(a is b for a, b in pairs)
+
     def find_how(self, rows: dict[str, Tensor]) -> tuple[How, str]:
         """How many draws can be run at once, and what is wrong with the plate where it is not that.
 
