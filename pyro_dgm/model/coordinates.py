@@ -16,7 +16,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Size, Tensor
 from torch.distributions import Transform
 
-from pyro_dgm.model.handlers import EndOfRun
+from pyro_dgm.model.handlers import EndOfRun, run_to_end
 from pyro_dgm.model.sites import latent_sites
 from pyro_dgm.model.supports import onto, place_of, same_support
 
@@ -152,9 +152,5 @@ class Constrain(poutine.messenger.Messenger):
 
     def run(self, model: Callable[..., Any], args: Any, kwargs: Any) -> Constrain:
         """Run the model as far as its last latent; nothing of it is seen outside."""
-        with poutine.block(), self:
-            try:
-                model(*args, **kwargs)
-            except EndOfRun:
-                pass
+        run_to_end(self(model), *args, **kwargs)
         return self

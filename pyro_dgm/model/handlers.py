@@ -30,12 +30,22 @@ __all__ = [
     "factor_of",
     "is_enumerated",
     "posterior_draws_of",
+    "run_to_end",
     "warn_of_masked_sums",
 ]
 
 
 class EndOfRun(Exception):
     """Raised by a handler that has seen all it wants of a run of a model."""
+
+
+def run_to_end(model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Run a model until a handler has seen all it wants; nothing of it is seen further out."""
+    with poutine.block():
+        try:
+            model(*args, **kwargs)
+        except EndOfRun:
+            pass
 
 
 class Undrawn(ValueError):

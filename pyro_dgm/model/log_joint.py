@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -97,14 +98,15 @@ class LogJoint:
 
     @classmethod
     def known(cls, guide: AutoContinuous, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
-        """A new one; how it runs is not asked again where the guide's latest is still in use, of this model and these arguments."""
+        """A new one; how it runs is not asked again where the guide's latest is in use, of this model and these arguments."""
         latest = _LATEST[guide]() if guide in _LATEST else None
-        same = latest is not None and latest.engine.model == model and latest.engine.is_called_with(args, kwargs)
-        return cls(guide, model, args, kwargs, how=latest.how if latest is not None and same else None)
+        if latest is None or latest.engine.model != model or not latest.engine.is_called_with(args, kwargs):
+            return cls(guide, model, args, kwargs)
+        return cls(guide, model, args, kwargs, how=latest.how)
 
     def at(self, *args: Any, **kwargs: Any) -> LogJoint:
         """The same density, of other data."""
-        self.engine.args, self.engine.kwargs = args, kwargs
+        self.engine = replace(self.engine, args=args, kwargs=kwargs)
         return self
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:

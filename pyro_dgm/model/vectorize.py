@@ -7,7 +7,7 @@ sites. Which of them gives the log joint of single runs is found out with a few 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.model.handlers import is_enumerated
+from pyro_dgm.model.handlers import Given, is_enumerated
 from pyro_dgm.model.sites import left_of_plates
 
 __all__ = [
@@ -105,9 +105,9 @@ def _stacked(made: list[Any]) -> Any:
     return torch.stack(made)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Engine:
-    """A model with its arguments: its log joint at many draws of its latents, and how these can be run.
+    """A model with its arguments, run for many draws: their values, their log joint, and how they can be run.
 
     Attributes:
         model, args, kwargs: a Pyro model and its arguments.
@@ -116,19 +116,24 @@ class Engine:
     """
 
     model: Model
-    args: Any
-    kwargs: Any
-    nesting: int
-    event_dims: dict[str, int]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    nesting: int = 0
+    event_dims: dict[str, int] = field(default_factory=dict)
 
     def log_joint(self, rows: dict[str, Tensor], how: How) -> Tensor:
         """Log joint of draws ``{site: (n, *site)}``, shape ``(n,)``, in nats, run as told."""
         return over_draws(how, partial(self._given, enumerate_sites=how != "vmap"), rows)
 
     def _given(self, values: dict[str, Tensor], n: int | None = None, *, enumerate_sites: bool = True) -> Tensor:
-        if n is not None:
-            values = {k: left_of_plates(v, self.event_dims[k], self.nesting) for k, v in values.items()}
-        return self.joint_of(poutine.condition(self.model, data=values), n, enumerate_sites=enumerate_sites)
+        given = poutine.condition(self.model, data=self._placed(values, n))
+        return self.joint_of(given, n, enumerate_sites=enumerate_sites)
+
+    def _placed(self, values: dict[str, Tensor], n: int | None) -> dict[str, Tensor]:
+        """Values of one draw, or those of ``n`` draws left of all plates."""
+        if n is None:
+            return values
+        return {k: left_of_plates(v, self.event_dims[k], self.nesting) for k, v in values.items()}
 
     def joint_of(self, model: Model, n: int | None = None, *, enumerate_sites: bool = True) -> Tensor:
         """Log joint of a model that holds its latents: of one draw, a scalar, or of ``n`` draws in a plate, ``(n,)``."""
@@ -143,9 +148,16 @@ class Engine:
         model = model or self.model
         return model if n is None else in_draws_plate(model, n, self.nesting)
 
-    def trace(self, n: int | None = None) -> poutine.Trace:
-        """One run, of one draw or of ``n`` draws in a plate."""
-        return poutine.trace(self.wide(n)).get_trace(*self.args, **self.kwargs)
+    def trace(
+        self, n: int | None = None, given: dict[str, Tensor] | None = None, model: Model | None = None
+    ) -> poutine.Trace:
+        """One run, of one draw or of ``n`` draws in a plate.
+
+        ``given`` has the values of some latents, ``{site: (*site)}`` or ``{site: (n, *site)}``; ``model`` is the model under
+        some handlers.
+        """
+        run = Given(self._placed(given or {}, n))(model or self.model)
+        return poutine.trace(self.wide(n, run)).get_trace(*self.args, **self.kwargs)
 
     def is_called_with(self, args: Any, kwargs: Any) -> bool:
         """Whether these are the very arguments that the model is called with."""

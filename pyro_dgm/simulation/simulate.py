@@ -101,7 +101,7 @@ class _Prepared:
     def __init__(
         self, model: Callable[..., Any], args: Any, kwargs: Any, observed: Sequence[str] | str, n: int
     ) -> None:
-        once = Blocks(model, args, kwargs, {}, {})
+        once = Blocks(model, args, kwargs)
         trace = _first_run(once)
         nodes = {k: s for k, s in trace.nodes.items() if is_drawn(s)}
         self.nodes, self.observed = nodes, _observed(model, args, kwargs, nodes, observed)
@@ -110,7 +110,7 @@ class _Prepared:
         shapes = {k: shape for k, (shape, _) in self.kinds.items()}
         events = {k: s["fn"].event_dim for k, s in nodes.items()}
         nesting = max([plate_nesting(trace), *(len(s["fn"].batch_shape) for s in nodes.values())])
-        self.blocks = Blocks(model, args, kwargs, shapes, events, nesting, "plate")
+        self.blocks = Blocks(model, args, kwargs, nesting, events, shapes, "plate")
         fault = fault_of_plate(self.blocks, n)
         if fault and fault != TOO_FEW:
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=3)
@@ -152,7 +152,7 @@ def _first_run(blocks: Blocks) -> Any:
     for attempt in range(_ATTEMPTS):
         try:
             with random_state(attempt):
-                return blocks.trace()
+                return blocks.simulation()
         except NotImplementedError as error:
             raise ValueError(
                 f"simulate: a site of the model cannot be sampled ({error or 'no sampler'}). A simulation starts from a "
@@ -171,7 +171,7 @@ def _observed(
 ) -> tuple[str, ...]:
     """The names of the data sites."""
     names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
-    given = [k for k, s in _first_run(Blocks(model, args, kwargs, {}, {}, redraw=False)).nodes.items() if is_data(s)]
+    given = [k for k, s in _first_run(Blocks(model, args, kwargs, redraw=False)).nodes.items() if is_data(s)]
     names = names or tuple(given)
     unknown = [k for k in names if k not in nodes]
     if unknown or not names:
