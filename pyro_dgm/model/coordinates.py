@@ -43,7 +43,8 @@ class Latent:
 
     @classmethod
     def of(cls, site: dict[str, Any]) -> Latent:
-        fn, shape = site["fn"], site["value"].shape
+        fn = site["fn"]
+        shape = site["value"].shape
         inner = onto(fn, None).inv(site["value"].detach()).shape
         return cls(shape, inner, fn.event_dim + len(inner) - len(shape), fn, place_of(fn))
 
@@ -89,7 +90,8 @@ class Coordinates:
 
     def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Values and log-determinants by site, where no support moves."""
-        values, log_dets = {}, {}
+        values: dict[str, Tensor] = {}
+        log_dets: dict[str, Tensor] = {}
         for name, part in self.parts(u).items():
             to_support = self.bijection(name, self.latents[name].fn)
             values[name] = to_support(part)
@@ -129,8 +131,10 @@ class Constrain(poutine.messenger.Messenger):
 
     def __init__(self, coordinates: Coordinates, u: Tensor, *, stop: bool = False, compare: bool = True) -> None:
         super().__init__()
+        self.coordinates = coordinates
+        self.parts = coordinates.parts(u)
+        self.stop = stop
         self.compare = compare
-        self.coordinates, self.parts, self.stop = coordinates, coordinates.parts(u), stop
         self.values: dict[str, Tensor] = {}
         self.log_dets: dict[str, Tensor] = {}
 

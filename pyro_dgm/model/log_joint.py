@@ -2,7 +2,8 @@ r"""The log joint density of a model as a function of the unconstrained latent v
 
 .. math:: \log p(x, T(u)) + \log|\det J_T(u)|, \qquad u \in R^D
 
-Modes of a log density: where draws of the prior climb to, and whether a valley lies between two points.
+Its modes are looked for where draws of the prior climb to; two points are of different modes if a valley of a nat lies
+between them.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ def refuse_guides_as_models(who: str, model: Any) -> None:
         )
 
 
+_TRIED = 3  # draws by which it is found how many are run at once; not measured, chosen by hand
 _CALLS = {"from_svi": "from_svi(model, guide, *args)", "from_fits": "from_fits(guides, model, *args)"}
 
 
@@ -85,10 +86,12 @@ class Program:
                  draws: Draws | None = None, new: bool = False, who: str = "pyro_dgm") -> None:  # fmt: skip
         refuse_guides_as_models(who, model)
         self.who = who
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.model = model
+        self.guide = guide
+        self.args = args
+        self.kwargs = kwargs
         guided = self._trace(guide) if guide is not None else None
-        known = {k: v[0] for k, v in (draws or {}).items()}
-        known = _values(guided) if guided else known
+        known = _values(guided) if guided else {k: v[0] for k, v in (draws or {}).items()}
         self.density_how: How | None = None
         self.prototype = self._anyhow(model, known)
         self._refuse_no_sites(guided)
@@ -103,8 +106,8 @@ class Program:
         self.guide_runs = Runs(guide, args, kwargs, guided, nesting, "loop", rounds) if guide and guided else None
         draws = {k: v for k, v in (draws or {}).items() if not new or self.fits(k, v)}
         if new:
-            nodes, free = self.prototype.nodes, [k for k in self.sites("latent") if k not in draws]
-            draws |= {k: nodes[k]["value"].expand(3, *nodes[k]["value"].shape) for k in free}
+            free = {k: self.prototype.nodes[k]["value"] for k in self.sites("latent") if k not in draws}
+            draws |= {k: v.expand(_TRIED, *v.shape) for k, v in free.items()}
         else:
             self._refuse_missing_latents(guided.nodes if guided else draws)
         self._choose(parallel, draws)
@@ -173,10 +176,14 @@ class Program:
             self.runs.how = self._guide_how("plate" if parallel else "loop")
             return
         if self.guide_runs is not None:
-            few = self.guide_runs.run_round(3)
+            few = self.guide_runs.run_round(_TRIED)
             self._guide_how("plate" if _broadcasts(self.guide) else self._how(self.guide_runs, few))
         else:
-            few = {k: self.runs.rows(k, v[:3], self.runs.rounds[0]) for k, v in draws.items() if k in self.runs.layouts}
+            few = {
+                k: self.runs.rows(k, v[:_TRIED], self.runs.rounds[0])
+                for k, v in draws.items()
+                if k in self.runs.layouts
+            }
         self.runs.how = self._how(self.runs, {k: v for k, v in few.items() if k in self.sites("latent")})
 
     def _guide_how(self, how: How) -> How:

@@ -1,7 +1,4 @@
-"""What a Pyro trace holds: latent, observed and deterministic sites, told apart once.
-
-Where the dimensions of a site belong: to draws, to plates, to the event.
-"""
+"""The sites of a Pyro trace: which kind each is, and whether its dimensions belong to draws, to plates or to the event."""
 
 from __future__ import annotations
 
@@ -200,9 +197,9 @@ def mask_of(site: Site, layout: Layout, nesting: int) -> Tensor | None:
 
     A mask that depends on an enumerated value, in dimensions left of ``nesting``, hides what it hides for all values.
     """
-    fn, mask = site["fn"], site["mask"]
+    fn = site["fn"]
     own = fn._mask if isinstance(fn, MaskedDistribution) else None
-    masks = [torch.as_tensor(m) for m in (mask, own) if m is not None and m is not True]
+    masks = [torch.as_tensor(m) for m in (site["mask"], own) if m is not None and m is not True]
     if not masks:
         return None
     together = masks[0] if len(masks) == 1 else masks[0] & masks[1]

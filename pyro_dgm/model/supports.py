@@ -1,6 +1,4 @@
-r"""What distributions and their transforms are made of.
-
-Where the density of a latent site integrates to one, and the map from the real numbers onto that set.
+r"""Where the density of a latent site lives, and the map from the real numbers onto that set.
 
 Torch and Pyro declare angles (VonMises and its kin) on the real line, with a periodic density: over the line it integrates to
 infinity, and the evidence of a posterior there grows with every turn that it covers. Their set is the circle,

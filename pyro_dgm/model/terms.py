@@ -24,7 +24,7 @@ from pyro_dgm.model.handlers import factor_of, is_enumerated
 from pyro_dgm.model.sites import Layout, is_computed, is_data, is_subsample, subsampled, with_shape
 from pyro_dgm.model.vectorize import DRAWS
 
-__all__ = ["Term", "is_scored", "merge_terms", "subsampling_factor", "terms_of", "total"]
+__all__ = ["Term", "is_scored", "merge_terms", "plain_term", "terms_of", "total"]
 
 Site = dict[str, Any]
 
@@ -74,15 +74,16 @@ def terms_of(trace: poutine.Trace, n: int, layouts: dict[str, Layout]) -> dict[s
     sites = {k: s for k, s in trace.nodes.items() if s["type"] == "sample" and is_scored(k, s)}
     groups = _enumerated_groups(trace, sites)
     summed = {name for group in groups for name in group}
-    terms = {k: _plain(k, s, n, layouts[k]) for k, s in sites.items() if k not in summed}
+    terms = {k: plain_term(k, s, s["log_prob"], n, layouts[k]) for k, s in sites.items() if k not in summed}
     for group in groups:
         name, term = _summed(trace, {k: sites[k] for k in group}, n)
         terms[name] = term
     return terms
 
 
-def _plain(name: str, site: Site, n: int, layout: Layout) -> Term:
-    joint = with_shape(site["log_prob"], n, layout.batch, name) / subsampling_factor(site)
+def plain_term(name: str, site: Site, log_prob: Tensor, n: int, layout: Layout) -> Term:
+    """The term of a site that no sum touches, from its log density as Pyro scales it."""
+    joint = with_shape(log_prob, n, layout.batch, name) / subsampling_factor(site)
     return Term(layout.axes, joint, joint if is_data(site) else None, (name,) if is_data(site) else ())
 
 
