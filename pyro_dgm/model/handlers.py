@@ -18,7 +18,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import is_data
+from pyro_dgm.model.sites import Site, is_data
 
 __all__ = [
     "EndOfRun",
@@ -123,9 +123,6 @@ class Given(poutine.messenger.Messenger):
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
             msg["infer"] = {k: v for k, v in msg["infer"].items() if k != "enumerate"}
-
-
-Site = dict[str, Any]
 
 
 def is_enumerated(site: Site) -> bool:

@@ -16,6 +16,7 @@ from pyro_dgm.core.distribution import ImplicitDistribution
 
 __all__ = [
     "Layout",
+    "Site",
     "is_computed",
     "is_data",
     "is_drawn",

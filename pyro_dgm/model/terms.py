@@ -21,12 +21,10 @@ from torch import Tensor
 
 from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.model.handlers import factor_of, is_enumerated
-from pyro_dgm.model.sites import Layout, is_computed, is_data, is_subsample, subsampled, with_shape
+from pyro_dgm.model.sites import Layout, Site, is_computed, is_data, is_subsample, subsampled, with_shape
 from pyro_dgm.model.vectorize import DRAWS
 
 __all__ = ["Term", "is_scored", "merge_terms", "plain_term", "terms_of", "total"]
-
-Site = dict[str, Any]
 
 
 @dataclass(frozen=True)

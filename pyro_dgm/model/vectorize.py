@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.model.handlers import Given, is_enumerated
-from pyro_dgm.model.sites import left_of_plates
+from pyro_dgm.model.sites import left_of_plates, sample_sites
 
 __all__ = [
     "DRAWS",
@@ -161,10 +161,8 @@ class Engine:
 
     def is_called_with(self, args: Any, kwargs: Any) -> bool:
         """Whether these are the very arguments that the model is called with."""
-        if len(args) != len(self.args) or kwargs.keys() != self.kwargs.keys():
-            return False
-        pairs = [*zip(args, self.args, strict=True), *((v, self.kwargs[k]) for k, v in kwargs.items())]
-        return all(a is b for a, b in pairs)
+        given = [*map(id, args)], {k: id(v) for k, v in kwargs.items()}
+        return given == ([*map(id, self.args)], {k: id(v) for k, v in self.kwargs.items()})
 
     def find_how(self, rows: dict[str, Tensor]) -> tuple[How, str]:
         """How many draws can be run at once, and what is wrong with the plate where it is not that.
@@ -242,7 +240,7 @@ def _log_probs(trace: poutine.Trace) -> list[Tensor]:
     if _has_enumerated(trace):
         terms = list(packed_log_probs(trace))  # which names the dimensions
         return [_draws_first(t, trace.plate_to_symbol.get(DRAWS, "")) for t in terms]
-    return [s["log_prob"] for s in _sample_sites(trace)]
+    return [s["log_prob"] for _, s in sample_sites(trace)]
 
 
 def packed_log_probs(trace: poutine.Trace) -> Iterator[Tensor]:
@@ -250,7 +248,7 @@ def packed_log_probs(trace: poutine.Trace) -> Iterator[Tensor]:
     trace.compute_log_prob()
     trace.pack_tensors()
     if not _has_enumerated(trace):
-        yield from (s["packed"]["log_prob"] for s in _sample_sites(trace))
+        yield from (s["packed"]["log_prob"] for _, s in sample_sites(trace))
         return
     plain, factors, _, sum_dims, scale = _compute_model_factors(trace, poutine.Trace())
     with shared_intermediates() as cache:
@@ -263,12 +261,8 @@ def packed_log_probs(trace: poutine.Trace) -> Iterator[Tensor]:
             yield scaled
 
 
-def _sample_sites(trace: poutine.Trace) -> list[dict[str, Any]]:
-    return [s for s in trace.nodes.values() if s["type"] == "sample"]
-
-
 def _has_enumerated(trace: poutine.Trace) -> bool:
-    return any(is_enumerated(s) for s in _sample_sites(trace))
+    return any(is_enumerated(s) for _, s in sample_sites(trace))
 
 
 def _draws_first(term: Tensor, draws: str) -> Tensor:

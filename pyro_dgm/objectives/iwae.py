@@ -151,9 +151,11 @@ class IWAE_ELBO(ParticleELBO):
         else:
             scored = [prune_subsample_sites(trace) for trace in drawn]
         p, models = self._joint_terms(pair, drawn, units)
-        q, scale = self._terms(scored, units), scale_of(units)
+        q = self._terms(scored, units)
+        scale = scale_of(units)
         strays = self._strays([*scored, *models], units)
-        local, rest = (p[0] - q[0].to(p[0].device)) / scale, p[1] - q[1].to(p[1].device)
+        local = (p[0] - q[0].to(p[0].device)) / scale
+        rest = p[1] - q[1].to(p[1].device)
         if strays or _same_for_all_draws(p[1], q[1]):
             return _Weights(local, rest.mean(), scale, strays, proxies)
         self._refuse_subsampled(units)
@@ -237,9 +239,11 @@ class IWAE_ELBO(ParticleELBO):
 def _is_weighed(site: dict[str, Any], units: Frames) -> bool:
     """Whether a site's density counts otherwise than once for each row: by ``poutine.scale`` or a mask."""
     scale = torch.as_tensor(site["scale"]) / scale_of(units)
-    fn, masks = site["fn"], [site["mask"]]
+    fn = site["fn"]
+    masks = [site["mask"]]
     while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
-        masks, fn = [*masks, getattr(fn, "_mask", None)], fn.base_dist
+        masks.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
     masked = any(m is not None and not bool(torch.as_tensor(m).all()) for m in masks)
     return masked or not bool((scale - 1.0).abs().max() < 1e-5)
 
@@ -249,7 +253,8 @@ class _Proxies:
 
     def __init__(self, nesting: int, units: Frames, *, watched: bool) -> None:
         self.watched = watched
-        self._nesting, self.units = nesting, units
+        self.units = units
+        self._nesting = nesting
         self._views: list[list[tuple[Tensor, int]]] = []  # of each trace
 
     def watch(self, drawn: poutine.Trace) -> poutine.Trace:

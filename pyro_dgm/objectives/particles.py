@@ -1,8 +1,7 @@
-"""The log density of a trace by draw and by unit: the plates whose slices have a logarithm of their own.
+"""What STL_ELBO and IWAE_ELBO share: draws of a guide, with the densities of model and guide.
 
-Draws of a guide with the densities of model and guide: in one plate, by ``torch.vmap``, or one by one.
-
-Both bounds over many draws stand on this: :class:`~pyro_dgm.STL_ELBO` and :class:`~pyro_dgm.IWAE_ELBO`.
+The draws are run in one plate, by ``torch.vmap``, or one by one. A density is read by draw and by *unit*: a slice of those
+plates that hold all local latents, whose average over draws may stand inside a logarithm of its own.
 """
 
 from __future__ import annotations
@@ -92,12 +91,13 @@ def unit_terms(trace: poutine.Trace, units: Frames, n: int) -> tuple[Tensor, Ten
     The trace holds one draw, or those of a plate of draws. Dimensions of size one have no name in a packed term; a term
     that is the same for all draws counts for each.
     """
-    packed = list(packed_log_probs(trace))
+    terms = list(packed_log_probs(trace))  # which names the dimensions
     sizes = [n, *(f.size for f in units)]
     symbols = [trace.plate_to_symbol.get(DRAWS, ""), *(_symbol(trace, f) for f in units)]
     needed = [s for s, size in zip(symbols[1:], sizes[1:], strict=True) if size > 1]
-    local, rest = torch.zeros(()), torch.zeros(())
-    for term in packed:
+    local = torch.zeros(())
+    rest = torch.zeros(())
+    for term in terms:
         if all(s and s in term._pyro_dims for s in needed):  # type: ignore[attr-defined]
             local = local + _arranged(term, symbols)
         else:
@@ -140,8 +140,30 @@ class ParticleELBO(Trace_ELBO):
     without_path = ""  # and what to do about it
     plain_instead = ""  # what is done where a score cannot be left out
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self,
+        num_particles: int = 128,
+        *,
+        vectorize_particles: bool = True,
+        max_plate_nesting: float = float("inf"),
+        max_iarange_nesting: float | None = None,
+        retain_graph: bool | None = None,
+        strict_enumeration_warning: bool = True,
+        ignore_jit_warnings: bool = False,
+        jit_options: dict[str, Any] | None = None,
+        tail_adaptive_beta: float = -1.0,
+    ) -> None:
+        super().__init__(
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles,
+            max_plate_nesting=max_plate_nesting,
+            max_iarange_nesting=max_iarange_nesting,
+            retain_graph=retain_graph,
+            strict_enumeration_warning=strict_enumeration_warning,
+            ignore_jit_warnings=ignore_jit_warnings,
+            jit_options=jit_options,
+            tail_adaptive_beta=tail_adaptive_beta,
+        )
         self._met: Any = None
         self._once: Any = None  # a run of the guide, for its structure
         self._how = ""
@@ -279,7 +301,8 @@ class ParticleELBO(Trace_ELBO):
         self, pair: Pair, drawn: poutine.Trace, units: Frames, shared: Collection[str] = ()
     ) -> tuple[Terms, poutine.Trace]:
         """The model's terms by ``vmap`` of single runs, and the trace of one of them (its values are of no use)."""
-        n, traces = self.num_particles, []
+        n = self.num_particles
+        traces: list[poutine.Trace] = []
         sites = dict(latent_sites(drawn))
         rows = {k: s["value"].reshape(n, *row_shape(s)) for k, s in sites.items() if k not in shared}
         known = {k: sites[k]["value"] for k in shared}

@@ -46,8 +46,8 @@ from pyro_dgm.core import frozen
 from pyro_dgm.core.devices import fork_rng, put_random_states
 from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import is_factor, latent_sites, sample_sites
-from pyro_dgm.model.supports import declares_support, holds_grad, simple_parts, unwrapped
+from pyro_dgm.model.sites import Site, is_factor, latent_sites, sample_sites
+from pyro_dgm.model.supports import declares_support, holds_grad, same_ends, simple_parts, unwrapped
 from pyro_dgm.objectives.leaves import forget_inverses, parameters_of, registered_in
 
 __all__ = [
@@ -57,8 +57,6 @@ __all__ = [
     "with_densities",
     "with_values",
 ]
-
-Site = dict[str, Any]
 
 _NOT_REGISTERED = ".*was not registered in the param store"  # pyro.module, of parameters that are frozen on purpose
 
@@ -72,7 +70,8 @@ class PathGradient:
     """
 
     def __init__(self, who: str, instead: str) -> None:
-        self._who, self._instead = who, instead
+        self._who = who
+        self._instead = instead
         self._guide: Any = None
         self._told: set[str] = set()
         self._learnt: dict[Any, _Learnt] = {}
@@ -132,7 +131,8 @@ class PathGradient:
     def _recall(self, guide: Any, drawn: poutine.Trace, constant: list[Tensor], shared: Collection[str]) -> None:
         """What was found with the same guide, the same tensors that are trained, and the same shared draws."""
         if guide != self._guide or len(self._learnt) > 32:  # equal are also two bound methods of one object
-            self._guide, self._learnt = guide, {}
+            self._guide = guide
+            self._learnt = {}
         registered = {id(p) for p in registered_in(guide, drawn)}
         trained = [id(p) for p in constant if p.requires_grad]
         others = sum(i not in registered for i in trained)
@@ -326,7 +326,7 @@ def _image_moves(support: Any, transforms: list[Transform]) -> bool:
     for t in chain.from_iterable(simple_parts([t]) if holds_grad(t) else [t] for t in transforms):
         if _is_to_reals(whole, t):
             whole = constraints.real
-        elif whole is not None and _same_set(whole, of_entries(t.domain)) and not holds_grad(t.codomain):
+        elif whole is not None and same_ends(whole, of_entries(t.domain)) and not holds_grad(t.codomain):
             whole = of_entries(t.codomain)
         elif holds_grad(t):
             return True
@@ -341,16 +341,3 @@ def _is_to_reals(support: Any, transform: Transform) -> bool:
         return support is not None and transform == biject_to(support).inv
     except NotImplementedError:
         return False
-
-
-def _same_set(a: Any, b: Any) -> bool:
-    """Whether two constraints are the same set, up to its border; in doubt not."""
-    return a is b or (_bounds(a) is not None and _bounds(a) == _bounds(b))
-
-
-def _bounds(constraint: Any) -> tuple[float, float] | None:
-    """The ends of an interval between numbers, open or closed."""
-    low, high = getattr(constraint, "lower_bound", -torch.inf), getattr(constraint, "upper_bound", torch.inf)
-    if (low, high) == (-torch.inf, torch.inf) or not all(isinstance(b, int | float) for b in (low, high)):
-        return None
-    return float(low), float(high)

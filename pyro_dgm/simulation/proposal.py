@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TruncatedPrior", "truncated"]
 
-_OUTSIDE = 1e-4
-_DRAWS = 10_000
+_OUTSIDE = 1e-4  # mass of the posterior outside the region: that of Deistler et al. 2022
+# Not measured; chosen by hand.
+_DRAWS = 10_000  # of the posterior, for the density at the region's edge
 _TRIES = 1_000  # candidates for each draw that is wanted
 
 
