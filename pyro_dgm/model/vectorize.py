@@ -145,8 +145,8 @@ class Engine:
 
     def wide(self, n: int | None, model: Model | None = None) -> Model:
         """The model, in a plate of ``n`` draws where there is a number."""
-        model = model or self.model
-        return model if n is None else in_draws_plate(model, n, self.nesting)
+        run = self.model if model is None else model
+        return run if n is None else in_draws_plate(run, n, self.nesting)
 
     def trace(
         self, n: int | None = None, given: dict[str, Tensor] | None = None, model: Model | None = None
@@ -156,7 +156,7 @@ class Engine:
         ``given`` has the values of some latents, ``{site: (*site)}`` or ``{site: (n, *site)}``; ``model`` is the model under
         some handlers.
         """
-        run = Given(self._placed(given or {}, n))(model or self.model)
+        run = Given(self._placed(given or {}, n))(self.model if model is None else model)
         return poutine.trace(self.wide(n, run)).get_trace(*self.args, **self.kwargs)
 
     def is_called_with(self, args: Any, kwargs: Any) -> bool:
