@@ -17,7 +17,7 @@ from torch import Size, Tensor
 from torch.distributions import Transform
 
 from pyro_dgm.model.handlers import EndOfRun, run_to_end
-from pyro_dgm.model.sites import latent_sites
+from pyro_dgm.model.sites import Site, latent_sites
 from pyro_dgm.model.supports import onto, place_of, same_support
 
 __all__ = ["Constrain", "Coordinates", "Latent"]
@@ -42,7 +42,7 @@ class Latent:
     place: Any
 
     @classmethod
-    def of(cls, site: dict[str, Any]) -> Latent:
+    def of(cls, site: Site) -> Latent:
         fn = site["fn"]
         shape = site["value"].shape
         inner = onto(fn, None).inv(site["value"].detach()).shape

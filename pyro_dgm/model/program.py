@@ -22,6 +22,7 @@ from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.model.handlers import Given, Undrawn, warn_of_masked_sums
 from pyro_dgm.model.runs import Draws, Runs, Table, rounds_of, stacked
 from pyro_dgm.model.sites import (
+    Site,
     is_computed,
     is_data,
     is_enumerable,
@@ -251,7 +252,7 @@ class Program:
                     terms[k] = replace(terms[k], joint=terms[k].joint * mask)
         return total(terms.values(), n).cpu().numpy()
 
-    def _guided_sites(self) -> Iterator[dict[str, Any]]:
+    def _guided_sites(self) -> Iterator[Site]:
         yield from (s for s in self.guide_runs.prototype.nodes.values() if s["type"] == "sample")  # type: ignore[union-attr]
 
     def _refuse_joint_guides(self, name: str, terms: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.model.handlers import factor_of, is_enumerated
-from pyro_dgm.model.sites import Layout, Site, is_computed, is_data, is_subsample, subsampled, with_shape
+from pyro_dgm.model.sites import Frame, Layout, Site, is_computed, is_data, is_subsample, subsampled, with_shape
 from pyro_dgm.model.vectorize import DRAWS
 
 __all__ = ["Term", "is_scored", "merge_terms", "plain_term", "terms_of", "total"]
@@ -141,12 +141,12 @@ def _tree(trace: poutine.Trace, sites: Iterable[Site]) -> OrderedDict[Any, list[
     return tree
 
 
-def _frames(trace: poutine.Trace, sites: Iterable[Site], ordinal: Any) -> tuple[Any, ...]:
+def _frames(trace: poutine.Trace, sites: Iterable[Site], ordinal: Any) -> tuple[Frame, ...]:
     frames = {f for s in sites for f in s["cond_indep_stack"] if f.vectorized and f.name != DRAWS}
     return tuple(sorted((f for f in frames if trace.plate_to_symbol[f.name] in ordinal), key=lambda f: f.dim))
 
 
-def _aligned(term: Tensor, trace: poutine.Trace, frames: tuple[Any, ...], n: int) -> Tensor:
+def _aligned(term: Tensor, trace: poutine.Trace, frames: tuple[Frame, ...], n: int) -> Tensor:
     """A packed tensor as ``(n, *plates)``; dimensions that it lacks are repeated."""
     wanted = [trace.plate_to_symbol.get(DRAWS, ""), *(trace.plate_to_symbol[f.name] for f in frames)]
     dims = list(term._pyro_dims)  # type: ignore[attr-defined]
@@ -157,7 +157,7 @@ def _aligned(term: Tensor, trace: poutine.Trace, frames: tuple[Any, ...], n: int
     return ordered.expand(n, *(f.size for f in frames))
 
 
-def _refuse_sums_across_a_subsample(sites: dict[str, Site], frames: tuple[Any, ...]) -> None:
+def _refuse_sums_across_a_subsample(sites: dict[str, Site], frames: tuple[Frame, ...]) -> None:
     for name, site in sites.items():
         for f in site["cond_indep_stack"]:
             if subsampled(f) and f.name not in {g.name for g in frames}:

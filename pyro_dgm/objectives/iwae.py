@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution
 
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import latent_sites, sample_sites, subsampled
+from pyro_dgm.model.sites import Site, latent_sites, sample_sites, subsampled
 from pyro_dgm.objectives.agreement import Pair
 from pyro_dgm.objectives.leaves import parameters_of
 from pyro_dgm.objectives.particles import Frames, ParticleELBO, Terms, is_local, scale_of, stray_plates, units_of
@@ -236,7 +236,7 @@ class IWAE_ELBO(ParticleELBO):
         return strays
 
 
-def _is_weighed(site: dict[str, Any], units: Frames) -> bool:
+def _is_weighed(site: Site, units: Frames) -> bool:
     """Whether a site's density counts otherwise than once for each row: by ``poutine.scale`` or a mask."""
     scale = torch.as_tensor(site["scale"]) / scale_of(units)
     fn = site["fn"]

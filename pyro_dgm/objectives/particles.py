@@ -23,7 +23,16 @@ from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng, random_states
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import is_enumerable, is_factor, latent_sites, plate_frames, sample_sites, subsampled
+from pyro_dgm.model.sites import (
+    Frame,
+    Site,
+    is_enumerable,
+    is_factor,
+    latent_sites,
+    plate_frames,
+    sample_sites,
+    subsampled,
+)
 from pyro_dgm.model.supports import unwrapped
 from pyro_dgm.model.vectorize import DRAWS, NOT_VECTORIZED, enumerated, in_draws_plate, over_draws, packed_log_probs
 from pyro_dgm.objectives.agreement import Pair, fixed_part, how_to_draw, row_shape
@@ -31,7 +40,7 @@ from pyro_dgm.objectives.path_gradient import PathGradient
 
 __all__ = ["Frames", "ParticleELBO", "Terms", "is_local", "scale_of", "stray_plates", "unit_terms", "units_of"]
 
-Frames = tuple[Any, ...]
+Frames = tuple[Frame, ...]
 
 
 def units_of(trace: poutine.Trace) -> Frames:
@@ -63,7 +72,7 @@ def _follow_from_a_joint_draw(trace: poutine.Trace) -> bool:
     return joint and bool(inside) and all(isinstance(unwrapped(s["fn"]), Delta) for s in inside)
 
 
-def is_local(site: dict[str, Any], units: Frames) -> bool:
+def is_local(site: Site, units: Frames) -> bool:
     """Whether the site lies in all plates of the units; without units every site does."""
     return set(units) <= set(plate_frames(site))
 
@@ -80,7 +89,7 @@ def stray_plates(traces: Iterable[poutine.Trace], units: Frames) -> list[str]:
     return sorted({f.name for stack in local for f in stack if subsampled(f) and not any(_same(u, f) for u in units)})
 
 
-def _same(unit: Any, frame: Any) -> bool:
+def _same(unit: Frame, frame: Frame) -> bool:
     """Whether a plate of the guide and one of the model are the same, under two names perhaps."""
     return unit.name == frame.name or (unit.dim, unit.size) == (frame.dim, frame.size)
 
@@ -105,7 +114,7 @@ def unit_terms(trace: poutine.Trace, units: Frames, n: int) -> tuple[Tensor, Ten
     return local.expand(sizes), rest.expand(n)
 
 
-def _symbol(trace: poutine.Trace, frame: Any) -> str:
+def _symbol(trace: poutine.Trace, frame: Frame) -> str:
     """The symbol of a plate in a trace, or of the one in its place where model and guide call it by different names."""
     if frame.name in trace.plate_to_symbol:
         return trace.plate_to_symbol[frame.name]
@@ -334,7 +343,7 @@ class ParticleELBO(Trace_ELBO):
                 )
 
 
-def _has_no_path(site: dict[str, Any]) -> bool:
+def _has_no_path(site: Site) -> bool:
     fn = site["fn"]
     if is_factor(site):
         return not vars(fn).get("has_rsample", True) and fn.log_factor.requires_grad
