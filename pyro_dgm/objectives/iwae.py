@@ -180,12 +180,12 @@ class IWAE_ELBO(ParticleELBO):
         shared = [k for k, s in latent_sites(drawn[0]) if not is_local(s, units)]
         for trace in drawn:
             self._path.learn(pair.guide, self._run(pair.guide), trace, pair.args, pair.kwargs, shared)
-        placed = [k for k in self._path.placed if k in drawn[0].nodes and is_local(drawn[0].nodes[k], units)]
+        placed = [k for k in self._path.now.placed if k in drawn[0].nodes and is_local(drawn[0].nodes[k], units)]
         weighed = [k for k, s in latent_sites(drawn[0]) if is_local(s, units) and _is_weighed(s, units)]
         self._path.say(
             dict.fromkeys(weighed, "it is scaled or masked, so its weight and its score do not belong together")
         )
-        return not (placed or weighed or self._path.plain.keys() & drawn[0].nodes.keys())
+        return not (placed or weighed or self._path.now.plain.keys() & drawn[0].nodes.keys())
 
     def _is_unlike(self, drawn: poutine.Trace, again: poutine.Trace) -> bool:
         """Whether a second run of the guide is not like the one that made the draws."""

@@ -67,6 +67,9 @@ class PathGradient:
     Args:
         who: the bound that speaks in warnings.
         instead: what is done for a site that keeps its score.
+
+    Attributes:
+        now: what was found of the sites of the guide that was met last.
     """
 
     def __init__(self, who: str, instead: str) -> None:
@@ -75,17 +78,7 @@ class PathGradient:
         self._guide: Any = None
         self._told: set[str] = set()
         self._learnt: dict[Any, _Learnt] = {}
-        self._now = _Learnt()
-
-    @property
-    def plain(self) -> dict[str, str]:
-        """Sites that keep a score, with the reason."""
-        return self._now.plain
-
-    @property
-    def placed(self) -> set[str]:
-        """Deltas whose place is a parameter, or follows from a draw that is shared."""
-        return self._now.placed
+        self.now = _Learnt()
 
     def scored(self, guide: Any, run: Any, drawn: poutine.Trace, args: Any, kwargs: Any) -> poutine.Trace:
         """The trace with the log density of every site, its score left out where that is allowed.
@@ -96,7 +89,7 @@ class PathGradient:
         if not torch.is_grad_enabled():
             return prune_subsample_sites(drawn)
         constant = self.learn(guide, run, drawn, args, kwargs)
-        names = {k for k, s in sample_sites(drawn) if not _why_kept(s) and k not in self.plain}
+        names = {k for k, s in sample_sites(drawn) if not _why_kept(s) and k not in self.now.plain}
         views = with_values(drawn, {k: s["value"].view_as(s["value"]) for k, s in latent_sites(drawn)})
         again = rescored(run, views, constant, names, args, kwargs)
         names -= self.unlike(drawn, again, names)
@@ -122,10 +115,10 @@ class PathGradient:
         constant = parameters_of(guide, drawn)
         self._recall(guide, drawn, constant, shared)
         names = {k for k, _ in sample_sites(drawn)}
-        if not names <= self._now.known:
+        if not names <= self.now.known:
             self._look(run, drawn, constant, args, kwargs, shared)
-            self._now.known.update(names)
-            self.say(self.plain)
+            self.now.known.update(names)
+            self.say(self.now.plain)
         return constant
 
     def _recall(self, guide: Any, drawn: poutine.Trace, constant: list[Tensor], shared: Collection[str]) -> None:
@@ -137,24 +130,24 @@ class PathGradient:
         trained = [id(p) for p in constant if p.requires_grad]
         others = sum(i not in registered for i in trained)
         key = frozenset(registered.intersection(trained)), others, frozenset(shared)
-        self._now = self._learnt.setdefault(key, _Learnt())
+        self.now = self._learnt.setdefault(key, _Learnt())
 
     def _look(
         self, run: Any, drawn: poutine.Trace, constant: list[Tensor], args: Any, kwargs: Any, shared: Collection[str]
     ) -> None:
-        sites = {k for k, _ in sample_sites(drawn)} - self._now.known
+        sites = {k for k, _ in sample_sites(drawn)} - self.now.known
         self._note(_run_at_constants(run, drawn, args, kwargs), sites)
         if shared:
             self._note(_run_at_constants(run, drawn, args, kwargs, shared), sites.difference(shared))
         with frozen(*constant):
             for name, site in sample_sites(_run_at_constants(run, drawn, args, kwargs)):
-                if name in sites and name not in self.plain and not _why_kept(site) and _requires_grad(site):
-                    self.plain[name] = "it depends on tensors that were computed outside of the guide"
+                if name in sites and name not in self.now.plain and not _why_kept(site) and _requires_grad(site):
+                    self.now.plain[name] = "it depends on tensors that were computed outside of the guide"
 
     def _note(self, trace: poutine.Trace, names: Collection[str]) -> None:
         for name, site in sample_sites(trace):
             if name in names:
-                self._now.note(name, site)
+                self.now.note(name, site)
 
     def say(self, reasons: dict[str, str]) -> None:
         """Warn of the sites that keep a score, those of one reason together, each once."""
@@ -167,7 +160,13 @@ class PathGradient:
 
 
 class _Learnt:
-    """What was found of a guide's sites."""
+    """What was found of a guide's sites.
+
+    Attributes:
+        known: those that were looked at.
+        plain: those that keep a score, with the reason.
+        placed: Deltas whose place is a parameter, or follows from a draw that is shared.
+    """
 
     def __init__(self) -> None:
         self.known: set[str] = set()
