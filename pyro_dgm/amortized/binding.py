@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Size, Tensor
 
 from pyro_dgm.amortized.structure import Site, Structure
-from pyro_dgm.model.vectorize import in_draws_plate
+from pyro_dgm.model.vectorize import Engine
 
 __all__ = ["Arguments", "covariate_sites"]
 
@@ -77,7 +77,7 @@ class Arguments:
         sites = (*structure.latents, *structure.observed)
         try:
             with pyro.validation_enabled(False), poutine.block():
-                trace = poutine.trace(in_draws_plate(self.model, n, nesting)).get_trace(**arguments)
+                trace = Engine(self.model, (), arguments, nesting).trace(n)
             values = {s.name: _rows(s, trace.nodes[s.name]["value"], n, nesting) for s in sites}
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(

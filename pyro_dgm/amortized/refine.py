@@ -30,8 +30,7 @@ from pyro_dgm.amortized.units import Units
 from pyro_dgm.core.devices import device_of
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.core.weights import log_mean_exp, psis, stratified
-from pyro_dgm.model.sites import left_of_plates
-from pyro_dgm.model.vectorize import NOT_VECTORIZED, find_vectorization, joint_alone, joint_in_plate, joint_of_rows
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine
 
 if TYPE_CHECKING:
     from pyro_dgm.amortized.posterior import ConditionedGuide
@@ -216,15 +215,15 @@ class Joint:
 
     def __init__(self, posterior: ConditionedGuide) -> None:
         self.posterior, structure = posterior, posterior.guide.structure
-        self.nesting = structure.nesting
         self.sites = structure.latents
         self.discrete = any(s.classes for s in self.sites)
-        self.model = posterior.guide.conditioned_model(posterior.data, rewritten=True)
+        model = posterior.guide.conditioned_model(posterior.data, rewritten=True)
+        self.engine = Engine(model, (), {}, structure.nesting, {s.name: len(s.event_shape) for s in self.sites})
         example = self._drawn(3)
         where = device_of(posterior.guide)
         self.units = {s.name: Units([s], "map").to(where) for s in self.sites if not s.classes}
         self.shapes = {k: v.shape[1:] for k, v in example.items()}
-        self.how, fault = find_vectorization(self.model, self._in_plate(example), self.shapes, self.nesting, (), {})
+        self.how, fault = self.engine.find_how(example)
         if self.how == "loop":
             warn_user(NOT_VECTORIZED.format(fault))
 
@@ -257,20 +256,7 @@ class Joint:
         """Log joint density of the model over vectors, nats; NaN where it has none."""
         values, log_det = self._unpacked(u)
         with pyro.validation_enabled(False), poutine.block():
-            return self._joint(values).double() + log_det
-
-    def _joint(self, values: dict[str, Tensor]) -> Tensor:
-        model, n = self.model, len(next(iter(values.values())))
-        if self.how == "plate":
-            return joint_in_plate(model, self._in_plate(values), n, self.nesting, (), {})
-        if self.how == "vmap":
-            return joint_of_rows(model, values, (), {})
-        rows = [{k: v[i] for k, v in values.items()} for i in range(n)]
-        return torch.stack([joint_alone(model, row, self.nesting, (), {}) for row in rows])
-
-    def _in_plate(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Values with the draws left of all plates: ``(n, 1, .., *plates, *event)``."""
-        return {s.name: left_of_plates(values[s.name], len(s.event_shape), self.nesting) for s in self.sites}
+            return self.engine.log_joint(values, self.how).double() + log_det
 
     def _packed(self, site: Any, value: Tensor) -> Tensor:
         if site.classes:

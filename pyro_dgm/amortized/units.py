@@ -30,7 +30,7 @@ from pyro_dgm.amortized.binding import Arguments
 from pyro_dgm.amortized.structure import Site, Structure
 from pyro_dgm.core import Standardize
 from pyro_dgm.core.shapes import of_entries
-from pyro_dgm.model.handlers import EndOfRun
+from pyro_dgm.model.handlers import EndOfRun, run_to_end
 
 __all__ = ["Moments", "PriorUnits", "Units", "box_of"]
 
@@ -260,11 +260,8 @@ class PriorUnits:
     ) -> None:
         """Run a model on values ``(n, *plates, *event)`` of its sites until the handler has seen all it wants."""
         arguments = self.arguments.bound(self.arguments.args, self.arguments.kwargs) | self.inputs(data, lead)
-        with pyro.validation_enabled(False), poutine.block(), poutine.condition(data=rows), seen:
-            try:
-                model(**arguments)
-            except EndOfRun:
-                pass
+        with pyro.validation_enabled(False):
+            run_to_end(poutine.condition(seen(model), data=rows), **arguments)
 
     def _rows(self, name: str, value: Tensor, lead: Size) -> Tensor:
         shape = value.shape[len(self._lead(name, value)) :]

@@ -20,7 +20,7 @@ from pyro_dgm.core import frozen
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.diagnostics.khat import Exploration
 from pyro_dgm.model.log_joint import LogJoint, uncovered, value_and_grad
-from pyro_dgm.model.vectorize import Model
+from pyro_dgm.model.vectorize import How, Model
 
 __all__ = ["explore", "pulled_back"]
 
@@ -28,10 +28,12 @@ _ROUNDS = 20  # runs of the model for one density; the chains ask for some 160 g
 Density = Callable[[Tensor], Tensor]  # of many points, in nats
 
 
-def explore(model: Model, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int = 512) -> Exploration:
+def explore(model: Model, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], chains: int = 512,
+            how: How | None = None) -> Exploration:  # fmt: skip
     """Look around the guide's draws; where that cannot be done in one batch, the result says why.
 
-    A subsampled plate is visited whole at every step: the chains need one fixed density.
+    A subsampled plate is visited whole at every step: the chains need one fixed density. ``how`` many draws of the model run
+    is asked where it is not given.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
@@ -46,7 +48,7 @@ def explore(model: Model, guide: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if not isinstance(guide, AutoContinuous):
         return Exploration(unseen="the guide has no vector of all latents")
     with frozen(*guide.parameters()):
-        log_joint = LogJoint(guide, model, args, kwargs, whole=True)
+        log_joint = LogJoint(guide, model, args, kwargs, whole=True, how=how)
         unseen = _reason_not_to(log_joint)
         if unseen:
             return Exploration(unseen=unseen)

@@ -273,7 +273,9 @@ def _from_guides(model: Model, guides: Sequence[Any], args: Any, model_kwargs: A
         made = groups_of(program, draws, total, options, scored)
         log_q = _log_q(programs, guided, scored, n)
         weighted = log_q is not None and program.has_density
-        explored = explore(model, guides[0], args, kwargs) if check and weighted else Exploration(unseen=_UNASKED)
+        explored = Exploration(unseen=_UNASKED)
+        if check and weighted:
+            explored = explore(model, guides[0], args, kwargs, how=program.density_how)
     stats, attrs = made.groups["sample_stats"], {"guide": type(guides[0]).__name__}
     if log_q is not None:
         stats["log_q"] = log_q

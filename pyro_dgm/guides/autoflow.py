@@ -103,7 +103,7 @@ class AutoFlow(VectorGuide):
         self.setup(*args, **kwargs)
         if self._posterior.version() != self._untouched:
             return
-        log_joint = LogJoint(self, self.target, args, kwargs)
+        log_joint = LogJoint.known(self, self.target, args, kwargs)
         if log_joint.missing:  # they were blocked from the guide: the density is not known
             return
         self.centre_circles(log_joint)
@@ -114,7 +114,7 @@ class AutoFlow(VectorGuide):
             if isinstance(component.family, TailedCoupling):
                 component.family.start_with_tails()
         if len(start.loc) > 1:
-            weights = self._posterior.weigh(LogJoint(self, self.target, args, kwargs, whole=True))
+            weights = self._posterior.weigh(LogJoint(self, self.target, args, kwargs, whole=True, how=log_joint.how))
             self._posterior.keep([i for i, w in enumerate(weights.tolist()) if w >= _LEAST_WEIGHT])
 
     def finish(self, *args: Any, **kwargs: Any) -> None:

@@ -16,8 +16,8 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Size, Tensor
 from torch.distributions import Transform
 
-from pyro_dgm.model.handlers import EndOfRun
-from pyro_dgm.model.sites import latent_sites
+from pyro_dgm.model.handlers import EndOfRun, run_to_end
+from pyro_dgm.model.sites import Site, latent_sites
 from pyro_dgm.model.supports import onto, place_of, same_support
 
 __all__ = ["Constrain", "Coordinates", "Latent"]
@@ -42,8 +42,9 @@ class Latent:
     place: Any
 
     @classmethod
-    def of(cls, site: dict[str, Any]) -> Latent:
-        fn, shape = site["fn"], site["value"].shape
+    def of(cls, site: Site) -> Latent:
+        fn = site["fn"]
+        shape = site["value"].shape
         inner = onto(fn, None).inv(site["value"].detach()).shape
         return cls(shape, inner, fn.event_dim + len(inner) - len(shape), fn, place_of(fn))
 
@@ -89,7 +90,8 @@ class Coordinates:
 
     def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Values and log-determinants by site, where no support moves."""
-        values, log_dets = {}, {}
+        values: dict[str, Tensor] = {}
+        log_dets: dict[str, Tensor] = {}
         for name, part in self.parts(u).items():
             to_support = self.bijection(name, self.latents[name].fn)
             values[name] = to_support(part)
@@ -129,8 +131,10 @@ class Constrain(poutine.messenger.Messenger):
 
     def __init__(self, coordinates: Coordinates, u: Tensor, *, stop: bool = False, compare: bool = True) -> None:
         super().__init__()
+        self.coordinates = coordinates
+        self.parts = coordinates.parts(u)
+        self.stop = stop
         self.compare = compare
-        self.coordinates, self.parts, self.stop = coordinates, coordinates.parts(u), stop
         self.values: dict[str, Tensor] = {}
         self.log_dets: dict[str, Tensor] = {}
 
@@ -152,9 +156,5 @@ class Constrain(poutine.messenger.Messenger):
 
     def run(self, model: Callable[..., Any], args: Any, kwargs: Any) -> Constrain:
         """Run the model as far as its last latent; nothing of it is seen outside."""
-        with poutine.block(), self:
-            try:
-                model(*args, **kwargs)
-            except EndOfRun:
-                pass
+        run_to_end(self(model), *args, **kwargs)
         return self

@@ -1,9 +1,7 @@
-"""Handlers that change what a run of a model draws.
+"""Handlers that change what a run of a model draws: given latents, data drawn anew, discrete sites from their posterior.
 
-Enumerated sites under masks and scales, as in ``TraceEnum_ELBO``: what is summed over, and draws of it.
-
-A mask hides what depends on an enumerated site, never the distribution that is summed: a masked step of a chain sums to
-one. A scale stands outside of the sum.
+Discrete sites are summed out as in ``TraceEnum_ELBO``: a mask hides what depends on an enumerated site, never the
+distribution that is summed (a masked step of a chain sums to one), and a scale stands outside of the sum.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import is_data
+from pyro_dgm.model.sites import Site, is_data
 
 __all__ = [
     "EndOfRun",
@@ -30,12 +28,22 @@ __all__ = [
     "factor_of",
     "is_enumerated",
     "posterior_draws_of",
+    "run_to_end",
     "warn_of_masked_sums",
 ]
 
 
 class EndOfRun(Exception):
     """Raised by a handler that has seen all it wants of a run of a model."""
+
+
+def run_to_end(model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Run a model until a handler has seen all it wants; nothing of it is seen further out."""
+    with poutine.block():
+        try:
+            model(*args, **kwargs)
+        except EndOfRun:
+            pass
 
 
 class Undrawn(ValueError):
@@ -47,7 +55,8 @@ class Undrawn(ValueError):
     """
 
     def __init__(self, redraw: Redraw, error: Exception) -> None:
-        self.site, self.anew = redraw.at, redraw.anew
+        self.site = redraw.at
+        self.anew = redraw.anew
         what = f"site '{self.site}' could not be drawn" if self.site else f"the model failed after {redraw.last}"
         self.reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
         super().__init__(f"{what} ({self.reason.rstrip('.')})")
@@ -72,7 +81,8 @@ class Redraw(poutine.messenger.Messenger):
 
     def _start(self) -> None:
         self.at: str | None = None
-        self.last, self.anew = "its start", False
+        self.last = "its start"
+        self.anew = False
 
     def __enter__(self) -> Redraw:
         self._start()
@@ -82,11 +92,13 @@ class Redraw(poutine.messenger.Messenger):
         self.at = msg["name"]
         if is_data(msg) and msg["name"] not in self.leave:
             msg["fn"] = _as_wide_as(msg["value"], msg["fn"])
-            msg["is_observed"], msg["value"] = False, None
+            msg["is_observed"] = False
+            msg["value"] = None
             self.anew = True
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        self.at, self.last = None, f"site '{msg['name']}'"
+        self.at = None
+        self.last = f"site '{msg['name']}'"
 
 
 def _as_wide_as(value: Any, fn: Any) -> Any:
@@ -111,9 +123,6 @@ class Given(poutine.messenger.Messenger):
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
             msg["infer"] = {k: v for k, v in msg["infer"].items() if k != "enumerate"}
-
-
-Site = dict[str, Any]
 
 
 def is_enumerated(site: Site) -> bool:

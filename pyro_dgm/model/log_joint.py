@@ -2,15 +2,18 @@ r"""The log joint density of a model as a function of the unconstrained latent v
 
 .. math:: \log p(x, T(u)) + \log|\det J_T(u)|, \qquad u \in R^D
 
-Modes of a log density: where draws of the prior climb to, and whether a valley lies between two points.
+Its modes are looked for where draws of the prior climb to; two points are of different modes if a valley of a nat lies
+between them.
 """
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyro
 import torch
@@ -21,18 +24,9 @@ from torch import Tensor
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.model.coordinates import Constrain, Coordinates
 from pyro_dgm.model.runs import Runs, rounds_of
-from pyro_dgm.model.sites import is_enumerable, latent_sites, left_of_plates
+from pyro_dgm.model.sites import is_enumerable, latent_sites
 from pyro_dgm.model.stability import AnySite
-from pyro_dgm.model.vectorize import (
-    NOT_VECTORIZED,
-    How,
-    find_vectorization,
-    in_draws_plate,
-    joint_alone,
-    joint_in_plate,
-    joint_of,
-    plate_nesting,
-)
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine, How, Model, over_draws, plate_nesting
 
 __all__ = ["LogJoint", "ascend", "barrier", "other_modes", "prior_draws", "spread", "uncovered", "value_and_grad"]
 
@@ -48,6 +42,9 @@ def value_and_grad(log_density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[
     return torch.where(inside, value, -torch.inf).detach(), torch.where(inside[:, None], grad, 0.0)
 
 
+_LATEST: WeakKeyDictionary[AutoContinuous, weakref.ref[LogJoint]] = WeakKeyDictionary()
+
+
 class LogJoint:
     """``log_joint(u)``: shape ``(N, D) -> (N,)``, in nats, differentiable; NaN and failed Cholesky factors become -inf.
 
@@ -60,6 +57,7 @@ class LogJoint:
         model: the model whose density is asked.
         args, kwargs: the model's arguments.
         whole: visit all rows of subsampled plates.
+        how: how many vectors are run, where that was found for this model and these arguments; None to find it.
 
     Raises:
         ValueError: at an evaluation, for a support that depends on the arguments; with ``whole``, for subsampled plates that
@@ -67,32 +65,49 @@ class LogJoint:
     """
 
     def __init__(
-        self, guide: AutoContinuous, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, whole: bool = False
+        self,
+        guide: AutoContinuous,
+        model: Model,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        whole: bool = False,
+        how: How | None = None,
     ) -> None:
-        self.guide, self.model, self.args, self.kwargs = guide, model, args, kwargs
+        self.guide = guide
         self.dim = guide.latent_dim
         self._fixed = None if hasattr(guide, "coordinates") else Coordinates.of(guide)
         known = {k: s["value"] for k, s in latent_sites(guide.prototype_trace)}
         with pyro.validation_enabled(False), fork_rng():
             conditioned = poutine.trace(poutine.condition(model, data=known))
             trace = poutine.block(conditioned.get_trace)(*args, **kwargs)
-        self.nesting = plate_nesting(trace)
+        events = {k: latent.fn.event_dim for k, latent in self.coordinates.latents.items()}
+        self.engine = Engine(model, args, kwargs, plate_nesting(trace), events)
         self.missing = [n for n, s in latent_sites(trace) if not is_enumerable(s)]
-        self.how = self._find_how()
+        self.how: How = how or self._find_how()
         rounds = rounds_of([trace]) if whole else []
         self.rounds = len(rounds)
         self._runs = None
         if len(rounds) > 1:
-            self._runs = Runs(model, args, kwargs, trace, self.nesting, self.how, rounds, with_grad=True)
+            self._runs = Runs(model, args, kwargs, trace, self.engine.nesting, self.how, rounds, with_grad=True)
+        _LATEST[guide] = weakref.ref(self)
 
     def __call__(self, u: Tensor) -> Tensor:
         with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
-            value = self._parallel(u) if self.vectorized else torch.stack([self._single(v) for v in u])
+            value = self._parallel(u) if self.vectorized else torch.cat([self._parallel(v) for v in u.split(1)])
         return value.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+
+    @classmethod
+    def known(cls, guide: AutoContinuous, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
+        """A new one; how it runs is not asked again where the guide's latest is in use, of this model and these arguments."""
+        latest = _LATEST[guide]() if guide in _LATEST else None
+        if latest is None or latest.engine.model != model or not latest.engine.is_called_with(args, kwargs):
+            return cls(guide, model, args, kwargs)
+        return cls(guide, model, args, kwargs, how=latest.how)
 
     def at(self, *args: Any, **kwargs: Any) -> LogJoint:
         """The same density, of other data."""
-        self.args, self.kwargs = args, kwargs
+        self.engine = replace(self.engine, args=args, kwargs=kwargs)
         return self
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,68 +127,42 @@ class LogJoint:
     def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Site values ``(N, *site)`` of vectors ``(N, D)``, and the log-determinants ``(N,)``."""
         with pyro.validation_enabled(False):
-            if self.how == "plate" or not self.coordinates.moving:
-                return self._constrain_together(u)
-            if self.how == "vmap":
-                return torch.vmap(partial(self._constrain_one, compare=False), randomness="same")(u)
-            rows = [self._constrain_one(v) for v in u]
-        return {k: torch.stack([v[k] for v, _ in rows]) for k in rows[0][0]}, torch.stack([d for _, d in rows])
+            return over_draws(self.how if self.coordinates.moving else "plate", self._constrained, u)
 
-    def _constrain_together(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        coordinates, wide = self.coordinates, self._wide(u)
-        if coordinates.moving:
-            made = Constrain(coordinates, wide, stop=True)
-            made.run(in_draws_plate(self.model, len(u), self.nesting), self.args, self.kwargs)
-            values, log_dets = made.values, made.log_dets
+    def _constrained(self, u: Tensor, n: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """Of one vector, or of ``n`` in a plate."""
+        coordinates = self.coordinates
+        if n is not None and not coordinates.moving:
+            values, log_dets = coordinates.constrain(self._wide(u))
         else:
-            values, log_dets = coordinates.constrain(wide)
-        shapes = {k: latent.shape for k, latent in coordinates.latents.items()}
-        values = {k: v.reshape(len(u), *shapes[k]) for k, v in values.items()}
-        return values, _summed(log_dets, len(u))
+            made = self._constrain(u, n, stop=True).run(self.engine.wide(n), self.engine.args, self.engine.kwargs)
+            values, log_dets = made.values, made.log_dets
+        if n is not None:
+            values = {k: v.reshape(n, *coordinates.latents[k].shape) for k, v in values.items()}
+        return values, _summed(log_dets, n)
 
-    def _constrain_one(self, u: Tensor, compare: bool = True) -> tuple[dict[str, Tensor], Tensor]:
-        made = Constrain(self.coordinates, u, stop=True, compare=compare)
-        made.run(self.model, self.args, self.kwargs)
-        return made.values, _summed(made.log_dets)
+    def _constrain(self, u: Tensor, n: int | None, *, stop: bool = False) -> Constrain:
+        wide = u if n is None else self._wide(u)
+        return Constrain(self.coordinates, wide, stop=stop, compare=self.how != "vmap")
 
     def _wide(self, u: Tensor) -> Tensor:
         """Vectors left of all plates, ``(N, 1, .., D)``."""
-        return u.reshape(len(u), *(1,) * self.nesting, self.dim)
+        return u.reshape(len(u), *(1,) * self.engine.nesting, self.dim)
 
     def _parallel(self, u: Tensor) -> Tensor:
-        """All draws in one run; those whose matrices cannot be factorised are found by halving, and get -inf."""
+        """Those vectors whose matrices cannot be factorised are found by halving, and get -inf."""
         try:
-            return self._together(u)
+            return self._whole(u) if self._runs is not None else over_draws(self.how, self._density, u)
         except torch.linalg.LinAlgError:
             if len(u) == 1:
                 return 0.0 * u.sum(-1) - torch.inf
             return torch.cat([self._parallel(half) for half in u.split(-(-len(u) // 2))])
 
-    def _together(self, u: Tensor) -> Tensor:
-        if self._runs is not None:
-            return self._whole(u)
-        if self.how == "vmap":
-            return torch.vmap(self._without_enumeration, randomness="same")(u)
-        made = Constrain(self.coordinates, self._wide(u))
-        joint = joint_in_plate(made(self.model), {}, len(u), self.nesting, self.args, self.kwargs)
-        return joint + _summed(made.log_dets, len(u))
-
-    def _single(self, u: Tensor) -> Tensor:
-        try:
-            return self._whole(u[None])[0] if self._runs is not None else self._alone(u)
-        except torch.linalg.LinAlgError:
-            return 0.0 * u.sum() - torch.inf
-
-    def _alone(self, u: Tensor) -> Tensor:
-        made = Constrain(self.coordinates, u)
-        joint = joint_alone(made(self.model), {}, self.nesting, self.args, self.kwargs)
-        return joint + _summed(made.log_dets)
-
-    def _without_enumeration(self, u: Tensor) -> Tensor:
-        """Of one vector; vmap cannot enumerate."""
-        made = Constrain(self.coordinates, u, compare=False)
-        trace = poutine.trace(made(self.model)).get_trace(*self.args, **self.kwargs)
-        return joint_of(trace) + _summed(made.log_dets)
+    def _density(self, u: Tensor, n: int | None = None) -> Tensor:
+        """Of one vector, or of ``n`` in a plate."""
+        made = self._constrain(u, n)
+        joint = self.engine.joint_of(made(self.engine.model), n, enumerate_sites=self.how != "vmap")
+        return joint + _summed(made.log_dets, n)
 
     def _whole(self, u: Tensor) -> Tensor:
         """With all rows of subsampled plates."""
@@ -181,16 +170,15 @@ class LogJoint:
         return self._runs.run(len(u), values, keep=(), score=True, discrete="sum").total(len(u)).to(u) + log_det  # type: ignore[union-attr]
 
     def _find_how(self) -> How:
+        """By three vectors around the guide's first one; of another model's guide no site is known, and none is asked."""
         with fork_rng(0), torch.no_grad(), pyro.validation_enabled(False):
             loc = self.guide._init_loc()
-            rows = [self._constrain_one(v)[0] for v in loc + 0.1 * torch.randn(3, self.dim).to(loc)]
-        if not rows[0]:  # a guide of another model
+            near = loc + 0.1 * torch.randn(3, self.dim).to(loc)
+            self.how = "loop"
+            values = over_draws("loop", self._constrained, near)[0]
+        if not values:
             return "plate"
-        latents = self.coordinates.latents
-        stacked = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
-        values = {k: left_of_plates(v, latents[k].fn.event_dim, self.nesting) for k, v in stacked.items()}
-        shapes = {k: latents[k].shape for k in values}
-        how, fault = find_vectorization(self.model, values, shapes, self.nesting, self.args, self.kwargs)
+        how, fault = self.engine.find_how(values)
         if how == "loop":
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=3)
         return how
@@ -205,20 +193,17 @@ def _summed(log_dets: dict[str, Tensor], rows: int | None = None) -> Tensor:
 @torch.no_grad()
 def prior_draws(log_joint: LogJoint, n: int) -> Tensor:
     """Unconstrained prior draws, shape ``(n, D)``; sites without a sampler draw standard normals."""
-    rows = []
     with pyro.validation_enabled(False), poutine.block(), AnySite():
         if log_joint.how == "plate":
-            model = in_draws_plate(log_joint.model, n, log_joint.nesting)
-            return _packed(poutine.trace(model).get_trace(*log_joint.args, **log_joint.kwargs), log_joint, n)
-        for _ in range(n):
-            trace = poutine.trace(log_joint.model).get_trace(*log_joint.args, **log_joint.kwargs)
-            rows.append(_packed(trace, log_joint, 1))
-    return torch.cat(rows)
+            return _prior_run(log_joint, n)
+        return torch.cat([_prior_run(log_joint) for _ in range(n)])
 
 
-def _packed(trace: poutine.Trace, log_joint: LogJoint, n: int) -> Tensor:
+def _prior_run(log_joint: LogJoint, n: int | None = None) -> Tensor:
+    """The vector of one run, ``(1, D)``, or those of ``n`` draws in a plate."""
+    trace = log_joint.engine.trace(n=n)
     sites = [(k, s["fn"], s["value"]) for k, s in latent_sites(trace)]
-    return log_joint.coordinates.vector(sites, n).nan_to_num(0.0, 1e3, -1e3)
+    return log_joint.coordinates.vector(sites, n or 1).nan_to_num(0.0, 1e3, -1e3)
 
 
 def barrier(log_density: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:

@@ -22,6 +22,7 @@ from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.model.handlers import Given, Undrawn, warn_of_masked_sums
 from pyro_dgm.model.runs import Draws, Runs, Table, rounds_of, stacked
 from pyro_dgm.model.sites import (
+    Site,
     is_computed,
     is_data,
     is_enumerable,
@@ -32,7 +33,7 @@ from pyro_dgm.model.sites import (
     subsampled,
 )
 from pyro_dgm.model.terms import total
-from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, find_vectorization, plate_nesting
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine, How, Model, plate_nesting
 
 __all__ = ["Model", "Program", "refuse_guides_as_models"]
 
@@ -46,6 +47,7 @@ def refuse_guides_as_models(who: str, model: Any) -> None:
         )
 
 
+_TRIED = 3  # draws by which it is found how many are run at once; not measured, chosen by hand
 _CALLS = {"from_svi": "from_svi(model, guide, *args)", "from_fits": "from_fits(guides, model, *args)"}
 
 
@@ -63,6 +65,9 @@ class _Preset(poutine.messenger.Messenger):
 
 class Program:
     """A model with its arguments, and either a guide or some draws.
+
+    Attributes:
+        density_how: how the log joint of many draws runs, for a :class:`LogJoint`; None where it was not asked.
 
     Args:
         model: a Pyro model.
@@ -82,10 +87,13 @@ class Program:
                  draws: Draws | None = None, new: bool = False, who: str = "pyro_dgm") -> None:  # fmt: skip
         refuse_guides_as_models(who, model)
         self.who = who
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.model = model
+        self.guide = guide
+        self.args = args
+        self.kwargs = kwargs
         guided = self._trace(guide) if guide is not None else None
-        known = {k: v[0] for k, v in (draws or {}).items()}
-        known = _values(guided) if guided else known
+        known = _values(guided) if guided else {k: v[0] for k, v in (draws or {}).items()}
+        self.density_how: How | None = None
         self.prototype = self._anyhow(model, known)
         self._refuse_no_sites(guided)
         traces = [t for t in (self.prototype, guided) if t is not None]
@@ -99,8 +107,8 @@ class Program:
         self.guide_runs = Runs(guide, args, kwargs, guided, nesting, "loop", rounds) if guide and guided else None
         draws = {k: v for k, v in (draws or {}).items() if not new or self.fits(k, v)}
         if new:
-            nodes, free = self.prototype.nodes, [k for k in self.sites("latent") if k not in draws]
-            draws |= {k: nodes[k]["value"].expand(3, *nodes[k]["value"].shape) for k in free}
+            free = {k: self.prototype.nodes[k]["value"] for k in self.sites("latent") if k not in draws}
+            draws |= {k: v.expand(_TRIED, *v.shape) for k, v in free.items()}
         else:
             self._refuse_missing_latents(guided.nodes if guided else draws)
         self._choose(parallel, draws)
@@ -169,10 +177,14 @@ class Program:
             self.runs.how = self._guide_how("plate" if parallel else "loop")
             return
         if self.guide_runs is not None:
-            few = self.guide_runs.run_round(3)
+            few = self.guide_runs.run_round(_TRIED)
             self._guide_how("plate" if _broadcasts(self.guide) else self._how(self.guide_runs, few))
         else:
-            few = {k: self.runs.rows(k, v[:3], self.runs.rounds[0]) for k, v in draws.items() if k in self.runs.layouts}
+            few = {
+                k: self.runs.rows(k, v[:_TRIED], self.runs.rounds[0])
+                for k, v in draws.items()
+                if k in self.runs.layouts
+            }
         self.runs.how = self._how(self.runs, {k: v for k, v in few.items() if k in self.sites("latent")})
 
     def _guide_how(self, how: How) -> How:
@@ -188,10 +200,11 @@ class Program:
             return "plate"
         if self.enumerable and len(runs.rounds) > 1 and runs is self.runs:
             runs.refuse_sums_across_subsamples({k: v[:1] for k, v in rows.items()})
-        values = {k: runs.in_plate(k, v) for k, v in rows.items()}
-        shapes = {k: v.shape[1:] for k, v in rows.items()}
+        events = {k: nodes[k]["fn"].event_dim for k in rows}
         fn = poutine.block(runs.fn, hide=implicit) if implicit else runs.fn  # what has no density is not compared
-        how, fault = find_vectorization(fn, values, shapes, runs.nesting, self.args, self.kwargs)
+        how, fault = Engine(fn, self.args, self.kwargs, runs.nesting, events).find_how(rows)
+        if runs is self.runs and runs.nesting == plate_nesting(runs.prototype):
+            self.density_how = how
         if how != "loop":
             how, fault = self._computes_alike(runs, rows, how) or (how, fault)
         if how == "loop":
@@ -239,7 +252,7 @@ class Program:
                     terms[k] = replace(terms[k], joint=terms[k].joint * mask)
         return total(terms.values(), n).cpu().numpy()
 
-    def _guided_sites(self) -> Iterator[dict[str, Any]]:
+    def _guided_sites(self) -> Iterator[Site]:
         yield from (s for s in self.guide_runs.prototype.nodes.values() if s["type"] == "sample")  # type: ignore[union-attr]
 
     def _refuse_joint_guides(self, name: str, terms: dict[str, Any]) -> None:

@@ -24,7 +24,6 @@ from pyro_dgm.model.handlers import Given, Redraw, Undrawn, posterior_draws_of
 from pyro_dgm.model.sites import (
     Layout,
     is_computed,
-    is_data,
     latent_sites,
     layout_of,
     left_of_plates,
@@ -34,7 +33,7 @@ from pyro_dgm.model.sites import (
     subsampled,
     with_shape,
 )
-from pyro_dgm.model.terms import Term, is_scored, merge_terms, subsampling_factor, terms_of, total
+from pyro_dgm.model.terms import Term, is_scored, merge_terms, plain_term, terms_of, total
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, enumerated, in_draws_plate
 
 __all__ = ["Runs", "Table", "rounds_of"]
@@ -147,6 +146,11 @@ def _visited(full: int, size: int, i: int) -> tuple[Tensor, Tensor]:
     return index, torch.nonzero(index >= i * size)[:, 0]
 
 
+def _index(visited: Round) -> Draws:
+    """The index of each plate in a round."""
+    return {name: index for name, (index, _) in visited.items()}
+
+
 class Runs:
     """A program with its arguments, run for many draws.
 
@@ -161,9 +165,14 @@ class Runs:
 
     def __init__(self, fn: Model, args: Any, kwargs: Any, prototype: poutine.Trace, nesting: int, how: How,
                  rounds: list[Round], *, with_grad: bool = False) -> None:  # fmt: skip
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+        self.prototype = prototype
+        self.nesting = nesting
+        self.how = how
+        self.rounds = rounds
         self.with_grad = with_grad
-        self.fn, self.args, self.kwargs, self.prototype = fn, args, kwargs, prototype
-        self.nesting, self.how, self.rounds = nesting, how, rounds
         self.layouts: dict[str, Layout] = {k: layout_of(s) for k, s in sample_sites(prototype)}
         self.latents = [k for k, _ in latent_sites(prototype)]
 
@@ -184,7 +193,8 @@ class Runs:
         Raises:
             Undrawn: if data are drawn anew and the model fails.
         """
-        given, parts = dict(given or {}), []
+        given = dict(given or {})
+        parts: list[Table] = []
         for i, visited in enumerate(self.rounds):
             part = self._round(n, given, visited, _Options(keep, redraw, score, discrete, leave))
             if i == 0 and len(self.rounds) > 1:
@@ -206,24 +216,27 @@ class Runs:
     def computed(self, rows: Draws, how: How) -> Draws:
         """Values of the deterministic sites for a few draws of all latents, in the shape of single runs, run as told."""
         names = [k for k in self.layouts if is_computed(self.prototype.nodes[k])]
-        index, n = {name: index for name, (index, _) in self.rounds[0].items()}, len(next(iter(rows.values())))
-        before, self.how = self.how, how
+        if not names:
+            return {}
+        n = len(next(iter(rows.values())))
+        before = self.how
+        self.how = how
         try:
-            return self._executed(self.fn, n, rows, index, _Options(names)).values if names else {}
+            return self._executed(self.fn, n, rows, _index(self.rounds[0]), _Options(names)).values
         finally:
             self.how = before
 
     def refuse_sums_across_subsamples(self, row: Draws) -> None:
         """Score one draw of the latents in one round: it names the site that depends on a discrete one outside its plate."""
-        index = {name: index for name, (index, _) in self.rounds[0].items()}
-        self._alone(self.fn, {k: v[0] for k, v in row.items()} | index, _Options((), score=True, discrete="sum"))
+        values = {k: v[0] for k, v in row.items()} | _index(self.rounds[0])
+        self._alone(self.fn, values, _Options((), score=True, discrete="sum"))
 
     def of_prototype(self) -> Table:
         """The values of the prototype's run."""
         return self._table(self.prototype, 1, self.nesting, _Options())
 
     def _round(self, n: int, given: Draws, visited: Round, options: _Options) -> Table:
-        index = {name: index for name, (index, _) in visited.items()}
+        index = _index(visited)
         rows = {k: self.rows(k, v, visited) for k, v in given.items() if k in self.layouts}
         if not options.redraw:
             return self._executed(self.fn, n, rows, index, options)
@@ -338,18 +351,15 @@ class Runs:
         return table
 
     def _mapped_terms(self, log_probs: Draws, n: int) -> dict[str, Term]:
-        nodes, terms = self.prototype.nodes, {}
-        for name, log_prob in log_probs.items():
-            layout, data = self.layouts[name], is_data(nodes[name])
-            joint = with_shape(log_prob, n, layout.batch, name) / subsampling_factor(nodes[name])
-            terms[name] = Term(layout.axes, joint, joint if data else None, (name,) if data else ())
-        return terms
+        nodes = self.prototype.nodes
+        return {k: plain_term(k, nodes[k], log_prob, n, self.layouts[k]) for k, log_prob in log_probs.items()}
 
     def _plates_in(self, name: str, visited: Round) -> bool:
         return any(f.name in visited for f in plate_frames(self.prototype.nodes[name]))
 
     def _merged(self, parts: list[Table]) -> Table:
-        first, lost = parts[0], _lost(parts)
+        first = parts[0]
+        lost = _lost(parts)
         kept = [k for k in first.values if k not in lost]
         values = {k: self._joined([t.values[k] for t in parts], self.layouts[k].axes) for k in kept}
         terms = {

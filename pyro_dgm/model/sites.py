@@ -1,7 +1,4 @@
-"""What a Pyro trace holds: latent, observed and deterministic sites, told apart once.
-
-Where the dimensions of a site belong: to draws, to plates, to the event.
-"""
+"""The sites of a Pyro trace: which kind each is, and whether its dimensions belong to draws, to plates or to the event."""
 
 from __future__ import annotations
 
@@ -13,12 +10,15 @@ import torch
 from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine import Trace
+from pyro.poutine.indep_messenger import CondIndepStackFrame as Frame
 from torch import Size, Tensor
 
 from pyro_dgm.core.distribution import ImplicitDistribution
 
 __all__ = [
+    "Frame",
     "Layout",
+    "Site",
     "is_computed",
     "is_data",
     "is_drawn",
@@ -37,7 +37,7 @@ __all__ = [
     "with_shape",
 ]
 
-Site = dict[str, Any]
+Site = dict[str, Any]  # a node of a trace
 
 
 def is_subsample(site: Site) -> bool:
@@ -97,7 +97,7 @@ def observed_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
             yield name, site
 
 
-def plate_frames(site: Site) -> list[Any]:
+def plate_frames(site: Site) -> list[Frame]:
     """The vectorised plates of a site, outermost (most negative dim) first."""
     return sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda f: f.dim)
 
@@ -130,7 +130,7 @@ class Layout:
 
     batch: Size
     event: Size
-    plates: tuple[Any, ...]
+    plates: tuple[Frame, ...]
     axes: dict[str, int]
     run: Size = Size()
 
@@ -163,13 +163,13 @@ def layout_of(site: Site) -> Layout:
     return Layout(Size(batch[d] for d in kept), event, plates, axes, batch)
 
 
-def _deterministic(shape: Size, frames: list[Any]) -> Layout:
+def _deterministic(shape: Size, frames: list[Frame]) -> Layout:
     plates = tuple(frames) if list(shape[: len(frames)]) == [f.size for f in frames] else ()
     n = len(plates)
     return Layout(shape[:n], shape[n:], plates, {f.name: 1 + i for i, f in enumerate(plates)})
 
 
-def subsampled(frame: Any) -> bool:
+def subsampled(frame: Frame) -> bool:
     """Whether a plate's frame holds fewer rows than the plate."""
     return frame.full_size is not None and frame.full_size != frame.size
 
@@ -200,9 +200,9 @@ def mask_of(site: Site, layout: Layout, nesting: int) -> Tensor | None:
 
     A mask that depends on an enumerated value, in dimensions left of ``nesting``, hides what it hides for all values.
     """
-    fn, mask = site["fn"], site["mask"]
+    fn = site["fn"]
     own = fn._mask if isinstance(fn, MaskedDistribution) else None
-    masks = [torch.as_tensor(m) for m in (mask, own) if m is not None and m is not True]
+    masks = [torch.as_tensor(m) for m in (site["mask"], own) if m is not None and m is not True]
     if not masks:
         return None
     together = masks[0] if len(masks) == 1 else masks[0] & masks[1]

@@ -1,6 +1,4 @@
-r"""What distributions and their transforms are made of.
-
-Where the density of a latent site integrates to one, and the map from the real numbers onto that set.
+r"""Where the density of a latent site lives, and the map from the real numbers onto that set.
 
 Torch and Pyro declare angles (VonMises and its kin) on the real line, with a periodic density: over the line it integrates to
 infinity, and the evidence of a posterior there grows with every turn that it covers. Their set is the circle,
@@ -41,6 +39,7 @@ __all__ = [
     "onto",
     "place_of",
     "repeats",
+    "same_ends",
     "same_support",
     "simple_parts",
     "unwrapped",
@@ -156,13 +155,13 @@ def _is_misdeclared(fn: Any) -> bool:
         return False
     support = innermost(fn.base_dist.support)
     for part in simple_parts(fn.transforms):
-        if not _same_ends(support, innermost(part.domain)):
+        if not same_ends(support, innermost(part.domain)):
             return True
         support = innermost(part.codomain)
     return _is_misdeclared(unwrapped(fn.base_dist))
 
 
-def _same_ends(a: Any, b: Any) -> bool:
+def same_ends(a: Any, b: Any) -> bool:
     """Whether two sets are the same up to their border."""
     if a is b or same_support(a, b):
         return True

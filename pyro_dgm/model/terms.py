@@ -21,12 +21,10 @@ from torch import Tensor
 
 from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.model.handlers import factor_of, is_enumerated
-from pyro_dgm.model.sites import Layout, is_computed, is_data, is_subsample, subsampled, with_shape
+from pyro_dgm.model.sites import Frame, Layout, Site, is_computed, is_data, is_subsample, subsampled, with_shape
 from pyro_dgm.model.vectorize import DRAWS
 
-__all__ = ["Term", "is_scored", "merge_terms", "subsampling_factor", "terms_of", "total"]
-
-Site = dict[str, Any]
+__all__ = ["Term", "is_scored", "merge_terms", "plain_term", "terms_of", "total"]
 
 
 @dataclass(frozen=True)
@@ -74,15 +72,16 @@ def terms_of(trace: poutine.Trace, n: int, layouts: dict[str, Layout]) -> dict[s
     sites = {k: s for k, s in trace.nodes.items() if s["type"] == "sample" and is_scored(k, s)}
     groups = _enumerated_groups(trace, sites)
     summed = {name for group in groups for name in group}
-    terms = {k: _plain(k, s, n, layouts[k]) for k, s in sites.items() if k not in summed}
+    terms = {k: plain_term(k, s, s["log_prob"], n, layouts[k]) for k, s in sites.items() if k not in summed}
     for group in groups:
         name, term = _summed(trace, {k: sites[k] for k in group}, n)
         terms[name] = term
     return terms
 
 
-def _plain(name: str, site: Site, n: int, layout: Layout) -> Term:
-    joint = with_shape(site["log_prob"], n, layout.batch, name) / subsampling_factor(site)
+def plain_term(name: str, site: Site, log_prob: Tensor, n: int, layout: Layout) -> Term:
+    """The term of a site that no sum touches, from its log density as Pyro scales it."""
+    joint = with_shape(log_prob, n, layout.batch, name) / subsampling_factor(site)
     return Term(layout.axes, joint, joint if is_data(site) else None, (name,) if is_data(site) else ())
 
 
@@ -142,12 +141,12 @@ def _tree(trace: poutine.Trace, sites: Iterable[Site]) -> OrderedDict[Any, list[
     return tree
 
 
-def _frames(trace: poutine.Trace, sites: Iterable[Site], ordinal: Any) -> tuple[Any, ...]:
+def _frames(trace: poutine.Trace, sites: Iterable[Site], ordinal: Any) -> tuple[Frame, ...]:
     frames = {f for s in sites for f in s["cond_indep_stack"] if f.vectorized and f.name != DRAWS}
     return tuple(sorted((f for f in frames if trace.plate_to_symbol[f.name] in ordinal), key=lambda f: f.dim))
 
 
-def _aligned(term: Tensor, trace: poutine.Trace, frames: tuple[Any, ...], n: int) -> Tensor:
+def _aligned(term: Tensor, trace: poutine.Trace, frames: tuple[Frame, ...], n: int) -> Tensor:
     """A packed tensor as ``(n, *plates)``; dimensions that it lacks are repeated."""
     wanted = [trace.plate_to_symbol.get(DRAWS, ""), *(trace.plate_to_symbol[f.name] for f in frames)]
     dims = list(term._pyro_dims)  # type: ignore[attr-defined]
@@ -158,7 +157,7 @@ def _aligned(term: Tensor, trace: poutine.Trace, frames: tuple[Any, ...], n: int
     return ordered.expand(n, *(f.size for f in frames))
 
 
-def _refuse_sums_across_a_subsample(sites: dict[str, Site], frames: tuple[Any, ...]) -> None:
+def _refuse_sums_across_a_subsample(sites: dict[str, Site], frames: tuple[Frame, ...]) -> None:
     for name, site in sites.items():
         for f in site["cond_indep_stack"]:
             if subsampled(f) and f.name not in {g.name for g in frames}:

@@ -14,9 +14,9 @@ from pyro.poutine.guide import GuideMessenger
 from torch import Size, Tensor
 
 from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.model.sites import is_computed, is_subsample, latent_sites, plate_frames, sample_sites
+from pyro_dgm.model.sites import Site, is_computed, is_subsample, latent_sites, plate_frames, sample_sites
 from pyro_dgm.model.supports import onto, unwrapped
-from pyro_dgm.model.vectorize import DRAWS, fault_of, find_vectorization, in_draws_plate, per_draw, seeded_run
+from pyro_dgm.model.vectorize import DRAWS, Engine, fault_of, in_draws_plate, per_draw, seeded_run
 from pyro_dgm.objectives.path_gradient import with_values
 
 __all__ = ["HowDrawn", "Pair", "fixed_part", "how_to_draw", "row_shape"]
@@ -57,7 +57,7 @@ def fixed_part(trace: poutine.Trace, names: Collection[str] = ()) -> poutine.Tra
     return part
 
 
-def row_shape(site: dict[str, Any]) -> Size:
+def row_shape(site: Site) -> Size:
     """The shape that a site of many draws has in a single run."""
     plates = [-f.dim for f in plate_frames(site) if f.name != DRAWS]
     return site["value"].shape[site["value"].dim() - site["fn"].event_dim - max(plates, default=0) :]
@@ -74,20 +74,24 @@ def how_to_draw(pair: Pair, once: poutine.Trace, model_once: poutine.Trace, nest
     rows.nodes.update(fixed_part(model_once).nodes)
     many: list[poutine.Trace] = []
     with torch.no_grad(), poutine.block(), fork_rng(), pyro.validation_enabled(False):
-        fault = fault_of(partial(_draw_some, pair, rows, nesting, many), torch.zeros(())) or _fault_of_guide(
-            pair, once, *many
-        )
+        fault = fault_of(partial(_draw_some, pair, rows, nesting, many), torch.zeros(()))
+        fault = fault or _fault_of_guide(pair, once, *many)
     if fault:
         return "loop", fault
     sites = dict(latent_sites(many[0]))
-    values = {k: s["value"] for k, s in sites.items() if not s["infer"].get("is_auxiliary")}
-    shapes = {k: row_shape(s) for k, s in sites.items()}
-    model = poutine.replay(pair.model, trace=rows)
-    values = values or {k: s["value"] for k, s in sites.items()}
+    own = {k: s for k, s in sites.items() if not s["infer"].get("is_auxiliary")} or sites
+    values = {k: s["value"] for k, s in own.items()}
+    events = {k: s["fn"].event_dim for k, s in own.items()}
+    engine = Engine(poutine.replay(pair.model, trace=rows), pair.args, pair.kwargs, nesting, events)
     try:
-        return find_vectorization(model, _apart(values, model_once), shapes, nesting, *pair[2:])
+        return engine.find_how(_rows(_apart(values, model_once), sites))
     except (RuntimeError, ValueError):  # a model that fails where the guide has no draws
-        return find_vectorization(model, values, shapes, nesting, *pair[2:])
+        return engine.find_how(_rows(values, sites))
+
+
+def _rows(values: dict[str, Tensor], sites: dict[str, Site]) -> dict[str, Tensor]:
+    """Draws in a plate in the shape of single runs."""
+    return {k: v.reshape(_TRIED, *row_shape(sites[k])) for k, v in values.items()}
 
 
 def _apart(values: dict[str, Tensor], model_once: poutine.Trace) -> dict[str, Tensor]:
@@ -137,7 +141,7 @@ def _summary(trace: poutine.Trace, n: int) -> Tensor:
     return per_draw((_place_or_density(site) for _, site in sample_sites(trace) if not is_computed(site)), n)
 
 
-def _place_or_density(site: dict[str, Any]) -> Tensor:
+def _place_or_density(site: Site) -> Tensor:
     fn = unwrapped(site["fn"])
     if isinstance(fn, dist.Delta):
         return fn.v.reshape(*fn.batch_shape, -1).sum(-1) + fn.log_density

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution
 
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import latent_sites, sample_sites, subsampled
+from pyro_dgm.model.sites import Site, latent_sites, sample_sites, subsampled
 from pyro_dgm.objectives.agreement import Pair
 from pyro_dgm.objectives.leaves import parameters_of
 from pyro_dgm.objectives.particles import Frames, ParticleELBO, Terms, is_local, scale_of, stray_plates, units_of
@@ -151,9 +151,11 @@ class IWAE_ELBO(ParticleELBO):
         else:
             scored = [prune_subsample_sites(trace) for trace in drawn]
         p, models = self._joint_terms(pair, drawn, units)
-        q, scale = self._terms(scored, units), scale_of(units)
+        q = self._terms(scored, units)
+        scale = scale_of(units)
         strays = self._strays([*scored, *models], units)
-        local, rest = (p[0] - q[0].to(p[0].device)) / scale, p[1] - q[1].to(p[1].device)
+        local = (p[0] - q[0].to(p[0].device)) / scale
+        rest = p[1] - q[1].to(p[1].device)
         if strays or _same_for_all_draws(p[1], q[1]):
             return _Weights(local, rest.mean(), scale, strays, proxies)
         self._refuse_subsampled(units)
@@ -178,12 +180,12 @@ class IWAE_ELBO(ParticleELBO):
         shared = [k for k, s in latent_sites(drawn[0]) if not is_local(s, units)]
         for trace in drawn:
             self._path.learn(pair.guide, self._run(pair.guide), trace, pair.args, pair.kwargs, shared)
-        placed = [k for k in self._path.placed if k in drawn[0].nodes and is_local(drawn[0].nodes[k], units)]
+        placed = [k for k in self._path.now.placed if k in drawn[0].nodes and is_local(drawn[0].nodes[k], units)]
         weighed = [k for k, s in latent_sites(drawn[0]) if is_local(s, units) and _is_weighed(s, units)]
         self._path.say(
             dict.fromkeys(weighed, "it is scaled or masked, so its weight and its score do not belong together")
         )
-        return not (placed or weighed or self._path.plain.keys() & drawn[0].nodes.keys())
+        return not (placed or weighed or self._path.now.plain.keys() & drawn[0].nodes.keys())
 
     def _is_unlike(self, drawn: poutine.Trace, again: poutine.Trace) -> bool:
         """Whether a second run of the guide is not like the one that made the draws."""
@@ -234,12 +236,14 @@ class IWAE_ELBO(ParticleELBO):
         return strays
 
 
-def _is_weighed(site: dict[str, Any], units: Frames) -> bool:
+def _is_weighed(site: Site, units: Frames) -> bool:
     """Whether a site's density counts otherwise than once for each row: by ``poutine.scale`` or a mask."""
     scale = torch.as_tensor(site["scale"]) / scale_of(units)
-    fn, masks = site["fn"], [site["mask"]]
+    fn = site["fn"]
+    masks = [site["mask"]]
     while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
-        masks, fn = [*masks, getattr(fn, "_mask", None)], fn.base_dist
+        masks.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
     masked = any(m is not None and not bool(torch.as_tensor(m).all()) for m in masks)
     return masked or not bool((scale - 1.0).abs().max() < 1e-5)
 
@@ -249,7 +253,8 @@ class _Proxies:
 
     def __init__(self, nesting: int, units: Frames, *, watched: bool) -> None:
         self.watched = watched
-        self._nesting, self.units = nesting, units
+        self.units = units
+        self._nesting = nesting
         self._views: list[list[tuple[Tensor, int]]] = []  # of each trace
 
     def watch(self, drawn: poutine.Trace) -> poutine.Trace:

@@ -1,8 +1,7 @@
-"""The log density of a trace by draw and by unit: the plates whose slices have a logarithm of their own.
+"""What STL_ELBO and IWAE_ELBO share: draws of a guide, with the densities of model and guide.
 
-Draws of a guide with the densities of model and guide: in one plate, by ``torch.vmap``, or one by one.
-
-Both bounds over many draws stand on this: :class:`~pyro_dgm.STL_ELBO` and :class:`~pyro_dgm.IWAE_ELBO`.
+The draws are run in one plate, by ``torch.vmap``, or one by one. A density is read by draw and by *unit*: a slice of those
+plates that hold all local latents, whose average over draws may stand inside a logarithm of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
@@ -23,15 +23,24 @@ from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng, random_states
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import is_enumerable, is_factor, latent_sites, plate_frames, sample_sites, subsampled
+from pyro_dgm.model.sites import (
+    Frame,
+    Site,
+    is_enumerable,
+    is_factor,
+    latent_sites,
+    plate_frames,
+    sample_sites,
+    subsampled,
+)
 from pyro_dgm.model.supports import unwrapped
-from pyro_dgm.model.vectorize import DRAWS, NOT_VECTORIZED, enumerated, in_draws_plate, packed_log_probs, read_of_rows
+from pyro_dgm.model.vectorize import DRAWS, NOT_VECTORIZED, enumerated, in_draws_plate, over_draws, packed_log_probs
 from pyro_dgm.objectives.agreement import Pair, fixed_part, how_to_draw, row_shape
 from pyro_dgm.objectives.path_gradient import PathGradient
 
 __all__ = ["Frames", "ParticleELBO", "Terms", "is_local", "scale_of", "stray_plates", "unit_terms", "units_of"]
 
-Frames = tuple[Any, ...]
+Frames = tuple[Frame, ...]
 
 
 def units_of(trace: poutine.Trace) -> Frames:
@@ -63,7 +72,7 @@ def _follow_from_a_joint_draw(trace: poutine.Trace) -> bool:
     return joint and bool(inside) and all(isinstance(unwrapped(s["fn"]), Delta) for s in inside)
 
 
-def is_local(site: dict[str, Any], units: Frames) -> bool:
+def is_local(site: Site, units: Frames) -> bool:
     """Whether the site lies in all plates of the units; without units every site does."""
     return set(units) <= set(plate_frames(site))
 
@@ -80,7 +89,7 @@ def stray_plates(traces: Iterable[poutine.Trace], units: Frames) -> list[str]:
     return sorted({f.name for stack in local for f in stack if subsampled(f) and not any(_same(u, f) for u in units)})
 
 
-def _same(unit: Any, frame: Any) -> bool:
+def _same(unit: Frame, frame: Frame) -> bool:
     """Whether a plate of the guide and one of the model are the same, under two names perhaps."""
     return unit.name == frame.name or (unit.dim, unit.size) == (frame.dim, frame.size)
 
@@ -91,12 +100,13 @@ def unit_terms(trace: poutine.Trace, units: Frames, n: int) -> tuple[Tensor, Ten
     The trace holds one draw, or those of a plate of draws. Dimensions of size one have no name in a packed term; a term
     that is the same for all draws counts for each.
     """
-    packed = list(packed_log_probs(trace))
+    terms = list(packed_log_probs(trace))  # which names the dimensions
     sizes = [n, *(f.size for f in units)]
     symbols = [trace.plate_to_symbol.get(DRAWS, ""), *(_symbol(trace, f) for f in units)]
     needed = [s for s, size in zip(symbols[1:], sizes[1:], strict=True) if size > 1]
-    local, rest = torch.zeros(()), torch.zeros(())
-    for term in packed:
+    local = torch.zeros(())
+    rest = torch.zeros(())
+    for term in terms:
         if all(s and s in term._pyro_dims for s in needed):  # type: ignore[attr-defined]
             local = local + _arranged(term, symbols)
         else:
@@ -104,7 +114,7 @@ def unit_terms(trace: poutine.Trace, units: Frames, n: int) -> tuple[Tensor, Ten
     return local.expand(sizes), rest.expand(n)
 
 
-def _symbol(trace: poutine.Trace, frame: Any) -> str:
+def _symbol(trace: poutine.Trace, frame: Frame) -> str:
     """The symbol of a plate in a trace, or of the one in its place where model and guide call it by different names."""
     if frame.name in trace.plate_to_symbol:
         return trace.plate_to_symbol[frame.name]
@@ -139,8 +149,30 @@ class ParticleELBO(Trace_ELBO):
     without_path = ""  # and what to do about it
     plain_instead = ""  # what is done where a score cannot be left out
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self,
+        num_particles: int = 128,
+        *,
+        vectorize_particles: bool = True,
+        max_plate_nesting: float = float("inf"),
+        max_iarange_nesting: float | None = None,
+        retain_graph: bool | None = None,
+        strict_enumeration_warning: bool = True,
+        ignore_jit_warnings: bool = False,
+        jit_options: dict[str, Any] | None = None,
+        tail_adaptive_beta: float = -1.0,
+    ) -> None:
+        super().__init__(
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles,
+            max_plate_nesting=max_plate_nesting,
+            max_iarange_nesting=max_iarange_nesting,
+            retain_graph=retain_graph,
+            strict_enumeration_warning=strict_enumeration_warning,
+            ignore_jit_warnings=ignore_jit_warnings,
+            jit_options=jit_options,
+            tail_adaptive_beta=tail_adaptive_beta,
+        )
         self._met: Any = None
         self._once: Any = None  # a run of the guide, for its structure
         self._how = ""
@@ -278,18 +310,20 @@ class ParticleELBO(Trace_ELBO):
         self, pair: Pair, drawn: poutine.Trace, units: Frames, shared: Collection[str] = ()
     ) -> tuple[Terms, poutine.Trace]:
         """The model's terms by ``vmap`` of single runs, and the trace of one of them (its values are of no use)."""
-        n, traces = self.num_particles, []
+        n = self.num_particles
+        traces: list[poutine.Trace] = []
         sites = dict(latent_sites(drawn))
         rows = {k: s["value"].reshape(n, *row_shape(s)) for k, s in sites.items() if k not in shared}
         known = {k: sites[k]["value"] for k in shared}
         model = poutine.condition(poutine.replay(pair.model, trace=fixed_part(drawn)), data=known)
 
-        def read(trace: poutine.Trace) -> Terms:
-            traces.append(prune_subsample_sites(trace))
+        def one(values: dict[str, Tensor]) -> Terms:
+            traces.append(prune_subsample_sites(pair.trace(poutine.condition(model, data=values))))
             local, rest = unit_terms(traces[-1], units, 1)
             return local[0], rest[0]
 
-        return read_of_rows(model, rows, read, pair.args, pair.kwargs), traces[0]
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
+            return over_draws("vmap", one, rows), traces[0]
 
     def _refuse_unpathed(self, guide_trace: poutine.Trace) -> None:
         for name, site in sample_sites(guide_trace):
@@ -309,7 +343,7 @@ class ParticleELBO(Trace_ELBO):
                 )
 
 
-def _has_no_path(site: dict[str, Any]) -> bool:
+def _has_no_path(site: Site) -> bool:
     fn = site["fn"]
     if is_factor(site):
         return not vars(fn).get("has_rsample", True) and fn.log_factor.requires_grad

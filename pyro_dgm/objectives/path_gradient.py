@@ -46,8 +46,8 @@ from pyro_dgm.core import frozen
 from pyro_dgm.core.devices import fork_rng, put_random_states
 from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import is_factor, latent_sites, sample_sites
-from pyro_dgm.model.supports import declares_support, holds_grad, simple_parts, unwrapped
+from pyro_dgm.model.sites import Site, is_factor, latent_sites, sample_sites
+from pyro_dgm.model.supports import declares_support, holds_grad, same_ends, simple_parts, unwrapped
 from pyro_dgm.objectives.leaves import forget_inverses, parameters_of, registered_in
 
 __all__ = [
@@ -58,8 +58,6 @@ __all__ = [
     "with_values",
 ]
 
-Site = dict[str, Any]
-
 _NOT_REGISTERED = ".*was not registered in the param store"  # pyro.module, of parameters that are frozen on purpose
 
 
@@ -69,24 +67,18 @@ class PathGradient:
     Args:
         who: the bound that speaks in warnings.
         instead: what is done for a site that keeps its score.
+
+    Attributes:
+        now: what was found of the sites of the guide that was met last.
     """
 
     def __init__(self, who: str, instead: str) -> None:
-        self._who, self._instead = who, instead
+        self._who = who
+        self._instead = instead
         self._guide: Any = None
         self._told: set[str] = set()
         self._learnt: dict[Any, _Learnt] = {}
-        self._now = _Learnt()
-
-    @property
-    def plain(self) -> dict[str, str]:
-        """Sites that keep a score, with the reason."""
-        return self._now.plain
-
-    @property
-    def placed(self) -> set[str]:
-        """Deltas whose place is a parameter, or follows from a draw that is shared."""
-        return self._now.placed
+        self.now = _Learnt()
 
     def scored(self, guide: Any, run: Any, drawn: poutine.Trace, args: Any, kwargs: Any) -> poutine.Trace:
         """The trace with the log density of every site, its score left out where that is allowed.
@@ -97,7 +89,7 @@ class PathGradient:
         if not torch.is_grad_enabled():
             return prune_subsample_sites(drawn)
         constant = self.learn(guide, run, drawn, args, kwargs)
-        names = {k for k, s in sample_sites(drawn) if not _why_kept(s) and k not in self.plain}
+        names = {k for k, s in sample_sites(drawn) if not _why_kept(s) and k not in self.now.plain}
         views = with_values(drawn, {k: s["value"].view_as(s["value"]) for k, s in latent_sites(drawn)})
         again = rescored(run, views, constant, names, args, kwargs)
         names -= self.unlike(drawn, again, names)
@@ -123,38 +115,39 @@ class PathGradient:
         constant = parameters_of(guide, drawn)
         self._recall(guide, drawn, constant, shared)
         names = {k for k, _ in sample_sites(drawn)}
-        if not names <= self._now.known:
+        if not names <= self.now.known:
             self._look(run, drawn, constant, args, kwargs, shared)
-            self._now.known.update(names)
-            self.say(self.plain)
+            self.now.known.update(names)
+            self.say(self.now.plain)
         return constant
 
     def _recall(self, guide: Any, drawn: poutine.Trace, constant: list[Tensor], shared: Collection[str]) -> None:
         """What was found with the same guide, the same tensors that are trained, and the same shared draws."""
         if guide != self._guide or len(self._learnt) > 32:  # equal are also two bound methods of one object
-            self._guide, self._learnt = guide, {}
+            self._guide = guide
+            self._learnt = {}
         registered = {id(p) for p in registered_in(guide, drawn)}
         trained = [id(p) for p in constant if p.requires_grad]
         others = sum(i not in registered for i in trained)
         key = frozenset(registered.intersection(trained)), others, frozenset(shared)
-        self._now = self._learnt.setdefault(key, _Learnt())
+        self.now = self._learnt.setdefault(key, _Learnt())
 
     def _look(
         self, run: Any, drawn: poutine.Trace, constant: list[Tensor], args: Any, kwargs: Any, shared: Collection[str]
     ) -> None:
-        sites = {k for k, _ in sample_sites(drawn)} - self._now.known
+        sites = {k for k, _ in sample_sites(drawn)} - self.now.known
         self._note(_run_at_constants(run, drawn, args, kwargs), sites)
         if shared:
             self._note(_run_at_constants(run, drawn, args, kwargs, shared), sites.difference(shared))
         with frozen(*constant):
             for name, site in sample_sites(_run_at_constants(run, drawn, args, kwargs)):
-                if name in sites and name not in self.plain and not _why_kept(site) and _requires_grad(site):
-                    self.plain[name] = "it depends on tensors that were computed outside of the guide"
+                if name in sites and name not in self.now.plain and not _why_kept(site) and _requires_grad(site):
+                    self.now.plain[name] = "it depends on tensors that were computed outside of the guide"
 
     def _note(self, trace: poutine.Trace, names: Collection[str]) -> None:
         for name, site in sample_sites(trace):
             if name in names:
-                self._now.note(name, site)
+                self.now.note(name, site)
 
     def say(self, reasons: dict[str, str]) -> None:
         """Warn of the sites that keep a score, those of one reason together, each once."""
@@ -167,7 +160,13 @@ class PathGradient:
 
 
 class _Learnt:
-    """What was found of a guide's sites."""
+    """What was found of a guide's sites.
+
+    Attributes:
+        known: those that were looked at.
+        plain: those that keep a score, with the reason.
+        placed: Deltas whose place is a parameter, or follows from a draw that is shared.
+    """
 
     def __init__(self) -> None:
         self.known: set[str] = set()
@@ -326,7 +325,7 @@ def _image_moves(support: Any, transforms: list[Transform]) -> bool:
     for t in chain.from_iterable(simple_parts([t]) if holds_grad(t) else [t] for t in transforms):
         if _is_to_reals(whole, t):
             whole = constraints.real
-        elif whole is not None and _same_set(whole, of_entries(t.domain)) and not holds_grad(t.codomain):
+        elif whole is not None and same_ends(whole, of_entries(t.domain)) and not holds_grad(t.codomain):
             whole = of_entries(t.codomain)
         elif holds_grad(t):
             return True
@@ -341,16 +340,3 @@ def _is_to_reals(support: Any, transform: Transform) -> bool:
         return support is not None and transform == biject_to(support).inv
     except NotImplementedError:
         return False
-
-
-def _same_set(a: Any, b: Any) -> bool:
-    """Whether two constraints are the same set, up to its border; in doubt not."""
-    return a is b or (_bounds(a) is not None and _bounds(a) == _bounds(b))
-
-
-def _bounds(constraint: Any) -> tuple[float, float] | None:
-    """The ends of an interval between numbers, open or closed."""
-    low, high = getattr(constraint, "lower_bound", -torch.inf), getattr(constraint, "upper_bound", torch.inf)
-    if (low, high) == (-torch.inf, torch.inf) or not all(isinstance(b, int | float) for b in (low, high)):
-        return None
-    return float(low), float(high)

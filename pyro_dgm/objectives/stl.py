@@ -67,31 +67,7 @@ class STL_ELBO(ParticleELBO):
     without_path = "Enumerate it in the model, or use pyro.infer.Trace_ELBO or TraceEnum_ELBO."
     plain_instead = "Such a site keeps the plain gradient, as in Trace_ELBO."
 
-    def __init__(
-        self,
-        num_particles: int = 128,
-        *,
-        vectorize_particles: bool = True,
-        max_plate_nesting: float = float("inf"),
-        max_iarange_nesting: float | None = None,
-        retain_graph: bool | None = None,
-        strict_enumeration_warning: bool = True,
-        ignore_jit_warnings: bool = False,
-        jit_options: dict[str, Any] | None = None,
-        tail_adaptive_beta: float = -1.0,
-    ) -> None:
-        super().__init__(
-            num_particles=num_particles,
-            vectorize_particles=vectorize_particles,
-            max_plate_nesting=max_plate_nesting,
-            max_iarange_nesting=max_iarange_nesting,
-            retain_graph=retain_graph,
-            strict_enumeration_warning=strict_enumeration_warning,
-            ignore_jit_warnings=ignore_jit_warnings,
-            jit_options=jit_options,
-            tail_adaptive_beta=tail_adaptive_beta,
-        )
-        self._joint: LogJoint | None = None
+    _joint: LogJoint | None = None
 
     def _forget(self) -> None:
         super()._forget()

@@ -8,6 +8,7 @@ with other bounds (a weighted ELBO is no bound for beta < 1).
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -19,7 +20,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyro_dgm.model.sites import latent_sites, plate_frames
+from pyro_dgm.model.sites import latent_sites, plate_frames, sample_sites
 
 __all__ = ["WeightedKL_ELBO"]
 
@@ -62,7 +63,9 @@ class WeightedKL_ELBO(Trace_ELBO):
                 f"WeightedKL_ELBO: beta={beta}, warmup_steps={warmup_steps}, free_nats={free_nats}, expected >= 0."
             )
         super().__init__()
-        self.beta, self.warmup_steps, self.free_nats = beta, warmup_steps, free_nats
+        self.beta = beta
+        self.warmup_steps = warmup_steps
+        self.free_nats = free_nats
 
     def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
         return _WeightedModule(model, guide, self)
@@ -75,9 +78,7 @@ class WeightedKL_ELBO(Trace_ELBO):
         model_trace.compute_log_prob()
         guide_trace.compute_log_prob()
         kls = [_kl(model_trace.nodes[k], s) for k, s in latent_sites(guide_trace)]
-        observed = [
-            s["log_prob_sum"] for _, s in model_trace.nodes.items() if s["type"] == "sample" and s["is_observed"]
-        ]
+        observed = [s["log_prob_sum"] for _, s in sample_sites(model_trace) if s["is_observed"]]
         return sum(observed, torch.zeros(())), kls
 
 
@@ -99,7 +100,8 @@ class _WeightedModule(ELBOModule):
         likelihood, kls = self.elbo.terms(self.model, self.guide, args, kwargs)
         total = sum((kl for kl, _ in kls), torch.zeros(()))
         pushed = sum((kl.clamp(min=self.elbo.free_nats * rows) for kl, rows in kls), torch.zeros(()))
-        trained, reported = likelihood - self.weight() * pushed, likelihood - total
+        trained = likelihood - self.weight() * pushed
+        reported = likelihood - total
         if torch.is_grad_enabled():
             self.steps += 1
         return -(trained + (reported - trained).detach())
@@ -121,9 +123,7 @@ def _kl(prior: Any, posterior: Any) -> tuple[Tensor, float]:
         kl = kl_divergence(posterior["fn"], prior["fn"])
     except NotImplementedError:
         kl = None
-    rows = 1.0
-    for frame in plate_frames(posterior):
-        rows *= frame.full_size or frame.size
+    rows = float(math.prod(frame.full_size or frame.size for frame in plate_frames(posterior)))
     if kl is None or posterior["mask"] is not None or not isinstance(posterior["scale"], float | int):
         return posterior["log_prob_sum"] - prior["log_prob_sum"], rows
     return posterior["scale"] * kl.sum(), rows

@@ -1,8 +1,7 @@
-"""One block of simulations from its own random state: the same draws whatever else runs, wherever it runs.
+"""Simulations in blocks, each from its own random state: the same draws whatever else runs, wherever it runs.
 
-Blocks have a fixed size, so neither ``batch_size`` nor the executor nor an interruption changes a draw.
-
-Whether many draws can be made in one run: the densities, or the draws, must be those of single runs.
+Blocks have a fixed size, so neither ``batch_size`` nor the executor nor an interruption changes a draw. The draws of a block
+are made in one run if that gives the densities, or the draws, of single runs.
 """
 
 from __future__ import annotations
@@ -12,25 +11,34 @@ import random
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.util import get_rng_state, set_rng_state
 from torch import Size, Tensor
 
 from pyro_dgm.core.devices import fork_rng, seed_everywhere
-from pyro_dgm.model.handlers import Given, Redraw
+from pyro_dgm.model.handlers import Redraw
 from pyro_dgm.model.sites import is_drawn
-from pyro_dgm.model.vectorize import How, find_vectorization, in_draws_plate
+from pyro_dgm.model.supports import unwrapped
+from pyro_dgm.model.vectorize import Engine, How
 
 __all__ = ["Blocks", "Part", "TOO_FEW", "fault_of_plate", "random_state", "run_job", "run_whole_job"]
 
 _ONE_AT_A_TIME = threading.Lock()  # Pyro's handlers and torch's random state belong to the process, not to a thread
-_BLOCK = 1_000
-_BYTES = 2**27
+
+TOO_FEW = "too few simulations for a check"
+
+# Not measured; chosen by hand.
+_BLOCK = 1_000  # simulations in a block, at most
+_BYTES = 2**27  # of its values, at most
+_FEW = 5  # draws whose densities are compared
+_MANY = 40  # single runs at each setting where draws are compared; that costs more than it saves below 4 times as many
+_ALARM = 1e-5  # probability that equal distributions are told apart
 
 
 @dataclass
@@ -52,24 +60,17 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Blocks of simulations of a model: its arguments, and how many draws share one run. It can be pickled if they can.
+class Blocks(Engine):
+    """Blocks of simulations of a model with its arguments. They can be pickled if model and arguments can.
 
     Attributes:
         shapes: of every site in a single run.
-        event_dims: how many of a site's dimensions belong to its event.
-        nesting: depth of the plates.
         how: "plate" or "loop".
         redraw: draw data that the arguments give anew.
         propose: gives ``n`` draws of some latents, and how many it tried, where they do not come from the prior.
     """
 
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    shapes: dict[str, Size]
-    event_dims: dict[str, int]
-    nesting: int = 0
+    shapes: dict[str, Size] = field(default_factory=dict)
     how: How = "loop"
     redraw: bool = True
     propose: Callable[[Blocks, int], tuple[dict[str, Tensor], int]] | None = None
@@ -82,27 +83,14 @@ class Blocks:
         numbers = sum(s.numel() for s in self.shapes.values())
         return max(1, min(_BLOCK, _BYTES // (8 * max(numbers, 1))))
 
-    def trace(self, n: int | None = None, given: dict[str, Tensor] | None = None) -> poutine.Trace:
-        """One run with data drawn anew: of one draw, or of ``n`` draws in a plate left of all others.
-
-        ``given`` has the values of some latents, ``{site: (*site)}`` or ``{site: (n, *site)}``.
-        """
-        values = given or {}
-        if n is not None:
-            values = {k: self.in_plate(k, v) for k, v in values.items()}
-        model = Given(values)(Redraw()(self.model) if self.redraw else self.model)
+    def simulation(self, n: int | None = None, given: dict[str, Tensor] | None = None) -> poutine.Trace:
+        """One run with data drawn anew, see :meth:`~pyro_dgm.model.vectorize.Engine.trace`."""
         with torch.no_grad(), poutine.block():
-            run = model if n is None else in_draws_plate(model, n, self.nesting)
-            return poutine.trace(run).get_trace(*self.args, **self.kwargs)
+            return self.trace(n, given, Redraw()(self.model) if self.redraw else self.model)
 
     def rows(self, trace: poutine.Trace, n: int) -> dict[str, Tensor]:
         """The sites of ``n`` draws run together, ``{site: (n, *site)}``."""
         return {k: trace.nodes[k]["value"].detach().reshape(n, *shape) for k, shape in self.shapes.items()}
-
-    def in_plate(self, name: str, value: Tensor) -> Tensor:
-        """Rows ``(n, *site)`` with the draws left of all plates."""
-        batch = value.dim() - 1 - self.event_dims[name]
-        return value.reshape(len(value), *(1,) * (self.nesting - batch), *value.shape[1:])
 
 
 def run_job(blocks: Blocks, start: int, stop: int, seed: int) -> Generator[Part]:
@@ -135,7 +123,7 @@ def _drawn(blocks: Blocks, first: int, n: int, seed: int, given: dict[str, Tenso
 
 
 def _together(blocks: Blocks, first: int, n: int, given: dict[str, Tensor]) -> Part:
-    values = blocks.rows(blocks.trace(n, given), n)
+    values = blocks.rows(blocks.simulation(n, given), n)
     faults: dict[int, str] = {}
     for k, v in values.items():
         bad = ~v.reshape(n, -1).isfinite().all(1)
@@ -158,7 +146,7 @@ def _one_by_one(blocks: Blocks, first: int, n: int, seed: int, given: dict[str, 
 
 def _single(blocks: Blocks, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
     try:
-        nodes = blocks.trace(None, given).nodes
+        nodes = blocks.simulation(None, given).nodes
     except Exception as error:
         return {}, f"{type(error).__name__}: {error}".splitlines()[0]
     drawn = {k: s["value"].detach() for k, s in nodes.items() if is_drawn(s)}
@@ -197,23 +185,15 @@ def _scrambled(x: int) -> int:
     return x ^ (x >> 16)
 
 
-TOO_FEW = "too few simulations for a check"
-
-_FEW = 5
-_MANY = 40
-_ALARM = 1e-5  # probability that equal distributions are told apart
-
-
 def fault_of_plate(blocks: Blocks, n: int) -> str:
     """Why runs of many draws differ from single runs; empty where they do not.
 
     The log joint of a few draws of all sites is compared. Sites without a density, and values that were computed with noise
-    of their own, are compared by their draws: 40 single runs at each of two settings of the latents, against one run. That
-    costs more than it saves if ``n`` is below 160.
+    of their own, are compared by their draws: single runs at each of two settings of the latents, against one run.
     """
     with random_state(0):
         try:
-            traces = [blocks.trace() for _ in range(_FEW)]
+            traces = [blocks.simulation() for _ in range(_FEW)]
         except Exception as error:
             return f"a run failed: {error}"
         shapes = [{k: s["value"].shape for k, s in t.nodes.items() if is_drawn(s)} for t in traces]
@@ -227,7 +207,7 @@ def fault_of_plate(blocks: Blocks, n: int) -> str:
 
 def _opaque(site: dict) -> bool:
     """Whether the density says nothing: there is none, or the value is a computed one."""
-    if type(site["fn"]).__name__ in ("Delta", "Independent") and _is_delta(site["fn"]):
+    if isinstance(unwrapped(site["fn"]), Delta):
         return True
     try:
         return not torch.is_tensor(site["fn"].log_prob(site["value"]))
@@ -235,21 +215,13 @@ def _opaque(site: dict) -> bool:
         return True
 
 
-def _is_delta(fn: object) -> bool:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return type(fn).__name__ == "Delta"
-
-
 def _densities_differ(blocks: Blocks, traces: list[poutine.Trace], opaque: list[str]) -> str:
     scored = [k for k in blocks.shapes if k not in opaque]
     if not scored:
         return ""
     rows = {k: torch.stack([t.nodes[k]["value"] for t in traces]) for k in scored}
-    values = {k: blocks.in_plate(k, v) for k, v in rows.items()}
-    shapes = {k: blocks.shapes[k] for k in scored}
     fn = poutine.block(blocks.model, hide=opaque) if opaque else blocks.model
-    how, fault = find_vectorization(fn, values, shapes, blocks.nesting, blocks.args, blocks.kwargs)
+    how, fault = Engine(fn, blocks.args, blocks.kwargs, blocks.nesting, blocks.event_dims).find_how(rows)
     return "" if how == "plate" else fault
 
 
@@ -261,10 +233,10 @@ def _draws_differ(blocks: Blocks, traces: list[poutine.Trace], opaque: list[str]
     settings = [{k: t.nodes[k]["value"] for k in rest} for t in traces[:2]]
     rows = {k: torch.cat([s[k].expand(m, *s[k].shape) for s in settings]) for k in rest}
     try:
-        together = blocks.rows(blocks.trace(2 * m, rows), 2 * m)
+        together = blocks.rows(blocks.simulation(2 * m, rows), 2 * m)
     except Exception as error:
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    single = [[blocks.trace(None, given).nodes for _ in range(m)] for given in settings]
+    single = [[blocks.simulation(None, given).nodes for _ in range(m)] for given in settings]
     for k in opaque:
         for i, runs in enumerate(single):
             alone = torch.stack([nodes[k]["value"] for nodes in runs]).reshape(m, -1)
@@ -275,12 +247,13 @@ def _draws_differ(blocks: Blocks, traces: list[poutine.Trace], opaque: list[str]
 
 def _far(a: Tensor, b: Tensor) -> bool:
     """Whether any column's empirical distributions are further apart than chance allows; equal numbers count as ties."""
-    a, b = a.double(), b.double()
-    scale = torch.maximum(a.abs().amax(0), b.abs().amax(0)).clamp_min(1e-12)
-    a, b = ((v / scale * 1e4).round() for v in (a, b))
+    scale = torch.maximum(a.abs().amax(0), b.abs().amax(0)).double().clamp_min(1e-12)
+    a = (a / scale * 1e4).round()
+    b = (b / scale * 1e4).round()
     points = torch.cat([a, b])
-    steps = [(v[None] <= points[:, None]).double().mean(1) for v in (a, b)]
+    below_a = (a[None] <= points[:, None]).double().mean(1)
+    below_b = (b[None] <= points[:, None]).double().mean(1)
     if bool(((b == b[0]).all(0) & (a != a[0]).any(0)).any()):
         return True  # all draws together share their noise
     far = math.sqrt(math.log(2.0 * a.shape[1] / _ALARM) / len(a))  # Kolmogorov and Smirnov, for every column
-    return bool((steps[0] - steps[1]).abs().max() > far)
+    return bool((below_a - below_b).abs().max() > far)

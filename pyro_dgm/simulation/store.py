@@ -1,9 +1,8 @@
-"""Simulations of a model: tensors by site, which data are there, and what was left out.
+"""Simulations of a model, and where they are kept while they are made: in memory, or in files that survive a kill.
 
-Where simulations are kept: in memory, or in memory-mapped files that survive a kill.
-
-A folder holds ``manifest.json``, one ``.npy`` file for each site, and ``status.npy`` with one byte for each simulation
-(0 to be done, 1 good, 2 left out). A row's byte is written after its values, so what is marked is there.
+The files are memory-mapped. A folder holds ``manifest.json``, one ``.npy`` file for each site, and ``status.npy`` with one
+byte for each simulation (0 to be done, 1 good, 2 left out). A row's byte is written after its values, so what is marked is
+there.
 """
 
 from __future__ import annotations
@@ -57,10 +56,13 @@ class Simulations(Mapping[str, Tensor]):
     def __init__(self, values: Mapping[str, Tensor], observed: Any, *, mask: Mapping[str, Tensor] | None = None,
                  failed: Tensor | None = None, reasons: Mapping[str, int] | None = None, args: tuple[Any, ...] = (),
                  seed: int | None = None, acceptance: float | None = None) -> None:  # fmt: skip
-        self._values, self.mask = dict(values), dict(mask or {})
+        self._values = dict(values)
         self.observed = tuple(observed)
+        self.mask = dict(mask or {})
         self.failed = torch.zeros(0, dtype=torch.long) if failed is None else failed
-        self.reasons, self.args, self.seed = dict(reasons or {}), tuple(args), seed
+        self.reasons = dict(reasons or {})
+        self.args = tuple(args)
+        self.seed = seed
         self.acceptance = acceptance
         self._refuse_bad()
 
@@ -144,7 +146,8 @@ class Store:
     """
 
     def __init__(self, n: int, sites: dict[str, tuple[Size, torch.dtype]], folder: Path | None, sized: bool) -> None:
-        self.n, self.folder = n, folder
+        self.n = n
+        self.folder = folder
         self.files = {k: f"site-{i}" for i, k in enumerate(sites)}
         self.faults = self._known_faults()
         self.status = self._array("status", Size((n,)), torch.uint8)
@@ -240,23 +243,23 @@ class Store:
     def simulations(self, observed: tuple[str, ...], args: tuple[Any, ...], seed: int) -> Simulations:
         """The good ones. On disk they stay memory-mapped where none was left out."""
         good = self.status == _GOOD
-        values, mask = {k: self._private(k) for k in self.values}, dict[str, Tensor]()
+        values = {k: self._private(k) for k in self.values}
+        mask: dict[str, Tensor] = {}
         if not bool(good.all()):
             values = {k: v[good] for k, v in values.items()}
         for name, sizes in self.sizes.items():
             values[name], there = _cropped(values[name], sizes[good].long())
             mask |= {} if there is None else {name: there}
-        failed, tried = torch.nonzero(self.status == _LEFT_OUT)[:, 0], int(self.tried.sum())
-        acceptance = self.n / tried if tried else None
+        tried = int(self.tried.sum())
         return Simulations(
             values,
             observed,
             mask=mask,
-            failed=failed,
+            failed=torch.nonzero(self.status == _LEFT_OUT)[:, 0],
             reasons=self.reasons(),
             args=args,
             seed=seed,
-            acceptance=acceptance,
+            acceptance=self.n / tried if tried else None,
         )
 
 

@@ -11,6 +11,7 @@ from pyro.infer.reparam import AutoReparam
 
 import pyro_dgm as dgm
 from pyro_dgm.model.log_joint import LogJoint
+from pyro_dgm.model.vectorize import Engine
 
 X = torch.tensor([-1.5, -0.7, 0.2, 1.1, 1.9])
 
@@ -184,3 +185,29 @@ def test_a_learned_centring_is_trained_with_the_guide():
     ]
     mean = draws["theta"].mean((0, 1)).reshape(4)
     assert abs(mean - x.mean(1).numpy()).max() < 0.05
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How often it was asked how a model runs."""
+    calls, find = [], Engine.find_how
+    monkeypatch.setattr(Engine, "find_how", lambda engine, rows: calls.append(engine.model) or find(engine, rows))
+    return calls
+
+
+def test_how_a_model_runs_is_asked_once_for_a_fit_and_once_for_its_container(asked):
+    guide = dgm.AutoFlow(summed_by_hand)
+    dgm.fit(dgm.STL_ELBO(8)(summed_by_hand, guide), X, max_steps=2, progress=False, seed=0)
+    assert len(asked) == 1  # of the bound, and of the warm start
+    dgm.from_svi(summed_by_hand, guide, X, num_samples=50, prior=0, container="dict", seed=0)
+    assert len(asked) == 2  # of the program, and of the exploration
+
+
+def test_how_a_model_runs_is_asked_again_for_other_arguments_and_another_model(asked):
+    guide = dgm.AutoFlow(summed).setup(X)
+    joint = LogJoint(guide, summed, (X,), {})
+    assert LogJoint.known(guide, summed, (X,), {}).how == joint.how and len(asked) == 1
+    for model, x in ((summed, X.clone()), (summed_by_hand, X)):
+        joint = LogJoint(guide, summed, (X,), {})
+        before = len(asked)
+        assert LogJoint.known(guide, model, (x,), {}).how == joint.how and len(asked) == before + 1
