@@ -82,7 +82,7 @@ class Refined:
 @torch.no_grad()
 def refine(
     sample: Callable[[int], Tensor], log_q: Callable[[Tensor], Tensor], log_p: Callable[[Tensor], Tensor],
-    unpack: Callable[[Tensor], dict[str, Tensor]], n: int, proposals: int, steps: int, constant_error: float,
+    unpack: Callable[[Tensor], dict[str, Tensor]], n: int, proposals: int, steps: int,
 ) -> Refined:  # fmt: skip
     """Weights, then ``steps`` steps of ``n`` chains; densities are of vectors ``(N, D)``."""
     u = sample(proposals)
@@ -102,7 +102,7 @@ def refine(
     accepted = _chains(state, sample, log_q, log_p, steps) if steps and n > 3 else {}
     moved = float((state.u != u[index]).any(-1).double().mean())
     _warn(k, ess, proposals, steps, accepted)
-    return Refined(unpack(state.u), k, ess, proposals, evidence, math.hypot(error, constant_error), accepted, moved)
+    return Refined(unpack(state.u), k, ess, proposals, evidence, error, accepted, moved)
 
 
 @dataclass
@@ -197,8 +197,7 @@ _STEPS = 200
 def refined(posterior: ConditionedGuide, n: int, proposals: int, steps: int | None) -> Refined:
     """Weights, and chains where the weights ask for them."""
     joint = Joint(posterior)
-    error = float(posterior.log_prob_error)
-    run = lambda k: refine(joint.sample, joint.log_q, joint.log_p, joint.unpack, n, proposals, k, error)  # noqa: E731
+    run = lambda k: refine(joint.sample, joint.log_q, joint.log_p, joint.unpack, n, proposals, k)  # noqa: E731
     if joint.discrete or steps is not None:
         return run(0 if joint.discrete else steps)
     with warnings.catch_warnings():
@@ -222,7 +221,7 @@ class Joint:
         self.model = posterior.guide.conditioned_model(posterior.data, rewritten=True)
         example = self._drawn(3)
         where = device_of(posterior.guide)
-        self.units = {s.name: Units([s], "map").to(where) for s in self.sites if not s.classes}
+        self.units = {s.name: Units([s]).to(where) for s in self.sites if not s.classes}
         self.shapes = {k: v.shape[1:] for k, v in example.items()}
         self.how, fault = find_vectorization(self.model, self._in_plate(example), self.shapes, self.nesting, (), {})
         if self.how == "loop":
@@ -250,8 +249,7 @@ class Joint:
         """Log density of the guide over vectors, nats."""
         values, log_det = self._unpacked(u)
         with pyro.validation_enabled(False):
-            masses = self.posterior.masses()[0]
-            return self.posterior.guide.score(values, self.posterior.data, 0, masses).double() + log_det
+            return self.posterior.guide.log_prob(values, self.posterior.data, 0).double() + log_det
 
     def log_p(self, u: Tensor) -> Tensor:
         """Log joint density of the model over vectors, nats; NaN where it has none."""
