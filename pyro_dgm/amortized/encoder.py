@@ -141,9 +141,7 @@ class Streams(nn.Module):
             return None, None
         axes = mask.dim() - lead
         if axes <= site.depth:
-            left = (1,) * (self.structure.nesting - site.depth)
-            right = (1,) * (site.depth - axes)
-            return mask.reshape(*mask.shape[:lead], *left, *mask.shape[lead:], *right).expand(x.shape[:-1]), None
+            return site.laid_mask(mask, self.structure.nesting, lead).expand(x.shape[:-1]), None
         entries = mask.reshape(*mask.shape, *(1,) * (site.depth + len(site.event_shape) - axes))
         entries = entries.expand(batch[site.name].shape).reshape(x.shape)
         return entries.any(-1), entries

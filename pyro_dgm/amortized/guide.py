@@ -134,8 +134,9 @@ class AmortizedGuide(nn.Module):
             ValueError: for a name that is unknown or missing, a wrong shape, and data with NaN outside the mask.
         """
         where = device_of(self)
-        data, mask = to_device(data, where), to_device(mask, where)
-        batch = self.arguments.checked_data(data, mask, self.structure, self.covariates)
+        batch = self.arguments.checked_data(
+            to_device(data, where), to_device(mask, where), self.structure, self.covariates
+        )
         return ConditionedGuide(self, batch, self.streams.lead(batch))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -222,14 +223,8 @@ class AmortizedGuide(nn.Module):
         for turn in self._walk(data, 0):
             depth = turn.group.sites[0].depth
             context = _trimmed(self._stretched(turn, data, 0), depth + 1)
-            prior: Moments = {}
-            for site in turn.group.sites:
-                if site.name in turn.prior:
-                    mean, sd = turn.prior[site.name]
-                    right = depth + len(site.event_shape)
-                    prior[site.name] = (_trimmed(mean, right), _trimmed(sd, right))
             plates = self._plates(turn.group, data, opened)
-            values, turn.u = turn.group.sample_sites(context, plates, prior, hidden)
+            values, turn.u = turn.group.sample_sites(context, plates, _trimmed_moments(turn, depth), hidden)
             turn.values = {k: self._wide(v, k) for k, v in values.items()}
             out |= values
         made = {s.name: out[s.name] for s in self.structure.latents}
@@ -247,7 +242,8 @@ class AmortizedGuide(nn.Module):
         for group in self.groups:
             context = group.context(streams, [turns[i].stream() for i in group.sees])
             prior = self.prior.of(group.sites, known, data) if known else {}
-            turn = Turn(group, context, prior, self._mask(group, data, lead) if "mask" in data else None)
+            mask = self._mask(group, data["mask"], lead) if "mask" in data else None
+            turn = Turn(group, context, prior, mask)
             if values is not None:
                 turn.encode(values, self.structure.nesting, draws)
             yield turn
@@ -291,27 +287,24 @@ class AmortizedGuide(nn.Module):
             groups.append(Group(sites, dims, widths, sees, own, keeps_boxes and outer and own is None))
         return groups
 
-    def _mask(self, group: Group, batch: Data, lead: int) -> Tensor | None:
+    def _mask(self, group: Group, masks: Mapping[str, Tensor], lead: int) -> Tensor | None:
         """Which elements of the group's plates exist, ``(*lead, *plates)``."""
-        mask = next((batch["mask"][s.name] for s in group.sites if s.name in batch["mask"]), None)
-        if mask is None or not group.plates:
-            return None
-        depth = group.sites[0].depth
-        left = (1,) * (self.structure.nesting - depth)
-        right = (1,) * (depth + lead - mask.dim())
-        return mask.reshape(*mask.shape[:lead], *left, *mask.shape[lead:], *right)
+        for site in group.sites if group.plates else ():
+            if site.name in masks:
+                return site.laid_mask(masks[site.name], self.structure.nesting, lead)
+        return None
 
     def _bare(self, site: Site, value: Tensor) -> Tensor:
         """Without the plate dimensions that the site does not have in a single run."""
         batch = value.shape[: value.dim() - len(site.event_shape)]
-        lead, own = batch[: len(batch) - self.structure.nesting], batch[len(batch) - site.depth :]
+        lead = batch[: len(batch) - self.structure.nesting]
+        own = batch[len(batch) - site.depth :]
         return value.reshape([*lead, *own, *site.event_shape])
 
     def _wide(self, value: Tensor, name: str) -> Tensor:
         """A traced value with all plate dimensions of the model."""
-        site = next(s for s in self.structure.latents if s.name == name)
-        lacking = max(0, self.structure.nesting - (value.dim() - len(site.event_shape)))
-        return value.reshape([1] * lacking + list(value.shape))
+        plates = value.dim() - len(self.prior.latents[name].event_shape)
+        return value.reshape([*(1,) * (self.structure.nesting - plates), *value.shape])
 
     def _sizes(self, group: Group, data: Data, lead: int = 0) -> dict[str, int]:
         """Size of each plate of a group: of the data in it, or of the prototype where it holds none."""
@@ -340,6 +333,16 @@ def _trimmed(x: Tensor, right: int) -> Tensor:
     """Without the dimensions left of the ``right`` last ones, where all of them are 1."""
     extra = x.shape[: max(0, x.dim() - right)]
     return x.reshape(x.shape[len(extra) :]) if all(n == 1 for n in extra) else x
+
+
+def _trimmed_moments(turn: Turn, depth: int) -> Moments:
+    moments: Moments = {}
+    for site in turn.group.sites:
+        if site.name in turn.prior:
+            mean, sd = turn.prior[site.name]
+            right = depth + len(site.event_shape)
+            moments[site.name] = (_trimmed(mean, right), _trimmed(sd, right))
+    return moments
 
 
 def _regress(family: MixtureChain, context: Tensor, u: Tensor, mask: Tensor | None) -> None:

@@ -10,7 +10,8 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import init_to_median
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Transform, biject_to, constraints
+from torch.distributions import Distribution, Transform, biject_to
+from torch.distributions.transforms import CatTransform, ComposeTransform, ReshapeTransform
 
 from pyro_dgm.amortized.group import Group
 from pyro_dgm.amortized.refine import Refined, refined
@@ -156,7 +157,7 @@ class Transport(VectorGuide):
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         group, built = self.amortized.groups[0], self._built()
         inner = group.family.bijection(built)
-        return compose([built.transform.inv, *([] if inner is None else [inner]), _Unconstrained(group.units)])
+        return compose([built.transform.inv, *([] if inner is None else [inner]), _unconstrained(group.units)])
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Distribution:
         return dist.TransformedDistribution(self.get_base_dist(), [self.get_transform()])
@@ -167,42 +168,16 @@ class Transport(VectorGuide):
         return group.family.checked_build(context.reshape(context.shape[-1]))
 
 
-class _Unconstrained(Transform):
+def _unconstrained(units: Units) -> Transform:
     """From the units of a group to the unconstrained values of its sites, side by side."""
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
-    def __init__(self, units: Units) -> None:
-        super().__init__()
-        self.units = units
-
-    def _call(self, u: Tensor) -> Tensor:
-        return self.call_and_ladj(u)[0]
-
-    def _inverse(self, x: Tensor) -> Tensor:
-        values: dict[str, Tensor] = {}
-        for site, part in zip(self.units.sites, x.split(self.units.widths, -1), strict=True):
-            to_site: Any = biject_to(site.support)
-            values[site.name] = to_site(part.reshape([*x.shape[:-1], *to_site.inverse_shape(site.event_shape)]))
-        return self.units.flatten(values)[0]
-
-    def call_and_ladj(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Image and log-determinant."""
-        values, log_dets = self.units.unflatten(u)
-        parts: list[Tensor] = []
-        total = torch.zeros(())
-        for site in self.units.sites:
-            to_site = biject_to(site.support)
-            x = to_site.inv(values[site.name])
-            log_det = to_site.log_abs_det_jacobian(x, values[site.name])
-            parts.append(x.reshape(*u.shape[:-1], -1))
-            total = total + log_dets[site.name] - log_det.reshape(*u.shape[:-1], -1).sum(-1)
-        return torch.cat(parts, -1), total
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[1]
+    parts: list[Transform] = []
+    for site, onto in zip(units.sites, units.maps, strict=True):
+        back = biject_to(site.support).inv
+        inner = Size(onto.inverse_shape(site.event_shape))
+        outer = Size(back.forward_shape(site.event_shape))
+        flat = [ReshapeTransform(Size([inner.numel()]), inner), ReshapeTransform(outer, Size([outer.numel()]))]
+        parts.append(ComposeTransform([flat[0], onto, back, flat[1]]))
+    return compose([units.standard.transform(), CatTransform(parts, -1, units.widths)])
 
 
 def _refuse(posterior: ConditionedGuide) -> None:

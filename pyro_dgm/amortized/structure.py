@@ -80,6 +80,12 @@ class Site:
         laid = self.laid(value, nesting, lead)
         return laid.reshape(*laid.shape[: lead + nesting], self.width)
 
+    def laid_mask(self, mask: Tensor, nesting: int, lead: int) -> Tensor:
+        """A mask ``(*lead, *plates)``, which may lack the last plates, as ``(*lead, 1, .., *plates)``."""
+        left = (1,) * (nesting - self.depth)
+        right = (1,) * (self.depth + lead - mask.dim())
+        return mask.reshape(*mask.shape[:lead], *left, *mask.shape[lead:], *right)
+
 
 @dataclass(frozen=True)
 class Structure:

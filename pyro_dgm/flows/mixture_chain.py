@@ -33,10 +33,13 @@ __all__ = ["AutoregressiveMixture", "Interval", "MixtureChain", "NormalMixture",
 
 Interval = tuple[Tensor, Tensor]
 
-# Widths and dropout, as found on the four simulators of docs/benchmarks/sbi.md (held-out loss, 10,000 simulations).
-_HIDDEN = (64, 192, 3)  # units of the masked network: for each entry, at most, and layers
-_SHARED = (64, 128)  # shared features: for each entry, at most; slcp 3.55 with plain layers, 3.30 with gated ones
-_DROPOUT = (0.05, 2, 0.1)  # for each entry beyond so many, at most; slcp 3.30 without, 3.18 with
+# Widths and dropout, as found on the four simulators of docs/benchmarks/sbi.md (held-out loss, 10,000 simulations, nats).
+_WIDTH = 64  # units of a layer for each entry
+_LAYERS = 3  # of the masked network
+_WIDEST = 192  # units of its layers at most
+_WIDEST_SHARED = 128  # shared features at most; slcp 3.75 without any, 3.55 with plain layers, 3.30 with gated blocks
+_DROPOUT = 0.05  # for each entry beyond two; slcp 3.30 without, 3.18 with
+_MOST_DROPOUT = 0.1
 _LOG_SCALE_BOUND = 6.0  # on |log scale| relative to the regression; not measured, chosen by hand
 _RIDGE = 1e-3  # of the regression; not measured, chosen by hand
 _LEAST_RESIDUAL = 1e-3  # of the regression, in the units of x; not measured, chosen by hand
@@ -270,13 +273,16 @@ class MixtureChain(DistributionModule):
         super().__init__(event_shape, context_features, support=support)
         size = self.features
         seen = max(1, context_features)  # without a context one zero takes its place
-        dropout = _usual_dropout(size) if dropout is None else dropout
-        hidden = _usual_layers(size) if hidden_features is None else hidden_features
-        shared = _usual_width(size, context_features) if shared_features is None else shared_features
+        if dropout is None:
+            dropout = min(_MOST_DROPOUT, _DROPOUT * max(0, size - 2))
+        if hidden_features is None:
+            hidden_features = (min(_WIDEST, _WIDTH * size),) * _LAYERS
+        if shared_features is None:
+            shared_features = min(_WIDEST_SHARED, _WIDTH * size) if context_features else 0
         self.components = components
         self.bounded = box is not None and bool(box[0].isfinite().any())
-        self.reader = Reader(seen, shared, dropout) if shared else None
-        self.net = _masked(size, shared + seen, 3 * components, hidden, dropout)
+        self.reader = Reader(seen, shared_features, dropout) if shared_features else None
+        self.net = _masked(size, shared_features + seen, 3 * components, hidden_features, dropout)
         self.linear = nn.Linear(seen, size)
         low, high = box or (torch.full((size,), -torch.inf), torch.full((size,), torch.inf))
         self.register_buffer("residual", torch.ones(size))
@@ -340,21 +346,6 @@ class MixtureChain(DistributionModule):
         self.linear.weight.copy_(weights[:-1].mT)
         self.linear.bias.copy_(weights[-1])
         self.residual.copy_((x - self.linear(context)).std(0).clamp_min(_LEAST_RESIDUAL))
-
-
-def _usual_layers(size: int) -> tuple[int, ...]:
-    each, most, layers = _HIDDEN
-    return (min(most, each * size),) * layers
-
-
-def _usual_width(size: int, context_features: int) -> int:
-    each, most = _SHARED
-    return min(most, each * size) if context_features else 0
-
-
-def _usual_dropout(size: int) -> float:
-    each, spared, most = _DROPOUT
-    return min(most, each * max(0, size - spared))
 
 
 def _masked(features: int, context_features: int, numbers: int, hidden: Sequence[int], dropout: float) -> nn.Sequential:

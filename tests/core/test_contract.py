@@ -269,7 +269,9 @@ def test_events_of_any_shape(event):
     assert x.shape == (5, 4, *event) and q.log_prob(x).shape == (5, 4)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("Gaussian", "Conditional", "Chain", "zuko-GMM")])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n not in ("Gaussian", "Conditional", "Chain", "MixtureChain", "zuko-GMM")]
+)
 def test_round_trip_and_log_determinant_against_autograd(name):
     """z(x(z)) = z and log|det dx/dz| by autograd. Planted fault: counting masked coordinates, as one published RealNVP."""
     family = make(name, 2, 3).double()
