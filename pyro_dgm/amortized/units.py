@@ -42,8 +42,8 @@ _LEAST_SD = 1e-6  # of a conditional prior; not measured, chosen by hand
 class NormalCdf(Transform):
     r"""The map :math:`x \mapsto a + (b - a)\,\Phi(x)` onto a box.
 
-    Not torch's ``CumulativeDistributionTransform``: in float32 its quantiles lose their digits from -4 on (they are read off
-    :math:`2p - 1`), and it reaches the ends of the box, where densities vanish.
+    It stays off the ends of the box, which torch's ``CumulativeDistributionTransform`` reaches from 6 on in float32 and maps
+    back to infinity; and it takes values on any device, which an ``AffineTransform`` onto the box does not.
     """
 
     domain = constraints.real
@@ -239,17 +239,13 @@ class PriorUnits:
 
     def inputs(self, data: Mapping[str, Any], lead: Size) -> dict[str, Any]:
         """The model's arguments other than observations, for ``lead.numel()`` draws at once."""
-        out = {k: v for k, v in data.items() if k in self.arguments.names and k not in self._observed()}
+        observed = {s.name for s in self.structure.observed}
+        out = {k: v for k, v in data.items() if k in self.arguments.names and k not in observed}
         for site in self.covariates:
-            value = data[site.name]
-            own = value.dim() - site.depth - len(site.event_shape)
-            pad = (1,) * (self.structure.nesting - site.depth)
-            value = value.reshape(*value.shape[:own], *pad, *value.shape[own:])
+            own = data[site.name].dim() - site.depth - len(site.event_shape)
+            value = site.laid(data[site.name], self.structure.nesting, own)
             out[site.name] = value.expand(*lead, *value.shape[own:]).reshape(lead.numel(), *value.shape[own:])
         return out
-
-    def _observed(self) -> set[str]:
-        return {s.name for s in self.structure.observed}
 
     def _laid(self, moment: Tensor, lead: Size, site: Site) -> Tensor:
         """``(n, *plates, *event)`` with the leading dimensions back in place of n."""
