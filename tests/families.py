@@ -8,6 +8,7 @@ from torch.distributions import Normal, constraints
 
 import pyro_dgm as dgm
 from pyro_dgm.core import MLP, zuko
+from pyro_dgm.flows import MixtureChain
 
 
 class Gaussian(dgm.DistributionModule):
@@ -51,6 +52,7 @@ FAMILIES = {
     "MAF": functools.partial(dgm.MAF, transforms=2, **small),
     "MAF-sampling": functools.partial(dgm.MAF, transforms=2, fast="sampling", **small),
     "NSF": functools.partial(dgm.NSF, transforms=2, **small),
+    "MixtureChain": functools.partial(MixtureChain, components=3, **small),
     "FFJORD": functools.partial(dgm.FFJORD, hidden_features=8, steps=6),
     "OTFlow": functools.partial(dgm.OTFlow, hidden_features=16, steps=6),
     "Conditional": conditional,
@@ -70,7 +72,7 @@ FAMILIES = {
 # Families whose draws carry no gradient.
 NOT_REPARAMETERISED = {"zuko-GMM"}
 # Families that are no transform of a latent.
-NO_TRANSFORM = {"Gaussian", "Conditional", "Chain", "zuko-GMM"}
+NO_TRANSFORM = {"Gaussian", "Conditional", "Chain", "MixtureChain", "zuko-GMM"}
 # Families that invert by bisection or by an ODE solver: a round trip is exact to the solver only.
 APPROXIMATE = {
     "FFJORD": 1e-3,

@@ -1,4 +1,4 @@
-"""Between a guide and its model's arguments: data by the names of sites, covariates and sizes by the names of arguments."""
+"""A model and its arguments: data go by the names of sites, covariates and sizes by the names of arguments."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ class Arguments:
         """Values of arguments by name."""
         return dict(zip(self.names, args, strict=False)) | dict(kwargs)
 
-    def data_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], structure: Structure,
-                covariates: tuple[Site, ...]) -> dict[str, Any]:  # fmt: skip
+    def data_of(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], structure: Structure, covariates: tuple[Site, ...]
+    ) -> dict[str, Any]:
         """Data and covariates among the arguments of a call."""
         given = {k: v for k, v in self.bound(args, kwargs).items() if v is not None}
-        wanted = [s.name for s in (*structure.observed, *covariates)]
-        missing = [k for k in wanted if k not in given]
+        sites = (*structure.observed, *covariates)
+        missing = [s.name for s in sites if s.name not in given]
         if missing:
             raise ValueError(
                 f"AmortizedGuide: called without {missing}. Call it with the model's arguments, data among them under the "
                 f"names of their sites (the model takes {self.names}), or use guide.condition(...)."
             )
-        sites = (*structure.observed, *covariates)
-        return {s.name: checked(s, given[s.name], None, 0) for s in sites}
+        return {s.name: _checked(s, given[s.name], None, 0) for s in sites}
 
     def conditioned(self, data: Mapping[str, Any], structure: Structure) -> Callable[..., Any]:
         """The model with data, covariates and sizes in it; it ignores the arguments of its call."""
-        values = {k: v for k, v in data.items() if k != "mask"}
-        arguments = self.bound(self.args, self.kwargs) | {k: v for k, v in values.items() if k in self.names}
-        masks = data.get("mask", {})
-        observed = {s.name: values[s.name] for s in structure.observed}
+        given = {k: v for k, v in data.items() if k != "mask" and k in self.names}
+        arguments = self.bound(self.args, self.kwargs) | given
+        observed = {s.name: data[s.name] for s in structure.observed}
+        masks = {k: m for k, m in data.get("mask", {}).items() if k in observed}
 
         def model(*args: Any, **kwargs: Any) -> Any:
-            with poutine.condition(data=observed), _MaskedData({k: m for k, m in masks.items() if k in observed}):
+            with poutine.condition(data=observed), _MaskedData(masks):
                 return self.model(**arguments)
 
         return model
@@ -88,10 +88,13 @@ class Arguments:
 
     def example(self, structure: Structure, covariates: tuple[Site, ...]) -> dict[str, Any]:
         """Zeros in the shapes of the prototype."""
-        given, plates = self.bound(self.args, self.kwargs), {d: n for d, n in structure.plates.values()}
-        shape = lambda s: [plates[-d] if -d in s.dims else 1 for d in range(s.depth, 0, -1)]  # noqa: E731
-        zeros = {s.name: torch.zeros([*shape(s), *s.event_shape]) for s in structure.observed}
-        return zeros | {s.name: given[s.name] for s in covariates}
+        sizes = dict(structure.plates.values())
+        example: dict[str, Any] = {}
+        for site in structure.observed:
+            batch = [sizes[-d] if -d in site.dims else 1 for d in range(site.depth, 0, -1)]
+            example[site.name] = torch.zeros([*batch, *site.event_shape])
+        given = self.bound(self.args, self.kwargs)
+        return example | {s.name: given[s.name] for s in covariates}
 
     def refuse_lacking(self, batch: Mapping[str, Any], structure: Structure, covariates: tuple[Site, ...]) -> None:
         """An error where simulations lack a site of the guide."""
@@ -103,14 +106,17 @@ class Arguments:
                 "keep covariates beside the sites: {**sims, 'name': covariate}."
             )
 
-    def checked_data(self, data: Mapping[str, Any], mask: Mapping[str, Tensor] | None, structure: Structure,
-                     covariates: tuple[Site, ...]) -> dict[str, Any]:  # fmt: skip
+    def checked_data(
+        self,
+        data: Mapping[str, Any],
+        mask: Mapping[str, Tensor] | None,
+        structure: Structure,
+        covariates: tuple[Site, ...],
+    ) -> dict[str, Any]:
         """The data of a call of ``condition``, or an error that says what is wrong with them."""
         sites = {s.name: s for s in (*structure.observed, *covariates)}
-        missing, unknown = (
-            [k for k in sites if k not in data],
-            [k for k in data if k not in sites and k not in self.names],
-        )
+        missing = [k for k in sites if k not in data]
+        unknown = [k for k in data if k not in sites and k not in self.names]
         if missing or unknown:
             raise ValueError(
                 f"condition: {f'{missing} missing' if missing else f'{unknown} unknown'}; expected the observed sites and "
@@ -119,7 +125,7 @@ class Arguments:
         masks = dict(mask or {})
         first = structure.observed[0]
         lead = torch.as_tensor(data[first.name]).dim() - first.depth - len(first.event_shape)
-        out = {k: checked(sites[k], v, masks.get(k), lead) if k in sites else v for k, v in data.items()}
+        out = {k: _checked(sites[k], v, masks.get(k), lead) if k in sites else v for k, v in data.items()}
         return out | ({"mask": masks} if masks else {})
 
 
@@ -135,7 +141,7 @@ class _MaskedData(poutine.messenger.Messenger):
             msg["mask"] = self.masks[msg["name"]] if msg["mask"] is None else msg["mask"] & self.masks[msg["name"]]
 
 
-def checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
+def _checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
     """A value of a site, of the right shape and finite where it counts; what is masked becomes 0.
 
     Raises:
@@ -155,7 +161,8 @@ def checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
     bad = ~value.isfinite() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
     if mask is not None:
         full = mask.reshape(*mask.shape, *(1,) * (value.dim() - mask.dim())).expand(value.shape)
-        value, bad = torch.where(full, value, torch.zeros_like(value)), bad & full
+        value = torch.where(full, value, torch.zeros_like(value))
+        bad = bad & full
     if bad.any():
         raise ValueError(
             f"condition: '{site.name}' holds {int(bad.sum())} NaN or infinite entries. Pass what is missing as a mask: "
@@ -168,18 +175,19 @@ def covariate_sites(
     arguments: Arguments, names: Sequence[str] | Mapping[str, int], structure: Structure
 ) -> tuple[Site, ...]:
     """Covariates as sites: which plates their dimensions are is told by the sizes in the prototype."""
-    right = (
-        dict(names) if isinstance(names, Mapping) else {k: 0 for k in ([names] if isinstance(names, str) else names)}
-    )
-    given, sites = arguments.bound(arguments.args, arguments.kwargs), []
-    for name, event_dim in right.items():
+    names = [names] if isinstance(names, str) else names
+    event_dims = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 0)
+    given = arguments.bound(arguments.args, arguments.kwargs)
+    sites: list[Site] = []
+    for name, event_dim in event_dims.items():
         if not isinstance(given.get(name), Tensor):
             raise ValueError(
                 f"AmortizedGuide: covariate '{name}' is no tensor among the prototype's arguments {sorted(given)} (the model "
                 f"takes {arguments.names}). Pass an example in args= or kwargs=."
             )
         shape = given[name].shape
-        batch, event = shape[: len(shape) - event_dim], Size(shape[len(shape) - event_dim :])
+        batch = shape[: len(shape) - event_dim]
+        event = Size(shape[len(shape) - event_dim :])
         plates = [(p, d) for p, (d, n) in structure.plates.items() if -d <= len(batch) and batch[d] == n]
         sites.append(Site(name, event, tuple(p for p, _ in plates), tuple(d for _, d in plates)))
     return tuple(sites)

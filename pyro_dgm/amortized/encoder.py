@@ -1,10 +1,8 @@
-r"""What a group of latents sees of the data: embeddings of each observed site, pooled over the plates that the group lacks.
+r"""What a group of latents sees of the data: features of each observed site, pooled over the plates that the group lacks.
 
-A latent outside a plate must not depend on the order of the plate's data, and must take any number of them: its context is
+A latent outside a plate must not depend on the order of the plate's data, and must take any number of them: it sees
 :math:`\rho\big(\frac1n \sum_i \phi(x_i), \log n\big)` (Zaheer et al. 2017, "Deep sets", theorem 2), with two layers of
 such means, so that each datum is seen beside the others. A latent inside a plate sees its own datum.
-
-The data as features: one stream per observed site, with covariates beside it and a mask of what is there.
 """
 
 from __future__ import annotations
@@ -21,27 +19,16 @@ from pyro_dgm.amortized.structure import Site, Structure
 from pyro_dgm.core import Standardize
 from pyro_dgm.core.networks import MLP, broadcast_cat
 
-__all__ = ["SetEncoder", "StandardData", "Stream", "Streams", "pooled"]
+__all__ = ["SetEncoder", "Stream", "Streams", "pooled"]
 
 
-class StandardData(nn.Module):
-    """Data in units of their simulations; what is missing is zero.
+@dataclass
+class Stream:
+    """Features ``(*lead, *plates, F)`` of data or of latents, and where there is one, ``(*lead, *plates)`` or None."""
 
-    Args:
-        features: numbers in one datum.
-    """
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.standard = Standardize(features)
-
-    def fit(self, x: Tensor, mask: Tensor | None) -> None:
-        """Take mean and standard deviation of what is present."""
-        self.standard.fit(x.reshape(-1, x.shape[-1]) if mask is None else x[mask.expand(x.shape[:-1])])
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        u = self.standard(x.to(self.standard.loc))
-        return u if mask is None else torch.where(mask.unsqueeze(-1), u, torch.zeros_like(u))
+    plates: tuple[str, ...]
+    features: Tensor
+    mask: Tensor | None = None
 
 
 class SetEncoder(nn.Module):
@@ -59,13 +46,14 @@ class SetEncoder(nn.Module):
         self.first = MLP(in_features, h, (h,))
         self.second = MLP(2 * h + 1, h, (h,))
         self.last = MLP(h + 1, out_features, (h,))
+        self.out_features = out_features
 
     def forward(self, x: Tensor, dims: list[int], mask: Tensor | None = None) -> Tensor:
         """``dims`` are negative dimensions of the batch; ``mask`` has the batch's shape, True where there is a datum."""
         elements = self.first(x)
-        mean, log_n = pooled(elements, dims, mask)
-        elements = self.second(torch.cat([elements, broadcast_cat(mean, log_n).expand(*elements.shape[:-1], -1)], -1))
-        return self.last(broadcast_cat(*pooled(elements, dims, mask)))
+        whole = torch.cat(pooled(elements, dims, mask), -1).expand(*elements.shape[:-1], -1)
+        elements = self.second(torch.cat([elements, whole], -1))
+        return self.last(torch.cat(pooled(elements, dims, mask), -1))
 
 
 def pooled(x: Tensor, dims: list[int], mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -77,22 +65,17 @@ def pooled(x: Tensor, dims: list[int], mask: Tensor | None) -> tuple[Tensor, Ten
     """
     axes = [d - 1 for d in dims]
     present = x.new_ones(x.shape[:-1]) if mask is None else mask.to(x).expand(x.shape[:-1])
-    count = present.unsqueeze(-1).sum(axes, keepdim=True)
-    mean = (x * present.unsqueeze(-1)).sum(axes, keepdim=True) / count.clamp_min(1.0)
+    present = present.unsqueeze(-1)
+    count = present.sum(axes, keepdim=True)
+    mean = (x * present).sum(axes, keepdim=True) / count.clamp_min(1.0)
     return mean, torch.log1p(count)
 
 
-@dataclass
-class Stream:
-    """Features ``(*lead, *plates, F)`` of one site, and where there is a datum, ``(*lead, *plates)`` or None."""
-
-    plates: tuple[str, ...]
-    features: Tensor
-    mask: Tensor | None
-
-
 class Streams(nn.Module):
-    """Standardised data, through the user's encoder where there is one, with the covariates of their plates.
+    """The data as features, one stream for each observed site: standardised, through the user's encoder where there is one.
+
+    Beside a site stand the covariates of its plates, and whether there is a datum; what is missing is zero. A covariate
+    without plates has a stream of its own.
 
     Args:
         structure: of the model.
@@ -102,15 +85,16 @@ class Streams(nn.Module):
 
     def __init__(self, structure: Structure, covariates: tuple[Site, ...], encoder: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.structure, self.covariates = structure, covariates
-        self.standard: Any = nn.ModuleDict({_key(s): StandardData(s.width) for s in (*structure.observed, *covariates)})
-        unknown = [k for k in encoder if k not in {s.name for s in structure.observed}]
+        self.structure = structure
+        self.covariates = covariates
+        self.inputs = (*structure.observed, *covariates)
+        self.keys = {s.name: _key(s.name) for s in self.inputs}
+        self.standard = nn.ModuleDict({self.keys[s.name]: Standardize(s.width) for s in self.inputs})
+        observed = [s.name for s in structure.observed]
+        unknown = [k for k in encoder if k not in observed]
         if unknown:
-            raise ValueError(
-                f"AmortizedGuide: encoder={unknown} names no observed site; observed are "
-                f"{[s.name for s in structure.observed]}."
-            )
-        self.encoder = nn.ModuleDict({f"site_{k}".replace(".", "_"): m for k, m in encoder.items()})
+            raise ValueError(f"AmortizedGuide: encoder={unknown} names no observed site; observed are {observed}.")
+        self.encoder = nn.ModuleDict({_key(k): m for k, m in encoder.items()})
 
     def lead(self, batch: Mapping[str, Any]) -> int:
         """Leading dimensions of the data: 1 for a batch of simulations, 0 for one data set."""
@@ -118,50 +102,53 @@ class Streams(nn.Module):
         return batch[site.name].dim() - site.depth - len(site.event_shape)
 
     def forward(self, batch: Mapping[str, Any], lead: int) -> list[Stream]:
-        inputs = {s.name: self._standardised(s, batch, lead) for s in (*self.structure.observed, *self.covariates)}
-        streams = [self._with_covariates(s, inputs) for s in self.structure.observed]
-        alone = [s for s in self.covariates if not s.plates]
-        return streams + [Stream((), inputs[s.name].features, None) for s in alone]
+        inputs = {s.name: self._standardised(s, batch, lead) for s in self.inputs}
+        streams: list[Stream] = []
+        for site in self.structure.observed:
+            own = inputs[site.name]
+            here = own.features.new_ones(own.features.shape[:-1]) if own.mask is None else own.mask.to(own.features)
+            beside = [
+                inputs[c.name].features for c in self.covariates if c.plates and set(c.plates) <= set(site.plates)
+            ]
+            streams.append(Stream(site.plates, broadcast_cat(own.features, *beside, here.unsqueeze(-1)), own.mask))
+        return streams + [inputs[c.name] for c in self.covariates if not c.plates]
 
     def fit(self, batch: Mapping[str, Any]) -> None:
-        """Take the units from simulations."""
-        for site in (*self.structure.observed, *self.covariates):
+        """Take the units from simulations: mean and standard deviation of what is present."""
+        for site in self.inputs:
             x = site.features(batch[site.name], self.structure.nesting, 1)
-            self.standard[_key(site)].fit(x, self._mask(site, batch, 1, x)[0])
+            mask, _ = self._masks(site, batch, 1, x)
+            standard: Any = self.standard[self.keys[site.name]]
+            standard.fit(x.reshape(-1, x.shape[-1]) if mask is None else x[mask.expand(x.shape[:-1])])
 
     def _standardised(self, site: Site, batch: Mapping[str, Any], lead: int) -> Stream:
         x = site.features(batch[site.name], self.structure.nesting, lead)
-        mask, entries = self._mask(site, batch, lead, x)
-        u = self.standard[_key(site)](x, mask)
-        u = u if entries is None else torch.where(entries, u, torch.zeros_like(u))
-        name = f"site_{site.name}".replace(".", "_")
-        if name in self.encoder:
-            u = _encoded(self.encoder[name], u, site, entries)
+        key = self.keys[site.name]
+        standard: Any = self.standard[key]
+        u = standard(x.to(standard.loc))
+        mask, entries = self._masks(site, batch, lead, x) if "mask" in batch else (None, None)
+        if mask is not None:
+            present = mask.unsqueeze(-1) if entries is None else entries
+            u = torch.where(present, u, torch.zeros_like(u))
+        if key in self.encoder:
+            u = _encoded(self.encoder[key], u, site, entries)
         return Stream(site.plates, u, mask)
 
-    def _mask(self, site: Site, batch: Mapping[str, Any], lead: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _masks(self, site: Site, batch: Mapping[str, Any], lead: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Of whole data, and of entries of data (where the mask has axes of the event)."""
         mask = batch.get("mask", {}).get(site.name)
         if mask is None:
             return None, None
         axes = mask.dim() - lead
         if axes <= site.depth:
-            full = mask.reshape(*mask.shape[:lead], *(1,) * (self.structure.nesting - site.depth), *mask.shape[lead:],
-                                *(1,) * (site.depth - axes))  # fmt: skip
-            return full.expand(x.shape[:-1]), None
+            return site.laid_mask(mask, self.structure.nesting, lead).expand(x.shape[:-1]), None
         entries = mask.reshape(*mask.shape, *(1,) * (site.depth + len(site.event_shape) - axes))
         entries = entries.expand(batch[site.name].shape).reshape(x.shape)
         return entries.any(-1), entries
 
-    def _with_covariates(self, site: Site, inputs: dict[str, Stream]) -> Stream:
-        own = inputs[site.name]
-        present = own.features.new_ones(own.features.shape[:-1]) if own.mask is None else own.mask.to(own.features)
-        beside = [inputs[c.name].features for c in self.covariates if c.plates and set(c.plates) <= set(site.plates)]
-        return Stream(site.plates, broadcast_cat(own.features, *beside, present.unsqueeze(-1)), own.mask)
 
-
-def _key(site: Site) -> str:
-    return f"site_{site.name}".replace(".", "_")
+def _key(name: str) -> str:
+    return f"site_{name}".replace(".", "_")
 
 
 def _encoded(encoder: nn.Module, u: Tensor, site: Site, entries: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ get groups of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -21,19 +21,21 @@ import torch
 from torch import Size, Tensor, nn
 
 from pyro_dgm.amortized.binding import Arguments, covariate_sites
-from pyro_dgm.amortized.encoder import Stream, Streams
-from pyro_dgm.amortized.group import Drawn, Group, traced
+from pyro_dgm.amortized.encoder import Streams
+from pyro_dgm.amortized.group import Family, Group, Turn
 from pyro_dgm.amortized.posterior import ConditionedGuide
 from pyro_dgm.amortized.structure import Site, moving_supports, read
 from pyro_dgm.amortized.unbounded import Unbounded, rewritten
 from pyro_dgm.amortized.units import Moments, PriorUnits
-from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.devices import device_of, fork_rng, to_device
+from pyro_dgm.flows.mixture_chain import MixtureChain
 
 __all__ = ["AmortizedGuide"]
 
-Family = Callable[[int, int], DistributionModule]
-_REGRESSED = 4096  # rows of a plate's elements that a start by regression takes
+Data = Mapping[str, Any]
+Plates = dict[str, pyro.plate]
+
+_REGRESSED = 4096  # rows of a plate's elements that a start by regression takes; not measured, chosen by hand
 
 
 class AmortizedGuide(nn.Module):
@@ -59,9 +61,8 @@ class AmortizedGuide(nn.Module):
             recurrent or set network. One module serves a model with one observed site.
         family: ``family(features, context_features)`` gives the flow of a group; a mapping ``{site: family}`` chooses by
             one of the group's sites. None for a chain of mixtures of normals around a linear regression.
-        bounds: how a prior's box is kept: ``"truncate"`` cuts the family off at the edge (the default family with an exact
-            constant; a family given here with an estimated one, and draws without a path gradient: use ``"map"`` for an
-            ELBO then); ``"map"`` maps the box to all numbers. None truncates latents outside plates, and maps those inside.
+        bounds: how a prior's box is kept. None: by the default family itself, with an exact constant, for latents outside
+            plates; otherwise, and always for a family given here, by mapping the box to all numbers. ``"map"`` maps every box.
 
     Raises:
         ValueError: for an observed name that is no site; no latents; subsampled plates; supports that depend on discrete sites;
@@ -98,8 +99,11 @@ class AmortizedGuide(nn.Module):
     ) -> None:
         super().__init__()
         observed = [observed] if isinstance(observed, str) else list(observed)
-        if bounds not in (None, "map", "truncate"):
-            raise ValueError(f"AmortizedGuide: bounds={bounds!r}, expected 'map', 'truncate' or None.")
+        if bounds not in (None, "map"):
+            raise ValueError(
+                f"AmortizedGuide: bounds={bounds!r}, expected 'map' or None. The default family keeps a box by itself; "
+                "for a family of your own it is mapped to all numbers."
+            )
         given = (tuple(args), dict(kwargs or {}))
         with fork_rng():
             moving = moving_supports(model, observed, *given)
@@ -109,12 +113,12 @@ class AmortizedGuide(nn.Module):
             self.prior = PriorUnits(self.arguments, self.structure, self.covariates)
             self.unbounded = Unbounded(model, moving, self.prior) if moving else None
             self.streams = Streams(self.structure, self.covariates, _by_site(encoder, observed))
-            self.groups: Any = nn.ModuleList(self._groups(family, bounds))
+            self.groups: Any = nn.ModuleList(self._groups(family, keeps_boxes=bounds is None))
         self.standardized: Tensor
         self.register_buffer("standardized", torch.zeros((), dtype=torch.bool))
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Callable[..., Any]:
         """The model that the guide was made from."""
         return self.arguments.model if self.unbounded is None else self.unbounded.model
 
@@ -130,16 +134,17 @@ class AmortizedGuide(nn.Module):
             ValueError: for a name that is unknown or missing, a wrong shape, and data with NaN outside the mask.
         """
         where = device_of(self)
-        data, mask = to_device(data, where), to_device(mask, where)
-        batch = self.arguments.checked_data(data, mask, self.structure, self.covariates)
+        batch = self.arguments.checked_data(
+            to_device(data, where), to_device(mask, where), self.structure, self.covariates
+        )
         return ConditionedGuide(self, batch, self.streams.lead(batch))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The Pyro guide: takes the model's arguments, with data among them under the names of the sites."""
         data = self.arguments.data_of(args, kwargs, self.structure, self.covariates)
-        return self.trace_draws(to_device(data, device_of(self)))
+        return self.sample_sites(to_device(data, device_of(self)))
 
-    def conditioned_model(self, data: Mapping[str, Any], *, rewritten: bool = False) -> Callable[..., Any]:
+    def conditioned_model(self, data: Data, *, rewritten: bool = False) -> Callable[..., Any]:
         """The model with these data and covariates in it, as a program without arguments (it ignores those it gets).
 
         The rewritten one has ``x_unconstrained`` in the place of a latent x whose support moves.
@@ -147,7 +152,7 @@ class AmortizedGuide(nn.Module):
         arguments = self.arguments if rewritten else replace(self.arguments, model=self.model)
         return arguments.conditioned(data, self.structure)
 
-    def simulate(self, n: int, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def simulate(self, n: int, inputs: Data | None = None) -> dict[str, Any]:
         """Fresh simulations ``{site: (n, *site)}`` with the prototype's arguments, covariates replaced by ``inputs``."""
         lacking = [c.name for c in self.covariates if c.name not in (inputs or {})]
         if lacking:
@@ -157,106 +162,111 @@ class AmortizedGuide(nn.Module):
             )
         return self.arguments.simulate(n, self.structure, inputs)
 
-    def standardize(self, batch: Mapping[str, Any]) -> None:
+    def with_real_numbers(self, simulations: Data) -> Data:
+        """Simulations ``{site: (n, *site)}`` beside which stand the real numbers behind sites whose support moves.
+
+        Raises:
+            ValueError: where they lack a site of the guide.
+        """
+        if self.unbounded is not None:
+            simulations = self.unbounded.to_real(simulations, simulations, 1)
+        self.arguments.refuse_lacking(simulations, self.structure, self.covariates)
+        return simulations
+
+    @torch.no_grad()
+    def standardize(self, simulations: Data) -> None:
         """Take all units, and the linear start of the flows, from simulations; does nothing the second time."""
         if self.standardized:
             return
-        batch = self.with_real_numbers(batch, batch, 1)
+        batch = self.with_real_numbers(simulations)
         self.streams.fit(batch)
-        known: dict[str, Tensor] = {}
-        for group in self.groups:
-            if group.units is not None:
-                values = self._laid(group, batch, 1)
-                group.units.fit(values, self._mask(group, batch, 1), self.prior.of(group.sites, known, batch))
-                known |= values
-        for group, u, context, _, _, mask in self.pieces(batch):
-            if u is not None and hasattr(group.family, "regress"):
-                rows = u.new_ones(u.shape[:-1], dtype=torch.bool) if mask is None else mask.expand(u.shape[:-1])
-                context = context.expand(*u.shape[:-1], -1)
-                group.family.regress(context[rows].detach()[:_REGRESSED], u[rows].detach()[:_REGRESSED])
+        for turn in self._walk(batch, 1):
+            turn.encode(batch, self.structure.nesting, 1)
+            if turn.group.units is not None:
+                turn.group.units.fit(turn.values, turn.mask, turn.prior)
+                turn.encode(batch, self.structure.nesting, 1)
+        for turn in self._walk(batch, 1, batch):
+            if turn.u is not None and isinstance(turn.group.family, MixtureChain):
+                _regress(turn.group.family, turn.context, turn.u, turn.mask)
         self.standardized.fill_(True)
 
-    def with_real_numbers(self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int) -> Mapping[str, Any]:
-        """Values beside which stand the real numbers behind sites whose support moves."""
-        return values if self.unbounded is None else self.unbounded.to_real(values, data, lead)
+    def log_prob(self, values: Data, data: Data, lead: int, term: Callable[[Turn], Tensor] = Turn.log_prob) -> Tensor:
+        """Log density (nats) of latents ``{site: (*shape, *lead, *site)}`` given data, shape ``(*shape, *lead)``.
 
-    def pieces(self, batch: Mapping[str, Any]) -> list[Any]:
-        """``(group, u, context, log_det, values, mask)`` of every group for a batch of simulations."""
-        batch = self.with_real_numbers(batch, batch, 1)
-        self.arguments.refuse_lacking(batch, self.structure, self.covariates)
-        streams, earlier = self.streams(batch, 1), list[Drawn]()
-        out, known = list[Any](), dict[str, Tensor]()
-        for group in self.groups:
-            values, mask = self._laid(group, batch, 1), self._mask(group, batch, 1)
-            context = group.context(streams, earlier)
-            u, log_det, seen = group.encode(values, self.prior.of(group.sites, known, batch))
-            known |= values
-            out.append((group, u, context, log_det, values, mask))
-            earlier = [*earlier, Drawn(group.plates, seen, mask)]
-        return out
-
-    def draw(self, data: Mapping[str, Any], lead: int, shape: Size) -> dict[str, Tensor]:
-        """Draws ``{site: (*shape, *lead, *site)}`` for data with ``lead`` leading dimensions."""
-        streams, earlier = self.streams(data, lead), list[Drawn]()
-        out, known = dict[str, Tensor](), dict[str, Tensor]()
-        for group in self.groups:
-            context = self._stretched(group.context(streams, earlier), group, data, lead)
-            prior = self.prior.of(group.sites, known, data)
-            values, seen = group.sample(context, Size() if group.sees else shape, prior)  # such contexts hold draws
-            known |= values
-            earlier = [*earlier, Drawn(group.plates, seen)]
-            out |= {s.name: self._bare(s, values[s.name]) for s in group.sites}
-        return {s.name: out[s.name] for s in self.structure.latents}
-
-    def score(self, values: Mapping[str, Tensor], data: Mapping[str, Any], lead: int, masses: list[Any]) -> Tensor:
-        """Log density of draws, shape ``(*shape, *lead)``."""
-        site = self.structure.latents[0]
-        all_lead = values[site.name].dim() - site.depth - len(site.event_shape)
-        streams, earlier, total = self.streams(data, lead), list[Drawn](), torch.zeros(())
-        known: dict[str, Tensor] = {}
-        for group, mass in zip(self.groups, masses, strict=True):
-            laid, mask = self._laid(group, values, all_lead), self._mask(group, data, lead)
-            context = group.context(streams, earlier)
-            prior = self.prior.of(group.sites, known, data)
-            earlier = [*earlier, Drawn(group.plates, group.encode(laid, prior)[2])]
-            term = group.log_prob(laid, context, mass, prior)
-            known |= laid
-            term = term if mask is None else torch.where(mask, term, torch.zeros_like(term))
-            total = total + term.reshape(*term.shape[:all_lead], -1).sum(-1)
+        Args:
+            values: draws, or simulations; of a site whose support moves its real number.
+            data: with ``lead`` leading dimensions.
+            term: what a group adds, for each element of its plates.
+        """
+        total = torch.zeros(())
+        for turn in self._walk(data, lead, values):
+            terms = term(turn)
+            total = total + terms.reshape(*terms.shape[: terms.dim() - self.structure.nesting], -1).sum(-1)
         return total
 
-    def masses(self, data: Mapping[str, Any], lead: int) -> tuple[list[Any], list[Any]]:
-        """Share of each truncated flow inside its box, and the error; None for the others."""
-        streams = self.streams(data, lead)
-        pairs = [g.mass(g.context(streams, [])) if g.truncated else (None, None) for g in self.groups]
-        return [a for a, _ in pairs], [b for _, b in pairs]
-
-    def trace_draws(self, data: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Sample statements of a guide for one data set; particles may stand left of all plates."""
-        streams, earlier = self.streams(data, 0), list[Drawn]()
+    def draw(self, data: Data, lead: int, shape: Size) -> dict[str, Tensor]:
+        """Draws ``{site: (*shape, *lead, *site)}`` for data with ``lead`` leading dimensions."""
         out: dict[str, Tensor] = {}
-        opened: dict[str, Any] = {}
-        for group in self.groups:
-            context = self._stretched(group.context(streams, earlier), group, data, 0)
-            prior = _without_lead(self.prior.of(group.sites, {k: self._wide(v, k) for k, v in out.items()}, data))
-            hidden = () if self.unbounded is None else tuple(self.unbounded.names.values())
-            context = _trimmed(context, group.sites[0].depth)
-            values, seen = traced(group, context, self._plates(group, data, opened), prior, hidden)
-            earlier = [*earlier, Drawn(group.plates, seen)]
+        for turn in self._walk(data, lead):
+            group = turn.group
+            own = Size() if group.sees else shape  # a context that sees latents holds draws
+            context = self._stretched(turn, data, lead) if group.plates else turn.context
+            turn.values, turn.u = group.sample(context, own, turn.prior)
+            out |= turn.values
+        return {s.name: self._bare(s, out[s.name]) for s in self.structure.latents}
+
+    def sample_sites(self, data: Data) -> dict[str, Tensor]:
+        """Sample statements of a guide for one data set; particles may stand left of all plates."""
+        out: dict[str, Tensor] = {}
+        opened: Plates = {}
+        hidden = [] if self.unbounded is None else list(self.unbounded.names.values())
+        for turn in self._walk(data, 0):
+            depth = turn.group.sites[0].depth
+            context = _trimmed(self._stretched(turn, data, 0), depth + 1)
+            plates = self._plates(turn.group, data, opened)
+            values, turn.u = turn.group.sample_sites(context, plates, _trimmed_moments(turn, depth), hidden)
+            turn.values = {k: self._wide(v, k) for k, v in values.items()}
             out |= values
         made = {s.name: out[s.name] for s in self.structure.latents}
         return made if self.unbounded is None else self._with_moving_sites(made, data, opened)
 
-    def _with_moving_sites(
-        self, values: dict[str, Tensor], data: Mapping[str, Any], opened: dict[str, Any]
-    ) -> dict[str, Tensor]:
+    def _walk(self, data: Data, lead: int, values: Data | None = None) -> Iterator[Turn]:
+        """The groups one after the other; each sees the values of those before it.
+
+        Where ``values`` are given, a turn comes with its own encoded. Otherwise it is to be given some before the next.
+        """
+        streams = self.streams(data, lead)
+        turns: list[Turn] = []
+        known: dict[str, Tensor] = {}
+        draws = lead if values is None else self.leading(values)
+        for group in self.groups:
+            context = group.context(streams, [turns[i].stream() for i in group.sees])
+            prior = self.prior.of(group.sites, known, data) if known else {}
+            mask = self._mask(group, data["mask"], lead) if "mask" in data else None
+            turn = Turn(group, context, prior, mask)
+            if values is not None:
+                turn.encode(values, self.structure.nesting, draws)
+            yield turn
+            known |= turn.values
+            turns.append(turn)
+
+    def leading(self, values: Data) -> int:
+        """Dimensions of draws and data sets that stand left of the sites; 0 where no latent is among the values."""
+        for site in self.structure.latents:
+            if site.name in values:
+                return values[site.name].dim() - site.depth - len(site.event_shape)
+        return 0
+
+    def _with_moving_sites(self, values: dict[str, Tensor], data: Data, opened: Plates) -> dict[str, Tensor]:
         """Sample statements of the sites whose real numbers were drawn, in their plates."""
         unbounded: Any = self.unbounded
-        found, out = unbounded.placed({k: self._wide(v, k) for k, v in values.items()}, data), dict(values)
+        out = dict(values)
+        found = unbounded.placed({k: self._wide(v, k) for k, v in values.items()}, data)
         for x, (value, log_det) in found.items():
             u = unbounded.names[x]
-            shape, event = out.pop(u).shape, value.shape[1 + self.structure.nesting :]
-            batch = shape[: len(shape) - len(unbounded.sites[u].event_shape)]
+            drawn = out.pop(u)
+            batch = drawn.shape[: drawn.dim() - len(unbounded.sites[u].event_shape)]
+            event = value.shape[1 + self.structure.nesting :]
             delta = dist.Delta(value.reshape([*batch, *event]), -log_det.reshape(batch), event_dim=len(event))
             group = next(g for g in self.groups if any(s.name == u for s in g.sites))
             with ExitStack() as stack:
@@ -265,47 +275,38 @@ class AmortizedGuide(nn.Module):
                 out[x] = pyro.sample(x, delta)
         return out
 
-    def _groups(self, family: Any, bounds: str | None) -> list[Group]:
+    def _groups(self, family: Family | Mapping[str, Family] | None, keeps_boxes: bool) -> list[Group]:
         dims = {n: d for n, (d, _) in self.structure.plates.items()}
         example = self.streams(self.arguments.example(self.structure, self.covariates), 0)
-        widths: list[Stream] = [(s.plates, s.features.shape[-1]) for s in example]  # type: ignore[misc]
+        widths = [(s.plates, s.features.shape[-1]) for s in example]
         groups: list[Group] = []
         for sites in self.structure.groups():
-            earlier = [(g.plates, g.features) for g in groups]
-            sees = [i for i, g in enumerate(groups) if self.structure.related(g.sites[0], sites[0])]
-            inner = bool(sites[0].plates or sees)  # a box's constant would depend on other latents
-            cut = "map" if inner else bounds or "truncate"
-            groups.append(Group(sites, dims, widths, earlier, sees, _family_of(family, sites), cut))  # type: ignore[arg-type]
+            sees = {i: g for i, g in enumerate(groups) if self.structure.related(g.sites[0], sites[0])}
+            outer = not (sites[0].plates or sees)  # elsewhere the constant of a box would depend on other latents
+            own = _family_of(family, sites)
+            groups.append(Group(sites, dims, widths, sees, own, keeps_boxes and outer and own is None))
         return groups
 
-    def _laid(self, group: Group, values: Mapping[str, Tensor], lead: int) -> dict[str, Tensor]:
-        """Values of a group as ``(*lead, 1, .., *batch, *event)`` with all plate dimensions of the model."""
-        wide = {s: s.features(values[s.name], self.structure.nesting, lead) for s in group.sites}
-        return {s.name: v.reshape([*v.shape[:-1], *s.event_shape]) for s, v in wide.items()}
-
-    def _mask(self, group: Group, batch: Mapping[str, Any], lead: int) -> Tensor | None:
+    def _mask(self, group: Group, masks: Mapping[str, Tensor], lead: int) -> Tensor | None:
         """Which elements of the group's plates exist, ``(*lead, *plates)``."""
-        masks = [batch["mask"][s.name] for s in group.sites if s.name in batch.get("mask", {})]
-        if not masks or not group.plates:
-            return None
-        mask, depth = masks[0], group.sites[0].depth
-        axes = mask.dim() - lead
-        pad, tail = (1,) * (self.structure.nesting - depth), (1,) * (depth - axes)
-        return mask.reshape(*mask.shape[:lead], *pad, *mask.shape[lead:], *tail)
+        for site in group.sites if group.plates else ():
+            if site.name in masks:
+                return site.laid_mask(masks[site.name], self.structure.nesting, lead)
+        return None
 
     def _bare(self, site: Site, value: Tensor) -> Tensor:
         """Without the plate dimensions that the site does not have in a single run."""
         batch = value.shape[: value.dim() - len(site.event_shape)]
-        lead, own = batch[: len(batch) - self.structure.nesting], batch[len(batch) - site.depth :]
+        lead = batch[: len(batch) - self.structure.nesting]
+        own = batch[len(batch) - site.depth :]
         return value.reshape([*lead, *own, *site.event_shape])
 
     def _wide(self, value: Tensor, name: str) -> Tensor:
         """A traced value with all plate dimensions of the model."""
-        site = next(s for s in self.structure.latents if s.name == name)
-        lacking = max(0, self.structure.nesting - (value.dim() - len(site.event_shape)))
-        return value.reshape([1] * lacking + list(value.shape))
+        plates = value.dim() - len(self.prior.latents[name].event_shape)
+        return value.reshape([*(1,) * (self.structure.nesting - plates), *value.shape])
 
-    def _sizes(self, group: Group, data: Mapping[str, Any], lead: int = 0) -> dict[str, int]:
+    def _sizes(self, group: Group, data: Data, lead: int = 0) -> dict[str, int]:
         """Size of each plate of a group: of the data in it, or of the prototype where it holds none."""
         sizes = {p: self.structure.plates[p][1] for p in group.plates}
         for site in self.structure.observed:
@@ -313,41 +314,58 @@ class AmortizedGuide(nn.Module):
             sizes |= {p: batch[d] for p, d in zip(site.plates, site.dims, strict=True) if p in sizes}
         return sizes
 
-    def _plates(self, group: Group, data: Mapping[str, Any], opened: dict[str, Any]) -> list[Any]:
+    def _plates(self, group: Group, data: Data, opened: Plates) -> list[Any]:
         """The group's plates, each made once in a run."""
         for p, n in self._sizes(group, data).items():
             if p not in opened:
                 opened[p] = pyro.plate(p, n, dim=self.structure.plates[p][0])
         return [opened[p] for p in group.plates]
 
-    def _stretched(self, context: Tensor, group: Group, data: Mapping[str, Any], lead: int) -> Tensor:
-        shape = list(context.shape)
-        for plate, size in self._sizes(group, data, lead).items():
+    def _stretched(self, turn: Turn, data: Data, lead: int) -> Tensor:
+        """The context of a turn, for all elements of the group's plates."""
+        shape = list(turn.context.shape)
+        for plate, size in self._sizes(turn.group, data, lead).items():
             shape[self.structure.plates[plate][0] - 1] = size
-        return context.expand(shape)
+        return turn.context.expand(shape)
 
 
-def _trimmed(context: Tensor, depth: int) -> Tensor:
-    """Without leading dimensions of size 1 beyond the group's own."""
-    extra = context.shape[: context.dim() - depth - 1]
-    return context.reshape(context.shape[len(extra) :]) if all(n == 1 for n in extra) else context
+def _trimmed(x: Tensor, right: int) -> Tensor:
+    """Without the dimensions left of the ``right`` last ones, where all of them are 1."""
+    extra = x.shape[: max(0, x.dim() - right)]
+    return x.reshape(x.shape[len(extra) :]) if all(n == 1 for n in extra) else x
 
 
-def _without_lead(prior: Moments) -> Moments:
-    """Moments of a run without particles stand without a dimension for them: leading dimensions of size 1 broadcast."""
-    drop = lambda m: m.squeeze(0) if m.shape[:1] == (1,) else m  # noqa: E731
-    return {k: (drop(a), drop(b)) for k, (a, b) in prior.items()}
+def _trimmed_moments(turn: Turn, depth: int) -> Moments:
+    moments: Moments = {}
+    for site in turn.group.sites:
+        if site.name in turn.prior:
+            mean, sd = turn.prior[site.name]
+            right = depth + len(site.event_shape)
+            moments[site.name] = (_trimmed(mean, right), _trimmed(sd, right))
+    return moments
 
 
-def _by_site(encoder: Any, observed: list[str]) -> dict[str, nn.Module]:
-    if encoder is None or isinstance(encoder, Mapping):
-        return dict(encoder or {})
+def _regress(family: MixtureChain, context: Tensor, u: Tensor, mask: Tensor | None) -> None:
+    """Start a chain at the regression of latents on contexts, over the elements that exist."""
+    context = context.expand(*u.shape[:-1], -1)
+    if mask is None:
+        rows = u.new_ones(u.shape[:-1], dtype=torch.bool)
+    else:
+        rows = mask.expand(u.shape[:-1])
+    family.regress(context[rows][:_REGRESSED], u[rows][:_REGRESSED])
+
+
+def _by_site(encoder: nn.Module | Mapping[str, nn.Module] | None, observed: list[str]) -> dict[str, nn.Module]:
+    if encoder is None:
+        return {}
+    if isinstance(encoder, Mapping):
+        return dict(encoder)
     if len(observed) == 1:
         return {observed[0]: encoder}
     raise ValueError(f"AmortizedGuide: one encoder for observed={observed}; give a mapping {{site: encoder}}.")
 
 
-def _family_of(family: Any, sites: tuple[Site, ...]) -> Any:
+def _family_of(family: Family | Mapping[str, Family] | None, sites: tuple[Site, ...]) -> Family | None:
     if not isinstance(family, Mapping):
         return family
     return next((family[s.name] for s in sites if s.name in family), None)

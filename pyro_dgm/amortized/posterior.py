@@ -1,22 +1,23 @@
-r"""The posterior for given data: draws, densities, and a Pyro guide.
-
-The posterior of one data set as an ``AutoContinuous``: a map :math:`z \mapsto \theta` from a base, as NeuTra asks for.
-"""
+r"""The posterior for given data: draws, densities, a Pyro guide, and for NeuTra a map :math:`z \mapsto \theta` from a base."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import init_to_median
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Transform, biject_to, constraints
+from torch.distributions import Distribution, Transform, biject_to
+from torch.distributions.transforms import CatTransform, ComposeTransform, ReshapeTransform
 
+from pyro_dgm.amortized.group import Group
 from pyro_dgm.amortized.refine import Refined, refined
 from pyro_dgm.amortized.units import Units
 from pyro_dgm.core import compose, zuko
-from pyro_dgm.core.devices import fork_rng, seeded
+from pyro_dgm.core.devices import seeded
 from pyro_dgm.guides.autoflow import as_pyro
 from pyro_dgm.guides.vector import VectorGuide
 
@@ -40,59 +41,41 @@ class ConditionedGuide(nn.Module):
 
     def __init__(self, guide: AmortizedGuide, data: dict[str, Any], lead: int) -> None:
         super().__init__()
-        self.guide, self.data, self.lead = guide, data, lead
-        self.model = guide.conditioned_model(data)
-        self._masses: Any = None
+        self.guide = guide
+        self.data = data
+        self.lead = lead
+
+    @cached_property
+    def model(self) -> Callable[..., Any]:
+        """The user's model with the data in it."""
+        return self.guide.conditioned_model(self.data)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         self._refuse_many("called as a guide")
-        return self.guide.trace_draws(self.data)
+        return self.guide.sample_sites(self.data)
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> dict[str, Tensor]:
         """Draws ``{site: (*sample_shape, *lead, *site)}``; never outside a prior's support."""
-        draws, unbounded = self.guide.draw(self.data, self.lead, Size(sample_shape)), self.guide.unbounded
-        if unbounded is None:
+        shape = Size(sample_shape)
+        draws = self.guide.draw(self.data, self.lead, shape)
+        if self.guide.unbounded is None:
             return draws
-        return unbounded.to_sites(draws, self.data, self.lead + len(Size(sample_shape)))
+        return self.guide.unbounded.to_sites(draws, self.data, self.lead + len(shape))
 
     def log_prob(self, values: dict[str, Tensor]) -> Tensor:
         """Log density (nats) of draws ``{site: (*sample_shape, *lead, *site)}``, shape ``(*sample_shape, *lead)``.
 
-        Where a box was cut off the flow, the error that Monte Carlo leaves in the density's constant is
-        :attr:`log_prob_error`; it is the same for all draws of one data set.
-
         Raises:
             ValueError: for a latent that is missing.
         """
-        lead = self._leading(values)
-        unbounded: Any = self.guide.unbounded
-        log_det: Any = 0.0
-        if unbounded is not None:
-            values, log_det = unbounded.both(values, self.data, lead)
+        log_det: Tensor | float = 0.0
+        if self.guide.unbounded is not None:
+            values, log_det = self.guide.unbounded.both(values, self.data, self.guide.leading(values))
         missing = [s.name for s in self.guide.structure.latents if s.name not in values]
         if missing:
             raise ValueError(f"log_prob: latent sites {missing} are missing; got {sorted(values)}.")
-        return self.guide.score(values, self.data, self.lead, self.masses()[0]) - log_det
-
-    def _leading(self, values: dict[str, Tensor]) -> int:
-        """Dimensions of draws and data sets that stand left of the sites."""
-        site = next((s for s in self.guide.structure.latents if s.name in values), None)
-        return 0 if site is None else values[site.name].dim() - site.depth - len(site.event_shape)
-
-    def masses(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """For each group the share of its flow inside the box, and the error; estimated once."""
-        if self._masses is None:
-            with fork_rng(0):
-                self._masses = self.guide.masses(self.data, self.lead)
-        return self._masses
-
-    @property
-    def log_prob_error(self) -> Tensor:
-        """Standard error of ``log_prob`` common to all draws, in nats, shape ``(*lead,)``; 0 where nothing was cut off."""
-        shares, errors = self.masses()
-        terms = [(e / s).square() for s, e in zip(shares, errors, strict=True) if s is not None and e is not None]
-        return sum(terms, torch.zeros(())).sqrt()
+        return self.guide.log_prob(values, self.data, self.lead) - log_det
 
     def refine(
         self,
@@ -133,8 +116,7 @@ class ConditionedGuide(nn.Module):
         built with a flow, such as ``family=dgm.NSF``: the default family is no transform of a base.
 
         Raises:
-            ValueError: on many data sets at once; for latents inside plates, discrete ones, a box that is cut off
-                (build the guide with ``bounds="map"``), and a family that is no flow.
+            ValueError: on many data sets at once; for latents inside plates, discrete ones, and a family that is no flow.
         """
         self._refuse_many("asked for its transport")
         return Transport(self)
@@ -155,7 +137,7 @@ class Transport(VectorGuide):
     amortised guide.
 
     Args:
-        posterior: of one data set, with one flow over continuous latents outside plates, and no box cut off.
+        posterior: of one data set, with one flow over continuous latents outside plates.
 
     Raises:
         ValueError: for another posterior; it says what is in the way.
@@ -175,7 +157,7 @@ class Transport(VectorGuide):
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         group, built = self.amortized.groups[0], self._built()
         inner = group.family.bijection(built)
-        return compose([built.transform.inv, *([] if inner is None else [inner]), _Unconstrained(group.units)])
+        return compose([built.transform.inv, *([] if inner is None else [inner]), _unconstrained(group.units)])
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Distribution:
         return dist.TransformedDistribution(self.get_base_dist(), [self.get_transform()])
@@ -186,41 +168,16 @@ class Transport(VectorGuide):
         return group.family.checked_build(context.reshape(context.shape[-1]))
 
 
-class _Unconstrained(Transform):
+def _unconstrained(units: Units) -> Transform:
     """From the units of a group to the unconstrained values of its sites, side by side."""
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
-    def __init__(self, units: Units) -> None:
-        super().__init__()
-        self.units = units
-
-    def _call(self, u: Tensor) -> Tensor:
-        return self.call_and_ladj(u)[0]
-
-    def _inverse(self, x: Tensor) -> Tensor:
-        values = {}
-        for site, part in zip(self.units.sites, x.split(self.units.widths, -1), strict=True):
-            to_site: Any = biject_to(site.support)
-            values[site.name] = to_site(part.reshape([*x.shape[:-1], *to_site.inverse_shape(site.event_shape)]))
-        return self.units.flatten(values)[0]
-
-    def call_and_ladj(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Image and log-determinant."""
-        values, log_dets = self.units.unflatten(u)
-        parts, total = [], torch.zeros(())
-        for site in self.units.sites:
-            to_site = biject_to(site.support)
-            x = to_site.inv(values[site.name])
-            log_det = to_site.log_abs_det_jacobian(x, values[site.name])
-            parts.append(x.reshape(*u.shape[:-1], -1))
-            total = total + log_dets[site.name] - log_det.reshape(*u.shape[:-1], -1).sum(-1)
-        return torch.cat(parts, -1), total
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[1]
+    parts: list[Transform] = []
+    for site, onto in zip(units.sites, units.maps, strict=True):
+        back = biject_to(site.support).inv
+        inner = Size(onto.inverse_shape(site.event_shape))
+        outer = Size(back.forward_shape(site.event_shape))
+        flat = [ReshapeTransform(Size([inner.numel()]), inner), ReshapeTransform(outer, Size([outer.numel()]))]
+        parts.append(ComposeTransform([flat[0], onto, back, flat[1]]))
+    return compose([units.standard.transform(), CatTransform(parts, -1, units.widths)])
 
 
 def _refuse(posterior: ConditionedGuide) -> None:
@@ -238,11 +195,6 @@ def _refuse(posterior: ConditionedGuide) -> None:
             f"transport: the model falls into parts, {[[s.name for s in g.sites] for g in groups]}, that are independent given "
             "the data, each with a flow of its own. Infer them as models of their own."
         )
-    if groups[0].truncated:
-        raise ValueError(
-            "transport: a prior's box is cut off the flow, which is then no map from a base. Build the guide with "
-            "AmortizedGuide(..., bounds='map')."
-        )
     if not _is_flow(groups[0]):
         raise ValueError(
             f"transport: {type(groups[0].family).__name__} is no transform of a base. Build the guide with a flow, such as "
@@ -258,6 +210,6 @@ def _refuse_circles(circular: frozenset[str]) -> None:
         )
 
 
-def _is_flow(group: Any) -> bool:
+def _is_flow(group: Group) -> bool:
     built = group.family.build(torch.zeros(group.context_features))
     return isinstance(built, zuko.distributions.NormalizingFlow)

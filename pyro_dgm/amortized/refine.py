@@ -6,17 +6,16 @@ r"""From an amortised posterior to the posterior of one data set, by the model's
    (independence: it changes modes) or a difference of two other chains' states (it follows scale and correlation without
    tuning), and accepts by Metropolis and Hastings' rule, so the posterior stays as it is.
 
+Both densities are functions of one vector of all latents, for many vectors at once.
+
 Sources: Vehtari et al. (2024), JMLR 25(72); ter Braak & Vrugt (2008), "Differential evolution Markov chain with snooker
 updater and fewer chains", Statistics and Computing 18, eqs. 1-2.
-
-The model's joint density and the guide's, as functions of one vector of all latents, for many vectors at once.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +34,15 @@ from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine
 if TYPE_CHECKING:
     from pyro_dgm.amortized.posterior import ConditionedGuide
 
-__all__ = ["Joint", "Refined", "refine", "refined"]
+__all__ = ["Joint", "Refined", "refined"]
 
-_BAD = 0.7  # Pareto k from which on weights do not repair the draws
-_EQUAL = 0.98  # share of effective draws above which weights are as good as equal
+_BAD = 0.7  # Pareto k from which on weights do not repair the draws (Vehtari et al. 2024)
+_LIKELY = 0.5  # Pareto k below which weights are all that is needed (Vehtari et al. 2024)
+_EQUAL = 0.98  # share of effective draws above which weights are as good as equal; not measured, chosen by hand
+_STEPS = 200  # of the chains, where weights are not enough; not measured, chosen by hand
 _FRESH_EVERY = 20  # steps; a fresh draw asks the flow three times, a difference only the model
+_JUMP_EVERY = 4  # steps; a whole difference leads from one mode to another (ter Braak & Vrugt 2008: 5 or 10)
+_JITTER = 1e-4  # standard deviation, in the units of the vectors, by which chains that share a point part
 
 
 @dataclass
@@ -78,34 +81,46 @@ class Refined:
         )
 
 
+def refined(posterior: ConditionedGuide, n: int, proposals: int, steps: int | None) -> Refined:
+    """Weights, and chains where the weights ask for them, or for ``steps`` steps."""
+    joint = Joint(posterior)
+    if joint.discrete or steps is not None:
+        return _refined(joint, n, proposals, 0 if joint.discrete or steps is None else steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = _refined(joint, n, proposals, 0)
+    enough = first.khat < _LIKELY and first.ess > n
+    return first if enough or first.ess > _EQUAL * proposals else _refined(joint, n, proposals, _STEPS)
+
+
 @torch.no_grad()
-def refine(
-    sample: Callable[[int], Tensor], log_q: Callable[[Tensor], Tensor], log_p: Callable[[Tensor], Tensor],
-    unpack: Callable[[Tensor], dict[str, Tensor]], n: int, proposals: int, steps: int, constant_error: float,
-) -> Refined:  # fmt: skip
-    """Weights, then ``steps`` steps of ``n`` chains; densities are of vectors ``(N, D)``."""
-    u = sample(proposals)
-    lp, lq = log_p(u), log_q(u)
-    finite = lp.isfinite()
+def _refined(joint: Joint, n: int, proposals: int, steps: int) -> Refined:
+    """Weights, then ``steps`` steps of ``n`` chains."""
+    u = joint.sample(proposals)
+    log_p = joint.log_p(u)
+    log_q = joint.log_q(u)
+    finite = log_p.isfinite()
     if not finite.any():
         raise ValueError(
             f"refine: the model's density is zero or NaN at all {proposals} draws of the guide. The data are not what the "
             "model simulates, or the guide is not trained."
         )
-    log_w = torch.where(finite, lp - lq, -torch.inf).double()
+    log_w = torch.where(finite, log_p - log_q, -torch.inf).double()
     smooth, k = _smoothed(log_w.cpu())
     ess = float(1.0 / np.square(smooth).sum())
-    evidence, error = map(float, log_mean_exp(log_w))
+    evidence, error = log_mean_exp(log_w)
     index = _picked(smooth, n)
-    state = _State(u[index], lp[index].double())
-    accepted = _chains(state, sample, log_q, log_p, steps) if steps and n > 3 else {}
-    moved = float((state.u != u[index]).any(-1).double().mean())
+    chains = _Chains(u[index], log_p[index].double())
+    accepted = _run(chains, joint, steps) if steps and n > 3 else {}
+    moved = float((chains.u != u[index]).any(-1).double().mean())
     _warn(k, ess, proposals, steps, accepted)
-    return Refined(unpack(state.u), k, ess, proposals, evidence, math.hypot(error, constant_error), accepted, moved)
+    return Refined(joint.unpack(chains.u), k, ess, proposals, float(evidence), float(error), accepted, moved)
 
 
 @dataclass
-class _State:
+class _Chains:
+    """Where the chains are, ``(n, D)``, and the model's log density there."""
+
     u: Tensor
     log_p: Tensor
 
@@ -117,37 +132,42 @@ class _State:
         return take
 
 
-def _chains(state: _State, sample: Any, log_q: Any, log_p: Any, steps: int) -> dict[str, float]:
+def _run(chains: _Chains, joint: Joint, steps: int) -> dict[str, float]:
+    """Move the chains; the share of accepted proposals of each kind."""
     shares: dict[str, list[float]] = {"fresh draws": [], "differences": []}
     for i in range(steps):
-        fresh = i % _FRESH_EVERY == _FRESH_EVERY - 1
-        taken = _fresh(state, sample, log_q, log_p) if fresh else _difference(state, log_p, jump=i % 4 == 3)
-        shares["fresh draws" if fresh else "differences"].append(float(taken.double().mean()))
+        if i % _FRESH_EVERY == _FRESH_EVERY - 1:
+            shares["fresh draws"].append(_fresh(chains, joint))
+        else:
+            shares["differences"].append(_difference(chains, joint, jump=i % _JUMP_EVERY == _JUMP_EVERY - 1))
     return {k: sum(v) / len(v) for k, v in shares.items() if v}
 
 
-def _fresh(state: _State, sample: Any, log_q: Any, log_p: Any) -> Tensor:
+def _fresh(chains: _Chains, joint: Joint) -> float:
     """Independence step: the proposal is the guide. It changes modes."""
-    u = sample(len(state.u))
-    proposed = _finite(log_p(u))
-    return state.accept(u, proposed, proposed - log_q(u).double() - state.log_p + log_q(state.u).double())
+    u = joint.sample(len(chains.u))
+    log_p = _finite(joint.log_p(u))
+    log_ratio = log_p - joint.log_q(u).double() - chains.log_p + joint.log_q(chains.u).double()
+    return float(chains.accept(u, log_p, log_ratio).double().mean())
 
 
-def _difference(state: _State, log_p: Any, jump: bool) -> Tensor:
+def _difference(chains: _Chains, joint: Joint, jump: bool) -> float:
     """Half the chains at a time move by the difference of two chains of the other half, which stays as it is."""
-    n, dim = state.u.shape
-    order, taken = torch.randperm(n), torch.zeros_like(state.log_p, dtype=torch.bool)
+    n, dim = chains.u.shape
+    order = torch.randperm(n)
+    taken = torch.zeros_like(chains.log_p, dtype=torch.bool)
     for movers, rest in ((order[: n // 2], order[n // 2 :]), (order[n // 2 :], order[: n // 2])):
         a = torch.randint(len(rest), (len(movers),))
         b = (a + torch.randint(1, len(rest), (len(movers),))) % len(rest)
-        gamma = 1.0 if jump else 2.38 / math.sqrt(2.0 * dim) * torch.rand(len(movers), 1, device=state.u.device)
-        u = state.u[movers] + gamma * (state.u[rest[a]] - state.u[rest[b]])
-        u = u + 1e-4 * torch.randn_like(u)  # chains that share a point must part
-        part = _State(state.u[movers], state.log_p[movers])
-        proposed = _finite(log_p(u))
-        taken[movers] = part.accept(u, proposed, proposed - part.log_p)
-        state.u[movers], state.log_p[movers] = part.u, part.log_p
-    return taken
+        gamma = 1.0 if jump else 2.38 / math.sqrt(2.0 * dim) * torch.rand(len(movers), 1, device=chains.u.device)
+        u = chains.u[movers] + gamma * (chains.u[rest[a]] - chains.u[rest[b]])
+        u = u + _JITTER * torch.randn_like(u)
+        half = _Chains(chains.u[movers], chains.log_p[movers])
+        log_p = _finite(joint.log_p(u))
+        taken[movers] = half.accept(u, log_p, log_p - half.log_p)
+        chains.u[movers] = half.u
+        chains.log_p[movers] = half.log_p
+    return float(taken.double().mean())
 
 
 def _finite(log_p: Tensor) -> Tensor:
@@ -177,33 +197,14 @@ def _carried(k: float, effective: float) -> bool:
 def _warn(k: float, ess: float, proposals: int, steps: int, accepted: dict[str, float]) -> None:
     if _carried(k, ess / proposals):
         return
-    after = (
-        f"The draws come from {steps} steps of chains ({', '.join(f'{n} accepted {a:.1%}' for n, a in accepted.items())}); "
-        "a mode that the guide misses is still missed."
-        if steps
-        else "They were not moved by chains: pass steps=200."
-    )
+    after = "They were not moved by chains: pass steps=200."
+    if steps:
+        shares = ", ".join(f"{kind} accepted {share:.1%}" for kind, share in accepted.items())
+        after = f"The draws come from {steps} steps of chains ({shares}); a mode that the guide misses is still missed."
     warn_user(
         f"refine: k-hat is {k:.2f} ({ess:.0f} effective draws); the guide is far from this data set's posterior, and "
         f"importance weights alone do not repair it, nor is the evidence to be believed. {after}"
     )
-
-
-_LIKELY = 0.5  # Pareto k below which weights are all that is needed
-_STEPS = 200
-
-
-def refined(posterior: ConditionedGuide, n: int, proposals: int, steps: int | None) -> Refined:
-    """Weights, and chains where the weights ask for them."""
-    joint = Joint(posterior)
-    error = float(posterior.log_prob_error)
-    run = lambda k: refine(joint.sample, joint.log_q, joint.log_p, joint.unpack, n, proposals, k, error)  # noqa: E731
-    if joint.discrete or steps is not None:
-        return run(0 if joint.discrete else steps)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        first = run(0)
-    return first if (first.khat < _LIKELY and first.ess > n) or first.ess > 0.98 * proposals else run(_STEPS)
 
 
 class Joint:
@@ -221,7 +222,7 @@ class Joint:
         self.engine = Engine(model, (), {}, structure.nesting, {s.name: len(s.event_shape) for s in self.sites})
         example = self._drawn(3)
         where = device_of(posterior.guide)
-        self.units = {s.name: Units([s], "map").to(where) for s in self.sites if not s.classes}
+        self.units = {s.name: Units([s]).to(where) for s in self.sites if not s.classes}
         self.shapes = {k: v.shape[1:] for k, v in example.items()}
         self.how, fault = self.engine.find_how(example)
         if self.how == "loop":
@@ -249,8 +250,7 @@ class Joint:
         """Log density of the guide over vectors, nats."""
         values, log_det = self._unpacked(u)
         with pyro.validation_enabled(False):
-            masses = self.posterior.masses()[0]
-            return self.posterior.guide.score(values, self.posterior.data, 0, masses).double() + log_det
+            return self.posterior.guide.log_prob(values, self.posterior.data, 0).double() + log_det
 
     def log_p(self, u: Tensor) -> Tensor:
         """Log joint density of the model over vectors, nats; NaN where it has none."""

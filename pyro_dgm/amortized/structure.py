@@ -1,10 +1,9 @@
-"""Latents that are independent given the data: the connected parts of a model's graph once the data are known.
+"""What a model is made of, read from runs of it: latent and observed sites with supports and plates, and its parts.
 
-``pyro.infer.inspect.get_dependencies`` follows values through the model. It loses them where they pass through Python
-numbers or numpy, so parts that it finds are believed only if runs of the model agree: latents of one part are replaced by
-other draws, all else is held, and no density outside of the part may change.
-
-What a model is made of: latent sites with supports and plates, observed sites, plates; read from two prototype traces.
+Parts are latents that are independent of the others given the data: the connected parts of the model's graph once the data
+are known. ``pyro.infer.inspect.get_dependencies`` follows values through the model. It loses them where they pass through
+Python numbers or numpy, so parts that it finds are believed only if runs of the model agree: latents of one part are replaced
+by other draws, all else is held, and no density outside of the part may change.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import pyro
@@ -20,7 +20,7 @@ import torch
 from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 from torch import Size, Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.shapes import of_entries
@@ -29,65 +29,12 @@ from pyro_dgm.model.stability import changing_supports, runs_from_the_prior
 from pyro_dgm.model.supports import innermost, is_circular
 from pyro_dgm.model.vectorize import plate_nesting
 
-__all__ = ["Site", "Structure", "independent_parts", "moving_supports", "read"]
+__all__ = ["Site", "Structure", "moving_supports", "read"]
 
-
-def independent_parts(
-    model: Callable[..., Any], latents: Sequence[str], observed: Sequence[str], traces: Sequence[poutine.Trace],
-    args: Any, kwargs: Any,
-) -> list[set[str]]:  # fmt: skip
-    """Parts of the latents, in the order of the model; all latents as one part where it cannot be told.
-
-    Args:
-        model: a model that draws its data.
-        latents, observed: names of sites.
-        traces: two runs of the model.
-        args, kwargs: the model's arguments.
-    """
-    drawn, others = (_values(t, observed) for t in traces)
-    hidden = set(drawn) - set(observed)
-    quiet = warnings.catch_warnings()
-    with quiet, fork_rng(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
-        warnings.simplefilter("ignore")
-        try:
-            given = poutine.condition(model, data={k: drawn[k] for k in observed})
-            upstream = get_dependencies(given, args, kwargs)["prior_dependencies"]
-            parts = _connected(upstream, hidden)
-            run = lambda values: _densities(model, values, args, kwargs)  # noqa: E731
-            agreed = len(parts) < 2 or all(_alone(p, upstream, drawn, others, run) for p in parts)
-        except Exception:  # provenance cannot follow this model: densities not written, numpy, values of other shapes
-            return [set(latents)]
-    found = [part & set(latents) for part in parts if part & set(latents)]
-    whole = set().union(*found) == set(latents)  # a latent Delta has no place in the graph
-    return sorted(found, key=lambda p: min(map(list(latents).index, p))) if agreed and whole else [set(latents)]
-
-
-def _values(trace: poutine.Trace, observed: Sequence[str]) -> dict[str, Tensor]:
-    """What a run has drawn; what it has computed is left to the next run."""
-    return {k: s["value"] for k, s in sample_sites(trace) if not s["is_observed"] or k in observed}
-
-
-def _connected(upstream: Mapping[str, Any], hidden: set[str]) -> list[set[str]]:
-    """Unknowns that share a density belong together."""
-    parts: list[set[str]] = []
-    for site, sources in upstream.items():
-        joined = ({site} | set(sources)) & hidden
-        others = [p for p in parts if not p & joined]
-        parts = others + [joined.union(*(p for p in parts if p & joined))] if joined else parts
-    return parts
-
-
-def _alone(part: set[str], upstream: Mapping[str, Any], drawn: Any, others: Any, run: Any) -> bool:
-    """Whether no density outside a part changes with its latents."""
-    before, after = run(drawn), run(drawn | {k: others[k] for k in part})
-    outside = [k for k in before if not ({k} | set(upstream.get(k, ()))) & part]
-    return all(torch.allclose(before[k], after[k], equal_nan=True) for k in outside)
-
-
-def _densities(model: Any, values: dict[str, Tensor], args: Any, kwargs: Any) -> dict[str, Tensor]:
-    with fork_rng(0):
-        trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
-    return {k: s["fn"].log_prob(s["value"]) for k, s in sample_sites(trace) if not s["infer"].get("_deterministic")}
+Model = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -104,30 +51,40 @@ class Site:
     event_shape: Size
     plates: tuple[str, ...]
     dims: tuple[int, ...]
-    support: Any = None
+    support: constraints.Constraint | None = None
     classes: int = 0
     dtype: torch.dtype = torch.float32
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Batch dimensions that the site's value has in a single run."""
         return max((-d for d in self.dims), default=0)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Numbers in one event."""
         return self.event_shape.numel()
 
-    def features(self, value: Tensor, nesting: int, lead: int) -> Tensor:
-        """Values ``(*lead, *batch, *event)`` as ``(*lead, 1, .., *batch, width)`` with ``nesting`` batch dimensions."""
+    def laid(self, value: Tensor, nesting: int, lead: int) -> Tensor:
+        """Values ``(*lead, *batch, *event)`` as ``(*lead, 1, .., *batch, *event)`` with ``nesting`` batch dimensions."""
         shape = value.shape
         if shape[lead + self.depth :] != self.event_shape or len(shape) < lead + self.depth:
             raise ValueError(
                 f"AmortizedGuide: '{self.name}' has shape {tuple(shape)}, expected {lead} leading dimension(s), "
                 f"{self.depth} of plates {list(self.plates)}, and an event of shape {tuple(self.event_shape)}."
             )
-        pad = (1,) * (nesting - self.depth)
-        return value.reshape(*shape[:lead], *pad, *shape[lead : lead + self.depth], self.width)
+        return value.reshape([*shape[:lead], *(1,) * (nesting - self.depth), *shape[lead:]])
+
+    def features(self, value: Tensor, nesting: int, lead: int) -> Tensor:
+        """The same with events as vectors: ``(*lead, 1, .., *batch, width)``."""
+        laid = self.laid(value, nesting, lead)
+        return laid.reshape(*laid.shape[: lead + nesting], self.width)
+
+    def laid_mask(self, mask: Tensor, nesting: int, lead: int) -> Tensor:
+        """A mask ``(*lead, *plates)``, which may lack the last plates, as ``(*lead, 1, .., *plates)``."""
+        left = (1,) * (nesting - self.depth)
+        right = (1,) * (self.depth + lead - mask.dim())
+        return mask.reshape(*mask.shape[:lead], *left, *mask.shape[lead:], *right)
 
 
 @dataclass(frozen=True)
@@ -146,17 +103,15 @@ class Structure:
     def groups(self) -> list[tuple[Site, ...]]:
         """Latents with the same plates and of the same part together; fewer plates first."""
         sets = sorted({s.plates for s in self.latents}, key=lambda p: (len(p), [self.plates[n][0] for n in p]))
-        groups = [
-            tuple(s for s in self.latents if s.plates == p and s.name in part) for p in sets for part in self.parts
-        ]
-        return [g for g in groups if g]
+        found = [[s for s in self.latents if s.plates == p and s.name in part] for p in sets for part in self.parts]
+        return [tuple(group) for group in found if group]
 
     def related(self, a: Site, b: Site) -> bool:
         """Whether two latents belong to the same part."""
         return any(a.name in part and b.name in part for part in self.parts)
 
 
-def read(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: Any) -> Structure:
+def read(model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs) -> Structure:
     """The structure of a model that simulates its data.
 
     Raises:
@@ -164,23 +119,24 @@ def read(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: 
             that is not supported, non-finite draws, and batch dimensions outside plates.
     """
     traces = [_simulated(model, args, kwargs) for _ in range(3)]
-    trace, names = traces[0], tuple(observed)
+    trace = traces[0]
+    names = tuple(observed)
     _refuse_unknown(trace, names)
     _refuse_subsamples(trace)
     data = tuple(_site(trace.nodes[k], None) for k in names)
-    latents = tuple(_latent(n, [t.nodes[n] for t in traces]) for n, s in latent_sites(trace)
-                    if n not in names and not is_enumerable(s))  # fmt: skip
+    hidden = [n for n, s in latent_sites(trace) if n not in names and not is_enumerable(s)]
+    latents = tuple(_latent(n, [t.nodes[n] for t in traces]) for n in hidden)
     if not latents:
         raise ValueError(
             f"AmortizedGuide: the model has no latent site besides observed={list(names)}; nothing to infer."
         )
     sites = [s for _, s in sample_sites(trace)]
     plates = {f.name: (f.dim, f.size) for s in sites for f in plate_frames(s)}
-    parts = independent_parts(model, [s.name for s in latents], names, traces[:2], args, kwargs)
+    parts = _independent_parts(model, [s.name for s in latents], names, traces[:2], args, kwargs)
     return Structure(latents, data, plates, plate_nesting(trace), tuple(map(frozenset, parts)))
 
 
-def moving_supports(model: Callable[..., Any], observed: Iterable[str], args: Any, kwargs: Any) -> frozenset[str]:
+def moving_supports(model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs) -> frozenset[str]:
     """Latents whose support follows other latents."""
     who = "AmortizedGuide"
     traces = runs_from_the_prior(who, model, _simulated(model, args, kwargs), args, kwargs, one_size=False)
@@ -189,7 +145,7 @@ def moving_supports(model: Callable[..., Any], observed: Iterable[str], args: An
     return frozenset(k for k in moving & hidden if not traces[0].nodes[k]["fn"].support.is_discrete)
 
 
-def _simulated(model: Callable[..., Any], args: Any, kwargs: Any) -> poutine.Trace:
+def _simulated(model: Model, args: Args, kwargs: Kwargs) -> poutine.Trace:
     with pyro.validation_enabled(False), poutine.block(), torch.no_grad():
         return poutine.trace(model).get_trace(*args, **kwargs)
 
@@ -216,17 +172,18 @@ def _refuse_subsamples(trace: poutine.Trace) -> None:
                 )
 
 
-def _site(site: dict[str, Any], support: Any, classes: int = 0) -> Site:
-    fn, frames = site["fn"], plate_frames(site)
-    dims = {f.dim for f in frames}
+def _site(site: dict[str, Any], support: constraints.Constraint | None, classes: int = 0) -> Site:
+    fn = site["fn"]
+    frames = plate_frames(site)
+    plates = tuple(f.name for f in frames)
+    dims = tuple(f.dim for f in frames)
     loose = [-i for i, n in enumerate(reversed(fn.batch_shape), 1) if n != 1 and -i not in dims]
     if loose:
         raise ValueError(
             f"AmortizedGuide: site '{site['name']}' has batch shape {tuple(fn.batch_shape)}, and dimension(s) {loose} are "
             "in no plate. Declare them dependent with .to_event(n), or open a pyro.plate."
         )
-    return Site(site["name"], fn.event_shape, tuple(f.name for f in frames), tuple(f.dim for f in frames), support, classes,
-                site["value"].dtype)  # fmt: skip
+    return Site(site["name"], fn.event_shape, plates, dims, support, classes, site["value"].dtype)
 
 
 def _latent(name: str, sites: list[dict[str, Any]]) -> Site:
@@ -250,25 +207,29 @@ def _latent(name: str, sites: list[dict[str, Any]]) -> Site:
 _BOUNDS = ("lower_bound", "upper_bound")
 
 
-def _event_support(site: dict[str, Any]) -> Any:
+def _event_support(site: dict[str, Any]) -> constraints.Constraint:
     """The support of one event: bounds that a plate has expanded are taken from its first element."""
-    support, fn = site["fn"].support, site["fn"]
+    fn = site["fn"]
+    support = fn.support
     if is_circular(fn):
-        turn = constraints.interval(-math.pi, math.pi)
-        return constraints.independent(turn, len(fn.event_shape)) if fn.event_shape else turn
+        return _of_whole_event(constraints.interval(-math.pi, math.pi), fn)
     inner = innermost(support)
     if isinstance(support, constraints.independent) and support.event_dim > len(fn.event_shape):
-        support = constraints.independent(inner, len(fn.event_shape)) if fn.event_shape else inner
+        support = _of_whole_event(inner, fn)
     bounds = {k: getattr(inner, k) for k in _BOUNDS if isinstance(getattr(inner, k, None), Tensor)}
     if not any(b.dim() for b in bounds.values()):
         return support
     given = [getattr(inner, k) for k in _BOUNDS if hasattr(inner, k)]
-    new = type(inner)(*[_of_event(site["name"], b, fn) if isinstance(b, Tensor) else b for b in given])
-    return constraints.independent(new, len(fn.event_shape)) if fn.event_shape else new
+    return _of_whole_event(type(inner)(*[_of_event(site["name"], b, fn) for b in given]), fn)
 
 
-def _of_event(name: str, bound: Tensor, fn: Any) -> Tensor:
-    if bound.dim() <= len(fn.event_shape):
+def _of_whole_event(entries: constraints.Constraint, fn: Distribution) -> constraints.Constraint:
+    return constraints.independent(entries, len(fn.event_shape)) if fn.event_shape else entries
+
+
+def _of_event(name: str, bound: Tensor | float, fn: Any) -> Tensor | float:
+    """The bound of one event, of one that may have a plate's dimensions."""
+    if not isinstance(bound, Tensor) or bound.dim() <= len(fn.event_shape):
         return bound
     rows = bound.expand(fn.shape()).reshape(-1, *fn.event_shape)
     if not (rows == rows[:1]).all():
@@ -279,16 +240,87 @@ def _of_event(name: str, bound: Tensor, fn: Any) -> Tensor:
     return rows[0]
 
 
-def _classes(name: str, supports: list[Any]) -> int:
+def _classes(name: str, supports: list[constraints.Constraint]) -> int:
     """How many values a discrete site has, over all prototypes."""
     inner = of_entries(supports[0])
     if inner is constraints.boolean:
         return 2
-    if isinstance(inner, type(constraints.integer_interval(0, 1))) and bool(
-        torch.as_tensor(inner.lower_bound == 0).all()
-    ):
+    counts = isinstance(inner, type(constraints.integer_interval(0, 1)))
+    if counts and bool(torch.as_tensor(inner.lower_bound == 0).all()):
         return 1 + max(int(torch.as_tensor(of_entries(s).upper_bound).max()) for s in supports)
     raise ValueError(
         f"AmortizedGuide: discrete latent site '{name}' has support {supports[0]}; expected Bernoulli, Categorical or "
         "Binomial, with values from 0. Sum others out, or truncate them to a Categorical."
     )
+
+
+def _independent_parts(
+    model: Model,
+    latents: Sequence[str],
+    observed: Sequence[str],
+    traces: Sequence[poutine.Trace],
+    args: Args,
+    kwargs: Kwargs,
+) -> list[set[str]]:
+    """Parts of the latents, in the order of the model; all latents as one part where it cannot be told.
+
+    Args:
+        model: a model that draws its data.
+        latents, observed: names of sites.
+        traces: two runs of the model.
+        args, kwargs: the model's arguments.
+    """
+    drawn = _values(traces[0], observed)
+    others = _values(traces[1], observed)
+    quiet = warnings.catch_warnings()
+    with quiet, fork_rng(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+        warnings.simplefilter("ignore")
+        try:
+            given = poutine.condition(model, data={k: drawn[k] for k in observed})
+            upstream = get_dependencies(given, args, dict(kwargs))["prior_dependencies"]
+            parts = _connected(upstream, drawn.keys() - set(observed))
+            densities = partial(_densities, model, args, kwargs)
+            agreed = len(parts) < 2 or all(_alone(p, upstream, drawn, others, densities) for p in parts)
+        except Exception:  # provenance cannot follow this model: densities not written, numpy, values of other shapes
+            return [set(latents)]
+    found = [part & set(latents) for part in parts if part & set(latents)]
+    whole = set().union(*found) == set(latents)  # a latent Delta has no place in the graph
+    if not (agreed and whole):
+        return [set(latents)]
+    return sorted(found, key=lambda part: min(map(list(latents).index, part)))
+
+
+def _values(trace: poutine.Trace, observed: Sequence[str]) -> Values:
+    """What a run has drawn; what it has computed is left to the next run."""
+    return {k: s["value"] for k, s in sample_sites(trace) if not s["is_observed"] or k in observed}
+
+
+def _connected(upstream: Mapping[str, Any], hidden: set[str]) -> list[set[str]]:
+    """Unknowns that share a density belong together."""
+    parts: list[set[str]] = []
+    for site, sources in upstream.items():
+        joined = ({site} | set(sources)) & hidden
+        if joined:
+            apart = [p for p in parts if not p & joined]
+            parts = [*apart, joined.union(*(p for p in parts if p & joined))]
+    return parts
+
+
+def _alone(
+    part: set[str],
+    upstream: Mapping[str, Any],
+    drawn: Values,
+    others: Values,
+    densities: Callable[[Values], Values],
+) -> bool:
+    """Whether no density outside a part changes with its latents."""
+    before = densities(drawn)
+    after = densities(drawn | {k: others[k] for k in part})
+    outside = [k for k in before if not ({k} | set(upstream.get(k, ()))) & part]
+    return all(torch.allclose(before[k], after[k], equal_nan=True) for k in outside)
+
+
+def _densities(model: Model, args: Args, kwargs: Kwargs, values: Values) -> Values:
+    with fork_rng(0):
+        trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
+    return {k: s["fn"].log_prob(s["value"]) for k, s in sample_sites(trace) if not s["infer"].get("_deterministic")}

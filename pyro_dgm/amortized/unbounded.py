@@ -1,4 +1,4 @@
-r"""Latents whose support follows other latents, for a guide that wants fixed ones: :math:`x = T_{\theta}(u)`, with u learned.
+r"""Latents whose support moves with other latents: :math:`x = T_{\theta}(u)`, of which the guide learns the real number u.
 
 The model is rewritten: a site x on ``Uniform(0, top)`` becomes a latent ``x_unconstrained`` on the real line, with the density
 that x gives it, and x a deterministic site. Simulations of the plain model are converted by running it on their values.
@@ -25,6 +25,7 @@ from pyro_dgm.model.supports import onto
 __all__ = ["Unbounded", "rewritten"]
 
 _NAME = "{}_unconstrained"
+_END = 15.0  # the real number of a value that rounding has put on an end of its support; not measured, chosen by hand
 
 
 class _OnRealNumbers(Reparam):
@@ -62,7 +63,8 @@ class Unbounded:
     """
 
     def __init__(self, model: Callable[..., Any], names: frozenset[str], prior: PriorUnits) -> None:
-        self.model, self.prior = model, prior
+        self.model = model
+        self.prior = prior
         self.names = {name: _NAME.format(name) for name in sorted(names)}
         self.sites = {s.name: s for s in prior.structure.latents}
 
@@ -77,14 +79,17 @@ class Unbounded:
         both = self.both(values, data, lead)[0]
         return {k: v for k, v in both.items() if k not in self.names.values()}
 
-    def both(self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int) -> tuple[dict[str, Any], Any]:
+    def both(
+        self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int
+    ) -> tuple[dict[str, Any], Tensor | float]:
         """Latents of both models, from those of either, and the log-determinant of the map to the plain ones, ``(*lead)``.
 
         Values that lack a site come back as they are.
         """
         if any(x not in values and u not in values for x, u in self.names.items()):
             return dict(values), 0.0
-        shape, found = self._lead(values, lead), self._seen(values, data, lead)
+        shape = self._lead(values, lead)
+        found = self._found(values, data, lead)
         made = {x: self._bare(x, found[x].value, shape) for x in self.names}
         made |= {u: self._bare(x, found[x].real, shape) for x, u in self.names.items()}
         return dict(values) | made, sum(f.log_det.reshape(*shape, -1).sum(-1) for f in found.values())
@@ -96,16 +101,16 @@ class Unbounded:
         """
         nesting = self.prior.structure.nesting
         lead = next(v.dim() - nesting - len(self.sites[k].event_shape) for k, v in values.items())
-        return {x: (f.value, f.log_det) for x, f in self._seen(values, data, lead).items()}
+        return {x: (f.value, f.log_det) for x, f in self._found(values, data, lead).items()}
 
-    def _seen(self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int) -> dict[str, _Place]:
+    def _found(self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int) -> dict[str, _MovingSite]:
         """Each rewritten site, in one run of the plain model on all values; a real number counts before the site's value."""
         real = {x: self._row(u, values[u], lead) for x, u in self.names.items() if u in values}
         plain = self.names.keys() | (self.sites.keys() - self.names.values())
         given = {k: self._row(k, v, lead) for k, v in values.items() if k in plain and k not in real}
-        seen = _Places(set(self.names), real, 1 + self.prior.structure.nesting)
-        self.prior.run(self.model, given, data, self._lead(values, lead), seen)
-        return seen.found
+        note = _NoteMovingSites(set(self.names), real, 1 + self.prior.structure.nesting)
+        self.prior.run(self.model, given, data, self._lead(values, lead), note)
+        return note.found
 
     def _lead(self, values: Mapping[str, Any], lead: int) -> Size:
         return next(v.shape[:lead] for k, v in values.items() if k in self.sites or k in self.names)
@@ -125,7 +130,7 @@ class Unbounded:
         return self.sites[self.names.get(name, name)].depth
 
 
-class _Place(NamedTuple):
+class _MovingSite(NamedTuple):
     """A site in a run of the plain model: its real number, its value, and the log-determinant between them."""
 
     real: Tensor  # (n, *plates, *event)
@@ -133,12 +138,15 @@ class _Place(NamedTuple):
     log_det: Tensor  # (n, *plates)
 
 
-class _Places(poutine.messenger.Messenger):
+class _NoteMovingSites(poutine.messenger.Messenger):
     """Notes the wanted sites; those of which the real number is known get their value from it."""
 
     def __init__(self, names: set[str], real: Mapping[str, Tensor], batch: int) -> None:
         super().__init__()
-        self.names, self.real, self.batch, self.found = names, real, batch, dict[str, _Place]()
+        self.names = names
+        self.real = real
+        self.batch = batch
+        self.found: dict[str, _MovingSite] = {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self.real:
@@ -146,14 +154,15 @@ class _Places(poutine.messenger.Messenger):
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self.names:
-            self.found[msg["name"]] = self._place(msg)
+            self.found[msg["name"]] = self._noted(msg)
             if len(self.found) == len(self.names):
                 raise EndOfRun
 
-    def _place(self, msg: dict[str, Any]) -> _Place:
-        to_support, value = onto(msg["fn"], None), msg["value"]
+    def _noted(self, msg: dict[str, Any]) -> _MovingSite:
+        to_support = onto(msg["fn"], None)
+        value = msg["value"]
         real = self.real.get(msg["name"])
         if real is None:
-            real = to_support.inv(value).nan_to_num(0.0, 15.0, -15.0)
+            real = to_support.inv(value).nan_to_num(0.0, _END, -_END)
         log_det = to_support.log_abs_det_jacobian(real, to_support(real))
-        return _Place(real, value, log_det.reshape(*log_det.shape[: self.batch], -1).sum(-1))
+        return _MovingSite(real, value, log_det.reshape(*log_det.shape[: self.batch], -1).sum(-1))

@@ -1,15 +1,14 @@
-r"""The units in which a flow works: latents of a group as one vector, standardised, each support taken care of.
+r"""The units in which a flow works: latents of a group as one vector of real numbers, each support taken care of.
 
-``"map"``: :math:`u = T^{-1}(\theta)` with a bijection onto the support, by the normal quantile function for a box (a
-uniform prior is then standard normal in :math:`u`), by ``biject_to`` otherwise. ``"truncate"``: a box is left as it is,
-in units in which it reaches from :math:`-\sqrt 3` to :math:`\sqrt 3` (standard deviation 1, if it is filled evenly), and the
-family is cut off at its edge.
+A support is reached by a bijection :math:`\theta = T(x)` from the real numbers: by the normal distribution function for a box
+(a uniform prior is then standard normal), by ``biject_to`` otherwise. A family that keeps boxes by itself sees a box
+stretched to :math:`(-\sqrt 3, \sqrt 3)`, which has standard deviation 1 if it is filled evenly. Other numbers are
+standardised, :math:`u = (x - m) / s`, with mean and sd of simulations.
 
-Local latents in units of the model's own conditional prior, :math:`z = (\theta_j - E[\theta_j]) / sd[\theta_j]`.
-
-A group effect :math:`\theta_j \sim N(\mu, \tau)` shrinks to nothing as :math:`\tau \to 0`; a network would have to follow
-that over decades. In these units (the non-centred ones) its prior is standard normal whatever the globals are. The model
-says mean and sd: it is run on the globals as far as the local sites.
+Before that, real latents inside plates are seen in units of the model's own conditional prior,
+:math:`z = (\theta_j - E[\theta_j]) / sd[\theta_j]`. A group effect :math:`\theta_j \sim N(\mu, \tau)` shrinks to nothing as
+:math:`\tau \to 0`; a network would have to follow that over decades. In these units (the non-centred ones) its prior is
+standard normal whatever the globals are. The model says mean and sd: it is run on the globals as far as the local sites.
 """
 
 from __future__ import annotations
@@ -32,13 +31,20 @@ from pyro_dgm.core import Standardize
 from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.model.handlers import EndOfRun, run_to_end
 
-__all__ = ["Moments", "PriorUnits", "Units", "box_of"]
+__all__ = ["Moments", "PriorUnits", "Units"]
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 
+_HALF_WIDTH = math.sqrt(3.0)  # of a box with standard deviation 1
+_LEAST_SD = 1e-6  # of a conditional prior; not measured, chosen by hand
+
 
 class NormalCdf(Transform):
-    r"""The map :math:`u \mapsto a + (b - a)\,\Phi(u)` onto a box."""
+    r"""The map :math:`x \mapsto a + (b - a)\,\Phi(x)` onto a box.
+
+    It stays off the ends of the box, which torch's ``CumulativeDistributionTransform`` reaches from 6 on in float32 and maps
+    back to infinity; and it takes values on any device, which an ``AffineTransform`` onto the box does not.
+    """
 
     domain = constraints.real
     codomain = constraints.unit_interval
@@ -47,175 +53,133 @@ class NormalCdf(Transform):
 
     def __init__(self, low: Tensor, high: Tensor) -> None:
         super().__init__()
-        self.low, self.width = low, high - low
+        self.low = low
+        self.width = high - low
 
     def _call(self, x: Tensor) -> Tensor:
         eps = torch.finfo(x.dtype).eps
-        return self.low + self.width * torch.special.ndtr(x).clamp(eps, 1.0 - eps)
+        return self.low.to(x) + self.width.to(x) * torch.special.ndtr(x).clamp(eps, 1.0 - eps)
 
     def _inverse(self, y: Tensor) -> Tensor:
         eps = torch.finfo(y.dtype).eps
-        return torch.special.ndtri(((y - self.low) / self.width).clamp(eps, 1.0 - eps))
+        return torch.special.ndtri(((y - self.low.to(y)) / self.width.to(y)).clamp(eps, 1.0 - eps))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return -0.5 * (x * x + math.log(2.0 * math.pi)) + self.width.log().expand(x.shape)
+        return self.width.to(x).log() - 0.5 * (x * x + math.log(2.0 * math.pi))
 
 
-def box_of(site: Site) -> tuple[Tensor, Tensor] | None:
-    """Lower and upper bounds of a site on a box, each of the event's shape; None for other supports."""
-    inner = of_entries(site.support)
-    if inner is constraints.unit_interval or not hasattr(inner, "upper_bound") or not hasattr(inner, "lower_bound"):
-        ends: Any = (0.0, 1.0) if inner is constraints.unit_interval else None
-    else:
-        ends = (inner.lower_bound, inner.upper_bound)
-    if ends is None:
-        return None
+class Stretched(Transform):
+    r"""The map from :math:`(-\sqrt 3, \sqrt 3)` onto a box; what rounding moves outside is put back."""
+
+    domain = constraints.real
+    codomain = constraints.real
+    bijective = True
+    sign = +1
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        super().__init__()
+        self.low = low
+        self.highest = torch.nextafter(high, low)
+        self.middle = 0.5 * (low + high)
+        self.scale = (high - low) / (2.0 * _HALF_WIDTH)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return torch.clamp(self.middle.to(x) + self.scale.to(x) * x, self.low.to(x), self.highest.to(x))
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return (y - self.middle.to(y)) / self.scale.to(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.scale.to(x).log().expand(x.shape)
+
+
+def _onto(site: Site, keeps_boxes: bool) -> Transform:
+    """The map from real numbers onto a site's support, or onto its box from the one that the family keeps."""
+    inner: Any = of_entries(site.support)
+    if not isinstance(inner, constraints.interval | constraints.half_open_interval):
+        return biject_to(site.support)
     like = torch.empty(())  # of the default device and precision, as the guide is made
-    low, high = (torch.as_tensor(e).to(like).expand(site.event_shape).clone() for e in ends)
-    return low, high
+    low, high = (torch.as_tensor(e).to(like).expand(site.event_shape) for e in (inner.lower_bound, inner.upper_bound))
+    return Stretched(low, high) if keeps_boxes else NormalCdf(low, high)
 
 
 class Units(nn.Module):
-    """``{site: value}`` to vectors ``(..., D)`` and back, with log-determinants.
+    """``{site: value}`` to vectors ``u`` of shape ``(..., D)`` and back, with log-determinants.
 
     Args:
         sites: continuous latents with the same plates.
-        bounds: ``"map"`` or ``"truncate"``, for boxes.
+        keeps_boxes: whether the family that works in these units keeps boxes by itself.
+
+    Attributes:
+        widths: numbers of each site.
+        features: D.
     """
 
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, sites: Sequence[Site], bounds: str) -> None:
+    def __init__(self, sites: Sequence[Site], keeps_boxes: bool = False) -> None:
         super().__init__()
-        self.sites, self.bounds = tuple(sites), bounds
-        self.widths = [_unconstrained_width(s) if not self._left_alone(s) else s.width for s in sites]
-        self.standard = Standardize(sum(self.widths))
-        ends = [self._box(s, w) for s, w in zip(sites, self.widths, strict=True)]
-        self.register_buffer("low", torch.cat([a for a, _ in ends]))
-        self.register_buffer("high", torch.cat([b for _, b in ends]))
-        self._box_units()
+        self.sites = tuple(sites)
+        self.maps = [_onto(s, keeps_boxes) for s in sites]
+        self.widths = [Size(m.inverse_shape(s.event_shape)).numel() for s, m in zip(sites, self.maps, strict=True)]
+        self.features = sum(self.widths)
+        self.standard = Standardize(self.features)
 
-    @property
-    def features(self) -> int:
-        """D."""
-        return sum(self.widths)
+    def box(self) -> tuple[Tensor, Tensor]:
+        """Ends of what the family is to keep, each ``(D,)``; infinite where it has nothing to keep."""
+        ends = [_HALF_WIDTH if isinstance(m, Stretched) else math.inf for m in self.maps]
+        high = torch.cat([torch.full((n,), end) for n, end in zip(self.widths, ends, strict=True)])
+        return -high, high
 
-    @property
-    def truncated(self) -> bool:
-        """Whether there is a box to be cut off."""
-        return any(self._left_alone(s) for s in self.sites)
-
-    def inside(self, u: Tensor) -> Tensor:
-        """Whether vectors lie in the box, shape ``(...)``."""
-        x = u * self.standard.scale + self.standard.loc
-        return ((x > self.low) & (x < self.high)).all(-1)
-
-    def clamp(self, u: Tensor) -> Tensor:
-        """The nearest vectors in the box."""
-        gap = 1e-6 * (self.high - self.low).nan_to_num(1.0, 1.0)
-        x = (u * self.standard.scale + self.standard.loc).clamp(self.low + gap, self.high - gap)
-        return self.standard(x)
-
-    def flatten(self, values: dict[str, Tensor], prior: Moments | None = None) -> tuple[Tensor, Tensor]:
+    def flatten(self, values: Mapping[str, Tensor], prior: Moments | None = None) -> tuple[Tensor, Tensor]:
         """Values ``(*batch, *event)`` as ``u`` of shape ``(*batch, D)``, and the log-determinant of the map to ``u``.
 
         ``prior`` holds mean and sd of real sites, in whose units they are seen.
         """
-        x, log_det = self._unconstrained(values, prior or {})
-        return self.standard(x), log_det - self.standard.scale.log().sum()
+        parts: list[Tensor] = []
+        total = -self.standard.scale.log().sum()
+        for site, onto in zip(self.sites, self.maps, strict=True):
+            value = values[site.name]
+            if prior and site.name in prior:
+                loc, scale = prior[site.name]
+                value = (value - loc) / scale
+                total = total - _summed(site, scale.log().expand(value.shape))
+            batch = value.shape[: value.dim() - len(site.event_shape)]
+            x = onto.inv(value)
+            total = total - onto.log_abs_det_jacobian(x, value).reshape(*batch, -1).sum(-1)
+            parts.append(x.reshape(*batch, -1))
+        return self.standard(torch.cat(parts, -1)), total
 
     def unflatten(self, u: Tensor, prior: Moments | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The inverse; per site the log-determinant of its part of the map from ``u``, shape ``(*batch)``."""
-        x, values, log_dets = u * self.standard.scale + self.standard.loc, {}, {}
+        values: dict[str, Tensor] = {}
+        log_dets: dict[str, Tensor] = {}
+        parts = (u * self.standard.scale + self.standard.loc).split(self.widths, -1)
         scales = self.standard.scale.log().split(self.widths)
-        for site, part, scale in zip(self.sites, x.split(self.widths, -1), scales, strict=True):
-            value, log_det = self._to_site(site, part)
-            if site.name in (prior or {}):
-                value, log_det = _from_prior(site, value, log_det, *prior[site.name])  # type: ignore[index]
-            values[site.name], log_dets[site.name] = value, log_det + scale.sum()
+        for site, onto, part, log_scale in zip(self.sites, self.maps, parts, scales, strict=True):
+            x = part.reshape([*u.shape[:-1], *onto.inverse_shape(site.event_shape)])
+            value = onto(x)
+            log_det = onto.log_abs_det_jacobian(x, value).reshape(*u.shape[:-1], -1).sum(-1)
+            if prior and site.name in prior:
+                loc, scale = prior[site.name]
+                value = loc + scale * value
+                log_det = log_det + _summed(site, scale.log().expand(value.shape))
+            values[site.name] = value
+            log_dets[site.name] = log_det + log_scale.sum()
         return values, log_dets
 
-    def fit(self, values: dict[str, Tensor], mask: Tensor | None, prior: Moments) -> None:
-        """Take mean and standard deviation from simulated values."""
-        x, _ = self._unconstrained(values, prior)
-        rows = x.reshape(-1, self.features) if mask is None else x[mask.expand(x.shape[:-1])]
-        self.standard.fit(rows)
-        self._box_units()
-
-    def edges(self) -> tuple[Tensor, Tensor]:
-        """Ends of the box in units of u, each ``(D,)``; infinite where there is none. No training moves them."""
-        return self.standard(self.low), self.standard(self.high)
-
     @torch.no_grad()
-    def _box_units(self) -> None:
-        boxed = self.low.isfinite()
-        self.standard.loc[boxed] = 0.5 * (self.low + self.high)[boxed]
-        self.standard.scale[boxed] = (self.high - self.low)[boxed] / math.sqrt(12.0)
-
-    def _unconstrained(self, values: dict[str, Tensor], prior: Moments) -> tuple[Tensor, Tensor]:
-        parts, total = [], torch.zeros(())
-        for site in self.sites:
-            value = values[site.name]
-            if site.name in prior:
-                loc, scale = prior[site.name]
-                value, log_det = (value - loc) / scale, _summed(site, -scale.log().expand(value.shape))
-                total = total + log_det
-            part, log_det = self._from_site(site, value)
-            parts.append(part)
-            total = total + log_det
-        return torch.cat(parts, -1), total
-
-    def _left_alone(self, site: Site) -> bool:
-        return self.bounds == "truncate" and box_of(site) is not None
-
-    def _from_site(self, site: Site, value: Tensor) -> tuple[Tensor, Tensor]:
-        batch = value.shape[: value.dim() - len(site.event_shape)]
-        if self._left_alone(site):
-            return value.reshape(*batch, -1), value.new_zeros(batch)
-        to_site = _bijection(site, value)
-        x = to_site.inv(value)
-        log_det = to_site.log_abs_det_jacobian(x, value)
-        return x.reshape(*batch, -1), -log_det.reshape(*batch, -1).sum(-1)
-
-    def _to_site(self, site: Site, part: Tensor) -> tuple[Tensor, Tensor]:
-        batch = part.shape[:-1]
-        if self._left_alone(site):
-            low, high = (torch.as_tensor(end).to(part) for end in box_of(site) or ())
-            value = part.reshape([*batch, *site.event_shape])
-            return torch.clamp(value, low, torch.nextafter(high, low)), part.new_zeros(batch)  # rounding leads outside
-        to_site: Any = _bijection(site, part)
-        x = part.reshape([*batch, *to_site.inverse_shape(site.event_shape)])
-        value = to_site(x)
-        return value, to_site.log_abs_det_jacobian(x, value).reshape(*batch, -1).sum(-1)
-
-    def _box(self, site: Site, width: int) -> tuple[Tensor, Tensor]:
-        box = box_of(site) if self._left_alone(site) else None
-        if box is None:
-            return torch.full((width,), -math.inf), torch.full((width,), math.inf)
-        return box[0].reshape(-1), box[1].reshape(-1)
+    def fit(self, values: Mapping[str, Tensor], mask: Tensor | None, prior: Moments) -> None:
+        """Take mean and standard deviation from simulated values; the units of a kept box stay what they are."""
+        u, _ = self.flatten(values, prior)
+        x = u * self.standard.scale + self.standard.loc
+        self.standard.fit(x.reshape(-1, self.features) if mask is None else x[mask.expand(x.shape[:-1])])
+        kept = self.box()[1].isfinite()
+        self.standard.loc[kept] = 0.0
+        self.standard.scale[kept] = 1.0
 
 
 def _summed(site: Site, terms: Tensor) -> Tensor:
-    return terms.reshape([*terms.shape[: terms.dim() - len(site.event_shape)], -1]).sum(-1)
-
-
-def _from_prior(site: Site, z: Tensor, log_det: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    value = loc + scale * z
-    return value, log_det + _summed(site, scale.log().expand(value.shape))
-
-
-def _bijection(site: Site, like: Tensor) -> Transform:
-    box = box_of(site)
-    if box is not None:
-        return NormalCdf(box[0].to(like), box[1].to(like))
-    return biject_to(site.support)
-
-
-def _unconstrained_width(site: Site) -> int:
-    if box_of(site) is not None:
-        return site.width
-    return int(torch.Size(biject_to(site.support).inverse_shape(site.event_shape)).numel())
+    """The sum over a site's events."""
+    return terms.reshape(*terms.shape[: terms.dim() - len(site.event_shape)], -1).sum(-1)
 
 
 class PriorUnits:
@@ -228,9 +192,11 @@ class PriorUnits:
     """
 
     def __init__(self, arguments: Arguments, structure: Structure, covariates: tuple[Site, ...]) -> None:
-        self.arguments, self.structure, self.covariates = arguments, structure, covariates
-        self.sites: list[Site] = []
-        self.sites = self._usable([s for s in structure.latents if s.plates and not s.classes and _real(s)])
+        self.arguments = arguments
+        self.structure = structure
+        self.covariates = covariates
+        self.latents = {s.name: s for s in structure.latents}
+        self.sites = self._usable([s for s in structure.latents if s.plates and not s.classes and _is_real(s)])
 
     def of(self, sites: tuple[Site, ...], known: Mapping[str, Tensor], data: Mapping[str, Any]) -> Moments:
         """For sites of one group, given earlier latents laid out as ``(*lead, *plates, *event)``; the same layout."""
@@ -241,14 +207,15 @@ class PriorUnits:
         return self._run(wanted, known, data, lead)
 
     def _lead(self, name: str, value: Tensor) -> Size:
-        site = next(s for s in self.structure.latents if s.name == name)
-        return value.shape[: max(0, value.dim() - len(site.event_shape) - self.structure.nesting)]
+        plates = value.dim() - len(self.latents[name].event_shape) - self.structure.nesting
+        return value.shape[: max(0, plates)]
 
     def _run(self, wanted: list[Site], known: Mapping[str, Tensor], data: Mapping[str, Any], lead: Size) -> Moments:
         rows = {k: self._rows(k, v, lead) for k, v in known.items()}
         seen = _PriorMoments({s.name for s in wanted})
         self.run(self.arguments.model, rows, data, lead, seen)
-        return {s.name: tuple(self._laid(m, lead, s) for m in seen.moments[s.name]) for s in wanted}  # type: ignore[misc]
+        moments = {s.name: [self._laid(m, lead, s) for m in seen.moments[s.name]] for s in wanted}
+        return {name: (mean, sd) for name, (mean, sd) in moments.items()}
 
     def run(
         self,
@@ -269,17 +236,13 @@ class PriorUnits:
 
     def inputs(self, data: Mapping[str, Any], lead: Size) -> dict[str, Any]:
         """The model's arguments other than observations, for ``lead.numel()`` draws at once."""
-        out = {k: v for k, v in data.items() if k in self.arguments.names and k not in self._observed()}
+        observed = {s.name for s in self.structure.observed}
+        out = {k: v for k, v in data.items() if k in self.arguments.names and k not in observed}
         for site in self.covariates:
-            value = data[site.name]
-            own = value.dim() - site.depth - len(site.event_shape)
-            pad = (1,) * (self.structure.nesting - site.depth)
-            value = value.reshape(*value.shape[:own], *pad, *value.shape[own:])
+            own = data[site.name].dim() - site.depth - len(site.event_shape)
+            value = site.laid(data[site.name], self.structure.nesting, own)
             out[site.name] = value.expand(*lead, *value.shape[own:]).reshape(lead.numel(), *value.shape[own:])
         return out
-
-    def _observed(self) -> set[str]:
-        return {s.name for s in self.structure.observed}
 
     def _laid(self, moment: Tensor, lead: Size, site: Site) -> Tensor:
         """``(n, *plates, *event)`` with the leading dimensions back in place of n."""
@@ -298,14 +261,13 @@ class PriorUnits:
             drawn = self.arguments.simulate(3, self.structure, self._example())
         except ValueError:
             return []
-        nesting, out = self.structure.nesting, []
+        usable: list[Site] = []
         for site in sites:
             outer = [s for s in self.structure.latents if set(s.plates) < set(site.plates)]
-            known = {s.name: s.features(drawn[s.name], nesting, 1) for s in outer}
-            known = {s.name: known[s.name].reshape([*known[s.name].shape[:-1], *s.event_shape]) for s in outer}
+            known = {s.name: s.laid(drawn[s.name], self.structure.nesting, 1) for s in outer}
             if known and self._gives(site, known):
-                out.append(site)
-        return out
+                usable.append(site)
+        return usable
 
     def _gives(self, site: Site, known: Mapping[str, Tensor]) -> bool:
         with torch.no_grad():
@@ -325,14 +287,15 @@ class _PriorMoments(Messenger):
 
     def __init__(self, names: set[str]) -> None:
         super().__init__()
-        self.names, self.moments = names, dict[str, tuple[Tensor, Tensor]]()
+        self.names = names
+        self.moments: Moments = {}
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self.names:
-            self.moments[msg["name"]] = (msg["fn"].mean, msg["fn"].variance.sqrt().clamp_min(1e-6))
+            self.moments[msg["name"]] = (msg["fn"].mean, msg["fn"].variance.sqrt().clamp_min(_LEAST_SD))
             if len(self.moments) == len(self.names):
                 raise EndOfRun
 
 
-def _real(site: Site) -> bool:
+def _is_real(site: Site) -> bool:
     return of_entries(site.support) is constraints.real

@@ -1,5 +1,6 @@
-"""Normalizing flows."""
+"""Normalizing flows, and chains of mixtures."""
 
 from pyro_dgm.flows.families import MAF, NSF, RealNVP, ZukoFlow
+from pyro_dgm.flows.mixture_chain import MixtureChain
 
-__all__ = ["MAF", "NSF", "RealNVP", "ZukoFlow"]
+__all__ = ["MAF", "NSF", "MixtureChain", "RealNVP", "ZukoFlow"]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import pyro_dgm as dgm
-from pyro_dgm.flows.mixture_chain import MixtureChain, NormalMixture
+from pyro_dgm.flows import MixtureChain
+from pyro_dgm.flows.mixture_chain import NormalMixture
 
 CASES = {  # log weights, places, log scales, ends
     "inside": ([0.0, 1.0], [-0.5, 0.6], [-1.5, -0.5], (-1.0, 1.0)),
@@ -118,6 +119,10 @@ def test_dropout_acts_on_a_budget_of_simulations_and_nowhere_else():
         assert float(objective(batch)) == float(objective(batch))
     assert float(objective(batch).detach()) != float(objective(batch).detach())
     assert not guide.groups[0].family.training
+    guide.eval()
+    assert float(objective(batch).detach()) == float(objective(batch).detach())
+    guide.groups[0].family.train()
+    assert float(objective(batch).detach()) != float(objective(batch).detach()) and guide.groups[0].family.training
 
 
 def pooled(y=None):
