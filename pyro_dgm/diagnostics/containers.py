@@ -34,8 +34,9 @@ RESERVED = ("chain", "draw")  # ArviZ loses variables and dimensions of these na
 _PAIRED = ("posterior", "sample_stats", "log_likelihood", "log_prior", "posterior_predictive", "predictions")
 
 
-def build(groups: Arrays, dims: Names, coords: dict[str, Any], attrs: dict[str, dict[str, Any]],
-          container: str = "auto") -> Any:  # fmt: skip
+def build(
+    groups: Arrays, dims: Names, coords: dict[str, Any], attrs: dict[str, dict[str, Any]], container: str = "auto"
+) -> Any:
     """An ``InferenceData`` (0.x), a ``DataTree`` (1.x) or, with ``container="dict"``, plain dictionaries.
 
     Raises:
