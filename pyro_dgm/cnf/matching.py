@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core import DistributionModule
-from pyro_dgm.core.data import first_rows
+from pyro_dgm.core.data import first_rows, refuse_non_finite
 from pyro_dgm.train.hooks import Standardizable, Transporting
 
 __all__ = ["FlowMatching", "check_batch", "standardize_once", "velocity_error"]
@@ -124,9 +124,7 @@ def check_batch(name: str, family: DistributionModule, x: Tensor, context: Tenso
             f"{name}: {type(family).__name__} has context_features={family.context_features}, but the data hold "
             f"{'no' if context is None else 'a'} context. Pass (x, context) for a conditional family, (x,) otherwise."
         )
-    if not x.sum().isfinite() and not x.isfinite().all():
-        bad = int((~x.isfinite()).reshape(len(x), -1).any(-1).sum())
-        raise ValueError(f"{name}: {bad} of {len(x)} rows hold NaN or infinity. Clean the data.")
+    refuse_non_finite(name, x)
 
 
 def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ...]]) -> bool:

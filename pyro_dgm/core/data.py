@@ -1,4 +1,4 @@
-"""Data and its scale: standardisation as part of a model, and integers made continuous."""
+"""Data and its scale: standardisation as part of a model, integers made continuous, and rows that are no numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.transforms import AffineTransform
 
-__all__ = ["Dequantize", "Standardize", "first_rows"]
+__all__ = ["Dequantize", "Standardize", "first_rows", "refuse_non_finite"]
 
 _FIRST_ROWS = 10_000  # from which units are taken
 
@@ -49,8 +49,7 @@ class Standardize(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         if rows.shape[-1] != len(self.loc) or len(rows) < 2:
             raise ValueError(f"Standardize: data has shape {tuple(x.shape)}, expected (N >= 2, {len(self.loc)}).")
-        if not rows.isfinite().all():
-            raise ValueError(f"Standardize: {int((~rows.isfinite()).any(-1).sum())} rows hold NaN or infinity.")
+        refuse_non_finite("Standardize", rows)
         self.loc.copy_(rows.mean(0))
         sd = rows.std(0)
         sd = sd.clamp_min(floor * float(sd.square().mean().sqrt()))
@@ -131,3 +130,11 @@ def first_rows(
         found.append(next(batches))
     columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
     return columns[0], columns[1] if len(columns) > 1 else None
+
+
+def refuse_non_finite(who: str, rows: Tensor, what: str = "rows") -> None:
+    """Refuse ``(N, ...)`` of which some rows hold NaN or infinity, and say how many."""
+    if rows.sum().isfinite() or rows.isfinite().all():  # one pass where all is well
+        return
+    bad = int((~rows.isfinite()).reshape(len(rows), -1).any(-1).sum())
+    raise ValueError(f"{who}: {bad} of {len(rows)} {what} hold NaN or infinity. Clean the data.")

@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import math
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
-__all__ = ["arviz_major", "log_mean", "log_mean_exp", "psis", "stratified"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["K_LIMIT", "LEAST_DRAWS", "arviz_major", "k_threshold", "log_mean", "log_mean_exp", "psis", "stratified"]
+
+K_LIMIT = 0.7  # Pareto k above which weights do not help, however many draws: Vehtari et al. (2024), JMLR 25(72)
+LEAST_DRAWS = 25  # the tail is the largest fifth, and ArviZ fits no fewer than five
+_CONSTANT = 1e-6  # nats: log weights within this range count as constant; not measured, chosen by hand
 
 
 def arviz_major() -> int | None:
     """0 for ArviZ 0.x, 1 for later lines, None where there is none."""
     for name in ("arviz", "arviz-base"):
         try:
-            return min(1, int(version(name).split(".")[0])) if name == "arviz" else 1
+            major = int(version(name).split(".")[0])
         except PackageNotFoundError:
             continue
+        return min(1, major) if name == "arviz" else 1
     return None
 
 
@@ -34,14 +41,15 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
         ValueError: for fewer than 25 draws.
     """
     lw = np.asarray(log_weights, dtype=np.float64).ravel()
-    if len(lw) < 25:
-        raise ValueError(f"Pareto smoothing needs at least 25 draws, got {len(lw)}.")
-    if not np.isfinite(lw).all():
-        return lw - _logsumexp(lw[np.isfinite(lw)]), np.inf
-    if np.ptp(lw) < 1e-6:
+    if len(lw) < LEAST_DRAWS:
+        raise ValueError(f"Pareto smoothing needs at least {LEAST_DRAWS} draws, got {len(lw)}.")
+    finite = lw[np.isfinite(lw)]
+    if len(finite) < len(lw):
+        return lw - (np.logaddexp.reduce(finite) if len(finite) else 0.0), np.inf
+    if np.ptp(lw) < _CONSTANT:
         return np.full_like(lw, -np.log(len(lw))), -np.inf
     smoothed, k = _smooth(lw - lw.max())
-    return smoothed - _logsumexp(smoothed), float(k) if np.isfinite(k) else np.inf
+    return smoothed - np.logaddexp.reduce(smoothed), k if np.isfinite(k) else np.inf
 
 
 def _smooth(lw: np.ndarray) -> tuple[np.ndarray, float]:
@@ -49,18 +57,19 @@ def _smooth(lw: np.ndarray) -> tuple[np.ndarray, float]:
         import arviz as az
 
         smoothed, k = az.psislw(lw)
-        return np.asarray(smoothed), float(k)
-    from arviz_stats.base import array_stats  # takes log-likelihoods: minus the log weights
+    else:
+        from arviz_stats.base import array_stats
 
-    smoothed, k = array_stats.psislw(-lw)
+        smoothed, k = array_stats.psislw(-lw)  # takes log-likelihoods: minus the log weights
     return np.asarray(smoothed), float(k)
 
 
-def _logsumexp(x: np.ndarray) -> float:
-    return float(np.logaddexp.reduce(x)) if len(x) else 0.0
+def k_threshold(draws: int) -> float:
+    r"""Pareto k below which estimates from so many draws are reliable: :math:`\min(1 - 1/\log_{10} S, 0.7)`."""
+    return min(1.0 - 1.0 / math.log10(max(draws, 11)), K_LIMIT)
 
 
-def log_mean(log_weights: np.ndarray) -> Any:
+def log_mean(log_weights: np.ndarray) -> np.ndarray:
     """Log of the mean weight over the first dimension; minus infinity of none.
 
     >>> float(log_mean(np.zeros(4))), float(log_mean(np.zeros(0)))
@@ -71,13 +80,14 @@ def log_mean(log_weights: np.ndarray) -> Any:
 
 def log_mean_exp(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Log of the mean weight over the first dimension, and its standard error by the delta method."""
-    n, log_w = len(log_weights), log_weights.double()
+    n = len(log_weights)
+    log_w = log_weights.double()
     log_of_mean = log_w.logsumexp(0) - math.log(n)
     relative = (log_w - log_of_mean).exp()
     return log_of_mean, relative.std(0) / math.sqrt(n)
 
 
-def stratified(weights: np.ndarray, n: int, uniforms: Any) -> np.ndarray:
+def stratified(weights: np.ndarray, n: int, uniforms: np.ndarray | float) -> np.ndarray:
     """Indices of ``n`` draws in proportion to weights, one from each of ``n`` equal strata, in order.
 
     Args:

@@ -1,7 +1,7 @@
 """Is the posterior right? Export to ArviZ, and verdicts."""
 
 from pyro_dgm.diagnostics.calibration import Calibration, coverage, sbc, tarp
-from pyro_dgm.diagnostics.check import Page, check
+from pyro_dgm.diagnostics.check import Report, check
 from pyro_dgm.diagnostics.converters import (
     compute_log_likelihood,
     compute_log_prior,
@@ -9,7 +9,6 @@ from pyro_dgm.diagnostics.converters import (
     from_pyro_mcmc,
     sample_posterior_predictive,
 )
-from pyro_dgm.diagnostics.iterates import IterateMonitor
 from pyro_dgm.diagnostics.khat import ErrorBounds, KHat, error_bounds, khat, resample
 from pyro_dgm.diagnostics.loo import compare, loo
 from pyro_dgm.diagnostics.misspecification import Misspecification, misspecification
@@ -20,11 +19,10 @@ from pyro_dgm.diagnostics.svi import from_fits, from_svi
 __all__ = [
     "Calibration",
     "ErrorBounds",
-    "IterateMonitor",
     "KHat",
     "Misspecification",
-    "Page",
     "Refit",
+    "Report",
     "check",
     "compare",
     "compute_log_likelihood",

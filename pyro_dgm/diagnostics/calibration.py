@@ -6,22 +6,29 @@ the truth among the draws is uniform, for any function of parameters and data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from typing_extensions import Unpack
 
 from pyro_dgm.core.weights import arviz_major
 from pyro_dgm.diagnostics.containers import build
+from pyro_dgm.diagnostics.options import EXPERIMENT, ExperimentOptions, with_defaults
 from pyro_dgm.diagnostics.posteriors import Experiment, experiment
 from pyro_dgm.model.program import Model
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["Calibration", "coverage", "sbc", "tarp"]
 
-_LEVEL = 0.01
-_PANELS = 16
+_LEVEL = 0.01  # of the test of uniformity; a convention
+_PANELS = 16  # of the picture; chosen by hand
+_BINS = 10  # of the chi-square test, fewer where one would expect less than 15 ranks in each; chosen by hand
+_IN_A_BIN = 15
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,7 @@ class Calibration:
         m = len(pit)
         if self.method != "sbc":
             return "regions are too small" if pit.mean() > 0.5 else "regions are too large"
+        # both in their own standard deviations under uniformity
         shift = (pit.mean() - 0.5) * np.sqrt(12 * m)
         spread = (pit.var() - 1 / 12) / np.sqrt(1 / 180 / m)
         if abs(shift) > abs(spread):
@@ -103,27 +111,26 @@ class Calibration:
         return "draws are too narrow" if spread > 0 else "draws are too wide"
 
 
-def sbc(
-    model: Model | None, posterior: Any, *args: Any, observed: Sequence[str] | None = None, num_simulations: int = 300,
-    num_draws: int = 199, simulations: Any = None, model_kwargs: dict[str, Any] | None = None, seed: int | None = None,
-) -> Calibration:  # fmt: skip
+def sbc(model: Model | None, posterior: Any, *args: Any, **options: Unpack[ExperimentOptions]) -> Calibration:
     r"""Simulation-based calibration: ranks of every parameter, tested for uniformity by chi-square.
 
     Args:
         model: simulates its data where they are None; itself None where ``simulations`` are given.
         posterior: an amortised posterior with ``condition(**data) -> q``, where ``q.sample((S,))`` gives
-            ``{site: (S, *site)}`` (many data sets are asked at once where it can, ``{site: (S, M, *site)}``); or a function
-            of ``{site: value}`` that returns such draws; or a :class:`~pyro_dgm.diagnostics.Refit`, which fits an ordinary
-            guide to each data set.
-        args, model_kwargs: the model's arguments; data in them are drawn anew.
+            ``{site: (S, *site)}`` and ``q.log_prob`` may give the log density of such draws; or a function of
+            ``{site: value}`` that returns such draws; or a :class:`~pyro_dgm.diagnostics.Refit`, which fits an ordinary
+            guide to each data set. Data may have a leading dimension M, for M data sets at once: a ``q`` that serves them
+            says so by ``q.lead = 1``, and its draws are ``{site: (S, M, *site)}``, its log densities ``(S, M)``.
+        args: the model's arguments; data in them are drawn anew.
         observed: names of the data sites; None for those that the arguments fix.
-        num_simulations, num_draws: M and S; S + 1 should be a multiple of the number of bins, min(10, M // 15).
+        num_simulations (300), num_draws (199): M and S; S + 1 should be a multiple of the number of bins, min(10, M // 15).
         simulations: of :func:`~pyro_dgm.simulate`, the first M of which are taken; they must not have been trained on.
+        model_kwargs: further arguments of the model, by name.
         seed: makes it reproducible.
 
     Raises:
         ValueError: if ``observed`` names no data, or the posterior no latent.
-        TypeError: if ``posterior`` is neither.
+        TypeError: if ``posterior`` is neither, or for an option of another name.
 
     Note:
         It tests the average over the prior: a posterior may be right on average and wrong for your data. And it tests
@@ -144,26 +151,22 @@ def sbc(
         >>> print(sbc(model, narrow, observed=["x"], seed=0))  # doctest: +ELLIPSIS
         sbc: 300 simulations x 199 draws, p = ... Not calibrated; worst is 'mu': draws are too narrow.
     """
-    made = experiment(
-        model, posterior, args, model_kwargs or {}, observed, num_simulations, num_draws, seed, given=simulations
-    )
-    rng = np.random.default_rng(seed)
-    pit = {k: _ranks(made.draws[k], made.truth[k], rng) for k in made.truth}
-    return Calibration("sbc", pit, {k: _uniform_by_chi2(v) for k, v in pit.items()}, num_draws)
+    complete: ExperimentOptions = with_defaults(sbc, options, EXPERIMENT)
+    trials = experiment(model, posterior, args, complete)
+    rng = np.random.default_rng(complete["seed"])
+    pit = {k: _ranks(trials.draws[k], truth, rng) for k, truth in trials.truth.items()}
+    p_values = {k: _uniform_by_chi2(v) for k, v in pit.items()}
+    return Calibration("sbc", pit, p_values, complete["num_draws"])
 
 
-def coverage(
-    model: Model | None, posterior: Any, *args: Any, observed: Sequence[str] | None = None, num_simulations: int = 300,
-    num_draws: int = 199, simulations: Any = None, model_kwargs: dict[str, Any] | None = None, seed: int | None = None,
-) -> Calibration:  # fmt: skip
+def coverage(model: Model | None, posterior: Any, *args: Any, **options: Unpack[ExperimentOptions]) -> Calibration:
     """Coverage of highest-density regions of the joint posterior: one number per simulation, whatever the dimension.
 
     The credibility of a truth is the share of draws whose density is above its own, by the posterior's ``log_prob``, or by
     the model's joint density where it has none. It sees wrong scales best, and hardly a bias: run :func:`sbc` too.
 
     Args:
-        model, posterior, args, observed, num_simulations, num_draws, simulations, model_kwargs, seed: as in
-            :func:`sbc`.
+        model, posterior, args, options: as in :func:`sbc`.
 
     Raises:
         ValueError, TypeError: as :func:`sbc`.
@@ -182,32 +185,24 @@ def coverage(
         >>> result.calibrated, result.covered(0.5)[0] > 0.6
         (False, True)
     """
-    made = experiment(
-        model,
-        posterior,
-        args,
-        model_kwargs or {},
-        observed,
-        num_simulations,
-        num_draws,
-        seed,
-        density=True,
-        given=simulations,
-    )
-    pit = {"credibility": 1.0 - np.asarray(made.rank)}
-    return Calibration("coverage", pit, {"credibility": _uniform_by_ks(pit["credibility"])}, num_draws)
+    complete: ExperimentOptions = with_defaults(coverage, options, EXPERIMENT)
+    of_draws, of_truth = experiment(model, posterior, args, complete, density=True).densities
+    credibility = 1.0 - _ranks(of_draws, of_truth, np.random.default_rng(complete["seed"]))
+    p_values = {"credibility": _uniform_by_ks(credibility)}
+    return Calibration("coverage", {"credibility": credibility}, p_values, complete["num_draws"])
 
 
 def tarp(
-    model: Model | None, posterior: Any, *args: Any, observed: Sequence[str] | None = None, num_simulations: int = 300,
-    num_draws: int = 199, references: Callable[[Experiment], np.ndarray] | None = None, simulations: Any = None,
-    model_kwargs: dict[str, Any] | None = None, seed: int | None = None,
-) -> Calibration:  # fmt: skip
+    model: Model | None,
+    posterior: Any,
+    *args: Any,
+    references: Callable[[Experiment], np.ndarray] | None = None,
+    **options: Unpack[ExperimentOptions],
+) -> Calibration:
     """Tests of accuracy with random points: coverage of balls around a reference; needs draws only.
 
     Args:
-        model, posterior, args, observed, num_simulations, num_draws, simulations, model_kwargs, seed: as in
-            :func:`sbc`.
+        model, posterior, args, options: as in :func:`sbc`.
         references: ``f(experiment) -> (M, D)`` points in units of the prior's standard deviation, of all parameters side by
             side; None for uniform points in the range of the truths. Uniform points do not depend on the data and are
             nearly blind to a bias.
@@ -227,39 +222,38 @@ def tarp(
         >>> tarp(model, exact, observed=["x"], seed=0).calibrated
         True
     """
-    made = experiment(
-        model, posterior, args, model_kwargs or {}, observed, num_simulations, num_draws, seed, given=simulations
-    )
-    rng = np.random.default_rng(seed)
-    truth = np.concatenate([v.reshape(len(v), -1) for v in made.truth.values()], -1)
-    draws = np.concatenate([v.reshape(*v.shape[:2], -1) for v in made.draws.values()], -1)
+    complete: ExperimentOptions = with_defaults(tarp, options, EXPERIMENT)
+    trials = experiment(model, posterior, args, complete)
+    rng = np.random.default_rng(complete["seed"])
+    truth = np.concatenate([v.reshape(len(v), -1) for v in trials.truth.values()], -1)
+    draws = np.concatenate([v.reshape(*v.shape[:2], -1) for v in trials.draws.values()], -1)
     scale = np.where(truth.std(0) > 0, truth.std(0), 1.0)
-    truth, draws = truth / scale, draws / scale
-    points = rng.uniform(truth.min(0), truth.max(0), truth.shape) if references is None else references(made)
+    truth = truth / scale
+    draws = draws / scale
+    points = rng.uniform(truth.min(0), truth.max(0), truth.shape) if references is None else references(trials)
     if np.shape(points) != truth.shape:
         raise ValueError(
             f"tarp: references has shape {np.shape(points)}, expected {truth.shape}, a point per simulation."
         )
-    near = np.linalg.norm(draws - points[:, None], axis=-1)
-    pit = {"ball": _ranks(near, np.linalg.norm(truth - points, axis=-1), rng)}
-    return Calibration("tarp", pit, {"ball": _uniform_by_ks(pit["ball"])}, num_draws)
+    distances = np.linalg.norm(draws - points[:, None], axis=-1)
+    pit = {"ball": _ranks(distances, np.linalg.norm(truth - points, axis=-1), rng)}
+    return Calibration("tarp", pit, {"ball": _uniform_by_ks(pit["ball"])}, complete["num_draws"])
 
 
-def _ecdfs(method: str, pit: dict[str, np.ndarray]) -> Any:
+def _ecdfs(method: str, pit: dict[str, np.ndarray]) -> Figure:
     import arviz as az
     import matplotlib.pyplot as plt
     from scipy.stats import uniform
 
-    columns = [(f"{k}{list(i) or ''}", v[(slice(None), *i)]) for k, v in pit.items() for i in np.ndindex(*v.shape[1:])][
-        :_PANELS
-    ]
+    numbers = {f"{k}{list(i) or ''}": v[(slice(None), *i)] for k, v in pit.items() for i in np.ndindex(*v.shape[1:])}
+    columns = list(numbers.items())[:_PANELS]
     across = min(len(columns), 4)
     down = -(-len(columns) // across)
     figure, axes = plt.subplots(down, across, figsize=(3.2 * across, 2.6 * down), squeeze=False, layout="constrained")
+    ranks = uniform(0, 1)
+    options = {"cdf": ranks.cdf, "rvs": ranks.rvs, "difference": True, "confidence_bands": True, "ci_prob": 0.95}
     for ax, (name, column) in zip(axes.flat, columns, strict=False):
-        points = np.linspace(0.0, 1.0, 101)[1:-1]
-        az.plot_ecdf(column, eval_points=points, cdf=uniform(0, 1).cdf, rvs=uniform(0, 1).rvs, difference=True,
-                     confidence_bands=True, ci_prob=0.95, ax=ax)  # fmt: skip
+        az.plot_ecdf(column, eval_points=np.linspace(0.0, 1.0, 101)[1:-1], ax=ax, **options)
         ax.set(title=name, xlabel=f"rank ({method})")
     for ax in axes.flat[len(columns) :]:
         ax.set_axis_off()
@@ -268,15 +262,17 @@ def _ecdfs(method: str, pit: dict[str, np.ndarray]) -> Any:
 
 def _ranks(draws: np.ndarray, truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Ranks of ``(M, ...)`` among ``(M, S, ...)`` as points of (0, 1); ties are broken at random."""
-    below, ties = (draws < truth[:, None]).sum(1), (draws == truth[:, None]).sum(1)
+    below = (draws < truth[:, None]).sum(1)
+    ties = (draws == truth[:, None]).sum(1)
     place = below + np.floor(rng.random(truth.shape) * (ties + 1))
     return (place + rng.random(truth.shape)) / (draws.shape[1] + 1)
 
 
 def _uniform_by_chi2(pit: np.ndarray) -> np.ndarray:
+    """p-values of every number of a site."""
     from scipy.stats import chisquare
 
-    bins = max(2, min(10, len(pit) // 15))
+    bins = max(2, min(_BINS, len(pit) // _IN_A_BIN))
     columns = pit.reshape(len(pit), -1).T
     counts = [np.bincount((c * bins).astype(int).clip(max=bins - 1), minlength=bins) for c in columns]
     return np.array([chisquare(c).pvalue for c in counts]).reshape(pit.shape[1:])

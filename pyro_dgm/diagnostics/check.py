@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_dgm.core.weights import psis
-from pyro_dgm.diagnostics.containers import group, group_attrs, has_group
+from pyro_dgm.core.weights import K_LIMIT
+from pyro_dgm.diagnostics.containers import group, has_group
 from pyro_dgm.diagnostics.khat import KHat, khat
-from pyro_dgm.diagnostics.loo import loo
+from pyro_dgm.diagnostics.loo import elpd_of, loo
 
-__all__ = ["Page", "check"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-_STATISTICS: dict[str, Any] = {"mean": np.mean, "sd": np.std, "least": np.min, "largest": np.max}
+__all__ = ["Report", "check"]
+
+_STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "sd": np.std, "least": np.min, "largest": np.max}
+_RARE = 0.01  # share of predictive data sets, on either side, below which data are unusual; chosen by hand
+_SHOWN = 2000  # data of a variable in the picture; chosen by hand
 
 
 @dataclass(frozen=True)
-class Page:
+class Report:
     """What :func:`check` found: print it, and draw it with :meth:`picture`.
 
     Attributes:
         verdict: of :func:`~pyro_dgm.khat`; None for draws without weights (MCMC).
         elpd: corrected elpd in nats, its standard error over data and the largest Pareto k of a datum, by variable.
+        pareto_k: of every datum, leaving it out, by variable.
         predictive: share of predictive data sets whose statistic is above the data's, ``{(site, statistic): share}``.
         warnings: what was said on the way.
         idata: the container.
@@ -33,6 +40,7 @@ class Page:
 
     verdict: KHat | None
     elpd: dict[str, tuple[float, float, float]]
+    pareto_k: dict[str, np.ndarray]
     predictive: dict[tuple[str, str], float]
     warnings: tuple[str, ...]
     idata: Any
@@ -40,41 +48,42 @@ class Page:
     @property
     def misfits(self) -> list[str]:
         """Statistics of the data that hardly any predictive data set reaches."""
-        return [f"{s} of {k}" for (k, s), share in self.predictive.items() if min(share, 1.0 - share) < 0.01]
+        return [f"{statistic} of {site}" for (site, statistic), share in self.predictive.items() if _is_rare(share)]
 
     def __str__(self) -> str:
-        lines = ["1. The posterior"]
-        lines += (
-            [f"   {self.verdict}"]
-            if self.verdict
-            else ["   Draws without importance weights: read R-hat, ESS and divergences."]
-        )
-        lines += ["2. Prediction, leave-one-out"]
-        for name, (elpd, error, k) in self.elpd.items():
-            lines.append(f"   {name}: elpd {elpd:.2f} +- {error:.2f} nats (over data), largest Pareto k {k:.2f}.")
-        lines += [f"   {text}" for text in self.warnings]
-        lines += [
-            "   No log_likelihood." if not self.elpd and not self.warnings else "",
-            "3. Does the model give such data?",
+        parts = {
+            "1. The posterior": [
+                str(self.verdict or "Draws without importance weights: read R-hat, ESS and divergences.")
+            ],
+            "2. Prediction, leave-one-out": self._prediction() or ["No log_likelihood."],
+            "3. Does the model give such data?": self._predictive_check() or ["No posterior_predictive."],
+            "4. What to do next": [self._advice()],
+        }
+        return "\n".join(line for title, lines in parts.items() for line in [title, *(f"   {text}" for text in lines)])
+
+    def _prediction(self) -> list[str]:
+        values = [
+            f"{name}: elpd {elpd:.2f} +- {error:.2f} nats (over data), largest Pareto k {k:.2f}."
+            for name, (elpd, error, k) in self.elpd.items()
         ]
-        for name in dict.fromkeys(k for k, _ in self.predictive):
-            shares = ", ".join(f"{s} {share:.2f}" for (k, s), share in self.predictive.items() if k == name)
-            lines.append(f"   {name}: share of predictive data sets above the data, by statistic: {shares}.")
-        lines += [
-            "   No posterior_predictive." if not self.predictive else "",
-            "4. What to do next",
-            f"   {self._advice()}",
-        ]
-        return "\n".join(line for line in lines if line)
+        return [*values, *self.warnings]
+
+    def _predictive_check(self) -> list[str]:
+        lines = []
+        for name in dict.fromkeys(site for site, _ in self.predictive):
+            shares = ", ".join(f"{s} {share:.2f}" for (site, s), share in self.predictive.items() if site == name)
+            lines.append(f"{name}: share of predictive data sets above the data, by statistic: {shares}.")
+        return lines
 
     def _advice(self) -> str:
-        if self.verdict is not None and self.verdict.status == "bad":
+        status = "" if self.verdict is None else self.verdict.status
+        if status == "bad":
             return "First the posterior: train longer, reparameterise, or neutra. Nothing else on this page can be trusted."
-        if self.verdict is not None and self.verdict.status == "usable":
+        if status == "usable":
             return "resample(idata) and read this page again, or train longer."
         if self.misfits:
             return f"The posterior is fine, the model is not: it does not give the {', '.join(self.misfits)}. Change the model."
-        if any(k > 0.7 for *_, k in self.elpd.values()):
+        if any(k > K_LIMIT for *_, k in self.elpd.values()):
             return (
                 "Some data are very influential: look at az.plot_khat(loo(idata)), and at a heavier-tailed likelihood."
             )
@@ -91,7 +100,7 @@ class Page:
         figure.savefig(path, dpi=110)
 
 
-def check(idata: Any) -> Page:
+def check(idata: Any) -> Report:
     """One page about a posterior: verdict of the weights, corrected loo, predictive check, and what to do next.
 
     Args:
@@ -116,99 +125,92 @@ def check(idata: Any) -> Page:
     verdict = khat(idata) if weighted else None
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        elpd = _elpds(idata) if has_group(idata, "log_likelihood") else {}
+        results = _loo_by_variable(idata) if has_group(idata, "log_likelihood") else {}
     predictive = _predictive(idata) if has_group(idata, "posterior_predictive") else {}
-    if verdict is None and not elpd and not predictive:
+    if verdict is None and not results and not predictive:
         raise ValueError(
             "check: the container has neither weights nor log_likelihood nor posterior_predictive; see from_svi."
         )
+    pareto_k = {name: np.asarray(result.pareto_k).ravel() for name, result in results.items()}
+    elpd = {name: (elpd_of(r), float(r.se), float(pareto_k[name].max())) for name, r in results.items()}
     texts = tuple(dict.fromkeys(str(w.message) for w in said if issubclass(w.category, UserWarning)))
-    return Page(verdict, elpd, predictive, texts, idata)
+    return Report(verdict, elpd, pareto_k, predictive, texts, idata)
 
 
-def _elpds(idata: Any) -> dict[str, tuple[float, float, float]]:
-    stats = group(idata, "sample_stats")
-    correct = "log_q" in stats or group_attrs(idata, "/").get("inference_method") in ("mcmc", "neutra")
-    found = {}
-    for name in group(idata, "log_likelihood"):
-        r = loo(idata, name, correct=correct)
-        elpd = r["elpd_loo"] if "elpd_loo" in dir(r) else r.elpd
-        found[name] = (float(elpd), float(r.se), float(np.max(np.asarray(r.pareto_k))))
-    return found
+def _loo_by_variable(idata: Any) -> dict[str, Any]:
+    correct = "log_q" in group(idata, "sample_stats")
+    return {name: loo(idata, name, correct=correct) for name in group(idata, "log_likelihood")}
 
 
 def _predictive(idata: Any) -> dict[tuple[str, str], float]:
     """Mid-p shares: ties count half."""
-    new, data, shares = group(idata, "posterior_predictive"), group(idata, "observed_data"), {}
+    new = group(idata, "posterior_predictive")
+    data = group(idata, "observed_data")
+    shares = {}
     for name in sorted(set(new) & set(data)):
         y = np.asarray(data[name], dtype=np.float64)
         there = ~np.isnan(y)
+        if not there.any():
+            continue
         rows = new[name].reshape(-1, *y.shape)[:, there].astype(np.float64)
-        for label, statistic in _STATISTICS.items() if there.any() else ():
-            values, at = statistic(rows, axis=1), statistic(y[there])
+        for label, statistic in _STATISTICS.items():
+            values = statistic(rows, axis=1)
+            at = statistic(y[there])
             shares[name, label] = float((values > at).mean() + 0.5 * (values == at).mean())
     return shares
 
 
-def _weights(page: Page, ax: Any) -> None:
-    if page.verdict is None:
+def _is_rare(share: float) -> bool:
+    return min(share, 1.0 - share) < _RARE
+
+
+# --- The four panels ---
+
+
+def _weights(report: Report, ax: Axes) -> None:
+    v = report.verdict
+    if v is None:
         return _empty(ax, "no importance weights")
-    lw = group(page.idata, "sample_stats")["log_weight"].ravel()
+    lw = group(report.idata, "sample_stats")["log_weight"].ravel()
     low = np.quantile(lw, 0.01) - 3.0  # a few draws far below the rest would be all that is seen
     ax.hist(np.clip(lw, low, None) - lw.mean(), 60, color="C0", alpha=0.7)
-    ax.set(
-        title=f"log p - log q: {page.verdict.status}", xlabel="log weight - mean (nats)", ylabel="draws", yscale="log"
-    )
-    text = (
-        f"k-hat {page.verdict.k:.2f} ({page.verdict.threshold:.2f})\nESS {page.verdict.ess:.0f} of {page.verdict.draws}"
-    )
+    ax.set(title=f"log p - log q: {v.status}", xlabel="log weight - mean (nats)", ylabel="draws", yscale="log")
+    text = f"k-hat {v.k:.2f} ({v.threshold:.2f})\nESS {v.ess:.0f} of {v.draws}"
     ax.text(0.03, 0.95, text, transform=ax.transAxes, va="top")
 
 
-def _evidence(page: Page, ax: Any) -> None:
-    v = page.verdict
+def _evidence(report: Report, ax: Axes) -> None:
+    v = report.verdict
     if v is None:
         return _empty(ax, "no evidence without weights")
-    values, errors = [v.elbo, v.log_evidence], [2 * v.elbo_error, 2 * v.log_evidence_error]
-    ax.errorbar(values, [1, 0], xerr=errors, fmt="o", color="C1", capsize=4)
-    ax.set(
-        yticks=[1, 0], yticklabels=["ELBO", "log evidence"], ylim=(-0.6, 1.6), xlabel="nats (bars: 2 standard errors)"
-    )
+    errors = [2 * v.elbo_error, 2 * v.log_evidence_error]
+    ax.errorbar([v.elbo, v.log_evidence], [1, 0], xerr=errors, fmt="o", color="C1", capsize=4)
+    ax.set(yticks=[1, 0], yticklabels=["ELBO", "log evidence"], ylim=(-0.6, 1.6))
+    ax.set(xlabel="nats (bars: 2 standard errors)", title=f"gap {v.gap:.3f} nats: an estimate of KL(q||p)")
     ax.locator_params(axis="x", nbins=4)
-    ax.set_title(f"gap {v.gap:.3f} nats: an estimate of KL(q||p)")
 
 
-def _influence(page: Page, ax: Any) -> None:
-    if not page.elpd:
+def _influence(report: Report, ax: Axes) -> None:
+    if not report.elpd:
         return _empty(ax, "no log_likelihood")
-    stats = group(page.idata, "sample_stats")
-    offset = stats["lp"] - stats["log_q"] if "log_q" in stats else 0.0
-    for i, name in enumerate(page.elpd):
-        ll = group(page.idata, "log_likelihood")[name]
-        rows = ll.reshape(ll.shape[0] * ll.shape[1], -1)[:, :2000].astype(np.float64)
-        k = [psis(np.ravel(offset) - column if np.ndim(offset) else -column)[1] for column in rows.T]
-        ax.plot(
-            np.clip(k, -1.0, 2.0),
-            ".",
-            color=f"C{i}",
-            label=f"{name}: elpd {page.elpd[name][0]:.1f} +- {page.elpd[name][1]:.1f}",
-        )
-    ax.axhline(0.7, color="k", lw=0.8, ls="--")
-    ax.set(title="Pareto k, leaving one datum out", xlabel="datum", ylabel="k (above 0.7: unreliable)")
+    for name, (elpd, error, _) in report.elpd.items():
+        k = report.pareto_k[name][:_SHOWN]
+        ax.plot(np.clip(k, -1.0, 2.0), ".", label=f"{name}: elpd {elpd:.1f} +- {error:.1f}")
+    ax.axhline(K_LIMIT, color="k", lw=0.8, ls="--")
+    ax.set(title="Pareto k, leaving one datum out", xlabel="datum", ylabel=f"k (above {K_LIMIT}: unreliable)")
     ax.legend(frameon=False)
 
 
-def _statistics(page: Page, ax: Any) -> None:
-    if not page.predictive:
+def _statistics(report: Report, ax: Axes) -> None:
+    if not report.predictive:
         return _empty(ax, "no predictive draws")
-    labels = [f"{s} of {k}" for k, s in page.predictive]
-    shares = np.array(list(page.predictive.values()))
-    colours = ["C3" if min(p, 1 - p) < 0.01 else "C0" for p in shares]
-    ax.barh(labels, shares - 0.5, left=0.5, color=colours)
+    labels = [f"{statistic} of {site}" for site, statistic in report.predictive]
+    shares = np.array(list(report.predictive.values()))
+    ax.barh(labels, shares - 0.5, left=0.5, color=["C3" if _is_rare(p) else "C0" for p in shares])
     ax.set(xlim=(0, 1), title="predictive check", xlabel="share of predictive data sets above the data")
     ax.invert_yaxis()
 
 
-def _empty(ax: Any, text: str) -> None:
+def _empty(ax: Axes, text: str) -> None:
     ax.text(0.5, 0.5, text, ha="center", transform=ax.transAxes)
     ax.set_axis_off()

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from pyro_dgm.core.weights import arviz_major, log_mean, psis
+from pyro_dgm.core.weights import arviz_major, k_threshold, log_mean, psis
 from pyro_dgm.diagnostics.containers import build, group, group_attrs
 from pyro_dgm.diagnostics.khat import KHat, judge
 
-__all__ = ["compare", "loo"]
+__all__ = ["compare", "elpd_of", "loo"]
 
 _SMALL = 4.0  # nats; below it a difference of elpd is small and its error unreliable (Sivula et al. 2020)
 
@@ -55,13 +55,15 @@ def loo(idata: Any, var_name: str | None = None, *, correct: bool = True) -> Any
         >>> groups = {"posterior": {"mu": mu}, "sample_stats": stats, "log_likelihood": {"y": ll}}
         >>> result = loo({"groups": groups, "dims": {}, "coords": {}, "attrs": {}})
         >>> exact = sum(normal(y[i], (y.sum() - y[i]) / 3, (1 + 1 / 3) ** 0.5) for i in range(3))
-        >>> bool(abs(_elpd(result) - exact) < 0.02)
+        >>> bool(abs(elpd_of(result) - exact) < 0.02)
         True
     """
     name, values = _chosen(idata, var_name)
     container = build(**idata) if isinstance(idata, dict) else idata
     if not correct or _is_posterior(idata):
-        return _plain(container, name)
+        import arviz as az
+
+        return az.loo(container, var_name=name, pointwise=True)
     stats = group(idata, "sample_stats")
     if not {"lp", "log_q"} <= set(stats):
         raise ValueError(
@@ -71,8 +73,18 @@ def loo(idata: Any, var_name: str | None = None, *, correct: bool = True) -> Any
     ll = values.reshape(stats["lp"].size, -1).astype(np.float64)
     log_weight = (stats["lp"] - stats["log_q"]).reshape(-1)
     elpd, k, error = _pointwise(ll, log_weight)
-    _warn(k, judge(log_weight), min(1.0 - 1.0 / np.log10(len(ll)), 0.7))
+    _warn_of_unreliable(k, judge(log_weight))
     return _result(container, name, ll, elpd, k, error)
+
+
+def _chosen(idata: Any, var_name: str | None) -> tuple[str, np.ndarray]:
+    ll = group(idata, "log_likelihood")
+    if var_name is None and len(ll) != 1:
+        raise ValueError(f"loo: log_likelihood has the variables {sorted(ll)}; say which by var_name=.")
+    name = next(iter(ll)) if var_name is None else var_name
+    if name not in ll:
+        raise ValueError(f"loo: log_likelihood has no variable '{name}'; it has {sorted(ll)}.")
+    return name, ll[name]
 
 
 def _is_posterior(idata: Any) -> bool:
@@ -81,19 +93,11 @@ def _is_posterior(idata: Any) -> bool:
     return method in ("mcmc", "neutra") or bool(group_attrs(idata, "sample_stats").get("resampled", False))
 
 
-def _chosen(idata: Any, var_name: str | None) -> tuple[str, np.ndarray]:
-    ll = group(idata, "log_likelihood")
-    if var_name is None and len(ll) != 1:
-        raise ValueError(f"loo: log_likelihood has the variables {sorted(ll)}; say which by var_name=.")
-    if var_name is not None and var_name not in ll:
-        raise ValueError(f"loo: log_likelihood has no variable '{var_name}'; it has {sorted(ll)}.")
-    name = var_name or next(iter(ll))
-    return name, ll[name]
-
-
 def _pointwise(ll: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """elpd and Pareto k of every datum, and the Monte-Carlo error of the sum, by the delta method for weighted means."""
-    elpd, k, influence = np.empty(ll.shape[1]), np.empty(ll.shape[1]), np.zeros(len(ll))
+    elpd = np.empty(ll.shape[1])
+    k = np.empty(ll.shape[1])
+    influence = np.zeros(len(ll))
     for i, column in enumerate(ll.T):
         weights, k[i] = psis(log_weight - column)
         elpd[i] = np.logaddexp.reduce(weights + column)
@@ -101,7 +105,8 @@ def _pointwise(ll: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.n
     return elpd, k, float(np.sqrt((influence**2).sum()))
 
 
-def _warn(k: np.ndarray, verdict: KHat, good: float) -> None:
+def _warn_of_unreliable(k: np.ndarray, verdict: KHat) -> None:
+    good = verdict.threshold
     if (k > good).any():
         fault = f"Pareto k of {int((k > good).sum())} of {len(k)} data is above {good:.2f} (largest {k.max():.2f})"
     elif verdict.status == "bad":
@@ -113,41 +118,40 @@ def _warn(k: np.ndarray, verdict: KHat, good: float) -> None:
 
 
 def _result(container: Any, name: str, ll: np.ndarray, elpd: np.ndarray, k: np.ndarray, error: float) -> Any:
-    n, good = len(ll), min(1.0 - 1.0 / np.log10(len(ll)), 0.7)
     if arviz_major() == 0:
-        made = _elpd_data(container, name, ll, elpd, k, good)
-        made["mcse"] = error
-        return made
+        result = _elpd_data(container, name, ll, elpd, k)
+        result["mcse"] = error
+        return result
     import arviz as az
 
     stats = container["sample_stats"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = az.loo_approximate_posterior(container, stats["lp"], stats["log_q"], pointwise=True, var_name=name)
-    made.mcse, made.n_samples = error, n
-    return made
+        result = az.loo_approximate_posterior(container, stats["lp"], stats["log_q"], pointwise=True, var_name=name)
+    result.mcse = error
+    result.n_samples = len(ll)
+    return result
 
 
-def _elpd_data(container: Any, name: str, ll: np.ndarray, elpd: np.ndarray, k: np.ndarray, good: float) -> Any:
+def _elpd_data(container: Any, name: str, ll: np.ndarray, elpd: np.ndarray, k: np.ndarray) -> Any:
     """What ``loo_approximate_posterior`` of ArviZ 1.x returns, in the container of 0.x."""
     from arviz.stats.stats_utils import ELPDData
 
     template = container["log_likelihood"][name].isel(chain=0, draw=0, drop=True)
-    pointwise = {"loo_i": elpd, "pareto_k": k}
-    arrays = {key: template.copy(data=v.reshape(template.shape)).rename(key) for key, v in pointwise.items()}
-    lppd = log_mean(ll).sum()
+    good = k_threshold(len(ll))
     values = {
-        "elpd_loo": elpd.sum(), "se": float(np.sqrt(len(elpd) * elpd.var())), "p_loo": lppd - elpd.sum(),
-        "n_samples": len(ll), "n_data_points": len(elpd), "warning": bool((k > good).any()), **arrays, "scale": "log",
+        "elpd_loo": elpd.sum(),
+        "se": float(np.sqrt(len(elpd) * elpd.var())),
+        "p_loo": log_mean(ll).sum() - elpd.sum(),
+        "n_samples": len(ll),
+        "n_data_points": len(elpd),
+        "warning": bool((k > good).any()),
+        "loo_i": template.copy(data=elpd.reshape(template.shape)).rename("loo_i"),
+        "pareto_k": template.copy(data=k.reshape(template.shape)).rename("pareto_k"),
+        "scale": "log",
         "good_k": good,
-    }  # fmt: skip
+    }
     return ELPDData(data=list(values.values()), index=list(values))
-
-
-def _plain(container: Any, name: str) -> Any:
-    import arviz as az
-
-    return az.loo(container, var_name=name, pointwise=True)
 
 
 def compare(containers: dict[str, Any], var_name: str | None = None) -> Any:
@@ -183,9 +187,9 @@ def _is_result(value: Any) -> bool:
 
 
 def _warn_of_ties(table: Any, results: dict[str, Any]) -> None:
-    first, second = results[table.index[0]], results[table.index[1]]
-    difference = _elpd(first) - _elpd(second)
-    gaps = _pointwise_of(first) - _pointwise_of(second)
+    first, second = (results[name] for name in table.index[:2])
+    difference = elpd_of(first) - elpd_of(second)
+    gaps = _elpd_by_datum(first) - _elpd_by_datum(second)
     error = float(np.sqrt(len(gaps) * gaps.var() + _mcse(first) ** 2 + _mcse(second) ** 2))
     if difference < max(2.0 * error, _SMALL):
         warnings.warn(
@@ -195,13 +199,15 @@ def _warn_of_ties(table: Any, results: dict[str, Any]) -> None:
         )
 
 
-def _elpd(result: Any) -> float:
+def elpd_of(result: Any) -> float:
+    """The estimate in a result of either line of ArviZ, in nats."""
     return float(result["elpd_loo"] if arviz_major() == 0 else result.elpd)
 
 
-def _mcse(result: Any) -> float:
-    return float(getattr(result, "mcse", 0.0))
-
-
-def _pointwise_of(result: Any) -> np.ndarray:
+def _elpd_by_datum(result: Any) -> np.ndarray:
     return np.asarray(result["loo_i"] if arviz_major() == 0 else result.elpd_i).ravel()
+
+
+def _mcse(result: Any) -> float:
+    """Zero for results of ``az.loo``, which has none."""
+    return float(getattr(result, "mcse", 0.0))

@@ -20,12 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_dgm.diagnostics.posteriors import observed_names
+from pyro_dgm.simulation.store import Simulations
+
 __all__ = ["Misspecification", "misspecification"]
 
+# Not measured; chosen by hand. The test keeps its level whatever they are.
 _NEIGHBOUR = 5
-_ROWS = 10_000
+_ROWS = 10_000  # simulations that are used
+_LEAST = 200  # the smallest p-value is then 0.01, the level
 _LEVEL = 0.01
 _FLOOR = 1e-6  # of the largest variance, for directions in which the simulations do not vary
+Summary = Callable[[dict[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,13 @@ class Misspecification:
 
 
 def misspecification(
-    simulations: Mapping[str, Tensor], *, observed: Sequence[str] | None = None,
-    summary: Callable[[dict[str, Tensor]], Tensor] | None = None, seed: int | None = 0, **data: Any,
-) -> Misspecification:  # fmt: skip
+    simulations: Mapping[str, Tensor],
+    *,
+    observed: Sequence[str] | None = None,
+    summary: Summary | None = None,
+    seed: int | None = 0,
+    **data: Any,
+) -> Misspecification:
     """Test whether one data set is among those that the simulator produces; warns where it is not.
 
     Args:
@@ -105,13 +115,13 @@ def misspecification(
         >>> print(str(outside).split(": ")[1])
         outside; no single number is unusual, their combination is.
     """
-    known: Any = getattr(simulations, "observed", ())
-    names: list[str] = list(observed or known)
-    observation = _checked(simulations, names, data)
-    rows = {k: simulations[k][:_ROWS] for k in names}
-    masks = {k: m[:_ROWS] for k, m in getattr(simulations, "mask", {}).items() if k in names}
-    features, labels = _features(rows, masks, summary)
-    at, _ = _features(observation, {k: m.new_ones(observation[k].shape[: m.dim()]) for k, m in masks.items()}, summary)
+    names = observed_names(simulations, observed)
+    all_masks = simulations.mask if isinstance(simulations, Simulations) else {}
+    masks = {k: all_masks[k][:_ROWS] for k in names if k in all_masks}
+    observation = _checked(simulations, names, masks, data)
+    features, labels = _features({k: simulations[k][:_ROWS] for k in names}, masks, summary)
+    present = {k: m.new_ones(observation[k].shape[: m.dim()]) for k, m in masks.items()}
+    at, _ = _features(observation, present, summary)
     result = _Range(features, seed).test(at[0], labels)
     if result.outside:
         warnings.warn(
@@ -121,7 +131,9 @@ def misspecification(
     return result
 
 
-def _checked(simulations: Mapping[str, Tensor], names: list[str], data: dict[str, Any]) -> dict[str, Tensor]:
+def _checked(
+    simulations: Mapping[str, Tensor], names: list[str], masks: Mapping[str, Tensor], data: dict[str, Any]
+) -> dict[str, Tensor]:
     """The observation with a leading dimension of one."""
     if not names or set(names) - set(simulations):
         raise ValueError(
@@ -129,9 +141,10 @@ def _checked(simulations: Mapping[str, Tensor], names: list[str], data: dict[str
         )
     if set(data) != set(names):
         raise ValueError(f"misspecification: got data of {sorted(data)}, expected all observed sites, {sorted(names)}.")
-    out, masks = {}, getattr(simulations, "mask", {})
+    observation = {}
     for name in names:
-        value, shape = torch.as_tensor(data[name]), simulations[name].shape[1:]
+        value = torch.as_tensor(data[name])
+        shape = simulations[name].shape[1:]
         ragged = masks[name].dim() - 1 if name in masks else 0
         if value.dim() != len(shape) or value.shape[ragged:] != shape[ragged:]:
             raise ValueError(
@@ -141,22 +154,25 @@ def _checked(simulations: Mapping[str, Tensor], names: list[str], data: dict[str
             raise ValueError(
                 f"misspecification: '{name}' holds NaN or infinite entries; fill or leave out what is missing."
             )
-        out[name] = value[None].to(simulations[name])
-    return out
+        observation[name] = value[None].to(simulations[name])
+    return observation
 
 
-def _features(rows: dict[str, Tensor], masks: Mapping[str, Tensor], summary: Any) -> tuple[Tensor, list[str]]:
+def _features(
+    rows: dict[str, Tensor], masks: Mapping[str, Tensor], summary: Summary | None
+) -> tuple[Tensor, list[str]]:
     """The summary of every row in float64, and what its numbers are."""
     n = len(next(iter(rows.values())))
     if summary is not None:
         with torch.no_grad():
-            made = summary(rows)
-        if made.dim() != 2 or len(made) != n:
+            features = summary(rows)
+        if features.dim() != 2 or len(features) != n:
             raise ValueError(
-                f"misspecification: summary gave shape {tuple(made.shape)} for {n} data sets, expected ({n}, F)."
+                f"misspecification: summary gave shape {tuple(features.shape)} for {n} data sets, expected ({n}, F)."
             )
-        return made.double(), [f"summary[{i}]" for i in range(made.shape[1])]
-    parts, labels = [], list[str]()
+        return features.double(), [f"summary[{i}]" for i in range(features.shape[1])]
+    parts = []
+    labels: list[str] = []
     for name, value in rows.items():
         if name in masks:
             parts.append(_moments(value.double(), masks[name]))
@@ -170,50 +186,57 @@ def _features(rows: dict[str, Tensor], masks: Mapping[str, Tensor], summary: Any
 def _moments(value: Tensor, mask: Tensor) -> Tensor:
     """Mean, standard deviation and count of what is there."""
     there = mask.reshape(*mask.shape, *(1,) * (value.dim() - mask.dim())).expand(value.shape).reshape(len(value), -1)
-    value, count = value.reshape(len(value), -1), there.sum(1).clamp_min(1)
-    mean = (value * there).sum(1) / count
-    spread = ((value - mean[:, None]).square() * there).sum(1) / count
-    return torch.stack([mean, spread.sqrt(), there.sum(1).double()], 1)
+    value = value.reshape(len(value), -1)
+    count = there.sum(1)
+    divisor = count.clamp_min(1)
+    mean = (value * there).sum(1) / divisor
+    variance = ((value - mean[:, None]).square() * there).sum(1) / divisor
+    return torch.stack([mean, variance.sqrt(), count.double()], 1)
 
 
 class _Range:
     """Half of the simulations for reference, the other half for comparison."""
 
     def __init__(self, features: Tensor, seed: int | None) -> None:
-        if len(features) < 200:
+        if len(features) < _LEAST:
             raise ValueError(
-                f"misspecification: {len(features)} simulations, expected at least 200: the least p-value is 2 / n."
+                f"misspecification: {len(features)} simulations, expected at least {_LEAST}: the least p-value is 2 / n."
             )
         generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
         order = torch.randperm(len(features), generator=generator, device="cpu")
         half = len(order) // 2
-        self.features, (reference, compared) = features, (features[order[:half]], features[order[half:]])
+        reference = features[order[:half]]
+        self.features = features
         self.mean = reference.mean(0)
         scale = reference.std(0)
         self.scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         variance, self.axes = torch.linalg.eigh(torch.atleast_2d(torch.cov(((reference - self.mean) / self.scale).T)))
         self.root = variance.clamp_min(_FLOOR * float(variance.max().clamp_min(1e-30))).sqrt()
         self.reference = self._whitened(reference)
-        self.scores = self._distances(self._whitened(compared))
+        self.scores = self._distances(features[order[half:]])
 
     def _whitened(self, features: Tensor) -> Tensor:
         return ((features - self.mean) / self.scale) @ self.axes / self.root
 
-    def _distances(self, white: Tensor) -> Tensor:
-        return torch.cat([torch.cdist(w, self.reference).kthvalue(_NEIGHBOUR, 1).values for w in white.split(1_000)])
+    def _distances(self, features: Tensor) -> Tensor:
+        parts = self._whitened(features).split(1_000)  # rows at a time, for memory
+        return torch.cat([torch.cdist(part, self.reference).kthvalue(_NEIGHBOUR, 1).values for part in parts])
 
     def p_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """p-values and distances of data sets ``(m, F)``."""
-        found = self._distances(self._whitened(features))
-        above = (self.scores[None] >= found[:, None]).sum(1)
-        return (1.0 + above) / (len(self.scores) + 1.0), found
+        scores = self._distances(features)
+        above = (self.scores[None] >= scores[:, None]).sum(1)
+        return (1.0 + above) / (len(self.scores) + 1.0), scores
 
     def test(self, at: Tensor, labels: list[str]) -> Misspecification:
+        """The test of one data set, ``(F,)``, whose numbers have these labels."""
         p, score = self.p_values(at[None])
-        n = len(self.features) + 1
-        below, above = (self.features <= at).sum(0), (self.features >= at).sum(0)
-        tail = (2.0 * (torch.minimum(below, above) + 1) / n).clamp_max(1.0)
-        return Misspecification(
-            float(p[0]), float(score[0]), self.scores.cpu().numpy(), dict(zip(labels, tail.tolist(), strict=True))
-        )
+        below = (self.features <= at).sum(0)
+        above = (self.features >= at).sum(0)
+        tail = (2.0 * (torch.minimum(below, above) + 1) / (len(self.features) + 1)).clamp_max(1.0)
+        marginal = dict(zip(labels, tail.tolist(), strict=True))
+        return Misspecification(float(p[0]), float(score[0]), self.scores.cpu().numpy(), marginal)

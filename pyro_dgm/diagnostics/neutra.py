@@ -12,54 +12,54 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
+from typing_extensions import Unpack
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.module import whole_event
+from pyro_dgm.diagnostics.converters import groups_of_samples
 from pyro_dgm.diagnostics.explore import pulled_back
-from pyro_dgm.diagnostics.groups import Options, groups_of
+from pyro_dgm.diagnostics.groups import container_of
+from pyro_dgm.diagnostics.options import CONTAINER, ContainerOptions, with_defaults
 from pyro_dgm.model.log_joint import LogJoint
-from pyro_dgm.model.program import Model, Program, refuse_guides_as_models
+from pyro_dgm.model.program import Model, refuse_guides_as_models
+from pyro_dgm.model.runs import Draws
 
 __all__ = ["neutra"]
 
 
 def neutra(
     model: Model,
-    guide: Any,
+    guide: AutoContinuous,
     *args: Any,
     num_samples: int = 1000,
     warmup_steps: int = 500,
     num_chains: int = 2,
-    model_kwargs: dict[str, Any] | None = None,
-    coords: dict[str, Any] | None = None,
-    seed: int | None = None,
     progress: bool = True,
-    container: str = "auto",
+    **options: Unpack[ContainerOptions],
 ) -> Any:
     """Draw from the posterior by NUTS in the guide's coordinates, and return an ArviZ container.
 
     Groups: ``posterior``, ``log_likelihood``, ``posterior_predictive``, ``observed_data``, and ``sample_stats`` with
-    ``lp`` (nats) and ``diverging``. Every chain starts at a draw of the guide. Enumerated sites
-    are summed out, and drawn afterwards.
+    ``lp`` (nats) and ``diverging``. Every chain starts at a draw of the guide. Enumerated sites are summed out, and drawn
+    afterwards.
 
     Args:
         model: a Pyro model.
         guide: a trained :class:`~pyro_dgm.AutoFlow` (any ``AutoContinuous`` with a transform).
-        args, model_kwargs: the model's arguments.
+        args: the model's arguments.
         num_samples, warmup_steps, num_chains: of NUTS, per chain; two chains at least for R-hat.
-        coords: labels of dimensions.
-        seed: makes the draws reproducible.
         progress: show NUTS' progress bar.
-        container: as in :func:`~pyro_dgm.from_svi`.
+        options: as in :func:`~pyro_dgm.from_svi`, from ``model_kwargs`` on; ``prior`` is 0 unless it is given.
 
     Raises:
         NotImplementedError: if the guide is no transform of a base distribution (a mixture).
         ValueError: for fewer than four draws per chain.
 
     Warns:
-        UserWarning: for each group that the model cannot give, and each site that it cannot draw; the others are there.
+        UserWarning: as :func:`~pyro_dgm.from_svi`.
 
     References:
         | Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte Carlo", arXiv 1903.03704.
@@ -75,21 +75,29 @@ def neutra(
         >>> idata["posterior"]["mu"].shape
         (2, 50)
     """
-    kwargs = model_kwargs or {}
+    complete: ContainerOptions = with_defaults(neutra, options, {**CONTAINER, "prior": 0})
+    kwargs = complete["model_kwargs"] or {}
     if num_samples < 4:
         raise ValueError(f"neutra: num_samples is {num_samples}, expected at least 4: R-hat halves each chain.")
     refuse_guides_as_models("neutra", model)
-    with seeded(seed), frozen(*guide.parameters()):
+    with seeded(complete["seed"]), frozen(*guide.parameters()):
         guide.get_transform(*args, **kwargs)
-        draws, diverging = _chains(model, guide, args, kwargs, num_samples, warmup_steps, num_chains, progress)
-        program = Program(model, None, args, kwargs, draws=draws, who="neutra")
-        options, n = Options(coords=coords, container=container), num_samples * num_chains
-        made = groups_of(program, draws, n, options, program.scored(draws, n))
-    made.groups["sample_stats"]["diverging"] = diverging
-    return made.container(program, options, {"guide": type(guide).__name__}, num_chains, "neutra")
+        draws, diverging = _run_chains(model, guide, args, kwargs, num_samples, warmup_steps, num_chains, progress)
+        program, groups = groups_of_samples("neutra", model, draws, args, complete)
+    groups.arrays["sample_stats"]["diverging"] = diverging
+    return container_of(program, groups, complete, {"guide": type(guide).__name__}, num_chains, "neutra")
 
 
-def _chains(model: Model, guide: Any, args: Any, kwargs: Any, n: int, warmup: int, chains: int, bar: bool) -> Any:
+def _run_chains(
+    model: Model,
+    guide: AutoContinuous,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    n: int,
+    warmup: int,
+    chains: int,
+    progress: bool,
+) -> tuple[Draws, np.ndarray]:
     """Site values of all draws, and which diverged. The guide's map is built once; NUTS sees a function of z."""
     transform = whole_event(guide.get_transform(*args, **kwargs), 1)
     joint = LogJoint(guide, model, args, kwargs, whole=True)  # NUTS needs one density: all rows of subsampled plates
@@ -99,10 +107,11 @@ def _chains(model: Model, guide: Any, args: Any, kwargs: Any, n: int, warmup: in
     def potential(values: dict[str, Tensor]) -> Tensor:
         return -density(values["z"][None])[0]
 
-    rows, diverging = [], np.zeros((chains, n), dtype=bool)
+    rows = []
+    diverging = np.zeros((chains, n), dtype=bool)
     for chain, start in enumerate(starts):
         kernel = NUTS(potential_fn=potential)
-        mcmc = MCMC(kernel, n, warmup, initial_params={"z": start}, disable_progbar=not bar)
+        mcmc = MCMC(kernel, n, warmup, initial_params={"z": start}, disable_progbar=not progress)
         mcmc.run()
         diverging[chain, mcmc.diagnostics()["divergences"]["chain 0"]] = True
         rows.append(mcmc.get_samples()["z"].detach())

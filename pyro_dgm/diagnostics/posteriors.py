@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyro
@@ -13,35 +13,16 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.diagnostics.options import ExperimentOptions
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws
+from pyro_dgm.simulation.store import Simulations
 
-__all__ = ["Amortised", "Experiment", "Posterior", "Refit", "experiment"]
-
-
-class Posterior(Protocol):
-    """The posterior for one data set."""
-
-    def sample(self, sample_shape: tuple[int, ...]) -> Draws:
-        """Draws ``{site: (*sample_shape, *site)}``."""
-
-    def log_prob(self, values: Draws) -> Tensor:
-        """Log density of such draws, shape ``sample_shape``. May be missing."""
-
-
-class Amortised(Protocol):
-    """Posteriors for any data set."""
-
-    def condition(self, **data: Tensor) -> Posterior:
-        """The posterior given ``{observed site: value}``.
-
-        Data may have a leading dimension M, for M data sets at once. A posterior that serves them says so by ``lead = 1``;
-        its draws are ``{site: (*sample_shape, M, *site)}`` and its log densities ``(*sample_shape, M)``.
-        """
+__all__ = ["Experiment", "Refit", "experiment", "observed_names"]
 
 
 class Refit:
-    """A guide that is fitted anew to every data set, as an :class:`Amortised` posterior.
+    """A guide that is fitted anew to every data set, as an amortised posterior.
 
     Args:
         model: the model whose data are simulated.
@@ -60,10 +41,12 @@ class Refit:
         torch.Size([3])
     """
 
-    def __init__(self, model: Model, train: Callable[..., Any], *args: Any) -> None:
-        self.model, self.train, self.args = model, train, args
+    def __init__(self, model: Model, train: Callable[..., Model], *args: Any) -> None:
+        self.model = model
+        self.train = train
+        self.args = args
 
-    def condition(self, **data: Tensor) -> Any:
+    def condition(self, **data: Tensor) -> _Fitted:
         """Fit to the data; parameters in Pyro's store are the fit's own."""
         conditioned = poutine.condition(self.model, data=data)
         with pyro.get_param_store().scope({"params": {}, "constraints": {}}) as state:
@@ -71,15 +54,21 @@ class Refit:
         return _Fitted(conditioned, guide, self.args, state)
 
 
+@dataclass
 class _Fitted:
-    def __init__(self, model: Model, guide: Any, args: Any, state: Any) -> None:
-        self.model, self.guide, self.args, self.state = model, guide, args, state
+    model: Model
+    guide: Model
+    args: tuple[Any, ...]
+    param_store: Any
 
     def sample(self, sample_shape: tuple[int, ...]) -> Draws:
-        with pyro.get_param_store().scope(self.state):
-            program = Program(self.model, self.guide, self.args, {}, "auto", who="Refit")
+        with pyro.get_param_store().scope(self.param_store):
+            program = Program(self.model, self.guide, self.args, {}, who="Refit")
             values = program.guided(sample_shape[0]).values
         return {k: values[k] for k in program.sites("latent")}
+
+
+Densities = tuple[np.ndarray, ...]  # of the draws, (M, S), and of the truths, (M,), in nats; empty where not known
 
 
 @dataclass(frozen=True)
@@ -89,70 +78,98 @@ class Experiment:
     Attributes:
         truth: ``{site: (M, *site)}``, drawn from the prior.
         draws: ``{site: (M, S, *site)}``, drawn from the posterior of the data that each truth gave.
-        rank: share of draws whose density is below the truth's, ``(M,)``, with ties broken at random.
+        densities: log densities of the draws ``(M, S)`` and of the truths ``(M,)``; empty where not asked for.
     """
 
     truth: dict[str, np.ndarray]
     draws: dict[str, np.ndarray]
-    rank: np.ndarray | None = None
+    densities: Densities = ()
 
 
-def experiment(model: Model | None, posterior: Any, args: Any, kwargs: Any, observed: Sequence[str] | None,
-               simulations: int, draws: int, seed: int | None, density: bool = False,
-               given: Any = None) -> Experiment:  # fmt: skip
+def experiment(
+    model: Model | None,
+    posterior: Any,
+    args: tuple[Any, ...],
+    options: ExperimentOptions,
+    density: bool = False,
+) -> Experiment:
     """Simulate M times from the model, or take M given simulations, and draw S times from the posterior of each.
 
     Raises:
+        TypeError: if ``posterior`` is no posterior.
         ValueError: if the model has no such observed site, or the posterior returns no latent of the model.
     """
-    _refuse_no_posterior(posterior)
-    with seeded(seed), torch.no_grad():
-        program = None if model is None else Program(model, None, args, kwargs, draws={}, new=True)
-        names, rows = (
-            _simulated(program, observed, simulations) if given is None else _taken(given, observed, simulations)
+    if isinstance(posterior, type) or not (_is_amortised(posterior) or callable(posterior)):
+        raise TypeError(
+            f"posterior={posterior!r}: expected an object with .condition(**data), or a function of {{site: value}} that "
+            "returns draws {site: (S, *site)}."
         )
-        data, m = {k: rows[k] for k in names}, len(next(iter(rows.values())))
-        known = set(rows) if program is None else set(program.sites("latent")) | set(program.enumerable)
-        made = _at_once(posterior, data, draws) or _each(posterior, data, draws)
-        sites = [k for k in rows if k in made.draws and k in known and k not in names]
+    with seeded(options["seed"]), torch.no_grad():
+        program = None
+        if model is not None:
+            program = Program(model, None, args, options["model_kwargs"] or {}, draws={}, new=True)
+        rows, names = _simulations(program, options)
+        data = {k: rows[k] for k in names}
+        drawn = _draw_at_once(posterior, data, options["num_draws"]) or _draw_each(
+            posterior, data, options["num_draws"]
+        )
+        latents = set(rows) if program is None else {*program.sites("latent"), *program.enumerable}
+        sites = [k for k in rows if k in drawn.draws and k in latents and k not in names]
         if not sites:
             raise ValueError(
-                f"The posterior returned {sorted(made.draws)}, none of which is a latent site of the model."
+                f"The posterior returned {sorted(drawn.draws)}, none of which is a latent site of the model."
             )
         truth = {k: rows[k] for k in sites}
-        drawn = {k: made.draws[k].reshape(m, draws, *truth[k].shape[1:]) for k in sites}
-        rank = None
+        draws = {k: drawn.draws[k].reshape(*drawn.draws[k].shape[:2], *truth[k].shape[1:]) for k in sites}
+        densities: Densities = ()
         if density:
-            pairs = made.densities(truth) or [_joint(program, made, truth, data, i) for i in range(m)]
-            rank = np.array([_rank(below, at) for below, at in pairs])
-    return Experiment(_arrays(truth), _arrays(drawn), rank)
+            densities = drawn.densities(truth) or _joint_densities(program, drawn.draws, truth, data)
+    return Experiment(_arrays(truth), _arrays(draws), densities)
 
 
-def _simulated(program: Program | None, observed: Sequence[str] | None, m: int) -> tuple[list[str], Draws]:
+def _is_amortised(posterior: Any) -> bool:
+    return callable(getattr(posterior, "condition", None))
+
+
+def _arrays(values: Draws) -> dict[str, np.ndarray]:
+    return {k: _array(v) for k, v in values.items()}
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().double().numpy()
+
+
+# --- Truths and data ---
+
+
+def _simulations(program: Program | None, options: ExperimentOptions) -> tuple[Draws, list[str]]:
+    """M simulations, made or given, and the names of their data."""
+    given = options["simulations"]
+    m = options["num_simulations"]
+    if given is not None:
+        names = observed_names(given, options["observed"])
+        _refuse_unknown(names, list(given))
+        if isinstance(given, Simulations) and given.mask:
+            raise ValueError(
+                f"simulations: sites {sorted(given.mask)} are padded; calibrate on simulations of one size."
+            )
+        return {k: given[k][:m] for k in given}, names
     if program is None:
         raise ValueError("model is None: expected a model that simulates, or simulations=dgm.simulate(...).")
-    names: list[str] = list(observed or program.sites("observed"))
+    names = list(options["observed"] or program.sites("observed"))
     _refuse_unknown(names, list(program.runs.layouts))
     table = program.forward(m)
     if table.lost:
         raise ValueError(f"The model cannot simulate its data: {'; '.join(table.lost.values())}.")
-    values = table.values
-    wanted = [*program.sites("latent"), *program.enumerable, *names]
-    return names, {k: values[k] for k in dict.fromkeys(wanted)}
+    wanted = dict.fromkeys([*program.sites("latent"), *program.enumerable, *names])
+    return {k: table.values[k] for k in wanted}, names
 
 
-def _taken(given: Any, observed: Sequence[str] | None, m: int) -> tuple[list[str], Draws]:
-    """The first M simulations that were given."""
-    known: Any = getattr(given, "observed", ())
-    names: list[str] = list(observed or known)
-    _refuse_unknown(names, list(given))
-    if getattr(given, "mask", None):
-        raise ValueError(f"simulations: sites {sorted(given.mask)} are padded; calibrate on simulations of one size.")
-    return names, {k: given[k][:m] for k in given}
-
-
-def _arrays(values: Draws) -> dict[str, np.ndarray]:
-    return {k: v.detach().cpu().double().numpy() for k, v in values.items()}
+def observed_names(simulations: Mapping[str, Tensor], observed: Sequence[str] | None) -> list[str]:
+    """Names of the data sites: as given, or as the simulations know them."""
+    if not observed and isinstance(simulations, Simulations):
+        return list(simulations.observed)
+    return list(observed or ())
 
 
 def _refuse_unknown(names: list[str], known: list[str]) -> None:
@@ -160,39 +177,33 @@ def _refuse_unknown(names: list[str], known: list[str]) -> None:
         raise ValueError(f"observed={names}: expected names of the model's data sites, which are among {known}.")
 
 
-def _refuse_no_posterior(posterior: Any) -> None:
-    if isinstance(posterior, type) or not (callable(getattr(posterior, "condition", None)) or callable(posterior)):
-        raise TypeError(
-            f"posterior={posterior!r}: expected an object with .condition(**data), or a function of {{site: value}} that "
-            "returns draws {site: (S, *site)}."
-        )
+# --- Posterior draws ---
 
 
 @dataclass
-class _Made:
-    """Posterior draws for M data sets ``{site: (M, S, *site)}``, and the posteriors: one for all, or one each."""
+class _Drawn:
+    """Posterior draws for M data sets ``{site: (M, S, *site)}``, and their posteriors: one for all, or one for each."""
 
     draws: Draws
     together: Any = None
     each: Sequence[Any] = ()
 
-    def densities(self, truth: Draws) -> list[tuple[np.ndarray, float]] | None:
+    def densities(self, truth: Draws) -> Densities:
         """Log densities of the draws and of the truth by the posteriors, if they have any."""
+        truth = {k: truth[k] for k in self.draws}
         if self.together is not None:
             draws = self.together.log_prob({k: v.transpose(0, 1) for k, v in self.draws.items()})
-            at = self.together.log_prob({k: truth[k][None] for k in self.draws})
-            return list(zip(draws.T.cpu().double().numpy(), at[0].tolist(), strict=True))
+            return _array(draws.T), _array(self.together.log_prob({k: v[None] for k, v in truth.items()})[0])
         if not callable(getattr(self.each[0], "log_prob", None)):
-            return None
-        one = lambda q, values: q.log_prob(values).detach().cpu().double().numpy()  # noqa: E731
-        rows = [{k: v[i] for k, v in self.draws.items()} for i in range(len(self.each))]
-        ats = [{k: truth[k][None, i] for k in self.draws} for i in range(len(self.each))]
-        return [(one(q, r), float(one(q, t)[0])) for q, r, t in zip(self.each, rows, ats, strict=True)]
+            return ()
+        of_draws = [q.log_prob({k: v[i] for k, v in self.draws.items()}) for i, q in enumerate(self.each)]
+        of_truth = [q.log_prob({k: v[None, i] for k, v in truth.items()})[0] for i, q in enumerate(self.each)]
+        return _array(torch.stack(of_draws)), _array(torch.stack(of_truth))
 
 
-def _at_once(posterior: Any, data: Draws, draws: int) -> _Made | None:
-    """All posteriors together; None where they are not for many data sets."""
-    if not callable(getattr(posterior, "condition", None)) or isinstance(posterior, Refit):
+def _draw_at_once(posterior: Any, data: Draws, n: int) -> _Drawn | None:
+    """From all posteriors together; None where they are not for many data sets."""
+    if not _is_amortised(posterior) or isinstance(posterior, Refit):
         return None
     m = len(next(iter(data.values())))
     try:
@@ -201,42 +212,42 @@ def _at_once(posterior: Any, data: Draws, draws: int) -> _Made | None:
         return None
     if getattr(q, "lead", 0) != 1:
         return None
-    made = q.sample((draws,))
-    wrong = {k: tuple(v.shape) for k, v in made.items() if v.shape[:2] != (draws, m)}
+    draws = q.sample((n,))
+    wrong = {k: tuple(v.shape) for k, v in draws.items() if v.shape[:2] != (n, m)}
     if wrong:
-        raise ValueError(f"The posterior of {m} data sets gave draws of shapes {wrong}, expected ({draws}, {m}, ...).")
-    return _Made({k: v.transpose(0, 1) for k, v in made.items()}, together=q)
+        raise ValueError(f"The posterior of {m} data sets gave draws of shapes {wrong}, expected ({n}, {m}, ...).")
+    return _Drawn({k: v.transpose(0, 1) for k, v in draws.items()}, together=q)
 
 
-def _each(posterior: Any, data: Draws, draws: int) -> _Made:
-    m = len(next(iter(data.values())))
-    made = [_posterior(posterior, {k: v[i] for k, v in data.items()}, draws) for i in range(m)]
-    stacked = {k: torch.stack([drawn[k].reshape(draws, *drawn[k].shape[1:]) for drawn, _ in made]) for k in made[0][0]}
-    return _Made(stacked, each=[q for _, q in made])
+def _draw_each(posterior: Any, data: Draws, n: int) -> _Drawn:
+    """From one posterior after the other; a function has draws and no density."""
+    rows = [dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True)]
+    if not _is_amortised(posterior):
+        draws = [posterior(row) for row in rows]
+        posteriors = [None] * len(rows)
+    else:
+        draws = []
+        posteriors = []
+        for row in rows:
+            with torch.enable_grad():
+                q = posterior.condition(**row)
+            draws.append(q.sample((n,)))
+            posteriors.append(q)
+    stacked = {k: torch.stack([d[k].reshape(n, *d[k].shape[1:]) for d in draws]) for k in draws[0]}
+    return _Drawn(stacked, each=posteriors)
 
 
-def _posterior(posterior: Any, data: Draws, draws: int) -> tuple[Draws, Any]:
-    if callable(getattr(posterior, "condition", None)):
-        with torch.enable_grad():
-            q = posterior.condition(**data)
-        return q.sample((draws,)), q
-    return posterior(data), None
-
-
-def _joint(program: Program | None, made: _Made, truth: Draws, data: Draws, i: int) -> tuple[np.ndarray, float]:
-    """Log density of the draws and of the truth by the model, for posteriors without a density."""
+def _joint_densities(program: Program | None, draws: Draws, truth: Draws, data: Draws) -> Densities:
+    """Log densities of the draws and of the truth by the model, for posteriors without a density."""
     if program is None:
         raise ValueError("coverage: the posterior has no log_prob, so it needs the model's density: pass the model.")
-    rows = {k: torch.cat([made.draws[k][i].reshape(-1, *v.shape[1:]), v[None, i]]) for k, v in truth.items()}
-    conditioned = poutine.condition(program.model, data={k: v[i] for k, v in data.items()})
-    how: Any = {"plate": True, "loop": False, "vmap": "auto"}[program.runs.how]
-    n = len(next(iter(rows.values())))
-    total = Program(conditioned, None, program.args, program.kwargs, how, draws=rows).scored(rows, n).total(n)
-    return total[:-1].cpu().numpy(), float(total[-1])
-
-
-def _rank(draws: np.ndarray, truth: float) -> float:
-    """Where the truth stands among the draws, in (0, 1), uniform if it is one of them; ties are broken at random."""
-    below, ties = (draws < truth).sum(), (draws == truth).sum()
-    place = below + float(torch.rand(())) * (ties + 1)
-    return float(place / (len(draws) + 1))
+    how: dict[str, bool | str] = {"plate": True, "loop": False, "vmap": "auto"}
+    totals = []
+    for i in range(len(next(iter(data.values())))):
+        rows = {k: torch.cat([draws[k][i].reshape(-1, *v.shape[1:]), v[None, i]]) for k, v in truth.items()}
+        n = len(next(iter(rows.values())))
+        conditioned = poutine.condition(program.model, data={k: v[i] for k, v in data.items()})
+        one = Program(conditioned, None, program.args, program.kwargs, how[program.runs.how], draws=rows)
+        totals.append(one.scored(rows, n).total(n))
+    joint = _array(torch.stack(totals))
+    return joint[:, :-1], joint[:, -1]

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_dgm.core.data import refuse_non_finite
+
 __all__ = [
     "JudgedScore",
     "Score",
@@ -131,10 +133,7 @@ def as_rows(who: str, what: str, x: Any, minimum: int = 2) -> Tensor:
     rows = rows.reshape(len(rows), -1)
     if rows.dtype not in (torch.float32, torch.float64):
         rows = rows.float()
-    if not rows.isfinite().all():
-        raise ValueError(
-            f"{who}: {int((~rows.isfinite()).any(-1).sum())} of {len(rows)} rows of {what} hold NaN or inf."
-        )
+    refuse_non_finite(who, rows, f"rows of {what}")
     return rows
 
 

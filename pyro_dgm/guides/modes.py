@@ -20,11 +20,13 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose
+from pyro_dgm.core.weights import stratified
 
 __all__ = ["Modes", "WhitenedPosterior", "fitted_log_weights"]
 
@@ -206,9 +208,8 @@ class ModeMixture(Distribution):
 
     def _counts(self, n: int) -> list[int]:
         """How many of ``n`` draws each component makes: systematic sampling of the weights."""
-        edges = (self.log_weight.exp().cumsum(0) * n - torch.rand(()).to(self.log_weight)).ceil().clamp(0, n).long()
-        edges[-1] = n
-        return [int(k) for k in edges.diff(prepend=edges.new_zeros(1))]
+        component = stratified(self.log_weight.exp().cpu().numpy(), n, float(torch.rand(())))
+        return np.bincount(component, minlength=len(self.components)).tolist()
 
     def log_prob(self, value: Tensor) -> Tensor:
         each = [w + c.log_prob(value) for w, c in zip(self.log_weight, self.components, strict=True)]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyro_dgm.core.data import Standardize
+from pyro_dgm.core.data import Standardize, refuse_non_finite
 from pyro_dgm.core.distribution import frozen
 from pyro_dgm.core.networks import MLP, broadcast_cat
 from pyro_dgm.core.shapes import as_shape, check_value_shape
@@ -252,9 +252,7 @@ def _refuse_unfit(p: Tensor, r: Tensor) -> None:
             f"learn_ratio: draws have shapes {tuple(p.shape)} and {tuple(r.shape)}, expected (N >= 100, *event) of one event."
         )
     for name, x in (("p", p), ("r", r)):
-        if not x.isfinite().all():
-            bad = int((~x.isfinite()).reshape(len(x), -1).any(-1).sum())
-            raise ValueError(f"learn_ratio: {bad} of {len(x)} draws of {name} hold NaN or infinity. Clean them.")
+        refuse_non_finite("learn_ratio", x, f"draws of {name}")
 
 
 _FIRST_ROWS = 10_000  # from which units are taken
@@ -325,6 +323,4 @@ class LogisticRegression(nn.Module):
 
 def _check_rows(*rows: Tensor) -> None:
     for x in rows:
-        if not x.isfinite().all():
-            bad = int((~x.isfinite()).reshape(len(x), -1).any(-1).sum())
-            raise ValueError(f"LogisticRegression: {bad} of {len(x)} rows hold NaN or infinity. Clean the data.")
+        refuse_non_finite("LogisticRegression", x)

@@ -75,7 +75,7 @@ def laid_out(container):
 
 def containers(az):
     """A1, A2, E1: groups, dims and dtypes; labels; groups added, replaced and resampled."""
-    from pyro_dgm.diagnostics.containers import build, coords_of, extended, group, has_group
+    from pyro_dgm.diagnostics.containers import add_groups, build, coords_of, group, has_group
     from pyro_dgm.diagnostics.khat import judge, khat, resample
 
     groups = example()
@@ -91,7 +91,7 @@ def containers(az):
     assert again["posterior"]["z"].shape[:2] == (1, 100) and again["log_likelihood"]["x"].dims[2:] == ("item",)
     assert "log_weight" not in again["sample_stats"] and "log_weight" in tree["sample_stats"]
     for value in (1.0, 2.0):
-        extended(tree, {"predictions": {"x": np.full((2, 1_000, 8), value)}}, {"predictions/x": ["item"]}, {})
+        add_groups(tree, {"predictions": {"x": np.full((2, 1_000, 8), value)}}, {"predictions/x": ["item"]}, {})
         assert float(tree["predictions"]["x"].mean()) == value and list(coords_of(tree)["item"]) == list("abcdefgh")
     for kind in ("inferencedata", "tree"):
         try:

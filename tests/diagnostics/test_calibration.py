@@ -1,5 +1,7 @@
 """Calibration against a conjugate posterior and planted faults; bounds on errors; R-hat of iterates."""
 
+import pathlib
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 import pyro_dgm as dgm
-from pyro_dgm.diagnostics import IterateMonitor, Refit
+from pyro_dgm.diagnostics import Refit
 from pyro_dgm.diagnostics.containers import group, has_group
 
 PRIOR = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
@@ -157,8 +159,10 @@ def test_error_bounds_say_when_they_know_nothing():
 
 
 def test_iterates_of_an_optimisation():
-    """R-hat of SVI's iterates falls below 1.1 once it has converged, and their average is nearer the truth."""
-    x = torch.tensor([0.5, 1.0, 0.3])
+    """The page's code: R-hat of SVI's iterates falls below 1.1 once it has converged; their average is near the truth."""
+    page = (pathlib.Path(__file__).parents[2] / "docs/howto/converged.md").read_text()
+    code = page.split("```python")[1].split("```")[0]
+    data = (torch.tensor([0.5, 1.0, 0.3]),)
 
     def target(x):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
@@ -168,22 +172,10 @@ def test_iterates_of_an_optimisation():
     guide = pyro.infer.autoguide.AutoNormal(
         target, init_loc_fn=pyro.infer.autoguide.init_to_value(values={"mu": torch.tensor(-3.0)})
     )
-    svi = pyro.infer.SVI(target, guide, pyro.optim.Adam({"lr": 0.03}), pyro.infer.Trace_ELBO())
-    svi.loss(target, guide, x)
-    monitor, states = IterateMonitor(guide, window=400), []
-    for step in range(1_200):
-        svi.step(x)
-        monitor.record()
-        if step in (50, 399, 1_199):
-            states.append((max(monitor.rhat().values()), monitor.converged()))
-    assert states[0] == (np.inf, False) and states[1][0] > 1.5 and states[2][1]
-    last, mean = guide.locs.mu.item(), next(v for k, v in monitor.average().items() if k.startswith("locs")).item()
-    assert abs(mean - 0.45) < 0.15 and abs(mean - 0.45) < abs(last - 0.45) + 0.1
-
-
-def test_iterates_need_a_window():
-    with pytest.raises(ValueError, match="window=5; R-hat of iterates needs at least 20"):
-        IterateMonitor(window=5)
-    for read in (IterateMonitor().rhat, IterateMonitor().average):
-        with pytest.raises(ValueError, match="nothing was recorded"):
-            read()
+    svi = pyro.infer.SVI(target, guide, pyro.optim.Adam({"lr": 0.1}), pyro.infer.Trace_ELBO())
+    svi.loss(target, guide, *data)
+    names = {"svi": svi, "data": data, "guide": guide}
+    exec(code.replace("1_200", "100"), names)
+    assert names["rhat"] > 1.5
+    exec(code, names)
+    assert names["rhat"] < 1.1 and abs(guide.locs.mu.item() - 0.45) < 0.15

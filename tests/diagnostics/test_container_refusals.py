@@ -9,7 +9,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.infer.mcmc import StreamingMCMC
 
 import pyro_dgm as dgm
-from pyro_dgm.diagnostics import compute_log_prior, from_posterior_samples
+from pyro_dgm.diagnostics import compute_log_likelihood, compute_log_prior, from_posterior_samples
 
 X = torch.tensor([0.4, 1.3, -0.2])
 
@@ -86,6 +86,32 @@ def test_the_name_of_a_dimension_is_warned_of_by_the_function_that_was_called():
 
     with pytest.warns(UserWarning, match="^from_posterior_samples: 'chain' is a dimension"):
         from_posterior_samples(chained, {"chain": torch.zeros(4)}, prior=0)
+
+
+def test_groups_that_are_added_have_the_names_of_the_container():
+    """Planted fault: a plate named as a dimension of ArviZ, renamed at first and not afterwards."""
+
+    def chained(x=X):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("chain", 3):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    with pytest.warns(UserWarning, match="'chain' is a dimension"):
+        idata = from_posterior_samples(chained, {"mu": torch.zeros(4)}, X, prior=0, log_likelihood=False)
+    assert compute_log_likelihood(idata, chained, X)["log_likelihood"]["x"].dims == ("chain", "draw", "chain_")
+
+
+def test_an_unknown_option_is_answered_with_the_known_ones():
+    """Planted fault: an option that is misspelled and silently left out."""
+    calls = {
+        "from_svi": lambda: dgm.from_svi(model, by_hand, X, num_sample=4),
+        "from_fits": lambda: dgm.from_fits([by_hand], model, X, num_sample=4),
+        "from_posterior_samples": lambda: from_posterior_samples(only_mu, {"mu": torch.zeros(4)}, num_sample=4),
+        "sbc": lambda: dgm.sbc(model, lambda data: {"mu": torch.zeros(4)}, num_sample=4),
+    }
+    for who, call in calls.items():
+        with pytest.raises(TypeError, match=rf"^{who}: got the unknown options \['num_sample'\], expected .*'seed'"):
+            call()
 
 
 def test_streaming_chains_keep_no_draws():

@@ -1,5 +1,7 @@
 """Corrected leave-one-out, comparison, one page, and containers from fits, MCMC and plain draws."""
 
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -18,7 +20,7 @@ from pyro_dgm.diagnostics import (
     from_posterior_samples,
     sample_posterior_predictive,
 )
-from pyro_dgm.diagnostics.containers import build, extended, group, has_group
+from pyro_dgm.diagnostics.containers import add_groups, build, group, has_group
 from tests.diagnostics.test_diagnostics import EFFECT, ERROR, eight_schools, export
 
 ELPD = -30.742  # eight schools, by quadrature
@@ -311,6 +313,19 @@ def test_a1_both_lines():
     assert laid_out(made) == GROUPS and made.attrs["creation_library"] == "pyro_dgm"
 
 
+def test_containers_and_verdicts_load_without_torch():
+    """As tests/diagnostics/check_arviz1.py loads them; planted fault: an import of Pyro in containers.py."""
+    code = """
+import sys
+sys.modules["torch"] = sys.modules["pyro"] = None
+from tests.diagnostics.check_arviz1 import stand_in_for_the_package
+stand_in_for_the_package()
+import pyro_dgm.diagnostics.check
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a2_version_dispatch():
     """0.x reads a call of 1.x in silence, as one variable "posterior"; build asks the version, and refuses the other's kind."""
     import arviz as az
@@ -324,7 +339,7 @@ def test_a2_version_dispatch():
     other = "datatree" if arviz_major() == 0 else "inferencedata"
     with pytest.raises(ValueError, match=f"container='{other}': expected one of"):
         build({}, {}, {}, {}, other)
-    assert extended(made, {"log_prior": {"z": np.zeros((1, 5))}}, {}, {}) is made and has_group(made, "log_prior")
+    assert add_groups(made, {"log_prior": {"z": np.zeros((1, 5))}}, {}, {}) is made and has_group(made, "log_prior")
 
 
 # --- One page -------------------------------------------------------------------------------------------------------------
