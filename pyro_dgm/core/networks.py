@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.core.upstream import zuko
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "broadcast_cat"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "broadcast_cat", "refuse_batch_norm"]
 
 
 class MLP(nn.Sequential):
@@ -110,3 +110,13 @@ def broadcast_cat(*parts: Tensor | None) -> Tensor:
     given = [p for p in parts if p is not None]
     batch = torch.broadcast_shapes(*(p.shape[:-1] for p in given))
     return torch.cat([p.expand(*batch, p.shape[-1]) for p in given], -1) if len(given) > 1 else given[0]
+
+
+def refuse_batch_norm(name: str, network: nn.Module) -> None:
+    """Raise where the output for one row depends on the other rows of its batch."""
+    for path, layer in network.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"{name}: layer '{path}' is {type(layer).__name__}, with which what comes out for one row depends on the "
+                "other rows of its batch. Use nn.LayerNorm, nn.GroupNorm, or none."
+            )
