@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from pyro_dgm.evaluate.score import JudgedScore, same_features
+from pyro_dgm.evaluate.score import JudgedScore, same_rows
 
 if TYPE_CHECKING:
     from sklearn.base import ClassifierMixin
@@ -61,7 +61,7 @@ def c2st(
         >>> bool(abs(score.value - 0.68) < 0.05), score.p_value < 1e-6
         (True, True)
     """
-    x, y = (rows.cpu().numpy() for rows in same_features("c2st", x=x, y=y))
+    x, y = (rows.cpu().numpy() for rows in same_rows("c2st", x=x, y=y))
     n = min(len(x), len(y))
     if n < _FEWEST_ROWS:
         raise ValueError(

@@ -6,7 +6,6 @@ importance sampling from the prior (Neal 2001; Wu et al. 2017, arXiv 1611.04273)
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch.distributions import Distribution
 
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.weights import log_mean_exp, psis
+from pyro_dgm.evaluate.score import Score, mean_score
 from pyro_dgm.gan.generator import Generator
 from pyro_dgm.vae.model import VAE, cut, prior_given
 
@@ -40,9 +40,9 @@ class EvidenceBound(NamedTuple):
     standard_error: Tensor
     pareto_k: Tensor
 
-    def mean(self) -> tuple[float, float]:
+    def mean(self) -> Score:
         """The mean over the data, and its standard error as an estimate for new data."""
-        return _mean_and_error(self.value)
+        return mean_score(self.value)
 
 
 class AIS(NamedTuple):
@@ -57,15 +57,15 @@ class AIS(NamedTuple):
     acceptance: Tensor
     upper: Tensor | None
 
-    def mean(self) -> tuple[float, float]:
+    def mean(self) -> Score:
         """The mean over the data, and its standard error as an estimate for new data."""
-        return _mean_and_error(self.value)
+        return mean_score(self.value)
 
-    def gap(self) -> tuple[float, float]:
+    def gap(self) -> Score:
         """Upper minus lower bound, mean over the data and its standard error; near zero the sampler is exact."""
         if self.upper is None:
             raise ValueError("AIS.gap: it needs the latents behind the data: ais(vae, x, latents=z) with simulated x.")
-        return _mean_and_error(self.upper - self.value)
+        return mean_score(self.upper - self.value)
 
 
 @torch.no_grad()
@@ -278,8 +278,3 @@ class _Annealed:
 
     def _half_square(self, p: Tensor) -> Tensor:
         return 0.5 * (p.square().flatten(2).sum(-1) if self.event_dim else p.square())
-
-
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    error = values.std() / math.sqrt(len(values)) if len(values) > 1 else torch.tensor(math.nan)
-    return float(values.mean()), float(error)

@@ -2,7 +2,6 @@ r"""What distances to the nearest rows tell: are draws where the data are, every
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,15 +10,15 @@ from torch import Tensor
 
 from pyro_dgm.evaluate.score import (
     CHUNK,
+    Features,
     JudgedScore,
     Score,
     exactly_centred,
-    featured,
     grouped,
     jackknife,
+    judged,
     random_source,
-    same_features,
-    share_above,
+    same_rows,
     squared_distances,
 )
 
@@ -78,7 +77,7 @@ def precision_recall_density_coverage(real: ArrayLike, draws: ArrayLike, *, neig
         >>> abs(scores.coverage.value - (1 - 2**-5)) < 5 * scores.coverage.standard_error
         True
     """
-    a, b = same_features("precision_recall_density_coverage", real=real, draws=draws)
+    a, b = same_rows("precision_recall_density_coverage", real=real, draws=draws)
     n = min(len(a), len(b))
     most = n - -(-n // _BLOCKS) - 1  # the jackknife leaves a block out
     if not 1 <= neighbours <= most:
@@ -159,7 +158,7 @@ def mode_coverage(
         >>> covered.value, quality.value, imbalance.value
         (0.5, 1.0, 0.5)
     """
-    rows, modes = same_features("mode_coverage", draws=draws, centres=centres)
+    rows, modes = same_rows("mode_coverage", draws=draws, centres=centres)
     if not radius > 0:
         raise ValueError(f"mode_coverage: radius is {radius}, expected a positive number in the data's units.")
     n, k = len(rows), len(modes)
@@ -170,14 +169,10 @@ def mode_coverage(
     label = torch.where(distance <= radius, nearest, k).cpu()
     share = torch.bincount(label, minlength=k + 1).double() / n
     again = torch.multinomial(share.float().expand(num_bootstrap, -1), n, True, generator=random_source(seed))
-    values = _modes(share[None], mass)
-    repeated = _modes(_shares(again, share), mass)
-    return ModeCoverage(*(Score(float(v), float(e)) for v, e in zip(values[0], repeated.std(0), strict=True)))
-
-
-def _shares(labels: Tensor, share: Tensor) -> Tensor:
-    one = torch.ones((), dtype=share.dtype).expand(labels.shape)
-    return torch.zeros(len(labels), len(share), dtype=share.dtype).scatter_add_(1, labels, one) / labels.shape[1]
+    repeated = torch.stack([torch.bincount(labels, minlength=k + 1) for labels in again]).double() / n
+    values = _modes(share[None], mass)[0]
+    errors = _modes(repeated, mass).std(0)
+    return ModeCoverage(*(Score(float(v), float(e)) for v, e in zip(values, errors, strict=True)))
 
 
 def _modes(share: Tensor, mass: Tensor) -> Tensor:
@@ -196,7 +191,7 @@ def memorization(
     train: ArrayLike,
     held_out: ArrayLike,
     *,
-    features: Callable[[Tensor], Tensor] | None = None,
+    features: Features | None = None,
     num_permutations: int = 1000,
     seed: int | None = None,
 ) -> JudgedScore:
@@ -235,9 +230,8 @@ def memorization(
         >>> memorization(train + 0.01 * torch.randn(500, 4), train, held_out).value > 0.95
         True
     """
-    samples = {"draws": draws, "train": train, "held_out": held_out}
-    y, seen, x = same_features("memorization", **{k: featured(features, v) for k, v in samples.items()})
-    seen, y, x = exactly_centred(seen, y, x)
+    rows = same_rows("memorization", features, train=train, draws=draws, held_out=held_out)
+    seen, y, x = exactly_centred(*rows)
     first = grouped(len(y), len(x), num_permutations, random_source(seed))
     return _mann_whitney(_nearest(y, seen).cpu(), _nearest(x, seen).cpu(), first)
 
@@ -253,4 +247,4 @@ def _mann_whitney(ours: Tensor, theirs: Tensor, first: Tensor) -> JudgedScore:
     error = (share_below_ours.var() / n + share_below_theirs.var() / m).sqrt()
     sums = rank @ first.double()
     values = 1.0 - (sums - 0.5 * n * (n + 1)) / (n * m)
-    return JudgedScore(float(values[0]), float(error), share_above(values), values[1:])
+    return judged(values, error)

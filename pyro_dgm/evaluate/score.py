@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,20 +12,23 @@ from torch import Tensor
 
 __all__ = [
     "CHUNK",
+    "Features",
     "JudgedScore",
     "Score",
     "as_rows",
     "exactly_centred",
-    "featured",
     "grouped",
     "jackknife",
+    "judged",
     "mean_score",
     "random_source",
-    "same_features",
-    "share_above",
+    "same_rows",
     "squared_distances",
 ]
 
+Features = Callable[[Tensor], Tensor]  # rows (batch, *event) to (batch, D)
+
+_BATCH = 512  # rows whose features are taken at once; not measured, chosen by hand
 CHUNK = 10_000_000  # numbers for pairs of rows held at once, 80 MB; not measured, chosen by hand
 
 
@@ -74,11 +78,12 @@ class JudgedScore(Score):
 
 
 def mean_score(values: Tensor) -> Score:
-    """The mean over rows and its standard error; an infinite row makes both infinite."""
+    """The mean over rows and its standard error: infinite with an infinite row, NaN of one row."""
     values = values.double()
     if not values.isfinite().all():
-        return Score(float(values.mean()), float("inf"))
-    return Score(float(values.mean()), float(values.std() / len(values) ** 0.5))
+        return Score(float(values.mean()), math.inf)
+    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+    return Score(float(values.mean()), error)
 
 
 def random_source(seed: int | None) -> torch.Generator | None:
@@ -97,9 +102,11 @@ def grouped(n: int, m: int, num_permutations: int, generator: torch.Generator | 
     return first.T.contiguous()
 
 
-def share_above(values: Tensor) -> float:
-    """The permutation p-value of ``values[0]`` among all: exact, and never zero."""
-    return float((values[1:] >= values[0]).sum() + 1) / len(values)
+def judged(values: Tensor, error: Tensor) -> JudgedScore:
+    """The score ``values[0]`` of the true assignment among those of random ones: its p-value is exact, and never zero."""
+    values = values.cpu()
+    p_value = float((values[1:] >= values[0]).sum() + 1) / len(values)
+    return JudgedScore(float(values[0]), float(error), p_value, values[1:])
 
 
 def jackknife(statistic: Callable[..., Tensor], *samples: Tensor, count: int = 20) -> Tensor:
@@ -135,8 +142,10 @@ def as_rows(who: str, what: str, x: ArrayLike) -> Tensor:
     return rows
 
 
-def same_features(who: str, **samples: ArrayLike) -> list[Tensor]:
-    """Several samples as rows of the same length, device and precision."""
+def same_rows(who: str, features: Features | None = None, **samples: ArrayLike) -> list[Tensor]:
+    """Several samples, or their features, as rows of the same length, device and precision."""
+    if features is not None:
+        samples = {name: _featured(features, x) for name, x in samples.items()}
     rows = {name: as_rows(who, name, x) for name, x in samples.items()}
     if len({r.shape[1] for r in rows.values()}) > 1:
         sizes = ", ".join(f"{name} has {r.shape[1]}" for name, r in rows.items())
@@ -145,12 +154,9 @@ def same_features(who: str, **samples: ArrayLike) -> list[Tensor]:
     return [r.to(first) for r in rows.values()]
 
 
-def featured(features: Callable[[Tensor], Tensor] | None, x: ArrayLike, batch_size: int = 512) -> ArrayLike:
-    """``features(x)`` without a graph, in batches; ``x`` itself where there are no features."""
-    if features is None:
-        return x
+def _featured(features: Features, x: ArrayLike) -> Tensor:
     with torch.no_grad():
-        return torch.cat([features(part) for part in torch.as_tensor(x).split(batch_size)])
+        return torch.cat([features(part) for part in torch.as_tensor(x).split(_BATCH)])
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from pyro_dgm.evaluate.score import (
     CHUNK,
+    Features,
     JudgedScore,
     Score,
-    featured,
     grouped,
     jackknife,
+    judged,
     random_source,
-    same_features,
-    share_above,
+    same_rows,
     squared_distances,
 )
 
@@ -72,7 +72,7 @@ def mmd(
         (True, True)
     """
     generator = random_source(seed)
-    x, y = same_features("mmd", x=x, y=y)
+    x, y = same_rows("mmd", x=x, y=y)
     h = _median_distance(torch.cat([x, y]), generator) if bandwidth is None else float(bandwidth)
     if not h > 0:
         raise ValueError(
@@ -109,7 +109,7 @@ def energy_distance(x: ArrayLike, y: ArrayLike, *, num_permutations: int = 200, 
         >>> bool(abs(value - 0.5411) < 5 * error)  # exact, for a shift by one standard deviation
         True
     """
-    x, y = same_features("energy_distance", x=x, y=y)
+    x, y = same_rows("energy_distance", x=x, y=y)
     return kernel_test(x, y, lambda a, b: squared_distances(a, b).sqrt_().neg_(), num_permutations, random_source(seed))
 
 
@@ -135,7 +135,7 @@ def kernel_test(
     without_x = _distance(s_xx[0] - 2 * own[:n], s_xy[0] - across[:n], s_yy[0], n - 1, m)
     without_y = _distance(s_xx[0], s_xy[0] - own[n:], s_yy[0] - 2 * across[n:], n, m - 1)
     variance = (n - 1) * without_x.var(unbiased=False) + (m - 1) * without_y.var(unbiased=False)
-    return JudgedScore(float(values[0]), float(variance.sqrt()), share_above(values), values[1:].cpu())
+    return judged(values, variance.sqrt())
 
 
 def _kernel_sums(rows: Tensor, first: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -201,7 +201,7 @@ def sliced_wasserstein(
         0.5
     """
     generator = random_source(seed)
-    x, y = same_features("sliced_wasserstein", x=x, y=y)
+    x, y = same_rows("sliced_wasserstein", x=x, y=y)
     n, m = len(x), len(y)
     direction = torch.randn(x.shape[1], num_projections, generator=generator, device="cpu").to(x)
     projected, order = (torch.cat([x, y]) @ (direction / direction.norm(dim=0))).sort(0)
@@ -212,7 +212,7 @@ def sliced_wasserstein(
     repeated = _bootstrap_weights(n, m, num_permutations, generator).to(x)
     spread = torch.stack([_wasserstein(order, gaps, w).mean() for w in repeated]).double().var()
     variance = spread + by_direction[0].double().var(unbiased=num_projections > 1) / num_projections
-    return JudgedScore(float(values[0]), float(variance.sqrt()), share_above(values), values[1:].cpu())
+    return judged(values, variance.sqrt())
 
 
 def _wasserstein(order: Tensor, gaps: Tensor, weight: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def _bootstrap_weights(n: int, m: int, count: int, generator: torch.Generator | 
     return torch.cat([parts[0], -parts[1]], -1)
 
 
-def frechet_distance(x: ArrayLike, y: ArrayLike, *, features: Callable[[Tensor], Tensor] | None = None) -> Score:
+def frechet_distance(x: ArrayLike, y: ArrayLike, *, features: Features | None = None) -> Score:
     r"""Squared Wasserstein-2 distance of the Gaussians with the samples' moments (the FID, if features are Inception's).
 
     :math:`\|\mu_x - \mu_y\|^2 + \mathrm{tr}(\Sigma_x + \Sigma_y) - 2\,\|\Sigma_x^{1/2} \Sigma_y^{1/2}\|_*`; the nuclear
@@ -259,7 +259,7 @@ def frechet_distance(x: ArrayLike, y: ArrayLike, *, features: Callable[[Tensor],
         >>> abs(value - 4.0) < 5 * error
         True
     """
-    a, b = _features("frechet_distance", x, y, features)
+    a, b = same_rows("frechet_distance", features, x=x, y=y)
     n, d = min(len(a), len(b)), a.shape[1]
     if n < 1.25 * d or n < 4:
         raise ValueError(
@@ -288,7 +288,7 @@ def kernel_distance(
     x: ArrayLike,
     y: ArrayLike,
     *,
-    features: Callable[[Tensor], Tensor] | None = None,
+    features: Features | None = None,
     num_permutations: int = 200,
     seed: int | None = None,
 ) -> JudgedScore:
@@ -322,13 +322,9 @@ def kernel_distance(
         >>> abs(value) < 5 * error, kernel_distance(x, 1.5 * y).p_value < 0.01
         (True, True)
     """
-    a, b = _features("kernel_distance", x, y, features)
+    a, b = same_rows("kernel_distance", features, x=x, y=y)
 
     def cubic(f: Tensor, g: Tensor) -> Tensor:
         return (f @ g.T / f.shape[1]).add_(1.0).pow_(3)
 
     return kernel_test(a, b, cubic, num_permutations, random_source(seed))
-
-
-def _features(who: str, x: ArrayLike, y: ArrayLike, features: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
-    return same_features(who, x=featured(features, x), y=featured(features, y))

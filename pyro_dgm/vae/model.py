@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import pyro
@@ -105,7 +104,6 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> LearnedDistribution:
         """The posterior :math:`q(z|x)`, batch shape ``(N,)``."""
-        _check_data(self.likelihood.event_shape, x, context, mask)
         return self.posterior(self.guide.inputs(x, context, mask))
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> LearnedDistribution:
@@ -200,13 +198,14 @@ class Encoder(nn.Module):
     ) -> Tensor:
         if x is None:
             raise ValueError("VAE.guide: it needs the data x; to draw from the prior run Predictive without the guide.")
-        _check_data(self.event_shape, x, context, mask)
+        inputs = self.inputs(x, context, mask)
         register("posterior", self.posterior)
         with plate(len(x), self.size):
-            return pyro.sample("z", self.posterior(self.inputs(x, context, mask)))
+            return pyro.sample("z", self.posterior(inputs))
 
     def inputs(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         """The encoder's input: the flat data with zeros where nothing was seen, the mask, the context."""
+        _check_data(self.event_shape, x, context, mask)
         floats = (t.dtype for t in self.posterior.tensors() if t.is_floating_point())
         dtype = next(floats, torch.get_default_dtype())
         seen = x if mask is None else torch.where(mask, x, torch.zeros_like(x))
@@ -228,8 +227,8 @@ class Encoder(nn.Module):
         if active <= _COLLAPSED_SHARE * z.shape[-1]:
             warnings.warn(
                 f"VAE: posterior collapse: {active} of {z.shape[-1]} latent units vary with the data (variance of "
-                "E[z|x] over the data above 0.01). Warm the KL term up (WeightedKL_ELBO(warmup_steps=...)), give it "
-                "free bits, or take a weaker decoder.",
+                f"E[z|x] over the data above {_ACTIVE_VARIANCE}). Warm the KL term up "
+                "(WeightedKL_ELBO(warmup_steps=...)), give it free bits, or take a weaker decoder.",
                 stacklevel=2,
             )
 
@@ -258,7 +257,7 @@ def _flat(x: Tensor, event_shape: Size) -> Tensor:
     return x.flatten(-len(event_shape)) if event_shape else x.unsqueeze(-1)
 
 
-def plate(rows: int, size: int | None) -> Any:
+def plate(rows: int, size: int | None) -> pyro.plate:
     """The plate of the data: these rows, as a part of ``size`` rows where a size is given."""
     if size is None or size == rows:
         return pyro.plate("data", rows, dim=-1)
