@@ -71,7 +71,8 @@ def c2st(
     rows = np.concatenate([rng.permutation(x)[:n], rng.permutation(y)[:n]])
     label = np.repeat([0, 1], n)
     order = rng.permutation(2 * n)
-    train, test = order[:n], order[n:]
+    train = order[:n]
+    test = order[n:]
     fitted = _classifier(classifier, n, rng).fit(rows[train], label[train])
     return _judged(np.asarray(fitted.predict(rows[test])), label[test], rng)
 

@@ -155,7 +155,8 @@ class DiscretizedLogistic(TorchDistribution):
             self._validate_sample(value)
         above = (value + 0.5 - self.loc) / self.scale
         below = (value - 0.5 - self.loc) / self.scale
-        first, last = value <= 0, value >= self.levels - 1
+        first = value <= 0
+        last = value >= self.levels - 1
         up = F.logsigmoid(above).masked_fill(last, 0.0)
         down = F.logsigmoid(-below).masked_fill(first, 0.0)
         between = torch.log(-torch.expm1(-1.0 / self.scale)).masked_fill(first | last, 0.0)
