@@ -39,7 +39,8 @@ def cells():
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.prior, self.profile = dgm.vae.Mixture(LATENT, 8), dgm.core.MLP(LATENT, GENES, (64,))
+        self.prior = dgm.ZukoFlow(dgm.core.zuko.mixtures.GMM(LATENT, components=8))
+        self.profile = dgm.core.MLP(LATENT, GENES, (64,))
         self.log_dispersion = nn.Parameter(torch.zeros(GENES))
 
     def forward(self, x, batch):

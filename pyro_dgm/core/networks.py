@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.core.upstream import zuko
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "broadcast_cat", "soft_clip"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "broadcast_cat", "refuse_batch_norm", "soft_clip"]
 
 
 class MLP(nn.Sequential):
@@ -119,3 +119,13 @@ def soft_clip(raw: Tensor, bound: float) -> Tensor:
     tensor([-1.0000,  0.0000,  0.5000])
     """
     return raw / (1.0 + raw.abs() / bound)
+
+
+def refuse_batch_norm(name: str, network: nn.Module) -> None:
+    """Raise where the output for one row depends on the other rows of its batch."""
+    for path, layer in network.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"{name}: layer '{path}' is {type(layer).__name__}, with which what comes out for one row depends on the "
+                "other rows of its batch. Use nn.LayerNorm, nn.GroupNorm, or none."
+            )

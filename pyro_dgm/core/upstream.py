@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["PyroABCMeta", "drop_weak_references", "zuko"]
+__all__ = ["PyroABCMeta", "VectorToLowerCholesky", "drop_weak_references", "zuko"]
 
 
 @contextmanager

@@ -13,17 +13,16 @@ from pyro_dgm.evaluate.neighbours import (
     mode_coverage,
     precision_recall_density_coverage,
 )
-from pyro_dgm.evaluate.pictures import interpolation, traversal
 from pyro_dgm.evaluate.report import report, table
 from pyro_dgm.evaluate.representation import (
     active_units,
     aggregated_posterior_gap,
     linear_probe,
     mutual_information_gap,
-    sap,
 )
 from pyro_dgm.evaluate.score import JudgedScore, Score
 from pyro_dgm.evaluate.two_sample import energy_distance, frechet_distance, kernel_distance, mmd, sliced_wasserstein
+from pyro_dgm.vae.pictures import interpolation, traversal
 
 __all__ = [
     "AIS",
@@ -51,7 +50,6 @@ __all__ = [
     "mutual_information_gap",
     "precision_recall_density_coverage",
     "report",
-    "sap",
     "sliced_wasserstein",
     "table",
     "traversal",

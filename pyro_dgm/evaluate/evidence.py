@@ -6,17 +6,27 @@ importance sampling from the prior (Neal 2001; Wu et al. 2017, arXiv 1611.04273)
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.weights import log_mean_exp, psis
+from pyro_dgm.evaluate.score import Score, mean_score
+from pyro_dgm.gan.generator import Generator
+from pyro_dgm.vae.model import VAE, cut, prior_given
 
 __all__ = ["AIS", "EvidenceBound", "ais", "evidence_bound"]
+
+# Of annealed importance sampling; none was measured, all are chosen by hand.
+_LOGIT_ENDS = 4.0  # temperatures are equally spaced in logits, from minus this to this
+_FIRST_STEP = 0.3  # of a Hamiltonian move, in the latent's units
+_STEP_BOUNDS = (1e-4, 2.0)
+_ACCEPTANCE = 0.65  # aimed at: near the best of Hamiltonian moves (Beskos et al. 2013)
+_GROW, _SHRINK = 1.05, 0.93  # the step after a move that was accepted more, or less, often than that
 
 
 class EvidenceBound(NamedTuple):
@@ -30,9 +40,9 @@ class EvidenceBound(NamedTuple):
     standard_error: Tensor
     pareto_k: Tensor
 
-    def mean(self) -> tuple[float, float]:
+    def mean(self) -> Score:
         """The mean over the data, and its standard error as an estimate for new data."""
-        return _mean_and_error(self.value)
+        return mean_score(self.value)
 
 
 class AIS(NamedTuple):
@@ -47,20 +57,20 @@ class AIS(NamedTuple):
     acceptance: Tensor
     upper: Tensor | None
 
-    def mean(self) -> tuple[float, float]:
+    def mean(self) -> Score:
         """The mean over the data, and its standard error as an estimate for new data."""
-        return _mean_and_error(self.value)
+        return mean_score(self.value)
 
-    def gap(self) -> tuple[float, float]:
+    def gap(self) -> Score:
         """Upper minus lower bound, mean over the data and its standard error; near zero the sampler is exact."""
         if self.upper is None:
             raise ValueError("AIS.gap: it needs the latents behind the data: ais(vae, x, latents=z) with simulated x.")
-        return _mean_and_error(self.upper - self.value)
+        return mean_score(self.upper - self.value)
 
 
 @torch.no_grad()
 def evidence_bound(
-    vae: Any,
+    vae: VAE,
     x: Tensor,
     num_samples: int = 500,
     *,
@@ -101,21 +111,23 @@ def evidence_bound(
     """
     if num_samples < 25:
         raise ValueError(f"evidence_bound: num_samples={num_samples}, expected at least 25, for the Pareto fit.")
+    at_once = max(1, chunk // num_samples)
+    parts = []
     with seeded(seed):
-        rows = max(1, chunk // num_samples)
-        parts = []
-        for i in range(0, len(x), rows):
-            part = [None if t is None else t[i : i + rows] for t in (x, context, mask)]
-            parts.append(_log_weights(vae, part, num_samples, chunk))
+        for start in range(0, len(x), at_once):
+            rows = slice(start, start + at_once)
+            parts.append(_log_weights(vae, x[rows], cut(context, rows), cut(mask, rows), num_samples, chunk))
     log_w = torch.cat(parts, 1)
     k = torch.tensor([psis(np.asarray(column))[1] for column in log_w.T.double().cpu()])
     return EvidenceBound(*log_mean_exp(log_w), k)
 
 
-def _log_weights(vae: Any, data: list[Any], num_samples: int, chunk: int) -> Tensor:
+def _log_weights(
+    vae: VAE, x: Tensor, context: Tensor | None, mask: Tensor | None, num_samples: int, chunk: int
+) -> Tensor:
     """Log weights of the draws of each row, shape ``(S, rows)``."""
-    x, context, mask = data
-    q, parts = vae.encode(x, context, mask), []
+    q = vae.encode(x, context, mask)
+    parts = []
     for start in range(0, num_samples, chunk):
         z, log_q = q.rsample_and_log_prob((min(chunk, num_samples - start),))
         parts.append(vae.log_joint(x, z, context, mask) - log_q)
@@ -123,7 +135,7 @@ def _log_weights(vae: Any, data: list[Any], num_samples: int, chunk: int) -> Ten
 
 
 def ais(
-    vae: Any,
+    vae: VAE | Generator,
     x: Tensor,
     *,
     num_steps: int = 500,
@@ -142,7 +154,7 @@ def ais(
     not used. The cost is ``2 * num_steps * num_chains * leapfrog`` gradients of the decoder per row.
 
     Args:
-        vae: a :class:`~pyro_dgm.VAE` with a prior that has a density with gradients.
+        vae: a :class:`~pyro_dgm.VAE` or :class:`~pyro_dgm.Generator` with a prior that has a density with gradients.
         x: shape ``(N, *event)``.
         num_steps: temperatures; the gap falls like one over it.
         num_chains: independent chains per row.
@@ -172,10 +184,10 @@ def ais(
     if latents is not None and latents.shape != shape:
         raise ValueError(f"ais: latents have shape {tuple(latents.shape)}, expected {shape}: one for each row of x.")
     target = _Annealed(vae, x, context, mask, leapfrog)
-    betas = torch.sigmoid(torch.linspace(-4.0, 4.0, num_steps + 1))
+    betas = torch.sigmoid(torch.linspace(-_LOGIT_ENDS, _LOGIT_ENDS, num_steps + 1))
     betas = (betas - betas[0]) / (betas[-1] - betas[0])
     with seeded(seed):
-        steps, _ = target.tuned(target.start(num_chains), betas)
+        steps = target.tuned(target.start(num_chains), betas)
         log_w, accepted = target.forward(target.start(num_chains), betas, steps)
         upper = None
         if latents is not None:
@@ -186,38 +198,57 @@ def ais(
 class _Annealed:
     """The path of densities of one VAE and data, and Hamiltonian moves that keep each of them."""
 
-    def __init__(self, vae: Any, x: Tensor, context: Any, mask: Any, leapfrog: int) -> None:
-        self.vae, self.x, self.context, self.mask, self.leapfrog = vae, x, context, mask, leapfrog
+    def __init__(
+        self, vae: VAE | Generator, x: Tensor, context: Tensor | None, mask: Tensor | None, leapfrog: int
+    ) -> None:
+        self.vae = vae
+        self.x = x
+        self.context = context
+        self.mask = mask
+        self.leapfrog = leapfrog
         self.event_dim = len(vae.prior.event_shape)
 
     def start(self, chains: int) -> Tensor:
         with torch.no_grad():
-            return self._prior().expand([len(self.x)]).sample((chains,))
+            return self._prior().expand(torch.Size([len(self.x)])).sample(torch.Size([chains]))
 
-    def _prior(self) -> Any:
-        return self.vae.prior(self.context if self.vae.prior.context_features else None)
+    def tuned(self, z: Tensor, betas: Tensor) -> Tensor:
+        """Step sizes for each temperature and row, found by a run of their own that aims at one acceptance."""
+        step = torch.full((len(self.x),), _FIRST_STEP).to(z)
+        steps = []
+        for beta in betas[1:]:
+            z, _, accepted = self.move(z, beta, step)
+            step = (step * torch.where(accepted > _ACCEPTANCE, _GROW, _SHRINK)).clamp(*_STEP_BOUNDS)
+            steps.append(step)
+        return torch.stack(steps)
 
-    def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log prior and log likelihood, shape ``(chains, N)``."""
-        likelihood, x = self.vae.model.observation(self.x, z, self.context, self.mask)
-        return self._prior().log_prob(z), likelihood.log_prob(x)
+    def forward(self, z: Tensor, betas: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Log weights of chains from the prior, shape ``(chains, N)``, and the mean acceptance of each row."""
+        with torch.no_grad():
+            likelihood = self.parts(z)[1]
+        log_w = torch.zeros_like(likelihood, dtype=torch.float64)
+        acceptance = torch.zeros_like(steps[0])
+        for t in range(len(steps)):
+            log_w += (betas[t + 1] - betas[t]) * likelihood
+            z, likelihood, accepted = self.move(z, betas[t + 1], steps[t])
+            acceptance += accepted / len(steps)
+        return log_w, acceptance
 
-    def energy(self, z: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log density at inverse temperature beta, its gradient, and the log likelihood."""
-        z = z.detach().requires_grad_()
-        with torch.enable_grad():
-            prior, likelihood = self.parts(z)
-            density = prior + beta * likelihood
-            (grad,) = torch.autograd.grad(density.sum(), z)
-        return density.detach(), grad, likelihood.detach()
+    def backward(self, z: Tensor, betas: Tensor, steps: Tensor) -> Tensor:
+        """Log weights of the same chains run from posterior draws to the prior; their mean is one over the evidence."""
+        log_w = torch.zeros(z.shape[:2], dtype=torch.float64, device=z.device)
+        for t in reversed(range(len(steps))):
+            z, likelihood, _ = self.move(z, betas[t + 1], steps[t])
+            log_w -= (betas[t + 1] - betas[t]) * likelihood
+        return log_w
 
     def move(self, z: Tensor, beta: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One Hamiltonian move with step sizes ``(N,)``: new points, their log likelihood, acceptance ``(N,)``."""
         size = step.reshape(-1, *[1] * self.event_dim)
-        start, grad, likelihood = self.energy(z, beta)
+        start, grad, old = self.energy(z, beta)
         p = torch.randn_like(z)
         kinetic = self._half_square(p)
-        new, old = z, likelihood
+        new = z
         for _ in range(self.leapfrog):
             p = p + 0.5 * size * grad
             new = new + size * p
@@ -228,38 +259,22 @@ class _Annealed:
         kept = accept.reshape(*accept.shape, *[1] * self.event_dim)
         return torch.where(kept, new, z), torch.where(accept, likelihood, old), odds.exp().mean(0)
 
+    def energy(self, z: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log density at inverse temperature beta, its gradient, and the log likelihood."""
+        z = z.detach().requires_grad_()
+        with torch.enable_grad():
+            prior, likelihood = self.parts(z)
+            density = prior + beta * likelihood
+            (grad,) = torch.autograd.grad(density.sum(), z)
+        return density.detach(), grad, likelihood.detach()
+
+    def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log prior and log likelihood, shape ``(chains, N)``."""
+        likelihood, x = self.vae.model.observation(self.x, z, self.context, self.mask)
+        return self._prior().log_prob(z), likelihood.log_prob(x)
+
+    def _prior(self) -> Distribution:
+        return prior_given(self.vae.prior, self.context)
+
     def _half_square(self, p: Tensor) -> Tensor:
         return 0.5 * (p.square().flatten(2).sum(-1) if self.event_dim else p.square())
-
-    def tuned(self, z: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
-        """Step sizes for each temperature and row, adapted towards an acceptance of 0.65 in a run of their own."""
-        step, steps = torch.full((len(self.x),), 0.3).to(z), []
-        for beta in betas[1:]:
-            z, _, accepted = self.move(z, beta, step)
-            step = (step * torch.where(accepted > 0.65, 1.05, 0.93)).clamp(1e-4, 2.0)
-            steps.append(step)
-        return torch.stack(steps), z
-
-    def forward(self, z: Tensor, betas: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """Log weights of chains from the prior, shape ``(chains, N)``, and the mean acceptance of each row."""
-        with torch.no_grad():
-            likelihood = self.parts(z)[1]
-        log_w, acceptance = torch.zeros_like(likelihood, dtype=torch.float64), torch.zeros_like(steps[0])
-        for t in range(len(steps)):
-            log_w += (betas[t + 1] - betas[t]) * likelihood
-            z, likelihood, accepted = self.move(z, betas[t + 1], steps[t])
-            acceptance += accepted / len(steps)
-        return log_w, acceptance
-
-    def backward(self, z: Tensor, betas: Tensor, steps: Tensor) -> Tensor:
-        """Log weights of the same chains run from posterior draws to the prior; their mean is one over the evidence."""
-        log_w = torch.zeros(z.shape[:2], dtype=torch.float64)
-        for t in reversed(range(len(steps))):
-            z, likelihood, _ = self.move(z, betas[t + 1], steps[t])
-            log_w -= (betas[t + 1] - betas[t]) * likelihood
-        return log_w
-
-
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    error = values.std() / math.sqrt(len(values)) if len(values) > 1 else torch.tensor(math.nan)
-    return float(values.mean()), float(error)

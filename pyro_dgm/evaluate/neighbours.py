@@ -1,33 +1,31 @@
-r"""Fidelity and diversity apart: are draws where the data are, and are they everywhere the data are?
-
-Does the model repeat its training data? Distances to the training set, of draws and of held-out data.
-"""
+r"""What distances to the nearest rows tell: are draws where the data are, everywhere the data are, and no copies of them?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_dgm.evaluate.score import (
+    CHUNK,
+    Features,
     JudgedScore,
     Score,
-    as_rows,
     exactly_centred,
-    featured,
     grouped,
     jackknife,
+    judged,
     random_source,
-    same_features,
-    share_above,
+    same_rows,
     squared_distances,
 )
 
 __all__ = ["ModeCoverage", "NeighbourCoverage", "memorization", "mode_coverage", "precision_recall_density_coverage"]
 
-_CHUNK = 10_000_000
+_BLOCKS = 10  # of the jackknife of the four shares, each a pass over all pairs; not measured, chosen by hand
+_HIT_SHARE = 0.1  # of the draws that a mode should have, for it to count as hit; not measured, chosen by hand
 
 
 class NeighbourCoverage(NamedTuple):
@@ -39,7 +37,7 @@ class NeighbourCoverage(NamedTuple):
     coverage: Score
 
 
-def precision_recall_density_coverage(real: Any, draws: Any, *, neighbours: int = 5) -> NeighbourCoverage:
+def precision_recall_density_coverage(real: ArrayLike, draws: ArrayLike, *, neighbours: int = 5) -> NeighbourCoverage:
     r"""Shares of rows that lie in the k-nearest-neighbour balls of the other sample.
 
     With :math:`B_k(x_i)` the ball around a row that reaches to its k-th nearest neighbour in its own sample:
@@ -79,25 +77,26 @@ def precision_recall_density_coverage(real: Any, draws: Any, *, neighbours: int 
         >>> abs(scores.coverage.value - (1 - 2**-5)) < 5 * scores.coverage.standard_error
         True
     """
-    real, draws = same_features("precision_recall_density_coverage", real=real, draws=draws)
-    n = min(len(real), len(draws))
-    if not 1 <= neighbours < n - -(-n // 10):
+    a, b = same_rows("precision_recall_density_coverage", real=real, draws=draws)
+    n = min(len(a), len(b))
+    most = n - -(-n // _BLOCKS) - 1  # the jackknife leaves a block out
+    if not 1 <= neighbours <= most:
         raise ValueError(
-            f"precision_recall_density_coverage: {neighbours} neighbours of {n} rows, expected from 1 to "
-            f"{n - -(-n // 10) - 1}."
+            f"precision_recall_density_coverage: {neighbours} neighbours of {n} rows, expected from 1 to {most}."
         )
-    values = _in_balls(real, draws, neighbours)
-    errors = jackknife(lambda a, b: _in_balls(a, b, neighbours), real, draws, count=10)
+    values = _in_balls(a, b, neighbours)
+    errors = jackknife(lambda a, b: _in_balls(a, b, neighbours), a, b, count=_BLOCKS)
     return NeighbourCoverage(*(Score(float(v), float(e)) for v, e in zip(values, errors, strict=True)))
 
 
 def _in_balls(real: Tensor, draws: Tensor, k: int) -> Tensor:
     """Precision, recall, density and coverage in one pass over the distances between the samples."""
     real, draws = exactly_centred(real, draws)
-    reach, reach_draws = _squared_reach(real, k), _squared_reach(draws, k)
+    reach = _nearest(real, real, k + 1)  # the row itself is the first
+    reach_draws = _nearest(draws, draws, k + 1)
     holding = torch.zeros(len(draws), device=real.device)
     recalled, covered = [], []
-    step = max(1, _CHUNK // len(draws))
+    step = max(1, CHUNK // len(draws))
     for rows, radius in zip(real.split(step), reach.split(step), strict=True):
         d = squared_distances(rows, draws)
         inside = d <= radius[:, None]
@@ -108,12 +107,10 @@ def _in_balls(real: Tensor, draws: Tensor, k: int) -> Tensor:
     return torch.stack([s.double().mean() for s in shares])
 
 
-def _squared_reach(rows: Tensor, k: int) -> Tensor:
-    """Squared distance of each row to its k-th nearest other row."""
-    step = max(1, _CHUNK // len(rows))
-    return torch.cat([
-        squared_distances(part, rows).topk(k + 1, largest=False).values[:, -1] for part in rows.split(step)
-    ])  # fmt: skip
+def _nearest(rows: Tensor, data: Tensor, k: int = 1) -> Tensor:
+    """Squared distance of each row to the k-th nearest datum."""
+    parts = rows.split(max(1, CHUNK // len(data)))
+    return torch.cat([squared_distances(part, data).topk(k, largest=False).values[:, -1] for part in parts])
 
 
 class ModeCoverage(NamedTuple):
@@ -125,7 +122,13 @@ class ModeCoverage(NamedTuple):
 
 
 def mode_coverage(
-    draws: Any, centres: Any, radius: float, *, weights: Any = None, num_bootstrap: int = 200, seed: int | None = None
+    draws: ArrayLike,
+    centres: ArrayLike,
+    radius: float,
+    *,
+    weights: ArrayLike | None = None,
+    num_bootstrap: int = 200,
+    seed: int | None = None,
 ) -> ModeCoverage:
     r"""For a distribution with known modes: share of modes hit, share of draws near a mode, and how masses differ.
 
@@ -155,46 +158,40 @@ def mode_coverage(
         >>> covered.value, quality.value, imbalance.value
         (0.5, 1.0, 0.5)
     """
-    draws, centres = same_features("mode_coverage", draws=as_rows("mode_coverage", "draws", draws), centres=centres)
+    rows, modes = same_rows("mode_coverage", draws=draws, centres=centres)
     if not radius > 0:
         raise ValueError(f"mode_coverage: radius is {radius}, expected a positive number in the data's units.")
-    mass = torch.ones(len(centres)) if weights is None else torch.as_tensor(weights)
-    if mass.shape != (len(centres),) or not (mass > 0).all():
-        raise ValueError(
-            f"mode_coverage: weights have shape {tuple(mass.shape)}, expected ({len(centres)},) positive masses."
-        )
-    distance, nearest = torch.cdist(draws, centres).min(-1)
-    label = torch.where(distance <= radius, nearest, len(centres)).cpu()
-    share = torch.bincount(label, minlength=len(centres) + 1).double() / len(draws)
-    again = torch.multinomial(share.float().expand(num_bootstrap, -1), len(draws), True, generator=random_source(seed))
-    values, repeated = _modes(share[None], mass), _modes(_shares(again, share), mass)
-    return ModeCoverage(*(Score(float(v), float(e)) for v, e in zip(values[0], repeated.std(0), strict=True)))
-
-
-def _shares(labels: Tensor, share: Tensor) -> Tensor:
-    one = torch.ones((), dtype=share.dtype).expand(labels.shape)
-    return torch.zeros(len(labels), len(share), dtype=share.dtype).scatter_add_(1, labels, one) / labels.shape[1]
+    n, k = len(rows), len(modes)
+    mass = torch.ones(k) if weights is None else torch.as_tensor(weights)
+    if mass.shape != (k,) or not (mass > 0).all():
+        raise ValueError(f"mode_coverage: weights have shape {tuple(mass.shape)}, expected ({k},) positive masses.")
+    distance, nearest = torch.cdist(rows, modes).min(-1)
+    label = torch.where(distance <= radius, nearest, k).cpu()
+    share = torch.bincount(label, minlength=k + 1).double() / n
+    again = torch.multinomial(share.float().expand(num_bootstrap, -1), n, True, generator=random_source(seed))
+    repeated = torch.stack([torch.bincount(labels, minlength=k + 1) for labels in again]).double() / n
+    values = _modes(share[None], mass)[0]
+    errors = _modes(repeated, mass).std(0)
+    return ModeCoverage(*(Score(float(v), float(e)) for v, e in zip(values, errors, strict=True)))
 
 
 def _modes(share: Tensor, mass: Tensor) -> Tensor:
     """Covered, quality, imbalance from shares ``(B, K + 1)``, the last column being far from all modes."""
-    mass, near = mass.double() / mass.double().sum(), share[:, :-1]
+    mass = mass.double() / mass.double().sum()
+    near = share[:, :-1]
     quality = 1.0 - share[:, -1]
-    covered = (near >= 0.1 * mass).double().mean(-1)
+    covered = (near >= _HIT_SHARE * mass).double().mean(-1)
     among = near / quality.clamp(min=1e-12)[:, None]
     imbalance = torch.where(quality > 0, 0.5 * (among - mass).abs().sum(-1), torch.ones(()).double())
     return torch.stack([covered, quality, imbalance], -1)
 
 
-_CHUNK_memorization = 10_000_000
-
-
 def memorization(
-    draws: Any,
-    train: Any,
-    held_out: Any,
+    draws: ArrayLike,
+    train: ArrayLike,
+    held_out: ArrayLike,
     *,
-    features: Callable[[Tensor], Tensor] | None = None,
+    features: Features | None = None,
     num_permutations: int = 1000,
     seed: int | None = None,
 ) -> JudgedScore:
@@ -233,32 +230,21 @@ def memorization(
         >>> memorization(train + 0.01 * torch.randn(500, 4), train, held_out).value > 0.95
         True
     """
-    samples = {"draws": draws, "train": train, "held_out": held_out}
-    y, seen, x = same_features("memorization", **{k: featured(features, v) for k, v in samples.items()})
-    seen, y, x = exactly_centred(seen, y, x)
-    ours, theirs = _nearest(y, seen), _nearest(x, seen)
-    by_draw, by_datum = _share_larger(ours, theirs), _share_larger(-theirs, -ours)
-    error = (by_draw.var() / len(y) + by_datum.var() / len(x)).sqrt()
-    first = grouped(len(y), len(x), num_permutations, random_source(seed)).double()
-    values = _mann_whitney(first, torch.cat([ours, theirs]), len(y), len(x))
-    return JudgedScore(float(values[0]), float(error), share_above(values), values[1:])
+    rows = same_rows("memorization", features, train=train, draws=draws, held_out=held_out)
+    seen, y, x = exactly_centred(*rows)
+    first = grouped(len(y), len(x), num_permutations, random_source(seed))
+    return _mann_whitney(_nearest(y, seen).cpu(), _nearest(x, seen).cpu(), first)
 
 
-def _nearest(rows: Tensor, data: Tensor) -> Tensor:
-    """Squared distance of each row to the nearest datum."""
-    step = max(1, _CHUNK_memorization // len(data))
-    return torch.cat([squared_distances(part, data).min(-1).values for part in rows.split(step)]).cpu()
+def _mann_whitney(ours: Tensor, theirs: Tensor, first: Tensor) -> JudgedScore:
+    """The share of pairs in which ours is the smaller, by sums of ranks, and its error by shares of single rows."""
+    from scipy.stats import rankdata  # mannwhitneyu gives neither an error nor the null
 
-
-def _share_larger(a: Tensor, b: Tensor) -> Tensor:
-    """For each of a the share of b that is larger; equal ones count half."""
-    ordered = b.sort().values
-    above = len(b) - torch.searchsorted(ordered, a, right=True)
-    not_below = len(b) - torch.searchsorted(ordered, a)
-    return 0.5 * (above + not_below).double() / len(b)
-
-
-def _mann_whitney(first: Tensor, distance: Tensor, n: int, m: int) -> Tensor:
-    """The share of pairs in which the first group's distance is the smaller, for each column of ``first``."""
-    larger = _share_larger(distance, distance) * (n + m) - 0.5  # how many of the others are larger
-    return ((first * larger[:, None]).sum(0) - 0.5 * n * (n - 1)) / (n * m)
+    n, m = len(ours), len(theirs)
+    rank = torch.as_tensor(rankdata(torch.cat([ours, theirs])))
+    share_below_ours = (rank[:n] - torch.as_tensor(rankdata(ours))) / m
+    share_below_theirs = (rank[n:] - torch.as_tensor(rankdata(theirs))) / n
+    error = (share_below_ours.var() / n + share_below_theirs.var() / m).sqrt()
+    sums = rank @ first.double()
+    values = 1.0 - (sums - 0.5 * n * (n + 1)) / (n * m)
+    return judged(values, error)

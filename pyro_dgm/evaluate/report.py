@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +74,9 @@ def report(
         }
 
 
-def _density(model: Any, data: Tensor, density: Callable[[Tensor], Score] | None) -> dict[str, Score | str]:
+def _density(
+    model: Distribution | Callable[[int], Tensor], data: Tensor, density: Callable[[Tensor], Score] | None
+) -> dict[str, Score | str]:
     if density is not None:
         return {"held-out score, nats": "only bounded", "density (as given)": density(data)}
     if not isinstance(model, Distribution):
@@ -93,12 +94,14 @@ def _sampling(draws: Tensor, data: Tensor, train: Tensor | None) -> dict[str, Sc
         "MMD^2": mmd(draws, data),
         "energy distance": energy_distance(draws, data),
         "sliced W1": sliced_wasserstein(draws, data),
-        **{name: score for name, score in balls._asdict().items()},
+        **balls._asdict(),
         "memorization": "no training data" if train is None else memorization(draws, train, data),
     }
 
 
-def _representation(data: Tensor, encode: Any, labels: Tensor | None) -> dict[str, Score | str]:
+def _representation(
+    data: Tensor, encode: Callable[[Tensor], Tensor] | None, labels: Tensor | None
+) -> dict[str, Score | str]:
     if encode is None:
         return {"linear probe": "no codes", "active units": "no codes"}
     codes = encode(data)

@@ -6,20 +6,22 @@ A code is what the encoder gives for a datum: the mean of q(z | x), or one draw.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_dgm.evaluate.score import Score, as_rows, jackknife, mean_score
+from pyro_dgm.evaluate.score import CHUNK, Score, as_rows, jackknife, mean_score
 
-__all__ = ["active_units", "aggregated_posterior_gap", "linear_probe", "mutual_information_gap", "sap"]
+if TYPE_CHECKING:
+    import numpy as np
 
-_CHUNK = 5_000_000
+__all__ = ["active_units", "aggregated_posterior_gap", "linear_probe", "mutual_information_gap"]
 
 
-def linear_probe(codes: Any, labels: Any, *, folds: int = 5, seed: int = 0) -> Score:
+def linear_probe(codes: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: int = 0) -> Score:
     r"""How well a linear model reads labels off the codes, cross-validated: accuracy for integers, R^2 for reals.
 
     Logistic (or ridge) regression on standardised codes. Unit: share of right labels, or share of variance explained.
@@ -52,21 +54,22 @@ def linear_probe(codes: Any, labels: Any, *, folds: int = 5, seed: int = 0) -> S
         >>> abs(value - 0.841) < 5 * error
         True
     """
-    codes = as_rows("linear_probe", "codes", codes).cpu().numpy()
+    rows = as_rows("linear_probe", "codes", codes).cpu().numpy()
     y = torch.as_tensor(labels).detach().cpu()
-    if y.shape != (len(codes),) or not y.double().isfinite().all() or (y == y[0]).all():
+    if y.shape != (len(rows),) or not y.double().isfinite().all() or (y == y[0]).all():
         raise ValueError(
-            f"linear_probe: labels have shape {tuple(y.shape)}, expected ({len(codes)},), finite and not all equal."
+            f"linear_probe: labels have shape {tuple(y.shape)}, expected ({len(rows)},), finite and not all equal."
         )
-    said = torch.from_numpy(_predictions(codes, y, folds, seed))
+    said = torch.from_numpy(_predictions(rows, y, folds, seed))
     if not y.is_floating_point():
         return mean_score(said == y)
-    lost, total = (said - y).double().square(), (y - y.mean()).double().square()
+    lost = (said - y).double().square()
+    total = (y - y.mean()).double().square()
     r2 = 1.0 - lost.mean() / total.mean()
     return Score(float(r2), mean_score((lost - (1.0 - r2) * total) / total.mean()).standard_error)
 
 
-def _predictions(codes: Any, y: Tensor, folds: int, seed: int) -> Any:
+def _predictions(codes: np.ndarray, y: Tensor, folds: int, seed: int) -> np.ndarray:
     """The prediction for each row by the model that has not seen it."""
     try:
         from sklearn.linear_model import LogisticRegression, Ridge
@@ -86,7 +89,7 @@ def _predictions(codes: Any, y: Tensor, folds: int, seed: int) -> Any:
     return cross_val_predict(model, codes, y.numpy(), cv=split)
 
 
-def active_units(codes: Any, *, threshold: float = 0.01) -> Score:
+def active_units(codes: ArrayLike, *, threshold: float = 0.01) -> Score:
     r"""Number of latent units whose posterior mean moves with the data: :math:`\mathrm{Var}_x(\mathbb{E}[z_j|x]) > 0.01`.
 
     Unit: units. Fewer than the latent's dimension means that the others are at their prior (posterior collapse).
@@ -108,12 +111,12 @@ def active_units(codes: Any, *, threshold: float = 0.01) -> Score:
         >>> active_units(torch.randn(1000, 4) * torch.tensor([1.0, 0.5, 0.01, 0.0]))
         Score(value=2.0, standard_error=0.0)
     """
-    codes = as_rows("active_units", "codes", codes).double()
+    means = as_rows("active_units", "codes", codes).double()
     if not threshold > 0:
         raise ValueError(f"active_units: threshold is {threshold}, expected a positive variance such as 0.01.")
-    spread = (codes - codes.mean(0)).square()
-    variance = spread.sum(0) / (len(codes) - 1)
-    error = (spread.std(0) / len(codes) ** 0.5).clamp(min=1e-300)
+    spread = (means - means.mean(0)).square()
+    variance = spread.sum(0) / (len(means) - 1)
+    error = (spread.std(0) / len(means) ** 0.5).clamp(min=1e-300)
     active = torch.special.ndtr((variance - threshold) / error)
     return Score(float((variance > threshold).sum()), float((active * (1.0 - active)).sum().sqrt()))
 
@@ -160,12 +163,12 @@ def aggregated_posterior_gap(posterior: Distribution, prior: Distribution) -> Sc
     n = posterior.batch_shape[0]
     with torch.no_grad():
         z = posterior.sample()
-        parts = z.split(max(1, _CHUNK // (n * max(z[0].numel(), 1))))
+        parts = z.split(max(1, CHUNK // (n * max(z[0].numel(), 1))))
         mixture = torch.cat([posterior.log_prob(part[:, None]).double().logsumexp(-1) for part in parts])
         return mean_score(mixture - math.log(n) - prior.log_prob(z).double())
 
 
-def mutual_information_gap(codes: Any, factors: Any, *, bins: int = 20) -> Score:
+def mutual_information_gap(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20) -> Score:
     r"""MIG: how much more the best code tells of a factor than the second best, averaged over factors; 0 to 1.
 
     :math:`\frac1K \sum_k \frac{I(z_{(1)}; v_k) - I(z_{(2)}; v_k)}{H(v_k)}`, with codes in bins of equal count. No unit.
@@ -194,15 +197,13 @@ def mutual_information_gap(codes: Any, factors: Any, *, bins: int = 20) -> Score
         >>> mutual_information_gap(factors.float(), factors).value > 0.99
         True
     """
-    codes, factors = _codes_and_factors("mutual_information_gap", codes, factors)
-    if factors.is_floating_point() and (factors != factors.round()).any():
-        raise ValueError("mutual_information_gap: factors must be integers; bin real ones first, or use sap.")
-    if bins < 2 or len(codes) < 10 * bins:
+    rows, known = _codes_and_factors(codes, factors)
+    if bins < 2 or len(rows) < 10 * bins:
         raise ValueError(
-            f"mutual_information_gap: {len(codes)} rows in {bins} bins, expected at least 10 a bin, 2 bins."
+            f"mutual_information_gap: {len(rows)} rows in {bins} bins, expected at least 10 a bin, 2 bins."
         )
-    binned = torch.stack([_binned(c, bins) for c in codes.T], -1)
-    levels = torch.stack([f.unique(return_inverse=True)[1] for f in factors.T], -1)
+    binned = torch.stack([_binned(c, bins) for c in rows.T], -1)
+    levels = torch.stack([f.unique(return_inverse=True)[1] for f in known.T], -1)
     return Score(float(_mig(binned, levels)), float(jackknife(_mig, binned, levels)))
 
 
@@ -227,48 +228,17 @@ def _entropy(label: Tensor) -> Tensor:
     return -(share * share.log()).sum()
 
 
-def sap(codes: Any, factors: Any) -> Score:
-    r"""SAP: gap of squared correlation with a factor between its best and second-best code, averaged; 0 to 1.
-
-    For ordered factors, integer or real; no bins. No unit; bias of order 1/N.
-
-    Args:
-        codes: shape ``(N, D)`` with D >= 2.
-        factors: the known factors, shape ``(N, K)`` or ``(N,)``; unordered classes do not belong here.
-
-    Returns:
-        ``value, standard_error``, the latter by the block jackknife.
-
-    Raises:
-        ValueError: if shapes do not fit or a factor is constant.
-
-    References:
-        | Kumar et al. (2018), "Variational inference of disentangled latent concepts", section 3.
-
-    Example:
-        >>> factors = torch.randn(2000, 2)
-        >>> sap(factors, factors).value > 0.98, sap(factors @ torch.tensor([[1.0, 1.0], [1.0, -1.0]]), factors).value < 0.1
-        (True, True)
-    """
-    codes, factors = _codes_and_factors("sap", codes, factors)
-    codes, factors = codes.double(), factors.double()
-    return Score(float(_sap(codes, factors)), float(jackknife(_sap, codes, factors)))
-
-
-def _sap(codes: Tensor, factors: Tensor) -> Tensor:
-    c, f = codes - codes.mean(0), factors - factors.mean(0)
-    norms = (c.square().sum(0)[:, None] * f.square().sum(0)).clamp(min=1e-300)
-    best = ((c.T @ f).square() / norms).sort(0, descending=True).values
-    return (best[0] - best[1]).mean()
-
-
-def _codes_and_factors(who: str, codes: Any, factors: Any) -> tuple[Tensor, Tensor]:
-    codes, factors = as_rows(who, "codes", codes), torch.as_tensor(factors).detach()
-    factors = factors[:, None] if factors.dim() == 1 else factors
-    if codes.shape[1] < 2 or factors.dim() != 2 or len(factors) != len(codes):
+def _codes_and_factors(codes: ArrayLike, factors: ArrayLike) -> tuple[Tensor, Tensor]:
+    rows = as_rows("mutual_information_gap", "codes", codes)
+    known = torch.as_tensor(factors).detach()
+    known = known[:, None] if known.dim() == 1 else known
+    if rows.shape[1] < 2 or known.dim() != 2 or len(known) != len(rows):
         raise ValueError(
-            f"{who}: codes {tuple(codes.shape)} and factors {tuple(factors.shape)}, expected (N, D >= 2) and (N, K)."
+            f"mutual_information_gap: codes {tuple(rows.shape)} and factors {tuple(known.shape)}, expected (N, D >= 2) "
+            "and (N, K)."
         )
-    if not factors.double().isfinite().all() or (factors == factors[0]).all(0).any():
-        raise ValueError(f"{who}: a factor is constant, NaN or infinite; leave it out.")
-    return codes, factors.to(codes.device)
+    if not known.double().isfinite().all() or (known == known[0]).all(0).any():
+        raise ValueError("mutual_information_gap: a factor is constant, NaN or infinite; leave it out.")
+    if known.is_floating_point() and (known != known.round()).any():
+        raise ValueError("mutual_information_gap: factors must be integers; bin real ones first.")
+    return rows, known.to(rows.device)

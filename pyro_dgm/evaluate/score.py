@@ -1,33 +1,37 @@
-"""What every function of this folder returns, and the errors that need more than one line: jackknife, permutation.
-
-Samples as rows: what is checked before anything is compared.
-"""
+"""What the scores share: the pair that each returns, errors by jackknife, p-values by permutation, and samples as rows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_dgm.core.data import refuse_non_finite
 
 __all__ = [
+    "CHUNK",
+    "Features",
     "JudgedScore",
     "Score",
     "as_rows",
-    "blocks",
     "exactly_centred",
-    "featured",
     "grouped",
     "jackknife",
+    "judged",
     "mean_score",
     "random_source",
-    "same_features",
-    "share_above",
+    "same_rows",
     "squared_distances",
 ]
+
+Features = Callable[[Tensor], Tensor]  # rows (batch, *event) to (batch, D)
+
+_BATCH = 512  # rows whose features are taken at once; not measured, chosen by hand
+CHUNK = 10_000_000  # numbers for pairs of rows held at once, 80 MB; not measured, chosen by hand
 
 
 class Score(NamedTuple):
@@ -64,7 +68,8 @@ class JudgedScore(Score):
         cls, value: float, standard_error: float, p_value: float = float("nan"), null: Tensor | None = None
     ) -> JudgedScore:
         self = super().__new__(cls, value, standard_error)
-        self.p_value, self.null = p_value, torch.empty(0) if null is None else null
+        self.p_value = p_value
+        self.null = torch.empty(0) if null is None else null
         return self
 
     def __str__(self) -> str:
@@ -75,11 +80,12 @@ class JudgedScore(Score):
 
 
 def mean_score(values: Tensor) -> Score:
-    """The mean over rows and its standard error; an infinite row makes both infinite."""
+    """The mean over rows and its standard error: infinite with an infinite row, NaN of one row."""
     values = values.double()
     if not values.isfinite().all():
-        return Score(float(values.mean()), float("inf"))
-    return Score(float(values.mean()), float(values.std() / len(values) ** 0.5))
+        return Score(float(values.mean()), math.inf)
+    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+    return Score(float(values.mean()), error)
 
 
 def random_source(seed: int | None) -> torch.Generator | None:
@@ -98,15 +104,11 @@ def grouped(n: int, m: int, num_permutations: int, generator: torch.Generator | 
     return first.T.contiguous()
 
 
-def share_above(values: Tensor) -> float:
-    """The permutation p-value of ``values[0]`` among all: exact, and never zero."""
-    return float((values[1:] >= values[0]).sum() + 1) / len(values)
-
-
-def blocks(n: int, count: int) -> list[Tensor]:
-    """For each of ``count`` interleaved blocks of n rows, the rows that are left without it."""
-    rows = torch.arange(n)
-    return [rows[rows % count != b] for b in range(count)]
+def judged(values: Tensor, error: Tensor) -> JudgedScore:
+    """The score ``values[0]`` of the true assignment among those of random ones: its p-value is exact, and never zero."""
+    values = values.cpu()
+    p_value = float((values[1:] >= values[0]).sum() + 1) / len(values)
+    return JudgedScore(float(values[0]), float(error), p_value, values[1:])
 
 
 def jackknife(statistic: Callable[..., Tensor], *samples: Tensor, count: int = 20) -> Tensor:
@@ -116,19 +118,21 @@ def jackknife(statistic: Callable[..., Tensor], *samples: Tensor, count: int = 2
     the statistic is degenerate (two samples of one distribution).
     """
     count = min(count, *(len(s) for s in samples))
-    without = zip(*(blocks(len(s), count) for s in samples), strict=True)
-    values = torch.stack([
-        statistic(*(s[rows.to(s.device)] for s, rows in zip(samples, kept, strict=True))) for kept in without
-    ])  # fmt: skip
+    values = torch.stack([statistic(*(_without(s, block, count) for s in samples)) for block in range(count)])
     return ((count - 1) * values.double().var(0, unbiased=False)).sqrt()
 
 
-def as_rows(who: str, what: str, x: Any, minimum: int = 2) -> Tensor:
+def _without(sample: Tensor, block: int, count: int) -> Tensor:
+    """The rows outside of one of ``count`` interleaved blocks."""
+    return sample[torch.arange(len(sample), device=sample.device) % count != block]
+
+
+def as_rows(who: str, what: str, x: ArrayLike) -> Tensor:
     """``x`` of shape ``(N, *event)`` as finite floating rows ``(N, D)``."""
     rows = torch.as_tensor(x).detach()
-    if not rows.dim() or len(rows) < minimum:
+    if not rows.dim() or len(rows) < 2:
         raise ValueError(
-            f"{who}: {what} has shape {tuple(rows.shape)}, expected (N, ...) with N >= {minimum} rows, one row a draw."
+            f"{who}: {what} has shape {tuple(rows.shape)}, expected (N, ...) with N >= 2 rows, one row a draw."
         )
     rows = rows.reshape(len(rows), -1)
     if rows.dtype not in (torch.float32, torch.float64):
@@ -137,8 +141,10 @@ def as_rows(who: str, what: str, x: Any, minimum: int = 2) -> Tensor:
     return rows
 
 
-def same_features(who: str, **samples: Any) -> list[Tensor]:
-    """Several samples as rows of the same length, device and precision."""
+def same_rows(who: str, features: Features | None = None, **samples: ArrayLike) -> list[Tensor]:
+    """Several samples, or their features, as rows of the same length, device and precision."""
+    if features is not None:
+        samples = {name: _featured(features, x) for name, x in samples.items()}
     rows = {name: as_rows(who, name, x) for name, x in samples.items()}
     if len({r.shape[1] for r in rows.values()}) > 1:
         sizes = ", ".join(f"{name} has {r.shape[1]}" for name, r in rows.items())
@@ -147,12 +153,9 @@ def same_features(who: str, **samples: Any) -> list[Tensor]:
     return [r.to(first) for r in rows.values()]
 
 
-def featured(features: Callable[[Tensor], Tensor] | None, x: Any, batch_size: int = 512) -> Any:
-    """``features(x)`` without a graph, in batches; ``x`` itself where there are no features."""
-    if features is None:
-        return x
+def _featured(features: Features, x: ArrayLike) -> Tensor:
     with torch.no_grad():
-        return torch.cat([features(part) for part in torch.as_tensor(x).split(batch_size)])
+        return torch.cat([features(part) for part in torch.as_tensor(x).split(_BATCH)])
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -3,39 +3,41 @@ r"""Are two samples from one distribution? Distances that are zero only then, wi
 With a kernel k and independent x, x' ~ p, y, y' ~ q the squared distance is
 :math:`\mathbb{E}\,k(x,x') + \mathbb{E}\,k(y,y') - 2\,\mathbb{E}\,k(x,y)` (Gretton et al. 2012, Lemma 6): the MMD for
 a Gaussian kernel, the energy distance for :math:`k = -\|x-y\|` (Sejdinovic et al. 2013), the kernel distance (KID)
-for a cubic one. All three share one estimator, one error and one test.
+for a cubic one. All three share one estimator, one error and one test. The sliced Wasserstein distance moves mass along lines;
+the Fréchet distance compares moments.
 
-Distances between the features of two samples. The features are yours: no weights are downloaded, so say which
-network gave them; figures from different features do not compare.
+The last and the kernel distance take features. They are yours: no weights are downloaded, so say which network gave them;
+figures from different features do not compare.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyro_dgm.evaluate.score import (
+    CHUNK,
+    Features,
     JudgedScore,
     Score,
-    featured,
     grouped,
     jackknife,
+    judged,
     random_source,
-    same_features,
-    share_above,
+    same_rows,
     squared_distances,
 )
 
 __all__ = ["energy_distance", "frechet_distance", "kernel_distance", "kernel_test", "mmd", "sliced_wasserstein"]
 
-_CHUNK = 10_000_000  # entries of a kernel matrix held at once
+_MEDIAN_ROWS = 1_000  # whose pairs give the bandwidth of the MMD; not measured, chosen by hand
 
 
 def mmd(
-    x: Any, y: Any, *, bandwidth: float | None = None, num_permutations: int = 200, seed: int | None = None
+    x: ArrayLike, y: ArrayLike, *, bandwidth: float | None = None, num_permutations: int = 200, seed: int | None = None
 ) -> JudgedScore:
     r"""Squared maximum mean discrepancy with a Gaussian kernel: unbiased, with a permutation test.
 
@@ -70,7 +72,7 @@ def mmd(
         (True, True)
     """
     generator = random_source(seed)
-    x, y = same_features("mmd", x=x, y=y)
+    x, y = same_rows("mmd", x=x, y=y)
     h = _median_distance(torch.cat([x, y]), generator) if bandwidth is None else float(bandwidth)
     if not h > 0:
         raise ValueError(
@@ -80,7 +82,7 @@ def mmd(
     return kernel_test(x, y, lambda a, b: squared_distances(a, b).mul_(-0.5 / h**2).exp_(), num_permutations, generator)
 
 
-def energy_distance(x: Any, y: Any, *, num_permutations: int = 200, seed: int | None = None) -> JudgedScore:
+def energy_distance(x: ArrayLike, y: ArrayLike, *, num_permutations: int = 200, seed: int | None = None) -> JudgedScore:
     r"""Energy distance :math:`2\mathbb{E}\|x-y\| - \mathbb{E}\|x-x'\| - \mathbb{E}\|y-y'\|`: unbiased, with a test.
 
     Unit: that of the data. Zero only where p = q, and no bandwidth to choose; in one dimension it is twice the squared
@@ -107,7 +109,7 @@ def energy_distance(x: Any, y: Any, *, num_permutations: int = 200, seed: int | 
         >>> bool(abs(value - 0.5411) < 5 * error)  # exact, for a shift by one standard deviation
         True
     """
-    x, y = same_features("energy_distance", x=x, y=y)
+    x, y = same_rows("energy_distance", x=x, y=y)
     return kernel_test(x, y, lambda a, b: squared_distances(a, b).sqrt_().neg_(), num_permutations, random_source(seed))
 
 
@@ -125,19 +127,21 @@ def kernel_test(
     to_first, to_all = _kernel_sums(rows - rows.mean(0), first, kernel)
     s_xx = (first * to_first).double().sum(0)
     s_x = (first * to_all).double().sum(0)
-    s_xy, s_yy = s_x - s_xx, to_all.double().sum() - 2.0 * s_x + s_xx
+    s_xy = s_x - s_xx
+    s_yy = to_all.double().sum() - 2.0 * s_x + s_xx
     values = _distance(s_xx, s_xy, s_yy, n, m)
-    own, across = to_first[:, 0].double(), (to_all[:, 0] - to_first[:, 0]).double()
+    own = to_first[:, 0].double()
+    across = (to_all[:, 0] - to_first[:, 0]).double()
     without_x = _distance(s_xx[0] - 2 * own[:n], s_xy[0] - across[:n], s_yy[0], n - 1, m)
     without_y = _distance(s_xx[0], s_xy[0] - own[n:], s_yy[0] - 2 * across[n:], n, m - 1)
-    variance = sum((len(w) - 1) * w.var(unbiased=False) for w in (without_x, without_y))
-    return JudgedScore(float(values[0]), float(torch.as_tensor(variance).sqrt()), share_above(values), values[1:].cpu())
+    variance = (n - 1) * without_x.var(unbiased=False) + (m - 1) * without_y.var(unbiased=False)
+    return judged(values, variance.sqrt())
 
 
 def _kernel_sums(rows: Tensor, first: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """For each row the sums of its kernel with the first group of each column, and with all rows; itself left out."""
     to_first, to_all = [], []
-    step = max(1, _CHUNK // len(rows))
+    step = max(1, CHUNK // len(rows))
     for start in range(0, len(rows), step):
         k = kernel(rows[start : start + step], rows)
         here = torch.arange(len(k), device=k.device)
@@ -152,13 +156,13 @@ def _distance(s_xx: Tensor, s_xy: Tensor, s_yy: Tensor, n: int, m: int) -> Tenso
 
 
 def _median_distance(rows: Tensor, generator: torch.Generator | None) -> float:
-    some = rows[torch.randperm(len(rows), generator=generator, device="cpu")[:1_000].to(rows.device)]
+    some = rows[torch.randperm(len(rows), generator=generator, device="cpu")[:_MEDIAN_ROWS].to(rows.device)]
     return float(torch.nn.functional.pdist(some).median())
 
 
 def sliced_wasserstein(
-    x: Any,
-    y: Any,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     num_projections: int = 100,
     num_permutations: int = 200,
@@ -197,7 +201,7 @@ def sliced_wasserstein(
         0.5
     """
     generator = random_source(seed)
-    x, y = same_features("sliced_wasserstein", x=x, y=y)
+    x, y = same_rows("sliced_wasserstein", x=x, y=y)
     n, m = len(x), len(y)
     direction = torch.randn(x.shape[1], num_projections, generator=generator, device="cpu").to(x)
     projected, order = (torch.cat([x, y]) @ (direction / direction.norm(dim=0))).sort(0)
@@ -208,7 +212,7 @@ def sliced_wasserstein(
     repeated = _bootstrap_weights(n, m, num_permutations, generator).to(x)
     spread = torch.stack([_wasserstein(order, gaps, w).mean() for w in repeated]).double().var()
     variance = spread + by_direction[0].double().var(unbiased=num_projections > 1) / num_projections
-    return JudgedScore(float(values[0]), float(variance.sqrt()), share_above(values), values[1:].cpu())
+    return judged(values, variance.sqrt())
 
 
 def _wasserstein(order: Tensor, gaps: Tensor, weight: Tensor) -> Tensor:
@@ -226,7 +230,7 @@ def _bootstrap_weights(n: int, m: int, count: int, generator: torch.Generator | 
     return torch.cat([parts[0], -parts[1]], -1)
 
 
-def frechet_distance(x: Any, y: Any, *, features: Callable[[Tensor], Tensor] | None = None) -> Score:
+def frechet_distance(x: ArrayLike, y: ArrayLike, *, features: Features | None = None) -> Score:
     r"""Squared Wasserstein-2 distance of the Gaussians with the samples' moments (the FID, if features are Inception's).
 
     :math:`\|\mu_x - \mu_y\|^2 + \mathrm{tr}(\Sigma_x + \Sigma_y) - 2\,\|\Sigma_x^{1/2} \Sigma_y^{1/2}\|_*`; the nuclear
@@ -255,20 +259,22 @@ def frechet_distance(x: Any, y: Any, *, features: Callable[[Tensor], Tensor] | N
         >>> abs(value - 4.0) < 5 * error
         True
     """
-    a, b = _features("frechet_distance", x, y, features)
+    a, b = same_rows("frechet_distance", features, x=x, y=y)
     n, d = min(len(a), len(b)), a.shape[1]
     if n < 1.25 * d or n < 4:
         raise ValueError(
             f"frechet_distance: {n} rows of {d} features, expected at least {max(4, -(-5 * d // 4))}. The bias grows like "
             "D^2 / N; use more draws, fewer features, or kernel_distance, which is unbiased."
         )
-    a, b = a.double(), b.double()
+    a = a.double()
+    b = b.double()
     return Score(float(_frechet(a, b)), float(jackknife(_frechet, a, b)))
 
 
 def _frechet(a: Tensor, b: Tensor) -> Tensor:
     shift = a.mean(0) - b.mean(0)
-    root_a, root_b = _root(a), _root(b)
+    root_a = _root(a)
+    root_b = _root(b)
     overlap = torch.linalg.svdvals(root_a @ root_b.T).sum()
     return shift.square().sum() + root_a.square().sum() + root_b.square().sum() - 2.0 * overlap
 
@@ -279,10 +285,10 @@ def _root(rows: Tensor) -> Tensor:
 
 
 def kernel_distance(
-    x: Any,
-    y: Any,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
-    features: Callable[[Tensor], Tensor] | None = None,
+    features: Features | None = None,
     num_permutations: int = 200,
     seed: int | None = None,
 ) -> JudgedScore:
@@ -316,13 +322,9 @@ def kernel_distance(
         >>> abs(value) < 5 * error, kernel_distance(x, 1.5 * y).p_value < 0.01
         (True, True)
     """
-    a, b = _features("kernel_distance", x, y, features)
+    a, b = same_rows("kernel_distance", features, x=x, y=y)
 
     def cubic(f: Tensor, g: Tensor) -> Tensor:
         return (f @ g.T / f.shape[1]).add_(1.0).pow_(3)
 
     return kernel_test(a, b, cubic, num_permutations, random_source(seed))
-
-
-def _features(who: str, x: Any, y: Any, features: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
-    return same_features(who, x=featured(features, x), y=featured(features, y))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core import MLP, Standardize, broadcast_cat
+from pyro_dgm.core.networks import refuse_batch_norm
 from pyro_dgm.core.shapes import as_shape, check_value_shape
 
 __all__ = ["Critic"]
@@ -63,7 +64,7 @@ class Critic(nn.Module):
         self.event_shape, self.context_features = as_shape(event_shape), int(context_features)
         self.standard = Standardize(self.event_shape.numel())
         self.network = _as_network(network, self.event_shape.numel() + self.context_features)
-        _refuse_batch_norm(self.network)
+        refuse_batch_norm("Critic", self.network)
         if spectral_norm:
             for layer in list(self.network.modules()):
                 if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d):
@@ -116,12 +117,3 @@ def _as_network(network: nn.Module | int | None, inputs: int) -> nn.Module:
     if isinstance(network, int) and network >= 1:
         return MLP(inputs, 1, (network,) * 3, _Leaky)
     raise TypeError(f"Critic: network is {network!r}, expected a module, a positive width, or None.")
-
-
-def _refuse_batch_norm(network: nn.Module) -> None:
-    for name, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
-                f"Critic: layer '{name}' is {type(module).__name__}, with which one row's logit depends on the other "
-                "rows of its batch. Use LayerNorm, or none."
-            )

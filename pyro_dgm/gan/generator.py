@@ -22,6 +22,8 @@ from torch.distributions.transforms import ReshapeTransform
 from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, broadcast_cat, compose
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.core.shapes import check_context
+from pyro_dgm.vae.latents import StandardNormal
+from pyro_dgm.vae.model import prior_given
 
 __all__ = ["Generator"]
 
@@ -129,7 +131,7 @@ class Generator(DistributionModule):
 
     def latents(self, rows: int, context: Tensor | None = None) -> Tensor:
         """Draws of z, shape ``(rows, *latent)``; with a context one for each of its rows."""
-        if isinstance(self.base, _StandardNormal):
+        if isinstance(self.base, StandardNormal):
             return self.base.draw(rows)
         base = self._latent(context, context)
         return base.rsample(() if base.batch_shape else (rows,))
@@ -198,7 +200,11 @@ class Generator(DistributionModule):
         return self.likelihood(z, context), x
 
     def _latent(self, context: Tensor | None, rows: Tensor | None) -> Any:
-        base = self.base(context if self.base.context_features else None)
+        base: Any
+        if isinstance(self.base, StandardNormal):  # Pyro's own: nothing is learned, so nothing needs to be remembered
+            base = self.base.build(None)
+        else:
+            base = prior_given(self.base, context)
         return base if rows is None or base.batch_shape else base.expand(rows.shape[:-1])
 
     def _noise(self, context: Tensor | None) -> Any:
@@ -259,26 +265,6 @@ class _Fixed(DistributionModule):
         return self.distribution[0]
 
 
-class _StandardNormal(DistributionModule):
-    """The standard normal; its origin is a buffer, which says dtype and device."""
-
-    zero: Tensor
-
-    def __init__(self, features: int) -> None:
-        super().__init__(features)
-        self.register_buffer("zero", torch.zeros(features))
-
-    def build(self, context: Tensor | None) -> Distribution:
-        return dist.Normal(self.zero, torch.ones_like(self.zero), validate_args=False).to_event(1)
-
-    def draw(self, rows: int) -> Tensor:
-        return self.zero.new_empty(rows, self.features).normal_()
-
-    def forward(self, context: Tensor | None = None) -> Any:
-        """Pyro's own normal: nothing is learned, so nothing needs to be remembered."""
-        return self.build(check_context(self, context))
-
-
 def _enumerating() -> bool:
     """Whether discrete sites are being summed out: dimensions left of the plates are then no rows."""
     return any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
@@ -295,7 +281,7 @@ def _as_family(base: Any) -> DistributionModule:
             )
         return _Fixed(base)
     if isinstance(base, int) and base >= 1:
-        return _StandardNormal(base)
+        return StandardNormal(base)
     raise TypeError(f"Generator: base is {base!r}, expected a family, a distribution, or a positive dimension.")
 
 

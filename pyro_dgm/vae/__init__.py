@@ -2,7 +2,7 @@
 
 from pyro_dgm.vae.conditional import Chain, Conditional, Encoded
 from pyro_dgm.vae.inference import impute, refine
-from pyro_dgm.vae.latents import FullRank, Mixture, StandardNormal, VampPrior
+from pyro_dgm.vae.latents import FullRank, StandardNormal, VampPrior
 from pyro_dgm.vae.likelihoods import (
     DiscretizedLogistic,
     bernoulli,
@@ -17,13 +17,7 @@ from pyro_dgm.vae.likelihoods import (
     zero_inflated_poisson,
 )
 from pyro_dgm.vae.model import VAE
-from pyro_dgm.vae.pictures import (
-    plot_embedding,
-    plot_images,
-    plot_interpolation,
-    plot_reconstructions,
-    plot_traversal,
-)
+from pyro_dgm.vae.pictures import plot_embedding, plot_images, plot_reconstructions
 from pyro_dgm.vae.semisupervised import SemiSupervised, SemiSupervisedVAE
 from pyro_dgm.vae.terms import LatentMMD, Penalised, TotalCorrelation
 
@@ -38,7 +32,6 @@ __all__ = [
     "DiscretizedLogistic",
     "Encoded",
     "FullRank",
-    "Mixture",
     "SemiSupervisedVAE",
     "StandardNormal",
     "VampPrior",
@@ -52,9 +45,7 @@ __all__ = [
     "normal",
     "plot_embedding",
     "plot_images",
-    "plot_interpolation",
     "plot_reconstructions",
-    "plot_traversal",
     "poisson",
     "refine",
     "zero_inflated_negative_binomial",

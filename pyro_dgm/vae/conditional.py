@@ -1,8 +1,7 @@
-r"""A network in front of a distribution: :math:`p(x \mid c) = p(x;\, \mathrm{network}(c))`.
+r"""Families with a network in front, and families in a row: the encoder of a VAE, its decoder, and learned priors.
 
-The decoder of a VAE, its encoder, and a learned prior are all this.
-
-Latents in layers: :math:`p(z_1, \dots, z_L \mid c) = \prod_l p(z_l \mid z_{<l}, c)`, as one family.
+A network gives the parameters of a distribution, :math:`p(x \mid c) = p(x;\, \mathrm{network}(c))`, or the context of a
+family. Latents in layers are one family, :math:`p(z_1, \dots, z_L \mid c) = \prod_l p(z_l \mid z_{<l}, c)`.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from typing import Any
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, constraints
 
-from pyro_dgm.core import MLP, DistributionModule, broadcast_cat
+from pyro_dgm.core import MLP, DistributionModule, LearnedDistribution, broadcast_cat
 from pyro_dgm.vae.likelihoods import arguments_of
 
 __all__ = ["Chain", "Conditional", "Encoded"]
@@ -51,7 +50,7 @@ class Conditional(DistributionModule):
         self,
         event_shape: int | Iterable[int],
         context_features: int,
-        make: Callable[..., Distribution],
+        make: Callable[..., TorchDistribution],
         *,
         network: nn.Module | None = None,
         hidden_features: Sequence[int] = (400,),
@@ -61,15 +60,15 @@ class Conditional(DistributionModule):
         super().__init__(event_shape, context_features)
         self.make = make
         names = arguments_of(make)
-        self.given = [n for n in names if n not in shared]
         _refuse_unknown(shared, names)
+        self.given = [n for n in names if n not in shared]
         self.free = nn.ParameterDict({n: nn.Parameter(torch.zeros(self.event_shape)) for n in shared})
-        self._entries = self.event_shape.numel()
+        self._outputs = len(self.given) * self.event_shape.numel()
         if network is None and self.given:
-            network = MLP(context_features, len(self.given) * self._entries, hidden_features, activation)
+            network = MLP(context_features, self._outputs, hidden_features, activation)
         self.network = network
 
-    def entries(self, context: Tensor | None) -> Distribution:
+    def entries(self, context: Tensor | None) -> TorchDistribution:
         """The distribution of the entries one by one: they are batch dimensions, which a mask can reach."""
         return self._made(self._output(context))
 
@@ -78,29 +77,23 @@ class Conditional(DistributionModule):
 
     def from_output(self, output: Tensor | None) -> Distribution:
         """The distribution for an output of the network, shape ``(*batch, arguments * entries)``."""
-        made = self._made(output)
-        return torch.distributions.Independent(made, len(self.event_shape)) if self.event_shape else made
+        entries = self._made(output)
+        return Independent(entries, len(self.event_shape)) if self.event_shape else entries
 
     def _output(self, context: Tensor | None) -> Tensor | None:
         if self.network is None:
             return context
         output = self.network(context)
-        if output.shape[-1] != len(self.given) * self._entries:
+        if output.shape[-1] != self._outputs:
             raise ValueError(
                 f"Conditional: the network gives {output.shape[-1]} numbers, expected {len(self.given)} "
-                f"({', '.join(self.given)}) for each of {self._entries} entries of event shape "
-                f"{tuple(self.event_shape)}: {len(self.given) * self._entries}. Change its last layer."
+                f"({', '.join(self.given)}) for each of {self.event_shape.numel()} entries of event shape "
+                f"{tuple(self.event_shape)}: {self._outputs}. Change its last layer."
             )
         return output
 
-    def _made(self, output: Tensor | None) -> Distribution:
-        parameters: dict[str, Tensor] = dict(self.free)
-        if self.network is not None and output is not None:
-            split = output.reshape(*output.shape[:-1], len(self.given), *self.event_shape)
-            parameters |= dict(zip(self.given, split.unbind(-len(self.event_shape) - 1), strict=True))
-        elif output is not None:
-            parameters = {k: v.expand(*output.shape[:-1], *v.shape) for k, v in parameters.items()}
-        made = self.make(**parameters)
+    def _made(self, output: Tensor | None) -> TorchDistribution:
+        made = self.make(**self._arguments(output))
         n = len(self.event_shape)
         if made.event_shape or made.batch_shape[len(made.batch_shape) - n :] != self.event_shape:
             raise ValueError(
@@ -108,6 +101,17 @@ class Conditional(DistributionModule):
                 f"{tuple(made.event_shape)}, expected scalar events and a batch that ends in {tuple(self.event_shape)}."
             )
         return made
+
+    def _arguments(self, output: Tensor | None) -> dict[str, Tensor]:
+        """The arguments of ``make``: free parameters, and the network's output in equal parts."""
+        free: dict[str, Tensor] = dict(self.free)
+        if output is None:
+            return free
+        batch = output.shape[:-1]
+        if self.network is None:
+            return {k: v.expand(*batch, *v.shape) for k, v in free.items()}
+        split = output.reshape(*batch, len(self.given), *self.event_shape).unbind(-len(self.event_shape) - 1)
+        return free | dict(zip(self.given, split, strict=True))
 
 
 class Encoded(DistributionModule):
@@ -138,20 +142,15 @@ class Encoded(DistributionModule):
                 f"Encoded: {type(family).__name__} takes no context, so the network could not reach it. Build it with "
                 f"{type(family).__name__}(..., context_features=64) and let the network give 64 numbers."
             )
-        self.network, self.family = network, family
+        self.network = network
+        self.family = family
 
     def build(self, context: Tensor | None) -> Distribution:
         return self.from_output(self.network(context))
 
-    def from_output(self, output: Tensor | None) -> Distribution:
+    def from_output(self, output: Tensor) -> Distribution:
         """The distribution for an output of the network, shape ``(*batch, family.context_features)``."""
         return self.family(output)
-
-
-def _refuse_unknown(shared: Sequence[str], names: Sequence[str]) -> None:
-    unknown = [n for n in shared if n not in names]
-    if unknown:
-        raise ValueError(f"Conditional: shared={unknown} are no arguments of make, which takes {list(names)}.")
 
 
 class Chain(DistributionModule):
@@ -168,8 +167,7 @@ class Chain(DistributionModule):
 
     Example:
         >>> import pyro_dgm as dgm
-        >>> top = dgm.vae.StandardNormal(2)
-        >>> chain = Chain(top, dgm.vae.Conditional(3, 2, dgm.vae.normal))
+        >>> chain = Chain(dgm.vae.StandardNormal(2), dgm.vae.Conditional(3, 2, dgm.vae.normal))
         >>> chain().rsample((4,)).shape
         torch.Size([4, 5])
     """
@@ -187,45 +185,44 @@ class Chain(DistributionModule):
         self.families = nn.ModuleList(families)
 
     def build(self, context: Tensor | None) -> Distribution:
-        return _Chained(self, context, Size() if context is None else context.shape[:-1])
+        families: Any = self.families  # ModuleList does not say of what
+        return _Chained(list(families), context, Size() if context is None else context.shape[:-1])
 
 
 class _Chained(TorchDistribution):
     """The joint distribution of the layers."""
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, chain: Chain, context: Tensor | None, batch_shape: Size) -> None:
-        self.chain, self.context = chain, context
-        super().__init__(batch_shape, chain.event_shape, validate_args=False)
+    def __init__(self, families: list[DistributionModule], context: Tensor | None, batch_shape: Size) -> None:
+        self.families = families
+        self.context = context
+        super().__init__(batch_shape, Size([sum(f.features for f in families)]), validate_args=False)
 
-    @property
-    def support(self) -> Any:
-        return constraints.real_vector
+    def expand(self, batch_shape: Size, _instance: _Chained | None = None) -> _Chained:
+        return _Chained(self.families, self.context, Size(batch_shape))
 
-    def expand(self, batch_shape: Size, _instance: Any = None) -> _Chained:
-        return _Chained(self.chain, self.context, Size(batch_shape))
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
+    def rsample(self, sample_shape: Iterable[int] = ()) -> Tensor:
         batch = Size(sample_shape) + self.batch_shape
         parts: list[Tensor] = []
-        for family in self._families():
-            conditional = self._given(family, parts)
-            parts.append(conditional.expand(batch).rsample())
+        for family in self.families:
+            parts.append(self._given(family, parts).expand(batch).rsample())
         return torch.cat(parts, -1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        parts = value.split([f.features for f in self._families()], -1)
-        terms = [self._given(f, parts[:i]).log_prob(parts[i]) for i, f in enumerate(self._families())]
+        parts = value.split([f.features for f in self.families], -1)
+        terms = [self._given(f, parts[:i]).log_prob(parts[i]) for i, f in enumerate(self.families)]
         return sum(terms[1:], terms[0])
 
-    def _families(self) -> list[Any]:
-        return list(self.chain.families)
+    def _given(self, family: DistributionModule, earlier: Sequence[Tensor]) -> LearnedDistribution:
+        """The distribution of a layer, given the context and the layers before it."""
+        known = earlier if self.context is None else (self.context, *earlier)
+        return family(broadcast_cat(*known) if known else None)
 
-    @staticmethod
-    def _joined(parts: Any, context: Tensor | None) -> Tensor | None:
-        return broadcast_cat(context, *parts) if parts or context is not None else None
 
-    def _given(self, family: Any, parts: Any) -> Any:
-        return family(self._joined(parts, self.context))
+def _refuse_unknown(shared: Sequence[str], names: Sequence[str]) -> None:
+    unknown = [n for n in shared if n not in names]
+    if unknown:
+        raise ValueError(f"Conditional: shared={unknown} are no arguments of make, which takes {list(names)}.")

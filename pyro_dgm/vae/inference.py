@@ -1,23 +1,22 @@
-"""Semi-amortised inference: the encoder's answer as a start, improved for the data at hand.
-
-What was not seen: draws of the missing entries given the seen ones, by importance resampling.
-"""
+"""Inference for given rows by a trained VAE: a better posterior than the encoder's, and draws of entries that were not seen."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.distributions import Categorical, Distribution
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.vae.conditional import Conditional, Encoded
+from pyro_dgm.vae.latents import FullRank
+from pyro_dgm.vae.model import VAE
 
 __all__ = ["impute", "refine"]
 
 
 def refine(
-    vae: Any,
+    vae: VAE,
     x: Tensor,
     *,
     context: Tensor | None = None,
@@ -25,7 +24,7 @@ def refine(
     max_steps: int = 100,
     lr: float = 0.02,
     num_particles: int = 8,
-) -> Any:
+) -> Distribution:
     r"""The posterior of these rows with the encoder's output as free parameters, fitted to their ELBO.
 
     It removes the amortisation gap (Kim et al. 2018, arXiv 1802.02550; Cremer et al. 2018), not the gap of the family.
@@ -51,7 +50,7 @@ def refine(
         torch.Size([1])
     """
     family = vae.posterior
-    if not hasattr(family, "from_output"):
+    if not isinstance(family, Conditional | FullRank | Encoded) or family.network is None:
         raise TypeError(
             f"refine: {type(family).__name__} has no network in front; use Conditional, FullRank or Encoded."
         )
@@ -74,7 +73,7 @@ def refine(
 
 @torch.no_grad()
 def impute(
-    vae: Any,
+    vae: VAE,
     x: Tensor,
     mask: Tensor,
     *,
@@ -112,6 +111,6 @@ def impute(
     with seeded(seed):
         z, log_q = vae.encode(x, context, mask).rsample_and_log_prob((proposals,))
         log_w = vae.log_joint(x, z, context, mask) - log_q
-        chosen = torch.distributions.Categorical(logits=log_w.T).sample((num_samples,))
+        chosen = Categorical(logits=log_w.T).sample((num_samples,))
         drawn = vae.decode(z[chosen, torch.arange(len(x))], context).sample()
         return torch.where(mask, x.to(drawn.dtype), drawn)

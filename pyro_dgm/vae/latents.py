@@ -1,65 +1,44 @@
-"""Priors over a latent vector. Any unconditional flow is one too; a family with a context makes the VAE conditional.
+r"""Families of the latent: priors, and the posteriors beyond the diagonal Gaussian ``Conditional(latent, data, normal)``.
 
-Posteriors beyond the diagonal Gaussian ``Conditional(latent, data, normal)``; flows come by ``Encoded``.
+Any unconditional flow is a prior too, and a mixture is ``ZukoFlow(zuko.mixtures.GMM(D, components=K))``; a family with a
+context makes the VAE conditional. Flow posteriors come by ``Encoded``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
+from torch.distributions import Categorical, Distribution, MixtureSameFamily
 
 from pyro_dgm.core import MLP, DistributionModule
+from pyro_dgm.core.upstream import VectorToLowerCholesky
 
-__all__ = ["FullRank", "Mixture", "StandardNormal", "VampPrior"]
+__all__ = ["FullRank", "StandardNormal", "VampPrior"]
 
 
 class StandardNormal(DistributionModule):
-    r""":math:`N(0, I)` over ``features`` dimensions, without parameters.
+    r""":math:`N(0, I)` over ``features`` dimensions, without parameters; its origin is a buffer, which says dtype and device.
 
     >>> StandardNormal(3)().log_prob(torch.zeros(3)).shape
     torch.Size([])
     """
 
     zero: Tensor
-    one: Tensor
 
     def __init__(self, features: int) -> None:
         super().__init__(features)
         self.register_buffer("zero", torch.zeros(self.event_shape))
-        self.register_buffer("one", torch.ones(self.event_shape))
 
     def build(self, context: Tensor | None) -> Distribution:
-        return Independent(Normal(self.zero, self.one), len(self.event_shape))
+        one = torch.ones_like(self.zero)
+        return dist.Normal(self.zero, one, validate_args=False).to_event(len(self.event_shape))
 
-
-class Mixture(DistributionModule):
-    r"""Learned mixture of diagonal Gaussians, :math:`p(z) = \sum_k w_k N(z; \mu_k, \sigma_k^2)`.
-
-    Its draws carry no gradient, which a prior does not need.
-
-    Args:
-        features: length of the latent.
-        components: number of Gaussians.
-
-    Example:
-        >>> Mixture(2, 5)().sample((7,)).shape
-        torch.Size([7, 2])
-    """
-
-    def __init__(self, features: int, components: int = 10) -> None:
-        super().__init__(features)
-        self.logits = nn.Parameter(torch.zeros(components))
-        self.loc = nn.Parameter(torch.randn(components, features))
-        self.log_scale = nn.Parameter(torch.zeros(components, features))
-
-    def build(self, context: Tensor | None) -> Distribution:
-        parts = Independent(Normal(self.loc, self.log_scale.exp()), 1)
-        return dist.MixtureSameFamily(Categorical(logits=self.logits), parts)
+    def draw(self, rows: int) -> Tensor:
+        """Draws ``(rows, *event_shape)`` without the cost of building a distribution."""
+        return self.zero.new_empty(rows, *self.event_shape).normal_()
 
 
 class VampPrior(DistributionModule):
@@ -89,15 +68,14 @@ class VampPrior(DistributionModule):
         if pseudo_inputs.dim() != 2 or pseudo_inputs.shape[-1] != posterior.context_features:
             raise ValueError(
                 f"VampPrior: pseudo_inputs have shape {tuple(pseudo_inputs.shape)}, expected (K, "
-                f"{posterior.context_features}), such as {10} flat rows of the data."
+                f"{posterior.context_features}), such as 10 flat rows of the data."
             )
         self.posterior = posterior
         self.inputs = nn.Parameter(pseudo_inputs.detach().clone())
         self.logits = nn.Parameter(torch.zeros(len(pseudo_inputs)))
 
     def build(self, context: Tensor | None) -> Distribution:
-        parts: Any = self.posterior(self.inputs)
-        return MixtureSameFamily(Categorical(logits=self.logits), parts)
+        return MixtureSameFamily(Categorical(logits=self.logits), self.posterior(self.inputs))
 
 
 class FullRank(DistributionModule):
@@ -133,10 +111,6 @@ class FullRank(DistributionModule):
         return self.from_output(self.network(context))
 
     def from_output(self, output: Tensor) -> Distribution:
-        """The Gaussian for an output of the network."""
-        d = self.features
-        loc, entries = output[..., :d], output[..., d:]
-        rows, cols = torch.tril_indices(d, d, device=output.device)
-        lower = output.new_zeros(*output.shape[:-1], d, d)
-        lower[..., rows, cols] = torch.where(rows == cols, entries.clamp(max=20.0).exp(), entries)
-        return dist.MultivariateNormal(loc, scale_tril=lower)
+        """The Gaussian for an output of the network: its mean, then the rows of L with logarithms on the diagonal."""
+        lower = VectorToLowerCholesky()(output[..., self.features :])
+        return dist.MultivariateNormal(output[..., : self.features], scale_tril=lower)

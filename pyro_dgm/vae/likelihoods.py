@@ -6,15 +6,14 @@ Each takes unconstrained tensors and says in its arguments how they are read. An
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import constraints
 
 __all__ = [
     "DiscretizedLogistic",
@@ -32,42 +31,42 @@ __all__ = [
 ]
 
 
-def arguments_of(make: Callable[..., Distribution]) -> list[str]:
+def arguments_of(make: Callable[..., TorchDistribution]) -> list[str]:
     """The names of the raw tensors that an entry function takes."""
     return list(getattr(make, "arguments", None) or inspect.signature(make).parameters)
 
 
-def bernoulli(logits: Tensor) -> Distribution:
+def bernoulli(logits: Tensor) -> TorchDistribution:
     """Binary entries. Grey levels are refused: binarise them anew at each step (``Transformed(bound, torch.bernoulli)``)."""
     return dist.Bernoulli(logits=logits)
 
 
-def continuous_bernoulli(logits: Tensor) -> Distribution:
+def continuous_bernoulli(logits: Tensor) -> TorchDistribution:
     """Grey levels in [0, 1], with the normalising constant that cross-entropy on grey levels lacks."""
     return dist.ContinuousBernoulli(logits=logits)
 
 
-def normal(loc: Tensor, log_scale: Tensor) -> Distribution:
+def normal(loc: Tensor, log_scale: Tensor) -> TorchDistribution:
     """Real entries; put ``shared=("log_scale",)`` for one learned scale per entry instead of one per entry and datum."""
     return dist.Normal(loc, log_scale.exp())
 
 
-def poisson(log_rate: Tensor) -> Distribution:
+def poisson(log_rate: Tensor) -> TorchDistribution:
     """Counts."""
     return dist.Poisson(log_rate.exp())
 
 
-def negative_binomial(log_mean: Tensor, log_dispersion: Tensor) -> Distribution:
+def negative_binomial(log_mean: Tensor, log_dispersion: Tensor) -> TorchDistribution:
     r"""Overdispersed counts with mean :math:`\mu` and variance :math:`\mu + \mu^2 / r`, :math:`r` = exp(log_dispersion)."""
     return dist.NegativeBinomial(log_dispersion.exp(), logits=log_mean - log_dispersion)
 
 
-def zero_inflated_poisson(log_rate: Tensor, gate_logits: Tensor) -> Distribution:
+def zero_inflated_poisson(log_rate: Tensor, gate_logits: Tensor) -> TorchDistribution:
     """Counts with additional zeros, which have probability sigmoid(gate_logits)."""
     return dist.ZeroInflatedPoisson(log_rate.exp(), gate_logits=gate_logits)
 
 
-def zero_inflated_negative_binomial(log_mean: Tensor, log_dispersion: Tensor, gate_logits: Tensor) -> Distribution:
+def zero_inflated_negative_binomial(log_mean: Tensor, log_dispersion: Tensor, gate_logits: Tensor) -> TorchDistribution:
     """Overdispersed counts with additional zeros, which have probability sigmoid(gate_logits)."""
     return dist.ZeroInflatedNegativeBinomial(
         log_dispersion.exp(), logits=log_mean - log_dispersion, gate_logits=gate_logits
@@ -84,7 +83,7 @@ class categorical:
     def __init__(self, classes: int) -> None:
         self.arguments = [f"logit_{k}" for k in range(classes)]
 
-    def __call__(self, **logits: Tensor) -> Distribution:
+    def __call__(self, **logits: Tensor) -> TorchDistribution:
         return dist.Categorical(logits=torch.stack([logits[k] for k in self.arguments], -1))
 
 
@@ -100,7 +99,7 @@ class discretized_logistic:
     def __init__(self, levels: int = 256) -> None:
         self.levels = levels
 
-    def __call__(self, loc: Tensor, log_scale: Tensor) -> Distribution:
+    def __call__(self, loc: Tensor, log_scale: Tensor) -> TorchDistribution:
         half = 0.5 * (self.levels - 1)
         return DiscretizedLogistic(half * (1.0 + loc), half * log_scale.exp(), self.levels)
 
@@ -134,7 +133,7 @@ class DiscretizedLogistic(TorchDistribution):
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint:
         return constraints.integer_interval(0, self.levels - 1)
 
     @property
@@ -142,11 +141,11 @@ class DiscretizedLogistic(TorchDistribution):
         """The location, kept inside the range (the mean of the logistic before its tails are cut)."""
         return self.loc.clamp(0.0, self.levels - 1.0)
 
-    def expand(self, batch_shape: Size, _instance: Any = None) -> DiscretizedLogistic:
+    def expand(self, batch_shape: Size, _instance: TorchDistribution | None = None) -> DiscretizedLogistic:
         return DiscretizedLogistic(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.levels, False)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Iterable[int] = ()) -> Tensor:
         u = torch.rand(self._extended_shape(Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device)
         tiny = torch.finfo(u.dtype).tiny
         return (self.loc + self.scale * torch.logit(u, eps=tiny)).round().clamp(0.0, self.levels - 1.0)
@@ -156,7 +155,8 @@ class DiscretizedLogistic(TorchDistribution):
             self._validate_sample(value)
         above = (value + 0.5 - self.loc) / self.scale
         below = (value - 0.5 - self.loc) / self.scale
-        first, last = value <= 0, value >= self.levels - 1
+        first = value <= 0
+        last = value >= self.levels - 1
         up = F.logsigmoid(above).masked_fill(last, 0.0)
         down = F.logsigmoid(-below).masked_fill(first, 0.0)
         between = torch.log(-torch.expm1(-1.0 / self.scale)).masked_fill(first | last, 0.0)
@@ -173,26 +173,26 @@ class columns:
     torch.Size([5, 3])
     """
 
-    def __init__(self, kinds: Sequence[Callable[..., Distribution]]) -> None:
-        self.kinds = [(kind, [i for i, k in enumerate(kinds) if k is kind]) for kind in dict.fromkeys(kinds)]
-        self.counts = [len(arguments_of(kind)) for kind, _ in self.kinds]
-        self.names = [arguments_of(kind) for kind, _ in self.kinds]
-        self.arguments = [f"raw_{i}" for i in range(max(self.counts))]
-
-    def __call__(self, *raw: Tensor, **named: Tensor) -> Distribution:
-        tensors = raw or tuple(named[k] for k in self.arguments)
-        parts = [
-            (kind(**{n: t[..., index] for n, t in zip(names, tensors, strict=False)}), index)
-            for (kind, index), names in zip(self.kinds, self.names, strict=True)
+    def __init__(self, kinds: Sequence[Callable[..., TorchDistribution]]) -> None:
+        self.kinds = [
+            (kind, arguments_of(kind), [i for i, k in enumerate(kinds) if k is kind]) for kind in dict.fromkeys(kinds)
         ]
+        self.arguments = [f"raw_{i}" for i in range(max(len(names) for _, names, _ in self.kinds))]
+
+    def __call__(self, *raw: Tensor, **named: Tensor) -> TorchDistribution:
+        tensors = raw or tuple(named[k] for k in self.arguments)
+        parts = []
+        for kind, names, index in self.kinds:
+            arguments = {name: tensor[..., index] for name, tensor in zip(names, tensors, strict=False)}
+            parts.append((kind(**arguments), index))
         return _Columns(parts, tensors[0].shape)
 
 
 class _ColumnSupport(constraints.Constraint):
     """Each column in the support of its own kind."""
 
-    def __init__(self, parts: list[tuple[Distribution, list[int]]]) -> None:
-        self.parts: list[tuple[Any, list[int]]] = [(d.support, index) for d, index in parts]
+    def __init__(self, parts: list[tuple[TorchDistribution, list[int]]]) -> None:
+        self.parts = [(d.support, index) for d, index in parts]
         self.is_discrete = any(s.is_discrete for s, _ in self.parts)
         super().__init__()
 
@@ -206,26 +206,26 @@ class _ColumnSupport(constraints.Constraint):
 class _Columns(TorchDistribution):
     """Independent columns; the last batch dimension runs over them."""
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: dict[str, constraints.Constraint] = {}
 
-    def __init__(self, parts: list[tuple[Distribution, list[int]]], shape: Size) -> None:
+    def __init__(self, parts: list[tuple[TorchDistribution, list[int]]], shape: Size) -> None:
         self.parts = parts
         super().__init__(shape, validate_args=False)
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint:
         return _ColumnSupport(self.parts)
 
     @property
     def mean(self) -> Tensor:
         return self._filled([d.mean for d, _ in self.parts])
 
-    def expand(self, batch_shape: Size, _instance: Any = None) -> _Columns:
+    def expand(self, batch_shape: Size, _instance: TorchDistribution | None = None) -> _Columns:
         parts = [(d.expand((*batch_shape[:-1], len(index))), index) for d, index in self.parts]
         return _Columns(parts, Size(batch_shape))
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Iterable[int] = ()) -> Tensor:
         return self._filled([d.sample(Size(sample_shape)) for d, _ in self.parts])
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -1,121 +1,38 @@
-r"""What the parts of a VAE must agree on, and the text of each error.
-
-The variational autoencoder: a model :math:`p(z)\,p(x \mid z)` and a guide :math:`q(z \mid x)` of three families.
+r"""The variational autoencoder: a model :math:`p(z)\,p(x \mid z)` and a guide :math:`q(z \mid x)` of three families.
 
 .. math:: \log p(x) \ge E_{q(z|x)}\big[\log p(x \mid z) + \log p(z) - \log q(z \mid x)\big]
 
-(Ruthotto & Haber 2021, section 4; Kingma & Welling 2014, arXiv 1312.6114).
+(Ruthotto & Haber 2021, section 4; Kingma & Welling 2014, arXiv 1312.6114.) Below the pair stands what its parts must agree on,
+and the text of each error.
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import pyro
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.infer.util import is_validation_enabled
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_dgm.core import DistributionModule, broadcast_cat
+from pyro_dgm.core import DistributionModule, LearnedDistribution, broadcast_cat
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.networks import refuse_batch_norm
 from pyro_dgm.core.shapes import of_entries
+from pyro_dgm.vae.conditional import Conditional
 
-__all__ = ["VAE", "check_data", "refuse_batch_norm", "refuse_mismatch", "refuse_outside", "refuse_width"]
+__all__ = ["VAE", "cut", "mean_of", "plate", "prior_given", "refuse_outside", "refuse_width", "register"]
 
-
-def refuse_mismatch(prior: DistributionModule, likelihood: DistributionModule, posterior: DistributionModule) -> None:
-    """The latents of prior and posterior must have one shape, and the likelihood must take them."""
-    for name, family in (("prior", prior), ("likelihood", likelihood), ("posterior", posterior)):
-        if not isinstance(family, DistributionModule):
-            raise TypeError(
-                f"VAE: {name} is a {type(family).__name__}, expected a family, module(context) -> distribution, such "
-                "as vae.Conditional or a flow; wrap a network by vae.Conditional(..., network=it)."
-            )
-    if prior.event_shape != posterior.event_shape:
-        raise ValueError(
-            f"VAE: the prior's latent has shape {tuple(prior.event_shape)}, the posterior's {tuple(posterior.event_shape)}. "
-            "Build both with the same event_shape."
-        )
-    if likelihood.context_features < prior.features:
-        raise ValueError(
-            f"VAE: the likelihood takes {likelihood.context_features} context features, expected {prior.features}, the "
-            f"size of the latent (more with a context). Build it with context_features={prior.features}."
-        )
-    if not posterior.context_features:
-        raise ValueError(
-            "VAE: the posterior takes no context, so it could not see the data. Use vae.Encoded or Conditional."
-        )
-
-
-def refuse_batch_norm(family: nn.Module) -> None:
-    """Batch normalisation couples the rows of a batch, and its running statistics are lost from the param store."""
-    for name, module in family.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
-                f"VAE: '{name}' of {type(family).__name__} is {type(module).__name__}. Batch statistics make p(x_i|z_i) "
-                "depend on the other rows, so the plate over data would be wrong. Use nn.LayerNorm or nn.GroupNorm."
-            )
-
-
-def refuse_width(name: str, family: DistributionModule, inputs: Tensor, described: str) -> None:
-    """The family must have been built for what it is given."""
-    if family.context_features != inputs.shape[-1]:
-        raise ValueError(
-            f"VAE: the {name} was built for {family.context_features} context features, but {described} and what goes "
-            f"with it make {inputs.shape[-1]}. Build it with context_features={inputs.shape[-1]}."
-        )
-
-
-def check_data(event_shape: Size, x: Tensor, context: Tensor | None, mask: Tensor | None) -> None:
-    """Data of shape ``(N, *event_shape)``, a boolean mask of the same shape, a context of N rows."""
-    if x.dim() != len(event_shape) + 1 or x.shape[1:] != event_shape:
-        rows = ", ".join(["N", *map(str, event_shape)])
-        advice = "Add the row: x[None]." if x.shape == event_shape else "Reshape x, or build the likelihood for it."
-        raise ValueError(f"VAE: x has shape {tuple(x.shape)}, expected ({rows}) of the likelihood's event. {advice}")
-    if mask is not None and (mask.shape != x.shape or mask.dtype != torch.bool):
-        raise ValueError(
-            f"VAE: mask has shape {tuple(mask.shape)} and {mask.dtype}, expected {tuple(x.shape)} and torch.bool "
-            "(True where the entry was seen)."
-        )
-    if context is not None and (context.dim() != 2 or len(context) != len(x)):
-        raise ValueError(
-            f"VAE: context has shape {tuple(context.shape)}, expected ({len(x)}, features): one row per x."
-        )
-
-
-def refuse_outside(likelihood: Any, x: Tensor | None, *, few: bool = False) -> Tensor | None:
-    """Data must lie in the likelihood's support (asked while Pyro validates); x is returned.
-
-    ``few`` looks at the first 32 rows, for the sake of the message: a learned likelihood checks all of them when it scores.
-    """
-    if x is None or not is_validation_enabled():
-        return x
-    seen = x[:32] if few else x
-    if seen.is_floating_point() and not bool(seen.isfinite().all()):
-        raise ValueError(
-            f"VAE: x holds {int((~x.isfinite()).sum())} NaN or infinite entries. Pass mask= (True where seen) and put any "
-            "number into the unseen entries: x.nan_to_num()."
-        )
-    if not bool(likelihood.support.check(seen).all()):
-        raise ValueError(
-            f"VAE: x lies outside the likelihood's support {likelihood.support}. {_advice(likelihood.support, x)}"
-        )
-    return x
-
-
-def _advice(support: Any, x: Tensor) -> str:
-    support = of_entries(support)
-    grey = x.is_floating_point() and 0.0 <= float(x.min()) and float(x.max()) <= 1.0
-    if support is constraints.boolean and grey:
-        return (
-            "Grey levels have no Bernoulli likelihood: binarise them, torch.bernoulli(x) at each step (Transformed), or "
-            "use vae.continuous_bernoulli."
-        )
-    return f"It ranges over [{float(x.min()):.4g}, {float(x.max()):.4g}]: rescale or clean it, or choose another likelihood."
+_DRAWS = 32  # behind a mean that has no closed form; not measured, chosen by hand
+_CHECKED_ROWS = 32  # looked at before the likelihood scores all rows; not measured, chosen by hand
+_ACTIVE_VARIANCE = 0.01  # of E[z|x] over the data: Burda et al. (2016), section 5.2
+_COLLAPSED_SHARE = 0.1  # a fit that ends with fewer active units is warned about; not measured, chosen by hand
+_COLLAPSE_DRAWS = 16  # of each row's latent; not measured, chosen by hand
+_COLLAPSE_ROWS = (10, 1000)  # rows that the warning needs, and at most looks at; not measured, chosen by hand
 
 
 class VAE(nn.Module):
@@ -164,9 +81,9 @@ class VAE(nn.Module):
         size: int | None = None,
     ) -> None:
         super().__init__()
-        refuse_mismatch(prior, likelihood, posterior)
+        _refuse_mismatch(prior, likelihood, posterior)
         for family in (prior, likelihood, posterior):
-            refuse_batch_norm(family)
+            refuse_batch_norm(f"VAE: {type(family).__name__}", family)
         self.model = Decoder(prior, likelihood, size)
         self.guide = Encoder(posterior, likelihood.event_shape, size)
 
@@ -185,37 +102,32 @@ class VAE(nn.Module):
         """The family of the latent given the data."""
         return self.guide.posterior
 
-    def encode(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Any:
+    def encode(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> LearnedDistribution:
         """The posterior :math:`q(z|x)`, batch shape ``(N,)``."""
-        check_data(self.likelihood.event_shape, x, context, mask)
         return self.posterior(self.guide.inputs(x, context, mask))
 
-    def decode(self, z: Tensor, context: Tensor | None = None) -> Any:
+    def decode(self, z: Tensor, context: Tensor | None = None) -> LearnedDistribution:
         """The distribution of data for latents of shape ``(*batch, *latent)``."""
         return self.likelihood(self.model.inputs(z, context))
 
     @torch.no_grad()
     def generate(self, rows: int = 1, context: Tensor | None = None) -> Tensor:
         """Draws of data, shape ``(rows, *event)``; with a context one row for each of its rows."""
-        prior = self.prior(context if self.prior.context_features else None)
-        z = prior.expand([rows if context is None else len(context)]).sample()
+        n = rows if context is None else len(context)
+        z = prior_given(self.prior, context).expand(Size([n])).sample()
         return self.decode(z, context).sample()
 
     @torch.no_grad()
-    def embed(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, draws: int = 32) -> Tensor:
+    def embed(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, draws: int = _DRAWS
+    ) -> Tensor:
         """The posterior mean of each row, shape ``(N, *latent)``; without a closed form the mean of seeded draws."""
-        q = self.encode(x, context, mask)
-        try:
-            return q.mean
-        except NotImplementedError:
-            with fork_rng(0):
-                return q.sample((draws,)).mean(0)
+        return mean_of(self.encode(x, context, mask), draws)
 
     def log_joint(self, x: Tensor, z: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         r""":math:`\log p(x, z)` of each row, in nats; latents of shape ``(*batch, N, *latent)`` give ``(*batch, N)``."""
         likelihood, x = self.model.observation(x, z, context, mask)
-        prior = self.prior(context if self.prior.context_features else None)
-        return prior.log_prob(z) + likelihood.log_prob(x)
+        return prior_given(self.prior, context).log_prob(z) + likelihood.log_prob(x)
 
 
 class Decoder(nn.Module):
@@ -223,98 +135,129 @@ class Decoder(nn.Module):
 
     def __init__(self, prior: DistributionModule, likelihood: DistributionModule, size: int | None) -> None:
         super().__init__()
-        self.prior, self.likelihood, self.size = prior, likelihood, size
+        self.prior = prior
+        self.likelihood = likelihood
+        self.size = size
 
     def forward(
         self, x: Tensor | None = None, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1
     ) -> Tensor:
         if x is not None:
-            check_data(self.likelihood.event_shape, x, context, mask)
+            _check_data(self.likelihood.event_shape, x, context, mask)
         register("prior", self.prior)
         register("likelihood", self.likelihood)
         n = next((len(t) for t in (x, context) if t is not None), rows)
         with self.likelihood.holding(self.likelihood.sampled_weights()), plate(n, self.size):
-            z = pyro.sample("z", self.prior(context if self.prior.context_features else None))
+            z = pyro.sample("z", prior_given(self.prior, context))
+            if x is None:
+                return pyro.sample("x", self.likelihood(self.inputs(z, context)))
             likelihood, x = self.observation(x, z, context, mask)
             return pyro.sample("x", likelihood, obs=x)
 
     def inputs(self, z: Tensor, context: Tensor | None) -> Tensor:
         """The likelihood's context: the flat latent and the context."""
-        flat = z.flatten(-len(self.prior.event_shape)) if self.prior.event_shape else z.unsqueeze(-1)
-        return broadcast_cat(flat, context)
+        inputs = broadcast_cat(_flat(z, self.prior.event_shape), context)
+        refuse_width("likelihood", self.likelihood, inputs, f"the latent of {self.prior.features}")
+        return inputs
 
-    def observation(self, x: Tensor | None, z: Tensor, context: Tensor | None, mask: Tensor | None) -> Any:
+    def observation(
+        self, x: Tensor, z: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[TorchDistribution, Tensor]:
         """The distribution of x, without its unseen entries, and x with something valid in their place."""
         inputs = self.inputs(z, context)
-        refuse_width("likelihood", self.likelihood, inputs, f"the latent of {self.prior.features}")
-        if mask is None or x is None:
-            likelihood = self.likelihood(inputs)
-            return likelihood, refuse_outside(likelihood, x, few=True)
-        return self._masked(x, inputs, mask)
+        if mask is not None:
+            return self._masked(x, inputs, mask)
+        likelihood = self.likelihood(inputs)
+        return likelihood, refuse_outside(likelihood, x, few=True)
 
-    def _masked(self, x: Tensor, inputs: Tensor, mask: Tensor) -> tuple[Distribution, Tensor | None]:
-        entries = getattr(self.likelihood, "entries", None)
-        if entries is None:
+    def _masked(self, x: Tensor, inputs: Tensor, mask: Tensor) -> tuple[TorchDistribution, Tensor]:
+        """Unseen entries get a draw, which lies in the support, and the mask takes them out of the score."""
+        if not isinstance(self.likelihood, Conditional):
             raise ValueError(
                 f"VAE: a mask needs a likelihood with independent entries, and {type(self.likelihood).__name__} is "
                 "joint. Use vae.Conditional as the likelihood."
             )
-        made = entries(inputs)
+        entries = self.likelihood.entries(inputs)
         with torch.no_grad():
-            valid = made.sample()
-            valid = valid.reshape(-1, *x.shape)[0].to(x.dtype) if valid.shape != x.shape else valid.to(x.dtype)
-        filled = refuse_outside(made, torch.where(mask, x, valid))
-        return made.mask(mask).to_event(len(self.likelihood.event_shape)), filled
+            drawn = entries.sample().to(x.dtype).reshape(-1, *x.shape)[0]  # of the first particle
+        filled = refuse_outside(entries, torch.where(mask, x, drawn))
+        return entries.mask(mask).to_event(len(self.likelihood.event_shape)), filled
 
 
 class Encoder(nn.Module):
     """The Pyro guide of a VAE; see :class:`VAE` for its arguments."""
 
-    def __init__(self, posterior: DistributionModule, event_shape: torch.Size, size: int | None) -> None:
+    def __init__(self, posterior: DistributionModule, event_shape: Size, size: int | None) -> None:
         super().__init__()
-        self.posterior, self.event_shape, self.size = posterior, event_shape, size
+        self.posterior = posterior
+        self.event_shape = event_shape
+        self.size = size
 
     def forward(
         self, x: Tensor | None = None, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1
     ) -> Tensor:
         if x is None:
             raise ValueError("VAE.guide: it needs the data x; to draw from the prior run Predictive without the guide.")
-        check_data(self.event_shape, x, context, mask)
+        inputs = self.inputs(x, context, mask)
         register("posterior", self.posterior)
         with plate(len(x), self.size):
-            return pyro.sample("z", self.posterior(self.inputs(x, context, mask)))
+            return pyro.sample("z", self.posterior(inputs))
 
     def inputs(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         """The encoder's input: the flat data with zeros where nothing was seen, the mask, the context."""
+        _check_data(self.event_shape, x, context, mask)
         floats = (t.dtype for t in self.posterior.tensors() if t.is_floating_point())
         dtype = next(floats, torch.get_default_dtype())
-        n = len(self.event_shape)
         seen = x if mask is None else torch.where(mask, x, torch.zeros_like(x))
-        parts = [p.flatten(x.dim() - n) if n else p.unsqueeze(-1) for p in (seen, mask) if p is not None]
-        together = broadcast_cat(*(p.to(dtype) for p in parts), context)
-        refuse_width("posterior", self.posterior, together, _described(parts, context))
-        return together
+        parts = [_flat(part, self.event_shape).to(dtype) for part in (seen, mask) if part is not None]
+        inputs = broadcast_cat(*parts, context)
+        refuse_width("posterior", self.posterior, inputs, _described(parts, context))
+        return inputs
 
     @torch.no_grad()
     def finish(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1) -> None:
         """Warn, once a fit has ended, where the posterior does not depend on the data (posterior collapse)."""
-        if len(x) < 10:
+        if len(x) < _COLLAPSE_ROWS[0]:
             return
-        z = self.posterior(self.inputs(x[:1000], None if context is None else context[:1000],
-                                       None if mask is None else mask[:1000])).sample((16,))  # fmt: skip
-        z = z.flatten(2) if z.dim() > 2 else z.unsqueeze(-1)
+        few = slice(_COLLAPSE_ROWS[1])
+        q = self.posterior(self.inputs(x[few], cut(context, few), cut(mask, few)))
+        z = _flat(q.sample((_COLLAPSE_DRAWS,)), self.posterior.event_shape)
         between = z.mean(0).var(0) - z.var(0).mean(0) / len(z)  # the draws' own noise is taken off
-        active = int((between > 0.01).sum())
-        if active <= 0.1 * z.shape[-1]:
+        active = int((between > _ACTIVE_VARIANCE).sum())
+        if active <= _COLLAPSED_SHARE * z.shape[-1]:
             warnings.warn(
                 f"VAE: posterior collapse: {active} of {z.shape[-1]} latent units vary with the data (variance of "
-                "E[z|x] over the data above 0.01). Warm the KL term up (WeightedKL_ELBO(warmup_steps=...)), give it "
-                "free bits, or take a weaker decoder.",
+                f"E[z|x] over the data above {_ACTIVE_VARIANCE}). Warm the KL term up "
+                "(WeightedKL_ELBO(warmup_steps=...)), give it free bits, or take a weaker decoder.",
                 stacklevel=2,
             )
 
 
-def plate(rows: int, size: int | None) -> Any:
+def prior_given(prior: DistributionModule, context: Tensor | None) -> Distribution:
+    """The prior for a context, which an unconditional one does not take."""
+    return prior(context if prior.context_features else None)
+
+
+def mean_of(q: Distribution, draws: int = _DRAWS) -> Tensor:
+    """The mean of a distribution; without a closed form that of draws, which come from a seed of their own."""
+    try:
+        return q.mean
+    except NotImplementedError:
+        with fork_rng(0):
+            return q.sample(Size([draws])).mean(0)
+
+
+def cut(values: Tensor | None, rows: slice) -> Tensor | None:
+    """These rows of a context or mask, where there is one."""
+    return None if values is None else values[rows]
+
+
+def _flat(x: Tensor, event_shape: Size) -> Tensor:
+    """Events as vectors; scalars as vectors of one number."""
+    return x.flatten(-len(event_shape)) if event_shape else x.unsqueeze(-1)
+
+
+def plate(rows: int, size: int | None) -> pyro.plate:
     """The plate of the data: these rows, as a part of ``size`` rows where a size is given."""
     if size is None or size == rows:
         return pyro.plate("data", rows, dim=-1)
@@ -356,3 +299,84 @@ def _described(parts: list[Tensor], context: Tensor | None) -> str:
     names += [f"its mask of {p.shape[-1]}" for p in parts[1:]]
     names += [] if context is None else [f"a context of {context.shape[-1]}"]
     return ", ".join(names)
+
+
+def _refuse_mismatch(prior: DistributionModule, likelihood: DistributionModule, posterior: DistributionModule) -> None:
+    """The latents of prior and posterior must have one shape, and the likelihood must take them."""
+    for name, family in (("prior", prior), ("likelihood", likelihood), ("posterior", posterior)):
+        if not isinstance(family, DistributionModule):
+            raise TypeError(
+                f"VAE: {name} is a {type(family).__name__}, expected a family, module(context) -> distribution, such "
+                "as vae.Conditional or a flow; wrap a network by vae.Conditional(..., network=it)."
+            )
+    if prior.event_shape != posterior.event_shape:
+        raise ValueError(
+            f"VAE: the prior's latent has shape {tuple(prior.event_shape)}, the posterior's {tuple(posterior.event_shape)}. "
+            "Build both with the same event_shape."
+        )
+    if likelihood.context_features < prior.features:
+        raise ValueError(
+            f"VAE: the likelihood takes {likelihood.context_features} context features, expected {prior.features}, the "
+            f"size of the latent (more with a context). Build it with context_features={prior.features}."
+        )
+    if not posterior.context_features:
+        raise ValueError(
+            "VAE: the posterior takes no context, so it could not see the data. Use vae.Encoded or Conditional."
+        )
+
+
+def refuse_width(name: str, family: DistributionModule, inputs: Tensor, described: str) -> None:
+    """The family must have been built for what it is given."""
+    if family.context_features != inputs.shape[-1]:
+        raise ValueError(
+            f"VAE: the {name} was built for {family.context_features} context features, but {described} and what goes "
+            f"with it make {inputs.shape[-1]}. Build it with context_features={inputs.shape[-1]}."
+        )
+
+
+def _check_data(event_shape: Size, x: Tensor, context: Tensor | None, mask: Tensor | None) -> None:
+    """Data of shape ``(N, *event_shape)``, a boolean mask of the same shape, a context of N rows."""
+    if x.dim() != len(event_shape) + 1 or x.shape[1:] != event_shape:
+        rows = ", ".join(["N", *map(str, event_shape)])
+        advice = "Add the row: x[None]." if x.shape == event_shape else "Reshape x, or build the likelihood for it."
+        raise ValueError(f"VAE: x has shape {tuple(x.shape)}, expected ({rows}) of the likelihood's event. {advice}")
+    if mask is not None and (mask.shape != x.shape or mask.dtype != torch.bool):
+        raise ValueError(
+            f"VAE: mask has shape {tuple(mask.shape)} and {mask.dtype}, expected {tuple(x.shape)} and torch.bool "
+            "(True where the entry was seen)."
+        )
+    if context is not None and (context.dim() != 2 or len(context) != len(x)):
+        raise ValueError(
+            f"VAE: context has shape {tuple(context.shape)}, expected ({len(x)}, features): one row per x."
+        )
+
+
+def refuse_outside(likelihood: TorchDistribution, x: Tensor, *, few: bool = False) -> Tensor:
+    """Data must lie in the likelihood's support (asked while Pyro validates); x is returned.
+
+    With ``few`` the first rows are looked at, for a message that helps: a learned likelihood checks all when it scores.
+    """
+    if not is_validation_enabled():
+        return x
+    seen = x[:_CHECKED_ROWS] if few else x
+    if seen.is_floating_point() and not bool(seen.isfinite().all()):
+        raise ValueError(
+            f"VAE: x holds {int((~x.isfinite()).sum())} NaN or infinite entries. Pass mask= (True where seen) and put any "
+            "number into the unseen entries: x.nan_to_num()."
+        )
+    if not bool(likelihood.support.check(seen).all()):
+        raise ValueError(
+            f"VAE: x lies outside the likelihood's support {likelihood.support}. {_advice(likelihood.support, x)}"
+        )
+    return x
+
+
+def _advice(support: constraints.Constraint, x: Tensor) -> str:
+    low, high = float(x.min()), float(x.max())
+    grey = x.is_floating_point() and 0.0 <= low and high <= 1.0
+    if of_entries(support) is constraints.boolean and grey:
+        return (
+            "Grey levels have no Bernoulli likelihood: binarise them, torch.bernoulli(x) at each step (Transformed), or "
+            "use vae.continuous_bernoulli."
+        )
+    return f"It ranges over [{low:.4g}, {high:.4g}]: rescale or clean it, or choose another likelihood."

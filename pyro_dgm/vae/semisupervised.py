@@ -1,29 +1,28 @@
 r"""A VAE with a label that is seen for some rows: :math:`p(y)\,p(z)\,p(x \mid z, y)`, :math:`q(y \mid x)\,q(z \mid x, y)`.
 
-For rows without a label the bound sums over the label, :math:`\sum_y q(y|x)(\mathcal L(x, y) - \log q(y|x))`; for rows with
-one it is :math:`\mathcal L(x, y)` (Kingma, Rezende, Mohamed & Welling 2014, arXiv 1406.5298, eqs. 6-8).
-
-The bound of a VAE with partly known labels, together with its classifier's likelihood.
+For rows with a label the bound is :math:`\mathcal L(x, y)`; for rows without one it sums over the label,
+:math:`\mathcal U(x) = \sum_y q(y|x)(\mathcal L(x, y) - \log q(y|x))`. Since the bound alone never shows the classifier a
+label, the classifier's likelihood is added for training:
 
 .. math:: J = \sum_\mathrm{labelled} \mathcal L(x, y) + \sum_\mathrm{others} \mathcal U(x)
           + \alpha \sum_\mathrm{labelled} \log q(y \mid x)
 
-(Kingma et al. 2014, arXiv 1406.5298, eq. 9; the bound alone never shows the classifier a label.)
+(Kingma, Rezende, Mohamed & Welling 2014, arXiv 1406.5298, eqs. 6-9).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import TraceEnum_ELBO
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.functional import one_hot
 
 from pyro_dgm.core import DistributionModule, broadcast_cat
-from pyro_dgm.vae.model import check_data, plate, refuse_batch_norm, refuse_outside, refuse_width, register
+from pyro_dgm.core.networks import refuse_batch_norm
+from pyro_dgm.vae.model import plate, refuse_outside, refuse_width, register
 
 __all__ = ["SemiSupervised", "SemiSupervisedVAE"]
 
@@ -72,7 +71,7 @@ class SemiSupervisedVAE(nn.Module):
     ) -> None:
         super().__init__()
         for family in (prior, likelihood, posterior, classifier):
-            refuse_batch_norm(family)
+            refuse_batch_norm("SemiSupervisedVAE", family)
         self.model = _Model(prior, likelihood, classes)
         self.guide = _Guide(posterior, classifier, classes)
         self.classification = Classification(classifier)
@@ -98,7 +97,9 @@ class Classification(nn.Module):
 class _Model(nn.Module):
     def __init__(self, prior: DistributionModule, likelihood: DistributionModule, classes: int) -> None:
         super().__init__()
-        self.prior, self.likelihood, self.classes = prior, likelihood, classes
+        self.prior = prior
+        self.likelihood = likelihood
+        self.classes = classes
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, rows: int = 1) -> Tensor:
         register("prior", self.prior)
@@ -109,16 +110,18 @@ class _Model(nn.Module):
             inputs = broadcast_cat(z, one_hot(label, self.classes).to(z.dtype))
             refuse_width("likelihood", self.likelihood, inputs, "the latent and the label")
             likelihood = self.likelihood(inputs)
-            return pyro.sample("x", likelihood, obs=refuse_outside(likelihood, x, few=True))
+            seen = None if x is None else refuse_outside(likelihood, x, few=True)
+            return pyro.sample("x", likelihood, obs=seen)
 
 
 class _Guide(nn.Module):
     def __init__(self, posterior: DistributionModule, classifier: DistributionModule, classes: int) -> None:
         super().__init__()
-        self.posterior, self.classifier, self.classes = posterior, classifier, classes
+        self.posterior = posterior
+        self.classifier = classifier
+        self.classes = classes
 
     def forward(self, x: Tensor, y: Tensor | None = None, rows: int = 1) -> Tensor:
-        check_data(x.shape[1:], x, None, None)
         register("posterior", self.posterior)
         register("classifier", self.classifier)
         flat = x.flatten(1)
@@ -128,7 +131,7 @@ class _Guide(nn.Module):
             refuse_width("posterior", self.posterior, inputs, "x and the label")
             return pyro.sample("z", self.posterior(inputs))
 
-    def _label(self, x: Tensor, y: Tensor | None) -> Any:
+    def _label(self, x: Tensor, y: Tensor | None) -> Distribution:
         """The classifier's distribution, and certainty where there is a label."""
         guessed = dist.Categorical(logits=self.classifier(x)._base().logits)
         if y is None:
@@ -164,12 +167,11 @@ class SemiSupervised(nn.Module):
         torch.Size([])
     """
 
-    def __init__(self, vae: Any, weight: float, num_particles: int = 1) -> None:
+    def __init__(self, vae: SemiSupervisedVAE, weight: float, num_particles: int = 1) -> None:
         super().__init__()
-        self.vae, self.weight = vae, weight
-        self.elbo = TraceEnum_ELBO(
-            num_particles=num_particles, vectorize_particles=num_particles > 1, max_plate_nesting=1
-        )  # fmt: skip
+        self.vae = vae
+        self.weight = weight
+        self.elbo = TraceEnum_ELBO(num_particles, vectorize_particles=num_particles > 1, max_plate_nesting=1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         pair = (self.vae.model, self.vae.guide)

@@ -1,14 +1,29 @@
-"""Terms that are added to a bound: the aggregated posterior against the prior, dependence between latents."""
+r"""Terms that are added to a bound, over the aggregated posterior :math:`q(z) = \frac1N \sum_i q(z \mid x_i)`.
+
+:class:`LatentMMD` compares it with the prior, :class:`TotalCorrelation` measures the dependence between its coordinates, and
+:class:`Penalised` adds them.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, Independent
+
+from pyro_dgm.core import LearnedDistribution
+from pyro_dgm.vae.model import VAE, prior_given
 
 __all__ = ["LatentMMD", "Penalised", "TotalCorrelation"]
+
+_SCALES = (
+    0.1,
+    0.5,
+    1.0,
+    2.0,
+    10.0,
+)  # of the kernel, in units of 2 D: not measured; around those of Tolstikhin et al. (2018)
 
 
 class Penalised(nn.Module):
@@ -65,7 +80,7 @@ class LatentMMD(nn.Module):
         torch.Size([])
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: VAE) -> None:
         super().__init__()
         self.vae = vae
 
@@ -73,14 +88,13 @@ class LatentMMD(nn.Module):
         if len(x) < 2:
             raise ValueError("LatentMMD: a batch of one row has no spread; use larger batches.")
         z = self.vae.encode(x, context, mask).rsample().flatten(1)
-        prior: Any = self.vae.prior(context if self.vae.prior.context_features else None)
-        other = prior.expand([len(x)]).sample().flatten(1)
+        other = prior_given(self.vae.prior, context).expand(torch.Size([len(x)])).sample().flatten(1)
         return _unbiased(z, z) + _unbiased(other, other) - 2.0 * _kernel(z, other).mean()
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
     distance = (a[:, None] - b[None]).square().sum(-1)
-    scales = [2.0 * a.shape[-1] * s for s in (0.1, 0.5, 1.0, 2.0, 10.0)]
+    scales = [2.0 * a.shape[-1] * s for s in _SCALES]
     return torch.stack([c / (c + distance) for c in scales]).sum(0)
 
 
@@ -93,9 +107,8 @@ def _unbiased(a: Tensor, b: Tensor) -> Tensor:
 class TotalCorrelation(nn.Module):
     r"""Minibatch estimate of :math:`\mathrm{KL}\big(q(z)\,\|\,\prod_j q(z_j)\big)`, in nats, with :math:`q(z)` over all data.
 
-    :math:`q(z) = \frac1N \sum_i q(z|x_i)` and its marginals are estimated by the mixture over the batch, in which the row
-    that z was drawn from counts no more than its share of 1 in ``size``. The estimate
-    is biased in small batches: read its gradient, not its value.
+    :math:`q(z)` and its marginals are estimated by the mixture over the batch, in which the row that z was drawn from
+    counts no more than its share of 1 in ``size``. The estimate is biased in small batches: read its gradient, not its value.
 
     Args:
         vae: a VAE with a diagonal posterior, ``vae.Conditional(..., vae.normal)``.
@@ -115,9 +128,10 @@ class TotalCorrelation(nn.Module):
         torch.Size([])
     """
 
-    def __init__(self, vae: Any, size: int) -> None:
+    def __init__(self, vae: VAE, size: int) -> None:
         super().__init__()
-        self.vae, self.size = vae, size
+        self.vae = vae
+        self.size = size
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         n = len(x)
@@ -138,10 +152,10 @@ def _log_shares(n: int, size: int) -> Tensor:
     return torch.full((n, n), others).fill_diagonal_(-math.log(size))
 
 
-def _coordinates(q: Any) -> Any:
+def _coordinates(q: LearnedDistribution) -> Distribution:
     """The distributions of the single coordinates."""
     built = q._base()
-    if not isinstance(built, torch.distributions.Independent) or built.reinterpreted_batch_ndims != 1:
+    if not isinstance(built, Independent) or built.reinterpreted_batch_ndims != 1:
         raise ValueError(
             f"TotalCorrelation: {q!r} does not separate into coordinates. Use a diagonal posterior, vae.Conditional(..., "
             "vae.normal), or LatentMMD."

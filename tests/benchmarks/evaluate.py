@@ -133,7 +133,6 @@ ERRORS = {
     "linear probe": lambda n: [evaluate.linear_probe(*labelled(n))],
     "aggregated-posterior gap": lambda n: [evaluate.aggregated_posterior_gap(*prior_and_posterior(n))],
     "MIG": lambda n: [evaluate.mutual_information_gap(*labelled(n))],
-    "SAP": lambda n: [evaluate.sap(*labelled(n))],
 }
 
 

@@ -19,7 +19,7 @@ from torch import nn
 import pyro_dgm as dgm
 from pyro_dgm import vae as parts
 from pyro_dgm.core import MLP, ConvDecoder, ConvEncoder
-from pyro_dgm.evaluate import evidence_bound
+from pyro_dgm.evaluate import evidence_bound, interpolation, traversal
 from pyro_dgm.objectives import Transformed, WeightedKL_ELBO
 from pyro_dgm.vae import SemiSupervised
 
@@ -236,7 +236,7 @@ def flow_posterior(family):
 
 
 PRIORS = {
-    "mixture": lambda q: parts.Mixture(LATENT, 4),
+    "mixture": lambda q: dgm.ZukoFlow(dgm.core.zuko.mixtures.GMM(LATENT, components=4)),
     "vamp": lambda q: parts.VampPrior(q, torch.randn(5, D)),
     "flow": lambda q: dgm.MAF(LATENT, transforms=2, hidden_features=(16,)),
     "cnf": lambda q: dgm.ZukoFlow(dgm.core.zuko.flows.CNF(LATENT, hidden_features=(16,))),
@@ -415,8 +415,13 @@ def test_pictures_are_drawn():
     x = torch.bernoulli(torch.full((10, 64), 0.3))
     shown = parts.plot_reconstructions(vae, x, (8, 8)).images[0].get_array()
     assert shown.shape == (18, 90) and (shown[:8, :8] == x[0].reshape(8, 8).numpy()).all()
-    assert parts.plot_interpolation(vae, x[:3], x[3:6], (8, 8), steps=5).images[0].get_array().shape == (27, 45)
-    assert parts.plot_traversal(vae, x, (8, 8), units=[0, 1]).images[0].get_array().shape == (18, 90)
+    z = vae.embed(x)
+
+    def decode(z):
+        return vae.decode(z).mean.reshape(-1, 8, 8)
+
+    axes = [*interpolation(decode, z[:3], z[3:6], steps=5).axes, *traversal(decode, z[0], units=[0, 1], steps=10).axes]
+    assert len(axes) == 15 + 20 and all(ax.images[0].get_array().shape == (8, 8) for ax in axes)
     assert len(parts.plot_embedding(vae, x, torch.arange(10) % 3).collections[0].get_offsets()) == 10
     with pytest.raises(ValueError, match="plot_images: images have shape"):
         parts.plot_images(x)
@@ -506,7 +511,7 @@ def test_families_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match="likelihood is a Linear, expected a family"):
         dgm.VAE(good[0], nn.Linear(2, D), good[2])
     norm = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 2 * D))
-    with pytest.raises(ValueError, match="'network.1' of Conditional is BatchNorm1d.*LayerNorm"):
+    with pytest.raises(ValueError, match="Conditional: layer 'network.1' is BatchNorm1d.*LayerNorm"):
         dgm.VAE(good[0], parts.Conditional(D, 2, parts.normal, network=norm), good[2])
     with pytest.raises(ValueError, match="network gives 5 numbers, expected 2 .loc, log_scale."):
         parts.Conditional(D, 2, parts.normal, network=nn.Linear(2, 5))(torch.zeros(2))
