@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.cnf.matching import FlowMatching
 from pyro_dgm.core.devices import device_of, to_device
+from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
 
 __all__ = ["ForwardKL"]
@@ -80,7 +81,7 @@ class ForwardKL(nn.Module):
         with _dropout(self.guide.groups, fixed):
             return sum((_term(*piece) for piece in self.guide.pieces(batch)), torch.zeros(())).mean()
 
-    def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
+    def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take units from the simulations, unless the guide has some."""
         if self.guide.standardized:
             return

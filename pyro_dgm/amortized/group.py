@@ -20,10 +20,10 @@ from pyro_dgm.amortized.encoder import SetEncoder, Stream, pooled
 from pyro_dgm.amortized.structure import Site
 from pyro_dgm.amortized.truncation import Truncated, acceptance
 from pyro_dgm.amortized.units import Moments, Units
+from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.networks import MLP, broadcast_cat
 from pyro_dgm.flows.mixture_chain import MixtureChain
-from pyro_dgm.train.hooks import Transporting
 
 __all__ = ["Drawn", "Group", "logits_of", "one_hot", "traced"]
 
@@ -167,7 +167,7 @@ class Group(nn.Module):
     @property
     def continuous_flow(self) -> bool:
         """Whether the family is carried along a velocity field, and is trained by flow matching."""
-        return isinstance(self.family, Transporting)
+        return isinstance(self.family, ContinuousFlow)
 
 
 def one_hot(site: Site, value: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.weights import log_mean_exp, psis
+from pyro_dgm.gan.generator import Generator
 
 __all__ = ["AIS", "EvidenceBound", "ais", "evidence_bound"]
 
@@ -142,7 +143,8 @@ def ais(
     not used. The cost is ``2 * num_steps * num_chains * leapfrog`` gradients of the decoder per row.
 
     Args:
-        vae: a :class:`~pyro_dgm.VAE` with a prior that has a density with gradients.
+        vae: a :class:`~pyro_dgm.VAE` with a prior that has a density with gradients, or a :class:`~pyro_dgm.Generator` with
+            output noise, whose prior is its ``base``.
         x: shape ``(N, *event)``.
         num_steps: temperatures; the gap falls like one over it.
         num_chains: independent chains per row.
@@ -168,10 +170,10 @@ def ais(
     """
     if num_steps < 2 or num_chains < 2:
         raise ValueError(f"ais: num_steps={num_steps} and num_chains={num_chains}, expected at least 2 of each.")
-    shape = (len(x), *vae.prior.event_shape)
+    target = _Annealed(vae, x, context, mask, leapfrog)
+    shape = (len(x), *target.prior.event_shape)
     if latents is not None and latents.shape != shape:
         raise ValueError(f"ais: latents have shape {tuple(latents.shape)}, expected {shape}: one for each row of x.")
-    target = _Annealed(vae, x, context, mask, leapfrog)
     betas = torch.sigmoid(torch.linspace(-4.0, 4.0, num_steps + 1))
     betas = (betas - betas[0]) / (betas[-1] - betas[0])
     with seeded(seed):
@@ -187,19 +189,21 @@ class _Annealed:
     """The path of densities of one VAE and data, and Hamiltonian moves that keep each of them."""
 
     def __init__(self, vae: Any, x: Tensor, context: Any, mask: Any, leapfrog: int) -> None:
-        self.vae, self.x, self.context, self.mask, self.leapfrog = vae, x, context, mask, leapfrog
-        self.event_dim = len(vae.prior.event_shape)
+        self.x, self.context, self.mask, self.leapfrog = x, context, mask, leapfrog
+        self.prior = vae.base if isinstance(vae, Generator) else vae.prior
+        self.observation = vae.observation if isinstance(vae, Generator) else vae.model.observation
+        self.event_dim = len(self.prior.event_shape)
 
     def start(self, chains: int) -> Tensor:
         with torch.no_grad():
             return self._prior().expand([len(self.x)]).sample((chains,))
 
     def _prior(self) -> Any:
-        return self.vae.prior(self.context if self.vae.prior.context_features else None)
+        return self.prior(self.context if self.prior.context_features else None)
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log prior and log likelihood, shape ``(chains, N)``."""
-        likelihood, x = self.vae.model.observation(self.x, z, self.context, self.mask)
+        likelihood, x = self.observation(self.x, z, self.context, self.mask)
         return self._prior().log_prob(z), likelihood.log_prob(x)
 
     def energy(self, z: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:

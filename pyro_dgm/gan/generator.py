@@ -181,16 +181,6 @@ class Generator(DistributionModule):
         self.standard.fit(flat, floor=0.1 if len(self.event_shape) > 1 else 0.0)
         return self
 
-    @property
-    def prior(self) -> DistributionModule:
-        """The family of z: with :attr:`model` what ``evaluate.ais`` asks of a VAE, so that it takes a generator too."""
-        return self.base
-
-    @property
-    def model(self) -> Generator:
-        """The generator itself; see :attr:`prior`."""
-        return self
-
     def observation(self, x: Tensor, z: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Any:
         """The distribution of rows given their latents, and the rows to score."""
         if mask is not None:
