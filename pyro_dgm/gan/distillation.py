@@ -42,26 +42,22 @@ def distil(generator: Generator, batches: Iterator[tuple[Any, ...]], steps: int,
     teacher = _Teacher(generator, *first_rows(batches))
     rate = _RATE * _WIDTHS[0] / _width(teacher.flow.features)
     optimizer = adam([p for p in teacher.flow.parameters() if p.requires_grad], rate)
-    stages.descend(
-        "flow matching",
-        teacher,
-        optimizer,
-        lambda: teacher.loss(*_at_most(_ROWS, *first_rows(batches, _ROWS))),
-        steps,
-        _linear,
-        _CLIP,
-    )
+
+    def matching() -> Tensor:
+        return teacher.loss(*_at_most(_ROWS, *first_rows(batches, _ROWS)))
+
+    stages.descend("flow matching", teacher, optimizer, matching, steps, _linear, _CLIP)
     later = max(1, steps // 2)
     n = min(_PAIRS, _ROWS * later)
     z, u, context = teacher.pairs(n, _contexts(batches, n))
 
-    def loss() -> Tensor:
+    def distance() -> Tensor:
         some = torch.randint(n, (_ROWS,), device=z.device)
         c = None if context is None else context[some]
         return (generator.location(z[some], c) - u[some]).abs().mean()
 
     optimizer = adam([p for p in generator.network.parameters() if p.requires_grad], _RATE)
-    stages.descend("distillation", generator, optimizer, loss, later, _linear, _CLIP)
+    stages.descend("distillation", generator, optimizer, distance, later, _linear, _CLIP)
     if isinstance(generator.log_noise, nn.Parameter):
         error = generator.location(z[:_ROWS], None if context is None else context[:_ROWS]) - u[:_ROWS]
         _set_noise(generator, error, teacher.residual)

@@ -134,14 +134,11 @@ class Adversarial_ELBO(nn.Module):
 
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Let the classifier catch up with the guide before the first step."""
-        (stages or Stages()).descend(
-            "classifier",
-            self.contrast,
-            self.critic_optimizer,
-            lambda: self._critic_loss(*next(batches)),
-            _FIRST,
-            _constant,
-        )
+
+        def loss() -> Tensor:
+            return self._critic_loss(*next(batches))
+
+        (stages or Stages()).descend("classifier", self.contrast, self.critic_optimizer, loss, _FIRST)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The estimate of minus the ELBO; while gradients are recorded the classifier is trained first."""
@@ -158,7 +155,7 @@ class Adversarial_ELBO(nn.Module):
 
     @torch.enable_grad()
     def _critic_steps(self, steps: int, *args: Any, **kwargs: Any) -> list[Tensor]:
-        return descend(self.critic_optimizer, lambda: self._critic_loss(*args, **kwargs), steps, _constant)
+        return descend(self.critic_optimizer, lambda: self._critic_loss(*args, **kwargs), steps)
 
     def _critic_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The classifier's loss on fresh draws, which the reference follows."""
@@ -246,10 +243,6 @@ class Adversarial_ELBO(nn.Module):
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
             if state["average"]:
                 self._averaged().restore(state["average"])
-
-
-def _constant(step: int, progress: float) -> float:
-    return 1.0
 
 
 def _fingerprint(guide: ImplicitGuide) -> tuple[int, float]:

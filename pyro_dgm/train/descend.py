@@ -17,11 +17,9 @@ from tqdm.auto import tqdm
 from pyro_dgm.train.batches import Stream
 from pyro_dgm.train.checkpoint import save_checkpoint
 from pyro_dgm.train.history import History
-from pyro_dgm.train.schedule import Limits
+from pyro_dgm.train.schedule import Limits, Schedule, constant
 
 __all__ = ["Stages", "adam", "descend", "set_rates", "take_step"]
-
-Schedule = Callable[[int, float], float]  # (step, share of the budget that is used) to a factor on the learning rate
 
 _SHARE = 0.5  # of the seconds that are left, for one stage before the first step. Not measured; chosen by hand.
 _SHOWN = 50  # losses in the means of a stage's first and last loss, as in a History's plot
@@ -63,7 +61,7 @@ def descend(
     optimizer: Optimizer,
     loss: Callable[[], Tensor],
     steps: int,
-    schedule: Schedule,
+    schedule: Schedule = constant,
     *,
     seconds: float | None = None,
     clip: float | None = None,
@@ -75,7 +73,7 @@ def descend(
         optimizer: its learning rates are the peaks of the schedule.
         loss: makes the loss of a step.
         steps, seconds: where to end, whichever comes first.
-        schedule: ``schedule(step, progress)``, a factor on the rates.
+        schedule: ``schedule(step, progress)``, a factor on the rates; ``progress`` is the share of the way that is done.
         clip: largest norm of the gradient; None looks at no gradient.
         after: called with the number of steps that were taken, after each.
 
@@ -131,42 +129,25 @@ class Stages:
         optimizer: Optimizer,
         loss: Callable[[], Tensor],
         steps: int,
-        schedule: Schedule,
+        schedule: Schedule = constant,
         clip: float | None = None,
     ) -> None:
         """A named :func:`descend`, whose outcome is in the module; one that a checkpoint knows is not repeated."""
         done = len(self.history.stages)
         if done < len(self.ended):
             self._take(self.ended[done], module, optimizer)
-        else:
-            self._run(name, optimizer, loss, steps, schedule, clip)
-            self._keep(module, optimizer)
-
-    def _run(
-        self,
-        name: str,
-        optimizer: Optimizer,
-        loss: Callable[[], Tensor],
-        steps: int,
-        schedule: Schedule,
-        clip: float | None,
-    ) -> None:
+            return
         self.bar.reset(total=steps)
         self.bar.set_description(name)
         clock = Limits(None, None)
-        left = self.limits.max_seconds
+        seconds = None if self.limits.max_seconds is None else _SHARE * self.limits.max_seconds
         losses = descend(
-            optimizer,
-            loss,
-            steps,
-            schedule,
-            seconds=None if left is None else _SHARE * left,
-            clip=clip,
-            after=lambda _: self.bar.update(),
+            optimizer, loss, steps, schedule, seconds=seconds, clip=clip, after=lambda _: self.bar.update()
         )
         self.history.stages.append((name, len(losses), _mean(losses[:_SHOWN]), _mean(losses[-_SHOWN:])))
         self.history.seconds += clock.seconds()
         self.limits.spend(clock.seconds())
+        self._keep(module, optimizer)
 
     def _keep(self, module: nn.Module, optimizer: Optimizer) -> None:
         if self.checkpoint is None:

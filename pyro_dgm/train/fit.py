@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_dgm.core.devices import device_of, seeded, to_device
 from pyro_dgm.train.batches import Batches, held_out_split, row_count
 from pyro_dgm.train.checkpoint import load_checkpoint
-from pyro_dgm.train.descend import Stages, adam
+from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.history import FitDiverged, History
-from pyro_dgm.train.hooks import Alternating, Paced, Preparing, Recipe, Recommending, Startable
+from pyro_dgm.train.hooks import Alternating, Preparing, Recipe, Recommending, Startable
 from pyro_dgm.train.loop import Loop
 from pyro_dgm.train.parameters import owned_parameters
-from pyro_dgm.train.players import OnePlayer, Players, TwoPlayers
+from pyro_dgm.train.players import MakeOptimizer, OnePlayer, Players, TwoPlayers
 from pyro_dgm.train.schedule import Limits
 
 __all__ = ["FitDiverged", "fit"]
 
 _PATIENCE = 10  # checks, with validation. Not measured; chosen by hand.
 _STEPS_OF_TWO = 4_000  # without a limit: a few thousand are usual (docs/gan.md)
-_BETAS_OF_TWO = (
-    0.5,
-    0.99,
-)  # the first is the usual one of adversarial training (Radford et al. 2016, arXiv 1511.06434)
-
-MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 def fit(
@@ -117,9 +109,9 @@ def fit(
             ) as parameters:
                 players: Players
                 if isinstance(objective, Alternating):
-                    players = _two_players(objective, optimizer, lr, batches, validation, limits.max_steps)
+                    players = TwoPlayers(objective, batches, validation, optimizer, lr, limits.max_steps)
                 else:
-                    players = _one_player(objective, parameters, optimizer, lr, recipe, batches, validation)
+                    players = OnePlayer(objective, batches, validation, optimizer, lr, recipe, parameters)
                     patience = patience or recipe.patience or (None if validation is None else _PATIENCE)
                 return Loop(objective, parameters, players, batches, stages, patience).run(saved)
 
@@ -170,53 +162,3 @@ def _take(objective: nn.Module, state: dict[str, Tensor]) -> None:
             "fit: the checkpoint is of another objective (its tensors have other names or shapes). Give each objective "
             f"its own checkpoint, or pass resume=False. torch says: {error}"
         ) from error
-
-
-def _one_player(
-    objective: nn.Module,
-    parameters: list[Tensor],
-    optimizer: MakeOptimizer | None,
-    lr: float | None,
-    recipe: Recipe,
-    batches: Batches,
-    validation: Any,
-) -> OnePlayer:
-    if optimizer is not None:
-        made = optimizer(parameters)
-    else:
-        groups = parameters if lr else by_rate(objective, parameters, recipe.lr)
-        made = adam(groups, lr or recipe.lr, recipe.weight_decay)
-    return OnePlayer(objective, parameters, made, recipe.averaging, batches, validation)
-
-
-def by_rate(objective: nn.Module, parameters: list[Tensor], lr: float) -> list[dict[str, Any]]:
-    """Groups of parameters: those of paced parts at their own rates, the others at ``lr``."""
-    rates: dict[int, float] = {}
-    for module in objective.modules():
-        if isinstance(module, Paced):
-            rates |= {id(p): module.peak_rate() or lr for p in module.parameters()}
-    each = [rates.get(id(p), lr) for p in parameters]
-    return [
-        {"params": [p for p, r in zip(parameters, each, strict=True) if r == rate], "lr": rate}
-        for rate in dict.fromkeys(each)
-    ]
-
-
-def _two_players(
-    objective: Alternating,
-    optimizer: MakeOptimizer | None,
-    lr: float | None,
-    batches: Batches,
-    validation: Any,
-    max_steps: int | None,
-) -> TwoPlayers:
-    """The rate is the critic's; the generator's stays in proportion to it."""
-    rates = objective.rates
-    if lr is not None:
-        rates = (lr, lr * rates[1] / rates[0])
-    owned: list[list[Tensor]] = [[p for p in player.parameters() if p.requires_grad] for player in objective.players()]
-    optimizers = [
-        optimizer(parameters) if optimizer else adam(parameters, rate, betas=_BETAS_OF_TWO)
-        for parameters, rate in zip(owned, rates, strict=True)
-    ]
-    return TwoPlayers(objective, owned, optimizers, batches, validation, max_steps)

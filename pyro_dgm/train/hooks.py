@@ -25,16 +25,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.train.descend import Stages
 
-__all__ = [
-    "Alternating",
-    "Convergent",
-    "Finishing",
-    "Paced",
-    "Preparing",
-    "Recipe",
-    "Recommending",
-    "Startable",
-]
+__all__ = ["Alternating", "Convergent", "Finishing", "Paced", "Preparing", "Recipe", "Recommending", "Startable"]
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from torch.optim import Optimizer
 from pyro_dgm.core.data import first_rows
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.train.batches import Batches, Stream
-from pyro_dgm.train.descend import take_step
+from pyro_dgm.train.descend import adam, take_step
 from pyro_dgm.train.history import History
-from pyro_dgm.train.hooks import Alternating
+from pyro_dgm.train.hooks import Alternating, Paced, Recipe
 from pyro_dgm.train.parameters import Average
 
-__all__ = ["OnePlayer", "Players", "TwoPlayers", "loss_of"]
+__all__ = ["MakeOptimizer", "OnePlayer", "Players", "TwoPlayers", "by_rate", "loss_of", "smoothed"]
 
 # Not measured; chosen by hand.
 _WINDOW = 50  # steps in a smoothed loss, and between checks of data without epochs
@@ -30,6 +31,12 @@ _CLIP = 10.0  # norm of one player's gradient
 _CHECKS = 10  # of two players in a fit
 _JUDGED = 500  # rows on which draws are judged, at most
 _COLLAPSED = 0.5  # coverage as a share of what equal distributions have, below which a user is told
+_BETAS_OF_TWO = (
+    0.5,
+    0.99,
+)  # the first is the usual one of adversarial training (Radford et al. 2016, arXiv 1511.06434)
+
+MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 
 
 class OnePlayer:
@@ -42,16 +49,19 @@ class OnePlayer:
     def __init__(
         self,
         objective: nn.Module,
-        parameters: list[Tensor],
-        optimizer: Optimizer,
-        averaging: float,
         batches: Batches,
-        validation: tuple[Any, ...] | None,
+        validation: Any,
+        optimizer: MakeOptimizer | None,
+        lr: float | None,
+        recipe: Recipe,
+        parameters: list[Tensor],
     ) -> None:
+        groups = parameters if lr else by_rate(objective, parameters, recipe.lr)
+        made = optimizer(parameters) if optimizer else adam(groups, lr or recipe.lr, recipe.weight_decay)
         self.objective = objective
         self.parameters = parameters
-        self.optimizers = [optimizer]
-        self.average = Average(parameters, averaging)
+        self.optimizers = [made]
+        self.average = Average(parameters, recipe.averaging)
         self.validation = validation
         self.every = batches.epoch or _WINDOW
 
@@ -86,16 +96,22 @@ class TwoPlayers:
     def __init__(
         self,
         objective: Alternating,
-        owned: list[list[Tensor]],
-        optimizers: list[Optimizer],
         batches: Batches,
-        validation: tuple[Any, ...] | None,
+        validation: Any,
+        optimizer: MakeOptimizer | None,
+        lr: float | None,
         max_steps: int | None,
     ) -> None:
+        rates = objective.rates if lr is None else (lr, lr * objective.rates[1] / objective.rates[0])
         self.objective = objective
-        self.optimizers = optimizers
-        self.owned = owned
-        self.average = Average(owned[1], objective.ema)
+        self.owned: list[list[Tensor]] = [
+            [p for p in who.parameters() if p.requires_grad] for who in objective.players()
+        ]
+        self.optimizers = [
+            optimizer(parameters) if optimizer else adam(parameters, rate, betas=_BETAS_OF_TWO)
+            for parameters, rate in zip(self.owned, rates, strict=True)
+        ]
+        self.average = Average(self.owned[1], objective.ema)
         self.held_out = _held_out(validation, batches)
         self.every = max(_WINDOW, max_steps // _CHECKS) if max_steps else 500
         self.whole = True  # whether no step is half done
@@ -155,6 +171,19 @@ class TwoPlayers:
 Players = OnePlayer | TwoPlayers
 
 
+def by_rate(objective: nn.Module, parameters: list[Tensor], lr: float) -> list[dict[str, Any]]:
+    """Groups of parameters: those of paced parts at their own rates, the others at ``lr``."""
+    rates: dict[int, float] = {}
+    for module in objective.modules():
+        if isinstance(module, Paced):
+            rates |= {id(p): module.peak_rate() or lr for p in module.parameters()}
+    each = [rates.get(id(p), lr) for p in parameters]
+    return [
+        {"params": [p for p, r in zip(parameters, each, strict=True) if r == rate], "lr": rate}
+        for rate in dict.fromkeys(each)
+    ]
+
+
 def loss_of(objective: nn.Module, batch: tuple[Any, ...]) -> Tensor:
     """The objective; a matrix that cannot be factorised, or an equation that cannot be solved, makes it NaN."""
     try:
@@ -170,7 +199,7 @@ def smoothed(history: History) -> tuple[float, float]:
     return float(window.mean()), float(window.std(correction=0)) / math.sqrt(len(window))
 
 
-def _held_out(validation: tuple[Any, ...] | None, batches: Batches) -> tuple[Any, ...]:
+def _held_out(validation: Any, batches: Batches) -> tuple[Any, ...]:
     """The given held-out rows, or some of the training data: at most 500."""
     if validation is None:
         with fork_rng(0):

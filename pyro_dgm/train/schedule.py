@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-__all__ = ["Limits", "cosine", "rate_at", "round_length", "warm_up"]
+__all__ = ["Limits", "Schedule", "constant", "cosine", "rate_at", "round_length", "warm_up"]
+
+Schedule = Callable[[int, float], float]  # (step, share of the way that is done) to a factor on the learning rate
 
 # Not measured; chosen by hand.
 _FIRST_ROUND = 300  # steps
@@ -56,6 +59,11 @@ class Limits:
 def round_length(index: int) -> int | None:
     """Length of the ``index``-th round of an open fit; None after the last."""
     return _FIRST_ROUND * 2**index if index < _ROUNDS else None
+
+
+def constant(step: int, progress: float) -> float:
+    """A learning rate that stays."""
+    return 1.0
 
 
 def warm_up(step: int) -> float:

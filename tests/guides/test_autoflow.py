@@ -17,7 +17,7 @@ import pyro_dgm as dgm
 from pyro_dgm.diagnostics.explore import explore
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.model.log_joint import LogJoint
-from pyro_dgm.train.fit import by_rate
+from pyro_dgm.train.players import by_rate
 from tests.compat_cells import DATA, EVIDENCE, MEAN, PRECISION, conjugate
 
 SCALES = torch.tensor([1e-3, 1.0, 1e4])
