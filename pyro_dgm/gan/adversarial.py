@@ -144,7 +144,8 @@ class Adversarial(nn.Module):
             logits, square = gradient_norms(self.critic, rows, both)
             penalty = self._zero_centred(square)
         else:
-            logits, penalty = self.critic(rows, both), rows.new_zeros(())
+            logits = self.critic(rows, both)
+            penalty = rows.new_zeros(())
         real, fake = logits.chunk(2)
         if self.gradient_penalty:
             penalty = penalty + self.gradient_penalty * self._lipschitz(x, draws, context)
@@ -259,8 +260,10 @@ def sample_quality(real: Tensor, draws: Tensor) -> tuple[float, float]:
     >>> sample_quality(x, x + 100.0)[1], round(sample_quality(x, x)[1] * expected_coverage(20), 3)
     (0.0, 1.0)
     """
-    n, m = len(real), len(draws)
-    within, across = torch.cdist(real, real), torch.cdist(real, draws)
+    n = len(real)
+    m = len(draws)
+    within = torch.cdist(real, real)
+    across = torch.cdist(real, draws)
     spread = within.sum() / (n * (n - 1)) + torch.cdist(draws, draws).sum() / (m * (m - 1))
     reach = within.topk(NEIGHBOURS + 1, largest=False).values[:, -1]
     covered = (across.amin(1) <= reach).float().mean()

@@ -220,7 +220,8 @@ class Generator(DistributionModule):
 
     def _flat(self, u: Tensor, inputs: Tensor) -> Tensor:
         """A network's output as vectors, or an error where it is no event."""
-        batch, event = inputs.shape[:-1], self.unconstrained_shape
+        batch = inputs.shape[:-1]
+        event = self.unconstrained_shape
         if u.shape == batch + event:
             return u.reshape(*batch, self.features)
         raise ValueError(

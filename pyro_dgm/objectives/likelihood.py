@@ -74,7 +74,8 @@ class MaximumLikelihood(nn.Module):
     ) -> None:
         super().__init__()
         continuous = isinstance(family, ContinuousFlow)
-        kinetic = (_KINETIC if continuous else 0.0) if kinetic is None else kinetic
+        if kinetic is None:
+            kinetic = _KINETIC if continuous else 0.0
         weights = {"transport": transport, "hjb": hjb, "kinetic": kinetic, "jacobian": jacobian}
         if any(w < 0.0 for w in weights.values()) or pretrain < 0:
             raise ValueError(
@@ -133,7 +134,8 @@ class Transformed(nn.Module):
 
     def __init__(self, objective: nn.Module, transform: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.objective, self.transform = objective, transform
+        self.objective = objective
+        self.transform = transform
 
     def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         return self.objective(self.transform(x), *rest)

@@ -214,7 +214,8 @@ def diagnosed(contrast: Contrast, log_joint: Density, theta: Tensor, other_modes
     ratio, _ = learn_ratio(q[:half], r[:half], max_steps=1000)
     with torch.no_grad():
         trained = calibration(contrast.log_ratio(other, of_other))
-        of_q, of_r = ratio(q[half:]), ratio(r[half:])
+        of_q = ratio(q[half:])
+        of_r = ratio(r[half:])
         old = (excess - contrast.log_ratio(theta, excess)).double()
         new = (excess[half:] - of_q).double()
     right = torch.cat([of_q > 0, of_r <= 0]).double()

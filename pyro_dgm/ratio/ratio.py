@@ -82,8 +82,10 @@ class RatioCheck:
 
 def calibration(log_ratio: Tensor) -> RatioCheck:
     """The check of a log ratio, from its values at draws of the reference."""
-    n, ratio = log_ratio.numel(), log_ratio.detach().double().reshape(-1).exp()
-    total, squares = float(ratio.sum()), float(ratio.square().sum())
+    n = log_ratio.numel()
+    ratio = log_ratio.detach().double().reshape(-1).exp()
+    total = float(ratio.sum())
+    squares = float(ratio.square().sum())
     ess = total**2 / squares if squares > 0 and math.isfinite(squares) else 0.0
     return RatioCheck(total / n, float(ratio.std()) / math.sqrt(n), ess, n)
 
@@ -118,7 +120,8 @@ class DensityRatio(nn.Module):
         self, event_shape: int | Sequence[int], context_features: int = 0, network: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.event_shape, self.context_features = as_shape(event_shape), int(context_features)
+        self.event_shape = as_shape(event_shape)
+        self.context_features = int(context_features)
         self.features = self.event_shape.numel() + self.context_features
         self.standard = Standardize(self.features)
         self.network = MLP(self.features, 1) if network is None else network
@@ -173,7 +176,8 @@ class DensityRatio(nn.Module):
 def _platt(logit: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     """Slope and offset of a weighted logistic regression; the identity where it does not converge."""
     start = logit.new_tensor([1.0, 0.0])
-    features, w = torch.stack([logit, torch.ones_like(logit)], -1), start.clone()
+    features = torch.stack([logit, torch.ones_like(logit)], -1)
+    w = start.clone()
     for _ in range(30):
         share = torch.sigmoid(features @ w)
         hessian = features.T @ (features * (weight * share * (1.0 - share))[:, None])
@@ -222,7 +226,8 @@ def learn_ratio(
     held_p, held_r = (x[: len(x) // 5] for x in (p, r))
     ratio = DensityRatio(tuple(p.shape[1:]), 0, network).to(p)
     ratio.standard.fit(torch.cat([p, r]).flatten(1))
-    p, r = p[len(held_p) :], r[len(held_r) :]
+    p = p[len(held_p) :]
+    r = r[len(held_r) :]
 
     def loss() -> Tensor:
         some_p = p[torch.randint(len(p), (batch_size,))]
@@ -307,7 +312,8 @@ class LogisticRegression(nn.Module):
             raise TypeError(f"LogisticRegression: expected a DensityRatio, got {type(ratio).__name__}.")
         if shuffles < 1:
             raise ValueError(f"LogisticRegression: shuffles is {shuffles}, expected 1 or more.")
-        self.ratio, self.shuffles = ratio, shuffles
+        self.ratio = ratio
+        self.shuffles = shuffles
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         """The loss of draws of p and of r, or of pairs of events and contexts."""

@@ -82,7 +82,8 @@ def descend(
     >>> len(losses), round(w.item(), 3)
     (10, 0.0)
     """
-    limits, peaks = Limits(steps, seconds), [group["lr"] for group in optimizer.param_groups]
+    limits = Limits(steps, seconds)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     owned = [p for group in optimizer.param_groups for p in group["params"]]
     losses: list[Tensor] = []
     while len(losses) < steps and (progress := limits.progress(len(losses))) < 1.0:

@@ -93,7 +93,8 @@ class FitDiverged(RuntimeError):
 
 
 def _smooth(loss: list[float], width: int = 50) -> list[float]:
-    means, total = [], 0.0
+    means = []
+    total = 0.0
     for i, value in enumerate(loss):
         total += value - (loss[i - width] if i >= width else 0.0)
         means.append(total / min(i + 1, width))
