@@ -20,6 +20,7 @@ from pyro_dgm.amortized.group import Turn
 from pyro_dgm.amortized.guide import AmortizedGuide
 from pyro_dgm.cnf.matching import FlowMatching
 from pyro_dgm.core.devices import device_of, to_device
+from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
 
 __all__ = ["ForwardKL"]
@@ -94,7 +95,7 @@ class ForwardKL(nn.Module):
         with _training(self._families() if step else []):
             return -self.guide.log_prob(batch, batch, 1, _term).mean()
 
-    def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
+    def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take units from the simulations, unless the guide has some."""
         if self.guide.standardized:
             return

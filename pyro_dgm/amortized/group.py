@@ -15,10 +15,10 @@ from torch import Size, Tensor, nn
 from pyro_dgm.amortized.encoder import SetEncoder, Stream, pooled
 from pyro_dgm.amortized.structure import Site
 from pyro_dgm.amortized.units import Moments, Units
+from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.networks import MLP, broadcast_cat
 from pyro_dgm.flows.mixture_chain import MixtureChain
-from pyro_dgm.train.hooks import Transporting
 
 __all__ = ["Family", "Group", "Turn"]
 
@@ -104,7 +104,7 @@ class Group(nn.Module):
     @property
     def continuous_flow(self) -> bool:
         """Whether the family is carried along a velocity field, and is trained by flow matching."""
-        return isinstance(self.family, Transporting)
+        return isinstance(self.family, ContinuousFlow)
 
     def context(self, streams: list[Stream], earlier: list[Stream]) -> Tensor:
         """All that the group sees, shape ``(*lead, *plates, C)``; plates that it lacks have become 1."""

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.data import first_rows, refuse_non_finite
-from pyro_dgm.train.hooks import Standardizable, Transporting
+from pyro_dgm.flows.base import NormalizingFlow
+from pyro_dgm.train.descend import Stages
 
 __all__ = ["FlowMatching", "check_batch", "standardize_once", "velocity_error"]
 
@@ -58,7 +60,7 @@ class FlowMatching(nn.Module):
     def __init__(self, cnf: DistributionModule, path: str = "linear", coupling: str = "auto") -> None:
         super().__init__()
         name = type(cnf).__name__
-        if not isinstance(cnf, Transporting):
+        if not isinstance(cnf, ContinuousFlow):
             raise TypeError(f"FlowMatching: {name} has no velocity field; expected a continuous flow such as FFJORD.")
         if path not in ("linear", "vp"):
             raise ValueError(f"FlowMatching: path={path!r}, expected 'linear' or 'vp'.")
@@ -80,12 +82,12 @@ class FlowMatching(nn.Module):
             noise = _matched(noise, data)
         return velocity_error(self.cnf, self.path, noise, data, context)
 
-    def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
+    def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take the flow's units from the data, unless it has some."""
         standardize_once(self.cnf, batches)
 
 
-def velocity_error(cnf: Any, path: str, noise: Tensor, data: Tensor, context: Tensor | None) -> Tensor:
+def velocity_error(cnf: ContinuousFlow, path: str, noise: Tensor, data: Tensor, context: Tensor | None) -> Tensor:
     """Mean squared error of a flow's velocity on paths between rows ``(N, D)``, each at a time of its own."""
     time = (torch.randperm(len(data), device=data.device)[:, None] + torch.rand_like(data[:, :1])) / len(data)
     point, velocity = _on_path(path, time, noise, data)
@@ -132,7 +134,7 @@ def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ..
 
     A flow that has units keeps them, and so does one that scores the data better as it is: it was trained.
     """
-    if not isinstance(family, Standardizable) or not family.standard.is_identity():
+    if not isinstance(family, NormalizingFlow) or not family.standard.is_identity():
         return False
     x, context = first_rows(batches)
     with torch.no_grad():

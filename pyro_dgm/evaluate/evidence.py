@@ -154,7 +154,8 @@ def ais(
     not used. The cost is ``2 * num_steps * num_chains * leapfrog`` gradients of the decoder per row.
 
     Args:
-        vae: a :class:`~pyro_dgm.VAE` or :class:`~pyro_dgm.Generator` with a prior that has a density with gradients.
+        vae: a :class:`~pyro_dgm.VAE` with a prior that has a density with gradients, or a :class:`~pyro_dgm.Generator` with
+            output noise, whose prior is its ``base``.
         x: shape ``(N, *event)``.
         num_steps: temperatures; the gap falls like one over it.
         num_chains: independent chains per row.
@@ -180,10 +181,10 @@ def ais(
     """
     if num_steps < 2 or num_chains < 2:
         raise ValueError(f"ais: num_steps={num_steps} and num_chains={num_chains}, expected at least 2 of each.")
-    shape = (len(x), *vae.prior.event_shape)
+    target = _Annealed(vae, x, context, mask, leapfrog)
+    shape = (len(x), *target.prior.event_shape)
     if latents is not None and latents.shape != shape:
         raise ValueError(f"ais: latents have shape {tuple(latents.shape)}, expected {shape}: one for each row of x.")
-    target = _Annealed(vae, x, context, mask, leapfrog)
     betas = torch.sigmoid(torch.linspace(-_LOGIT_ENDS, _LOGIT_ENDS, num_steps + 1))
     betas = (betas - betas[0]) / (betas[-1] - betas[0])
     with seeded(seed):
@@ -201,12 +202,13 @@ class _Annealed:
     def __init__(
         self, vae: VAE | Generator, x: Tensor, context: Tensor | None, mask: Tensor | None, leapfrog: int
     ) -> None:
-        self.vae = vae
+        self.prior = vae.base if isinstance(vae, Generator) else vae.prior
+        self.observation = vae.observation if isinstance(vae, Generator) else vae.model.observation
         self.x = x
         self.context = context
         self.mask = mask
         self.leapfrog = leapfrog
-        self.event_dim = len(vae.prior.event_shape)
+        self.event_dim = len(self.prior.event_shape)
 
     def start(self, chains: int) -> Tensor:
         with torch.no_grad():
@@ -270,11 +272,11 @@ class _Annealed:
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log prior and log likelihood, shape ``(chains, N)``."""
-        likelihood, x = self.vae.model.observation(self.x, z, self.context, self.mask)
+        likelihood, x = self.observation(self.x, z, self.context, self.mask)
         return self._prior().log_prob(z), likelihood.log_prob(x)
 
     def _prior(self) -> Distribution:
-        return prior_given(self.vae.prior, self.context)
+        return prior_given(self.prior, self.context)
 
     def _half_square(self, p: Tensor) -> Tensor:
         return 0.5 * (p.square().flatten(2).sum(-1) if self.event_dim else p.square())

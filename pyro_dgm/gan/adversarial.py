@@ -1,12 +1,10 @@
-r"""Two cheap numbers that say how near draws are to data, for use while training: energy distance and coverage.
-
-They carry no error and no test: ``evaluate.energy_distance`` and ``evaluate.precision_recall_density_coverage`` do.
-
-Adversarial training: a critic learns to tell draws from data, and a generator to make draws that it takes for data.
+r"""Adversarial training: a critic learns to tell draws from data, and a generator to make draws that it takes for data.
 
 .. math:: \min_G \max_T\; E_x\, f(T(x)) + E_z\, g(T(G(z)))
 
-(Goodfellow et al. 2014, arXiv 1406.2661; Ruthotto & Haber 2021, section 5.)
+(Goodfellow et al. 2014, arXiv 1406.2661; Ruthotto & Haber 2021, section 5.) Neither loss says how near the draws are to the
+data: two cheap numbers do while training, an energy distance and a coverage. They carry no error and no test;
+``evaluate.energy_distance`` and ``evaluate.precision_recall_density_coverage`` do.
 """
 
 from __future__ import annotations
@@ -20,58 +18,36 @@ from torch import Tensor, nn
 from pyro_dgm.cnf.matching import check_batch
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, frozen
 from pyro_dgm.core.data import first_rows
+from pyro_dgm.flows.base import NormalizingFlow
+from pyro_dgm.gan.critic import Critic
 from pyro_dgm.gan.distillation import distil
+from pyro_dgm.gan.generator import Generator
 from pyro_dgm.gan.losses import LOSSES, gradient_norms
-from pyro_dgm.train.hooks import Distillable, Drawing, Standardizable
+from pyro_dgm.train.descend import Stages
 
 __all__ = ["Adversarial", "NEIGHBOURS", "expected_coverage", "sample_quality"]
 
-NEIGHBOURS = 5
-
-
-def sample_quality(real: Tensor, draws: Tensor) -> tuple[float, float]:
-    r"""Energy distance of rows to draws, and the coverage of rows as a share of that of equal distributions.
-
-    The first is :math:`2 E|x-y| - E|x-x'| - E|y-y'|`, unbiased: of equal distributions below zero in about half of all cases.
-    Coverage is the share of rows whose ball, which reaches to the fifth nearest other row, holds a draw (Naeem et al. 2020).
-
-    >>> x = torch.arange(20.0)[:, None]
-    >>> round(sample_quality(x, x + 100.0)[0], 3)  # 200 less twice the mean distance of two different rows, 7
-    186.0
-    >>> sample_quality(x, x + 100.0)[1], round(sample_quality(x, x)[1] * expected_coverage(20), 3)
-    (0.0, 1.0)
-    """
-    n, m = len(real), len(draws)
-    within, across = torch.cdist(real, real), torch.cdist(real, draws)
-    spread = within.sum() / (n * (n - 1)) + torch.cdist(draws, draws).sum() / (m * (m - 1))
-    reach = within.topk(NEIGHBOURS + 1, largest=False).values[:, -1]
-    covered = (across.amin(1) <= reach).float().mean()
-    return float(2.0 * across.mean() - spread), float(covered) / expected_coverage(n)
-
-
-def expected_coverage(rows: int) -> float:
-    r"""Mean coverage of two samples of one distribution, with as many rows each: :math:`1 - \prod_i (N-i)/(2N-i)`.
-
-    >>> round(expected_coverage(500), 3)
-    0.969
-    """
-    missed = 1.0
-    for i in range(1, NEIGHBOURS + 1):
-        missed *= (rows - i) / (2 * rows - i)
-    return 1.0 - missed
-
-
-_FEW = 16  # entries of an event
-_RATES = (1e-3, 1e-5)  # of the critic and of a distilled generator, which stays almost still until the critic is good
+NEIGHBOURS = 5  # as usual for the coverage (Naeem et al. 2020)
+_RATES = (1e-3, 1e-3)  # of critic and generator. Not measured; chosen by hand.
+_RATES_DISTILLED = (
+    1e-3,
+    1e-5,
+)  # a faster generator blurs distilled digits before the critic is good (docs/benchmarks/gan.md)
+_FEW = 16  # entries of an event, up to which the flow is narrow. Not measured; chosen by hand.
+_STEPS_NARROW = 8000  # of the flow (docs/gan.md: shares near the modes of a grid)
+_STEPS_WIDE = 4000  # of a wide flow: a step costs more and brings more (docs/benchmarks/gan.md, digits)
+_STEPS_PER_ROW = 4  # at most: rows that are met more often are memorised (docs/gan.md)
+_LEAST_STEPS = 500  # however few the rows are (docs/gan.md)
 
 
 class Adversarial(nn.Module):
-    r"""Both losses of a generative adversarial network; :func:`~pyro_dgm.fit` steps the two players in turn.
+    r"""By default a continuous flow is distilled into the generator, which is then polished by a generative adversarial game.
 
     ``fit(Adversarial(generator, critic), (x,), batch_size=256, max_steps=4000)`` is the whole recipe, with ``(x, context)``
-    for a conditional pair. It takes both players' units from the data,
-    distils a continuous flow into the generator (``pretrain``), steps the critic ``critic_steps`` times and the
-    generator once, and at the end gives the generator the running average of its weights. ``History`` holds both losses
+    for a conditional pair. It takes both players' units from the data, trains a continuous flow and distils it into a
+    :class:`~pyro_dgm.Generator` (``pretrain``; 0 for adversarial training alone). Then in each step
+    the critic moves ``critic_steps`` times and the generator once, by a hundredth of the critic's rate after a distillation.
+    At the end the generator gets the running average of its weights. ``History`` holds both losses
     (``loss`` is the generator's), the critic's accuracy (share of pairs of a datum and a draw that it ranks rightly; 1/2
     means that it cannot tell) and the quality: energy distance and coverage against held-out rows. A low coverage is
     warned of, once.
@@ -118,7 +94,7 @@ class Adversarial(nn.Module):
     def __init__(
         self,
         generator: DistributionModule,
-        critic: nn.Module,
+        critic: Critic,
         loss: str = "non-saturating",
         *,
         r1: float | None = None,
@@ -132,21 +108,22 @@ class Adversarial(nn.Module):
         super().__init__()
         if loss not in LOSSES:
             raise ValueError(f"Adversarial: loss={loss!r}, expected one of {', '.join(map(repr, LOSSES))}.")
-        self.loss, usual = LOSSES[loss], LOSSES[loss]
+        usual = LOSSES[loss]
         size = generator.event_shape.numel()
-        self.steps, squared = _usual_pretraining(size) if pretrain is None else pretrain, float(size) ** 2
+        self.loss = usual
+        self.steps = _usual_pretraining(size) if pretrain is None else pretrain
         self.fewer_for_few_rows = pretrain is None
-        self.r1 = usual.r1 * squared if r1 is None else r1
-        self.r2 = usual.r2 * squared if r2 is None else r2
+        self.r1 = usual.r1 * float(size) ** 2 if r1 is None else r1
+        self.r2 = usual.r2 * float(size) ** 2 if r2 is None else r2
         self.gradient_penalty = usual.gradient_penalty if gradient_penalty is None else gradient_penalty
         self.critic_steps = usual.critic_steps if critic_steps is None else critic_steps
-        self.ema, self.likelihood = ema, likelihood
-        self.rates = _RATES if self.steps and isinstance(generator, Distillable) else (1e-3, 1e-3)
+        self.ema = ema
+        self.likelihood = likelihood
+        self.rates = _RATES_DISTILLED if self.steps and isinstance(generator, Generator) else _RATES
         self._refuse_bad_settings()
         _refuse_mismatch(generator, critic)
-        self.generator: Any = generator
-        self.critic: Any = critic
-        self._draws_rows = isinstance(generator, Drawing)
+        self.generator = generator
+        self.critic = critic
         self._refuse_without_density()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -167,7 +144,8 @@ class Adversarial(nn.Module):
             logits, square = gradient_norms(self.critic, rows, both)
             penalty = self._zero_centred(square)
         else:
-            logits, penalty = self.critic(rows, both), rows.new_zeros(())
+            logits = self.critic(rows, both)
+            penalty = rows.new_zeros(())
         real, fake = logits.chunk(2)
         if self.gradient_penalty:
             penalty = penalty + self.gradient_penalty * self._lipschitz(x, draws, context)
@@ -192,19 +170,19 @@ class Adversarial(nn.Module):
             return float("nan"), float("nan")
         return sample_quality(a, b)
 
-    def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
+    def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take both players' units from the data and distil a flow into the generator, unless that was done before."""
         x, context = first_rows(batches)
         check_batch("Adversarial", self.generator, x, context)
-        new = not isinstance(self.critic, Standardizable) or self.critic.standard.is_identity()
+        new = self.critic.standard.is_identity()
         for player in (self.generator, self.critic):
-            if isinstance(player, Standardizable) and player.standard.is_identity():
+            if isinstance(player, Generator | NormalizingFlow | Critic) and player.standard.is_identity():
                 player.standardize(x)
-        if new and self.steps and isinstance(self.generator, Distillable):
-            distil(self.generator, batches, _fewer(self.steps, x) if self.fewer_for_few_rows else self.steps)
+        if new and self.steps and isinstance(self.generator, Generator):
+            distil(self.generator, batches, _fewer(self.steps, x) if self.fewer_for_few_rows else self.steps, stages)
 
     def _draws(self, rows: int, context: Tensor | None) -> Tensor:
-        if self._draws_rows:
+        if isinstance(self.generator, Generator):
             return self.generator.draw(rows, context)
         return self.generator().rsample((rows,)) if context is None else self.generator(context).rsample()
 
@@ -244,13 +222,13 @@ class Adversarial(nn.Module):
 
 def _usual_pretraining(size: int) -> int:
     """Steps of the flow: half of them where it is wide, since a step costs more and brings more."""
-    return 8000 if size <= _FEW else 4000
+    return _STEPS_NARROW if size <= _FEW else _STEPS_WIDE
 
 
 def _fewer(steps: int, x: Tensor) -> int:
     """Fewer steps where rows repeat: a flow that meets each of them thousands of times memorises them."""
     rows = len(x.reshape(len(x), -1).unique(dim=0))
-    return min(steps, max(500, 4 * rows)) if rows < len(x) else steps
+    return min(steps, max(_LEAST_STEPS, _STEPS_PER_ROW * rows)) if rows < len(x) else steps
 
 
 def _has_density(family: DistributionModule) -> bool:
@@ -259,7 +237,7 @@ def _has_density(family: DistributionModule) -> bool:
     return not isinstance(family(context), ImplicitDistribution)
 
 
-def _refuse_mismatch(generator: DistributionModule, critic: Any) -> None:
+def _refuse_mismatch(generator: DistributionModule, critic: Critic) -> None:
     pairs: dict[str, Any] = {"event_shape": (generator.event_shape, critic.event_shape)}
     pairs["context_features"] = (generator.context_features, critic.context_features)
     for what, (ours, its) in pairs.items():
@@ -268,3 +246,37 @@ def _refuse_mismatch(generator: DistributionModule, critic: Any) -> None:
                 f"Adversarial: {what} of {type(generator).__name__} is {ours}, but of {type(critic).__name__} {its}; "
                 "they judge the same rows, so build both with the same."
             )
+
+
+def sample_quality(real: Tensor, draws: Tensor) -> tuple[float, float]:
+    r"""Energy distance of rows to draws, and the coverage of rows as a share of that of equal distributions.
+
+    The first is :math:`2 E|x-y| - E|x-x'| - E|y-y'|`, unbiased: of equal distributions below zero in about half of all cases.
+    Coverage is the share of rows whose ball, which reaches to the fifth nearest other row, holds a draw (Naeem et al. 2020).
+
+    >>> x = torch.arange(20.0)[:, None]
+    >>> round(sample_quality(x, x + 100.0)[0], 3)  # 200 less twice the mean distance of two different rows, 7
+    186.0
+    >>> sample_quality(x, x + 100.0)[1], round(sample_quality(x, x)[1] * expected_coverage(20), 3)
+    (0.0, 1.0)
+    """
+    n = len(real)
+    m = len(draws)
+    within = torch.cdist(real, real)
+    across = torch.cdist(real, draws)
+    spread = within.sum() / (n * (n - 1)) + torch.cdist(draws, draws).sum() / (m * (m - 1))
+    reach = within.topk(NEIGHBOURS + 1, largest=False).values[:, -1]
+    covered = (across.amin(1) <= reach).float().mean()
+    return float(2.0 * across.mean() - spread), float(covered) / expected_coverage(n)
+
+
+def expected_coverage(rows: int) -> float:
+    r"""Mean coverage of two samples of one distribution, with as many rows each: :math:`1 - \prod_i (N-i)/(2N-i)`.
+
+    >>> round(expected_coverage(500), 3)
+    0.969
+    """
+    missed = 1.0
+    for i in range(1, NEIGHBOURS + 1):
+        missed *= (rows - i) / (2 * rows - i)
+    return 1.0 - missed

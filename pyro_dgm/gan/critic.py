@@ -61,7 +61,8 @@ class Critic(nn.Module):
         spectral_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.event_shape, self.context_features = as_shape(event_shape), int(context_features)
+        self.event_shape = as_shape(event_shape)
+        self.context_features = int(context_features)
         self.standard = Standardize(self.event_shape.numel())
         self.network = _as_network(network, self.event_shape.numel() + self.context_features)
         refuse_batch_norm("Critic", self.network)
@@ -101,7 +102,9 @@ class Critic(nn.Module):
         return self
 
     def _check_context(self, context: Tensor | None) -> None:
-        got = 0 if context is None else context.shape[-1] if context.dim() else "no"
+        got: int | str = 0
+        if context is not None:
+            got = context.shape[-1] if context.dim() else "no"
         if got != self.context_features:
             raise ValueError(
                 f"Critic: context has {got} features, expected {self.context_features}. Build it with "

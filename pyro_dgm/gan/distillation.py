@@ -9,7 +9,7 @@ the flow moves the data's first principal components.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,46 +19,74 @@ from pyro_dgm.cnf import FFJORD
 from pyro_dgm.cnf.matching import velocity_error
 from pyro_dgm.core import Standardize
 from pyro_dgm.core.data import first_rows
+from pyro_dgm.gan.generator import Generator
+from pyro_dgm.train.descend import Stages, adam
+from pyro_dgm.train.schedule import warm_up
 
 __all__ = ["distil"]
 
-_ROWS, _PAIRS = 512, 32_768
-_PATH_STEPS = 16
+# Widths: measured on digits, see test_images_are_distilled_from_a_wide_flow_of_all_pixels. The others were not measured, but
+# chosen by hand.
+_WIDTHS = (64, 256)  # of the flow, for points of a few entries and for images
 _RATE = 1e-2  # of a flow of the least width; less of a wider one
-_WIDTHS = (64, 256)
+_ROWS = 512  # of a step
+_PAIRS = 32_768  # of a latent and what the flow makes of it, at most
+_PATH_STEPS = 16  # of the flow's solver
+_CLIP = 1.0  # norm of a gradient
 _LEAST_NOISE = 0.01  # of a learned noise, in standard deviations of the data
 
 
-def distil(generator: Any, batches: Iterator[tuple[Any, ...]], steps: int) -> None:
+def distil(generator: Generator, batches: Iterator[tuple[Any, ...]], steps: int, stages: Stages | None = None) -> None:
     """Train a flow for so many steps, then distil it into a :class:`~pyro_dgm.Generator` for half as many."""
+    stages = stages or Stages()
     teacher = _Teacher(generator, *first_rows(batches))
     rate = _RATE * _WIDTHS[0] / _width(teacher.flow.features)
-    _descend(teacher.flow, lambda: teacher.loss(*_at_most(_ROWS, *first_rows(batches, _ROWS))), steps, rate)
-    later = max(1, steps // 2)
-    z, u, context = teacher.pairs(n := min(_PAIRS, _ROWS * later), _contexts(batches, n))
+    optimizer = adam([p for p in teacher.flow.parameters() if p.requires_grad], rate)
 
-    def loss() -> Tensor:
+    def matching() -> Tensor:
+        return teacher.loss(*_at_most(_ROWS, *first_rows(batches, _ROWS)))
+
+    stages.descend("flow matching", teacher, optimizer, matching, steps, _linear, _CLIP)
+    later = max(1, steps // 2)
+    n = min(_PAIRS, _ROWS * later)
+    z, u, context = teacher.pairs(n, _contexts(batches, n))
+
+    def distance() -> Tensor:
         some = torch.randint(n, (_ROWS,), device=z.device)
         c = None if context is None else context[some]
         return (generator.location(z[some], c) - u[some]).abs().mean()
 
-    _descend(generator.network, loss, later, _RATE)
+    optimizer = adam([p for p in generator.network.parameters() if p.requires_grad], _RATE)
+    stages.descend("distillation", generator, optimizer, distance, later, _linear, _CLIP)
     if isinstance(generator.log_noise, nn.Parameter):
         error = generator.location(z[:_ROWS], None if context is None else context[:_ROWS]) - u[:_ROWS]
         _set_noise(generator, error, teacher.residual)
 
 
-class _Teacher:
+def _linear(step: int, progress: float) -> float:
+    """Up over a few steps, then down to zero on a line."""
+    return min(warm_up(step), 1.0 - progress)
+
+
+class _Teacher(nn.Module):
     """A continuous flow from a generator's latents to the first principal components of data ``(N, *event_shape)``."""
 
-    def __init__(self, generator: Any, x: Tensor, context: Tensor | None) -> None:
-        u, size = generator.units(x), min(generator.base.event_shape.numel(), generator.features)
-        self.generator, self.centre, self.basis = generator, u.mean(0), _principal(u, size)
+    centre: Tensor
+    basis: Tensor
+    residual: Tensor
+
+    def __init__(self, generator: Generator, x: Tensor, context: Tensor | None) -> None:
+        super().__init__()
+        u = generator.units(x)
+        size = min(generator.base.event_shape.numel(), generator.features)
+        self.generator = generator
+        self.register_buffer("centre", u.mean(0))
+        self.register_buffer("basis", _principal(u, size))
         self.standard = None if context is None else Standardize(context.shape[-1]).to(context).fit(context)
         self.flow = FFJORD(size, generator.context_features, steps=_PATH_STEPS, hidden_features=_width(size)).to(u)
         coordinates = self._coordinates(u)
         self.flow.standardize(coordinates)
-        self.residual = (u - self._lift(coordinates)).square().mean(0).sqrt()
+        self.register_buffer("residual", (u - self._lift(coordinates)).square().mean(0).sqrt())
 
     def loss(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Flow matching, with the generator's latents as noise."""
@@ -99,23 +127,8 @@ def _width(features: int) -> int:
     return max(_WIDTHS[0], min(4 * features, _WIDTHS[1]))
 
 
-def _descend(module: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float) -> None:
-    """Adam with a linear schedule to zero; steps whose loss is not finite are left out."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, rate, betas=(0.9, 0.99), fused=True)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 30, 1.0 - step / steps)
-        optimizer.zero_grad(set_to_none=True)
-        value = loss()
-        if value.isfinite():
-            value.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
 @torch.no_grad()
-def _set_noise(generator: Any, error: Tensor, residual: Tensor) -> None:
+def _set_noise(generator: Generator, error: Tensor, residual: Tensor) -> None:
     """The learned noise of each entry: what the map and the principal components leave."""
     typical = error.abs().median(0).values
     generator.log_noise.copy_((typical.square() + residual.square()).sqrt().clamp_min(_LEAST_NOISE).log())

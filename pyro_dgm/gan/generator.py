@@ -183,16 +183,6 @@ class Generator(DistributionModule):
         self.standard.fit(flat, floor=0.1 if len(self.event_shape) > 1 else 0.0)
         return self
 
-    @property
-    def prior(self) -> DistributionModule:
-        """The family of z: with :attr:`model` what ``evaluate.ais`` asks of a VAE, so that it takes a generator too."""
-        return self.base
-
-    @property
-    def model(self) -> Generator:
-        """The generator itself; see :attr:`prior`."""
-        return self
-
     def observation(self, x: Tensor, z: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Any:
         """The distribution of rows given their latents, and the rows to score."""
         if mask is not None:
@@ -236,7 +226,8 @@ class Generator(DistributionModule):
 
     def _flat(self, u: Tensor, inputs: Tensor) -> Tensor:
         """A network's output as vectors, or an error where it is no event."""
-        batch, event = inputs.shape[:-1], self.unconstrained_shape
+        batch = inputs.shape[:-1]
+        event = self.unconstrained_shape
         if u.shape == batch + event:
             return u.reshape(*batch, self.features)
         raise ValueError(

@@ -18,11 +18,13 @@ probability is ever taken.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
+
+from pyro_dgm.gan.critic import Critic
 
 __all__ = ["LOSSES", "Loss", "gradient_norms"]
 
@@ -63,7 +65,7 @@ LOSSES = {
 }
 
 
-def gradient_norms(critic: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+def gradient_norms(critic: Critic, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     r"""Logits of events and the squared norm of **each row's own** gradient :math:`\nabla_u T(x)`, shape ``(N,)`` both.
 
     The gradient is by u, the event in the critic's units. One norm of a whole batch's gradient, which some

@@ -5,18 +5,23 @@ r"""Maximum likelihood, for a continuous flow with what its paths cost; objectiv
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.cnf.matching import FlowMatching, check_batch, standardize_once
 from pyro_dgm.core import DistributionModule
-from pyro_dgm.train.hooks import Transporting
+from pyro_dgm.train.descend import Stages, adam
+from pyro_dgm.train.schedule import cosine, warm_up
 
 __all__ = ["MaximumLikelihood", "Transformed"]
+
+_KINETIC = 0.02  # weight of a continuous flow's kinetic cost, unless given (docs/benchmarks/cnf.md)
+_MATCHING_STEPS = 2000  # of flow matching before the first step (docs/benchmarks/cnf.md)
+_MATCHING_RATE = 5e-3  # not measured; chosen by hand
+_MATCHING_FLOOR = 0.1  # of that rate, at the end; not measured; chosen by hand
 
 
 class MaximumLikelihood(nn.Module):
@@ -65,11 +70,12 @@ class MaximumLikelihood(nn.Module):
         *,
         kinetic: float | None = None,
         jacobian: float = 0.0,
-        pretrain: int = 2000,
+        pretrain: int = _MATCHING_STEPS,
     ) -> None:
         super().__init__()
-        continuous = isinstance(family, Transporting)
-        kinetic = (0.02 if continuous else 0.0) if kinetic is None else kinetic
+        continuous = isinstance(family, ContinuousFlow)
+        if kinetic is None:
+            kinetic = _KINETIC if continuous else 0.0
         weights = {"transport": transport, "hjb": hjb, "kinetic": kinetic, "jacobian": jacobian}
         if any(w < 0.0 for w in weights.values()) or pretrain < 0:
             raise ValueError(
@@ -93,30 +99,24 @@ class MaximumLikelihood(nn.Module):
         score, costs = self.family.score_and_costs(x, context, list(self.weights))
         return -score.mean() + costs.mean(0) @ costs.new_tensor(list(self.weights.values()))
 
-    def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
+    def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take the units from the data and match the flow, unless the family was trained before."""
         family = self.family
-        if self.steps and standardize_once(family, batches) and isinstance(family, Transporting):
-            _match(self.family, batches, self.steps)
+        if not self.steps or not standardize_once(family, batches) or not isinstance(family, ContinuousFlow):
+            return
+        matching = FlowMatching(family)
+        (stages or Stages()).descend(
+            "flow matching",
+            family,
+            adam([p for p in family.parameters() if p.requires_grad], _MATCHING_RATE),
+            lambda: matching(*next(batches)),
+            self.steps,
+            lambda step, progress: warm_up(step) * cosine(progress, _MATCHING_FLOOR),
+        )
 
     def _refuse_hjb_without_potential(self) -> None:
         if "hjb" in self.weights:
             self.family.refuse_costs(["hjb"])
-
-
-def _match(family: DistributionModule, batches: Iterator[tuple[Any, ...]], steps: int, lr: float = 5e-3) -> None:
-    """Flow matching with Adam and a cosine schedule."""
-    objective = FlowMatching(family)
-    parameters = [p for p in family.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr, betas=(0.9, 0.99), fused=True)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = (
-            lr * min(1.0, (step + 1) / 30) * (0.1 + 0.45 * (1.0 + math.cos(math.pi * step / steps)))
-        )
-        optimizer.zero_grad(set_to_none=True)
-        objective(*next(batches)).backward()
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 class Transformed(nn.Module):
@@ -134,7 +134,8 @@ class Transformed(nn.Module):
 
     def __init__(self, objective: nn.Module, transform: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.objective, self.transform = objective, transform
+        self.objective = objective
+        self.transform = transform
 
     def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         return self.objective(self.transform(x), *rest)

@@ -1,6 +1,4 @@
-r"""What objectives of two players share that keep their classifier's optimiser themselves.
-
-Adversarial variational Bayes: a bound's estimate for a posterior without a density.
+r"""Adversarial variational Bayes: a bound's estimate for a posterior without a density.
 
 .. math:: \widehat{\mathrm{ELBO}} = E_{\theta \sim q}\big[\log p(x, \theta) - \log r(\theta) - T(\theta)\big], \qquad
           T \approx \log q - \log r
@@ -13,39 +11,30 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.weights import psis
 from pyro_dgm.model.log_joint import LogJoint, uncovered
-from pyro_dgm.ratio.contrast import AdaptiveContrast, Contrast, Diagnosis, PriorContrast, diagnosed
+from pyro_dgm.ratio.contrast import Contrast, Diagnosis, diagnosed
+from pyro_dgm.ratio.guide import ImplicitGuide
 from pyro_dgm.ratio.ratio import DensityRatio
-from pyro_dgm.train.hooks import Implicit
+from pyro_dgm.train.descend import Stages, descend
 from pyro_dgm.train.parameters import Average
 
-__all__ = ["Adversarial_ELBO", "DECAY", "descend"]
+__all__ = ["Adversarial_ELBO"]
 
-DECAY = 0.99  # of the averages: a loss of two players cannot tell which state is best
-
-
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
-    """One step; a loss that is not finite is left out. Returns the loss."""
-    optimizer.zero_grad(set_to_none=True)
-    if loss.isfinite():
-        loss.backward()
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach())
-
-
-_FOLLOW = 0.05  # share by which the reference follows q at each critic step
+# Not measured one by one, but chosen by hand; docs/benchmarks/avb.md measures them together.
+_DECAY = 0.99  # of the guide's average: a loss of two players cannot tell which state is best
 _FIRST = 100  # critic steps before the guide's first
 _LAST = 300  # critic steps after the guide's last
+_FIT_REFERENCE = 2000  # draws to which the reference is fitted at the start
+_LOOK = 512  # draws that modes must lie apart from to count as missed
+_WEIGH = 4096  # draws by which the modes are weighed
 
 
 class Adversarial_ELBO(nn.Module):
@@ -61,14 +50,14 @@ class Adversarial_ELBO(nn.Module):
         guide: an :class:`~pyro_dgm.ImplicitGuide` of it.
         critic: a module ``(*batch, D) -> (*batch,)`` or ``(*batch, 1)``, logits of whitened latent vectors, such as
             :class:`~pyro_dgm.Critic`; None for two hidden layers of 64. The log joint is added to what it reads.
-        contrast: ``"adaptive"``, a normal with q's moments, one for each mode; or ``"prior"``, as in the first papers:
-            for a few dimensions only (measured: right at 2, off at 10 and 30).
+        contrast: ``"adaptive"``, a normal with q's moments, one for each mode. There is no other: against the prior, as in
+            the first papers, no ratio can be learned beyond a few dimensions (measured: right at 2, off at 10 and 30).
         num_particles: draws in each step of the guide.
         critic_steps, critic_batch, critic_lr: of the classifier, which has its own Adam.
 
     Raises:
         TypeError: for a guide with a density, or a critic that is no module.
-        ValueError: for an unknown contrast, counts below one, latents of the model that the guide lacks.
+        ValueError: for another contrast, counts below one, latents of the model that the guide lacks.
 
     Note:
         With stock Pyro: after ``objective.attach(*args)``, ``SVI(model, guide, optim, Trace_ELBO(num_particles=64,
@@ -89,10 +78,12 @@ class Adversarial_ELBO(nn.Module):
         True
     """
 
+    _joint: LogJoint
+
     def __init__(
         self,
-        model: Any,
-        guide: Any,
+        model: Callable[..., Any],
+        guide: ImplicitGuide,
         critic: nn.Module | None = None,
         *,
         contrast: str = "adaptive",
@@ -103,33 +94,33 @@ class Adversarial_ELBO(nn.Module):
     ) -> None:
         super().__init__()
         _check_arguments(guide, critic, contrast, num_particles, critic_steps, critic_batch)
-        self.model, self.guide = model, guide
-        self.kind, self.num_particles = contrast, num_particles
-        self.critic_steps, self.critic_batch, self.critic_lr = critic_steps, critic_batch, critic_lr
+        self.model = model
+        self.guide = guide
+        self.num_particles = num_particles
+        self.critic_steps = critic_steps
+        self.critic_batch = critic_batch
+        self.critic_lr = critic_lr
         self._critic = (critic,)
-        self._joint: Any = None
+        self._is_setup = False
         self._average: Average | None = None
 
     def setup(self, *args: Any, **kwargs: Any) -> Adversarial_ELBO:
         """Create the guide's and the classifier's parameters; returns the objective."""
-        if self._joint is None:
+        if not self._is_setup:
             self.guide.setup(*args, **kwargs)
             self._joint = LogJoint(self.guide, self.model, args, kwargs)
             _refuse_missing(self._joint.missing)
-            self._begin(*args, **kwargs)
+            self._begin()
+            self._is_setup = True
         self._joint.at(*args, **kwargs)
         return self
 
-    def _begin(self, *args: Any, **kwargs: Any) -> None:
+    def _begin(self) -> None:
         """A new classifier, against a reference that fits the guide as it is."""
         with torch.no_grad():
-            theta, mode = self.guide.draw(2000)
+            theta, mode = self.guide.draw(_FIT_REFERENCE)
         ratio = DensityRatio(theta.shape[-1], 0, self._critic[0]).to(theta)
-        if self.kind == "adaptive":
-            self.contrast: Contrast = AdaptiveContrast(ratio, theta, mode, self.guide.log_weight())
-        else:
-            prior = poutine.block(self.model, hide_fn=lambda msg: msg["type"] == "sample" and msg["is_observed"])
-            self.contrast = PriorContrast(ratio, LogJoint(self.guide, prior, args, kwargs))
+        self.contrast = Contrast(ratio, theta, mode, self.guide.log_weight())
         self.critic_optimizer = torch.optim.Adam(self.contrast.parameters(), self.critic_lr, betas=(0.5, 0.99))
         self._average = None
 
@@ -139,30 +130,40 @@ class Adversarial_ELBO(nn.Module):
         before = _fingerprint(self.guide)
         self.guide.warm_start(*args, **kwargs)
         if _fingerprint(self.guide) != before:
-            self._begin(*args, **kwargs)
+            self._begin()
 
-    def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
+    def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Let the classifier catch up with the guide before the first step."""
-        for _ in range(_FIRST):
-            self.critic_step(*next(batches))
+
+        def loss() -> Tensor:
+            return self._critic_loss(*next(batches))
+
+        (stages or Stages()).descend("classifier", self.contrast, self.critic_optimizer, loss, _FIRST)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The estimate of minus the ELBO; while gradients are recorded the classifier is trained first."""
         self.setup(*args, **kwargs)
         if torch.is_grad_enabled():
             self._averaged().update()
-            for _ in range(self.critic_steps):
-                self.critic_step(*args, **kwargs)
+            self._critic_steps(self.critic_steps, *args, **kwargs)
         return -self._log_weights(self.guide.draw(self.num_particles)[0]).mean()
 
     def critic_step(self, *args: Any, **kwargs: Any) -> float:
         """One step of the classifier; returns its loss (nats per pair)."""
         self.setup(*args, **kwargs)
+        return float(self._critic_steps(1, *args, **kwargs)[0])
+
+    @torch.enable_grad()
+    def _critic_steps(self, steps: int, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return descend(self.critic_optimizer, lambda: self._critic_loss(*args, **kwargs), steps)
+
+    def _critic_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The classifier's loss on fresh draws, which the reference follows."""
+        self.setup(*args, **kwargs)
         with torch.no_grad():
             theta, mode = self.guide.draw(self.critic_batch)
-        self.contrast.follow(theta, mode, self.guide.log_weight(), _FOLLOW)
-        with torch.enable_grad():
-            return descend(self.critic_optimizer, self.contrast.loss(theta, self._joint))
+        self.contrast.follow(theta, mode, self.guide.log_weight())
+        return self.contrast.loss(theta, self._joint)
 
     def attach(self, *args: Any, **kwargs: Any) -> Adversarial_ELBO:
         """Let the guide's ``log_prob`` be this estimate, for stock ``SVI`` with ``Trace_ELBO``; returns the objective."""
@@ -192,14 +193,13 @@ class Adversarial_ELBO(nn.Module):
         if not joint.vectorized:
             return []
         with torch.no_grad():
-            u = self.guide.draw(512)[0]
+            u = self.guide.draw(_LOOK)[0]
         return [joint.constrain(end[None])[0] for end in uncovered(joint, u, lambda x: x, joint)]
 
     def finish(self, *args: Any, **kwargs: Any) -> None:
         """Give the guide its averaged parameters, weigh its modes anew, and warn of modes that it misses."""
         self._averaged().give()
-        for _ in range(_LAST):
-            self.critic_step(*args, **kwargs)
+        self._critic_steps(_LAST, *args, **kwargs)
         if len(self.guide.log_weight()) > 1:
             self._weigh()
         lost = self.missed(*args, **kwargs)
@@ -216,7 +216,7 @@ class Adversarial_ELBO(nn.Module):
     @torch.no_grad()
     def _weigh(self) -> None:
         """Set the modes' probabilities to their shares of the smoothed importance weights, which are estimates."""
-        theta, mode = self.guide.draw(4096)
+        theta, mode = self.guide.draw(_WEIGH)
         share = torch.as_tensor(psis(self._log_weights(theta).cpu().numpy())[0]).exp().to(theta)
         total = torch.stack([share[mode == k].sum() for k in range(len(self.guide.log_weight()))])
         if total.isfinite().all():
@@ -225,12 +225,12 @@ class Adversarial_ELBO(nn.Module):
     def _averaged(self) -> Average:
         """The running average of the guide, which begins at the first step."""
         if self._average is None:
-            self._average = Average(list(self.guide.parameters()), DECAY, begins_well=True)
+            self._average = Average(list(self.guide.parameters()), _DECAY, begins_well=True)
         return self._average
 
     def get_extra_state(self) -> dict[str, Any]:
         """What resuming needs besides tensors: the classifier's optimiser, and the averages."""
-        if self._joint is None:
+        if not self._is_setup:
             return {}
         return {
             "critic_optimizer": self.critic_optimizer.state_dict(),
@@ -239,19 +239,19 @@ class Adversarial_ELBO(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take it back, once :meth:`setup` has been called."""
-        if state and self._joint is not None:
+        if state and self._is_setup:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
             if state["average"]:
                 self._averaged().restore(state["average"])
 
 
-def _fingerprint(guide: Any) -> tuple[int, float]:
+def _fingerprint(guide: ImplicitGuide) -> tuple[int, float]:
     """Changes when a warm start has changed the guide's buffers."""
     return len(guide.log_weight()), sum(float(b.double().sum()) for b in guide.buffers())
 
 
-def _check_arguments(guide: Any, critic: Any, contrast: str, *counts: int) -> None:
-    if not isinstance(guide, Implicit):
+def _check_arguments(guide: object, critic: object, contrast: str, *counts: int) -> None:
+    if not isinstance(guide, ImplicitGuide):
         raise TypeError(
             f"Adversarial_ELBO: the guide is {type(guide).__name__}, expected an ImplicitGuide. A guide with a density needs "
             "no classifier: train it with STL_ELBO or pyro.infer.Trace_ELBO."
@@ -260,8 +260,11 @@ def _check_arguments(guide: Any, critic: Any, contrast: str, *counts: int) -> No
         raise TypeError(
             f"Adversarial_ELBO: critic is {critic!r}, expected a module from (*batch, D) to one logit, or None."
         )
-    if contrast not in ("adaptive", "prior"):
-        raise ValueError(f"Adversarial_ELBO: contrast={contrast!r}, expected 'adaptive' or 'prior'.")
+    if contrast != "adaptive":
+        raise ValueError(
+            f"Adversarial_ELBO: contrast={contrast!r}, expected 'adaptive'. Leave it out: against the prior no ratio can be "
+            "learned beyond a few dimensions."
+        )
     if min(counts) < 1:
         raise ValueError(
             f"Adversarial_ELBO: num_particles, critic_steps and critic_batch are {counts}, expected 1 or more each."

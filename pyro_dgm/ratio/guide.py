@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -19,6 +19,7 @@ from pyro.distributions import MultivariateNormal, Normal
 from pyro.infer.autoguide import init_to_median
 from pyro.params.param_store import param_with_module_name
 from torch import Size, Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_dgm.core import MLP, ImplicitDistribution
 from pyro_dgm.core.module import resize_to_saved
@@ -76,13 +77,15 @@ class ImplicitGuide(VectorGuide):
     ) -> None:
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._make_network = (network,)
-        self.noise_features, self.init_scale = noise_features, init_scale
+        self.noise_features = noise_features
+        self.init_scale = init_scale
         self._scored_by: tuple[Callable[[Tensor], Tensor]] | None = None
         self._untouched: int | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        size, loc = self.latent_dim, self._init_loc().detach()
+        size = self.latent_dim
+        loc = self._init_loc().detach()
         made = self._make_network[0]
         network = made if isinstance(made, nn.Module) else made(size + self.noise_features, size)
         _check_network(network.to(loc), size + self.noise_features, size)
@@ -90,9 +93,9 @@ class ImplicitGuide(VectorGuide):
         self._untouched = self._push.version()
 
     @property
-    def _push(self) -> Any:
+    def _push(self) -> Push:
         """The network without the ``pyro.module`` statement that reading the attribute makes."""
-        return self._modules["push"]
+        return cast(Push, self._modules["push"])
 
     @property
     def modes(self) -> int:
@@ -160,8 +163,8 @@ class ImplicitGuide(VectorGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         drop_weak_references(self)
-        return {**self.__dict__, "_model": None, "_plain_model": None, "_make_network": None, "_scored_by": None,
-                "master": None}  # fmt: skip
+        dropped = ("_model", "_plain_model", "_make_network", "_scored_by", "master")
+        return {**self.__dict__, **dict.fromkeys(dropped)}
 
 
 class EstimatedDensity(ImplicitDistribution):
@@ -170,7 +173,13 @@ class EstimatedDensity(ImplicitDistribution):
     It is no density: it need not integrate to one. Diagnostics take no weights from it.
     """
 
-    def __init__(self, push: Any, base: Any, features: int, log_density: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        push: Callable[[Tensor], Tensor],
+        base: Distribution,
+        features: int,
+        log_density: Callable[[Tensor], Tensor],
+    ) -> None:
         super().__init__(push, base, features, name="ImplicitGuide")
         self._log_density = log_density
 
@@ -198,7 +207,9 @@ class Push(nn.Module):
 
     def __init__(self, network: nn.Module, loc: Tensor, scale: float, extra: int) -> None:
         super().__init__()
-        self.network, self.extra, self.noise_features = network, extra, len(loc) + extra + 1
+        self.network = network
+        self.extra = extra
+        self.noise_features = len(loc) + extra + 1
         self.gain = nn.Parameter(loc.new_zeros(len(loc)))
         self.register_buffer("loc", loc.clone()[None])
         self.register_buffer("scale_tril", scale * torch.eye(len(loc)).to(loc)[None])
@@ -232,7 +243,9 @@ class Push(nn.Module):
     @torch.no_grad()
     def start_at(self, loc: Tensor, scale_tril: Tensor, log_weight: Tensor) -> None:
         """Make the start a mixture of these Gaussians."""
-        self.loc, self.scale_tril, self.log_weight = loc.clone(), scale_tril.clone(), log_weight.clone()
+        self.loc = loc.clone()
+        self.scale_tril = scale_tril.clone()
+        self.log_weight = log_weight.clone()
 
     def version(self) -> int:
         """A number that grows with every change of a parameter, and differs once the start was set."""

@@ -1,24 +1,20 @@
 r"""A log density ratio learned by logistic regression, and whether it is one.
 
-A classifier that tells draws of p (label 1) from as many draws of r (label 0) has at its optimum the logit
+A classifier that tells draws of p (label 1) from as many draws of r (label 0) minimises
 
-.. math:: T(x) = \log p(x) - \log r(x), \qquad E_{x \sim r}\, e^{T(x)} = 1 .
+.. math:: L = E_p \log(1 + e^{-T}) + E_r \log(1 + e^{T}), \qquad T^\star(x) = \log p(x) - \log r(x),
+          \qquad E_{x \sim r}\, e^{T^\star(x)} = 1 .
 
-The second equation needs draws of r alone: it checks a trained classifier, and no loss does (Goodfellow et al. 2014,
-proposition 1; Sugiyama et al. 2012, section 4).
-
-Logistic regression: the loss that makes a network a log density ratio, or a log likelihood up to a constant.
-
-.. math:: L = E_p \log(1 + e^{-T}) + E_r \log(1 + e^{T}), \qquad T^\star = \log p - \log r
-
-With pairs :math:`(x, c)` of a simulator and shuffled pairs as r, :math:`T^\star(x, c) = \log p(x \mid c) - \log p(x)`
-(Hermans et al. 2020, arXiv 1903.04057, eq. 5).
+The last equation needs draws of r alone: it checks a trained classifier, and no loss does (Goodfellow et al. 2014,
+proposition 1; Sugiyama et al. 2012, section 4). With pairs :math:`(x, c)` of a simulator as p and shuffled pairs as r,
+:math:`T^\star(x, c) = \log p(x \mid c) - \log p(x)` (Hermans et al. 2020, arXiv 1903.04057, eq. 5).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +26,16 @@ from pyro_dgm.core.data import Standardize, refuse_non_finite
 from pyro_dgm.core.distribution import frozen
 from pyro_dgm.core.networks import MLP, broadcast_cat
 from pyro_dgm.core.shapes import as_shape, check_value_shape
+from pyro_dgm.train.descend import Stages, adam, descend
+from pyro_dgm.train.schedule import cosine
 
 __all__ = ["DensityRatio", "LogisticRegression", "RatioCheck", "calibration", "learn_ratio", "logistic_loss"]
+
+# Not measured; chosen by hand.
+_UNIT_ROWS = 10_000  # from which units are taken
+_LOOK_EVERY = 50  # steps between looks at the held-out rows
+_FLOOR = 0.02  # of the learning rate, at the end
+_DECAY = 1e-2  # of the weights
 
 
 def logistic_loss(of_p: Tensor, of_r: Tensor) -> Tensor:
@@ -78,8 +82,10 @@ class RatioCheck:
 
 def calibration(log_ratio: Tensor) -> RatioCheck:
     """The check of a log ratio, from its values at draws of the reference."""
-    n, ratio = log_ratio.numel(), log_ratio.detach().double().reshape(-1).exp()
-    total, squares = float(ratio.sum()), float(ratio.square().sum())
+    n = log_ratio.numel()
+    ratio = log_ratio.detach().double().reshape(-1).exp()
+    total = float(ratio.sum())
+    squares = float(ratio.square().sum())
     ess = total**2 / squares if squares > 0 and math.isfinite(squares) else 0.0
     return RatioCheck(total / n, float(ratio.std()) / math.sqrt(n), ess, n)
 
@@ -114,7 +120,8 @@ class DensityRatio(nn.Module):
         self, event_shape: int | Sequence[int], context_features: int = 0, network: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.event_shape, self.context_features = as_shape(event_shape), int(context_features)
+        self.event_shape = as_shape(event_shape)
+        self.context_features = int(context_features)
         self.features = self.event_shape.numel() + self.context_features
         self.standard = Standardize(self.features)
         self.network = MLP(self.features, 1) if network is None else network
@@ -169,7 +176,8 @@ class DensityRatio(nn.Module):
 def _platt(logit: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     """Slope and offset of a weighted logistic regression; the identity where it does not converge."""
     start = logit.new_tensor([1.0, 0.0])
-    features, w = torch.stack([logit, torch.ones_like(logit)], -1), start.clone()
+    features = torch.stack([logit, torch.ones_like(logit)], -1)
+    w = start.clone()
     for _ in range(30):
         share = torch.sigmoid(features @ w)
         hessian = features.T @ (features * (weight * share * (1.0 - share))[:, None])
@@ -215,35 +223,46 @@ def learn_ratio(
     p, r = (x.detach()[o] for x, o in zip((of_p, other), order, strict=True))
     spare = other.new_empty(0) if fresh else r[: len(r) // 5]
     r = r if fresh else r[len(r) // 5 :]
-    held = [x[: len(x) // 5] for x in (p, r)]
+    held_p, held_r = (x[: len(x) // 5] for x in (p, r))
     ratio = DensityRatio(tuple(p.shape[1:]), 0, network).to(p)
     ratio.standard.fit(torch.cat([p, r]).flatten(1))
-    _descend(ratio, p[len(p) // 5 :], r[len(r) // 5 :], fresh, held, max_steps, batch_size, lr)
-    with torch.no_grad():
-        ratio.calibrate(*(ratio(x) for x in held))
-        return ratio, ratio.check(fresh(len(p)) if fresh else spare)
+    p = p[len(held_p) :]
+    r = r[len(held_r) :]
 
-
-def _descend(ratio: DensityRatio, p: Tensor, r: Tensor, fresh: Any, held: list[Tensor], max_steps: int,
-             batch_size: int, lr: float) -> None:  # fmt: skip
-    """Adam with a cosine schedule; the parameters with the least held-out loss stay."""
-    optimizer = torch.optim.AdamW(ratio.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-2)
-    best, state = math.inf, {k: v.clone() for k, v in ratio.state_dict().items()}
-    for step in range(max_steps):
-        optimizer.param_groups[0]["lr"] = lr * (0.02 + 0.49 * (1.0 + math.cos(math.pi * step / max_steps)))
+    def loss() -> Tensor:
         some_p = p[torch.randint(len(p), (batch_size,))]
         some_r = fresh(batch_size) if fresh else r[torch.randint(len(r), (batch_size,))]
-        loss = logistic_loss(ratio(some_p), ratio(some_r))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 49 or step == max_steps - 1:
-            with torch.no_grad():
-                score = float(logistic_loss(ratio(held[0]), ratio(held[1])))
-            if score < best:
-                best, state = score, {k: v.clone() for k, v in ratio.state_dict().items()}
-    ratio.load_state_dict(state)
-    optimizer.zero_grad(set_to_none=True)
+        return logistic_loss(ratio(some_p), ratio(some_r))
+
+    best = _Best(ratio, held_p, held_r, max_steps)
+    optimizer = adam(ratio.parameters(), lr, _DECAY)
+    descend(optimizer, loss, max_steps, lambda step, progress: cosine(progress, _FLOOR), after=best.look)
+    ratio.load_state_dict(best.state)
+    with torch.no_grad():
+        ratio.calibrate(ratio(held_p), ratio(held_r))
+        return ratio, ratio.check(fresh(len(of_p)) if fresh else spare)
+
+
+class _Best:
+    """The state of a ratio with the least loss on held-out draws, among those that were looked at."""
+
+    def __init__(self, ratio: DensityRatio, p: Tensor, r: Tensor, max_steps: int) -> None:
+        self.ratio = ratio
+        self.p = p
+        self.r = r
+        self.max_steps = max_steps
+        self.score = math.inf
+        self.state = deepcopy(ratio.state_dict())
+
+    @torch.no_grad()
+    def look(self, steps: int) -> None:
+        """Every 50 steps, and after the last."""
+        if steps % _LOOK_EVERY and steps != self.max_steps:
+            return
+        score = float(logistic_loss(self.ratio(self.p), self.ratio(self.r)))
+        if score < self.score:
+            self.score = score
+            self.state = deepcopy(self.ratio.state_dict())
 
 
 def _refuse_unfit(p: Tensor, r: Tensor) -> None:
@@ -253,9 +272,6 @@ def _refuse_unfit(p: Tensor, r: Tensor) -> None:
         )
     for name, x in (("p", p), ("r", r)):
         refuse_non_finite("learn_ratio", x, f"draws of {name}")
-
-
-_FIRST_ROWS = 10_000  # from which units are taken
 
 
 class LogisticRegression(nn.Module):
@@ -294,7 +310,8 @@ class LogisticRegression(nn.Module):
             raise TypeError(f"LogisticRegression: expected a DensityRatio, got {type(ratio).__name__}.")
         if shuffles < 1:
             raise ValueError(f"LogisticRegression: shuffles is {shuffles}, expected 1 or more.")
-        self.ratio, self.shuffles = ratio, shuffles
+        self.ratio = ratio
+        self.shuffles = shuffles
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         """The loss of draws of p and of r, or of pairs of events and contexts."""
@@ -309,12 +326,12 @@ class LogisticRegression(nn.Module):
         shuffled = torch.stack([other.roll(k, 0) for k in shifts])
         return logistic_loss(self.ratio(x, other), self.ratio(x.expand(len(shifts), *x.shape), shuffled))
 
-    def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
+    def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take the units of events and contexts from the data, once."""
         if not self.ratio.standard.is_identity():
             return
         rows: list[Tensor] = []
-        while sum(map(len, rows)) < _FIRST_ROWS and len(rows) < 20:
+        while sum(map(len, rows)) < _UNIT_ROWS and len(rows) < 20:
             x, other = next(batches)
             one = self.ratio.context_features == 0
             rows += [self.ratio.inputs(x), self.ratio.inputs(other)] if one else [self.ratio.inputs(x, other)]

@@ -15,8 +15,10 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
 
+from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.weights import stratified
+from pyro_dgm.gan.generator import Generator
 from pyro_dgm.ratio.ratio import DensityRatio, RatioCheck, learn_ratio
 
 __all__ = ["CorrectedDraws", "refine"]
@@ -48,7 +50,7 @@ class CorrectedDraws(NamedTuple):
 
 
 def refine(
-    generator: Any,
+    generator: DistributionModule,
     data: Tensor,
     n: int,
     method: str = "sir",
@@ -91,23 +93,15 @@ def refine(
     """
     _check_arguments(generator, data, n, method)
     with seeded(seed):
-        draw = _sampler(generator)
-        ratio, check = learn_ratio(data, draw, network=network, max_steps=max_steps)
+        ratio, check = learn_ratio(data, lambda n: generator().sample((n,)), network=network, max_steps=max_steps)
         _refuse_bad(check)
         ratio.requires_grad_(False)
         draws, acceptance = _BY[method](generator, ratio, n)
     return CorrectedDraws(draws, check, acceptance, ratio, method)
 
 
-def _sampler(generator: Any) -> Any:
-    def draw(n: int) -> Tensor:
-        return generator().sample((n,))
-
-    return draw
-
-
 @torch.no_grad()
-def _sir(generator: Any, ratio: DensityRatio, n: int) -> tuple[Tensor, float]:
+def _sir(generator: DistributionModule, ratio: DensityRatio, n: int) -> tuple[Tensor, float]:
     """Systematic resampling of 20 n draws by their weights."""
     x = generator().sample((20 * n,))
     weights = ratio(x).double().softmax(0).cpu().numpy()
@@ -116,29 +110,32 @@ def _sir(generator: Any, ratio: DensityRatio, n: int) -> tuple[Tensor, float]:
 
 
 @torch.no_grad()
-def _mh(generator: Any, ratio: DensityRatio, n: int, steps: int = 100) -> tuple[Tensor, float]:
+def _mh(generator: DistributionModule, ratio: DensityRatio, n: int, steps: int = 100) -> tuple[Tensor, float]:
     """Independence chains, all at once; a chain starts at the best of four draws."""
     start = generator().sample((4, n))
     score = ratio(start)
     best = score.argmax(0)
-    x, log_ratio = start[best, torch.arange(n)], score.max(0).values
+    x = start[best, torch.arange(n)]
+    log_ratio = score.max(0).values
     shares = []
     for _ in range(steps):
         new = generator().sample((n,))
         of_new = ratio(new)
         taken = torch.rand(n).to(of_new).log() < of_new - log_ratio
-        x[taken], log_ratio = new[taken], torch.where(taken, of_new, log_ratio)
+        x[taken] = new[taken]
+        log_ratio = torch.where(taken, of_new, log_ratio)
         shares.append(float(taken.float().mean()))
     return x, sum(shares) / steps
 
 
-def _nuts(generator: Any, ratio: DensityRatio, n: int) -> tuple[Tensor, float]:
+def _nuts(generator: Generator, ratio: DensityRatio, n: int) -> tuple[Tensor, float]:
     """One Hamiltonian chain over the generator's noise."""
 
     def model() -> None:
         pyro.factor("ratio", ratio(generator.sample_site("x")))
 
-    live, training = [p for p in generator.parameters() if p.requires_grad], generator.training
+    live = [p for p in generator.parameters() if p.requires_grad]
+    training = generator.training
     try:
         generator.requires_grad_(False).eval()  # in training mode pyro.module warns of frozen parameters
         with pyro.get_param_store().scope():
@@ -171,7 +168,7 @@ def _refuse_bad(check: RatioCheck) -> None:
         warnings.warn(f"refine: {check}: few draws carry the weight, so the corrected ones repeat.", stacklevel=3)
 
 
-def _check_arguments(generator: Any, data: Tensor, n: int, method: str) -> None:
+def _check_arguments(generator: DistributionModule, data: Tensor, n: int, method: str) -> None:
     if method not in _METHODS:
         raise ValueError(f"refine: method={method!r}, expected one of {', '.join(_METHODS)}.")
     if n < 1:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pyro_dgm.core.devices import to_device
+from pyro_dgm.core.devices import put_random_states, random_states, to_device
 
-__all__ = ["Batches", "held_out_split"]
+__all__ = ["Batches", "Stream", "held_out_split", "named_tensors", "non_finite", "row_count"]
 
 
 class Batches:
-    """Endless batches of ``data``; ``epoch`` is the number of batches in one pass, None for whole data.
+    """Batches of ``data``; ``iter`` gives them without end. ``epoch`` is their number in one pass, None for whole data.
 
     Args:
         data: a tensor, a tuple of an objective's arguments, a mapping of tensors (one argument: a batch is then a
@@ -46,7 +46,11 @@ class Batches:
             return to_device(_as_args(next(iter(self.loader))), self.device)
         return self.args if self.rows is None else self._take(torch.arange(min(self.batch_size, self.rows)))
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+    def __iter__(self) -> Stream:
+        return Stream(self)
+
+    def without_end(self) -> Iterator[tuple[Any, ...]]:
+        """One pass after the other, each in an order of its own."""
         while True:
             yield from self._one_pass()
 
@@ -59,6 +63,40 @@ class Batches:
 
     def _take(self, index: Tensor) -> tuple[Any, ...]:
         return to_device(_picked(self.args, index), self.device)
+
+
+class Stream:
+    """Batches without end; a checkpoint can keep its place within an epoch, and the random state with it."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.epoch = batches.epoch
+        self.position = 0
+        self._epoch_rng = random_states()
+        self._iterator = batches.without_end()
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> tuple[Any, ...]:
+        if self.epoch and self.position % self.epoch == 0:
+            self._epoch_rng = random_states()
+        self.position += 1
+        return next(self._iterator)
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`resume` needs."""
+        return {"position": self.position, "epoch_rng": self._epoch_rng, "rng": random_states()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a kept state: the batches of the epoch so far are drawn again and dropped."""
+        put_random_states(state["epoch_rng"])
+        self._iterator = self.batches.without_end()
+        done = state["position"] % self.epoch if self.epoch else 0
+        self.position = state["position"] - done
+        for _ in range(done):
+            next(self)
+        put_random_states(state["rng"])
 
 
 def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -1,20 +1,11 @@
-"""The record of a fit.
-
-How long to train, and at which rate.
-
-Without a limit, training goes in up to three rounds, of 300, 600 and 1,200 steps. A round warms up over 30 steps and follows a
-cosine to 1 % of its rate; the next round starts lower and runs twice as long. A round that brings nothing is the last.
-With a limit there is one round of that length.
-"""
+"""The record of a fit, and the error that carries it when a fit has diverged."""
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FitDiverged", "History", "Limits", "rate_at", "round_length"]
+__all__ = ["FitDiverged", "History"]
 
 
 @dataclass
@@ -29,11 +20,13 @@ class History:
         best_step: the step whose parameters were kept.
         best_loss: the smoothed (or held-out) loss there.
         stopped: why the fit ended.
-        seconds: time in the loop.
+        seconds: time in the stages and in the loop.
         critic_loss: the critic's loss of each step, where two players are trained; ``loss`` is then the generator's.
         critic_accuracy: share of pairs of a datum and a draw that the critic ranks rightly, of each step.
         quality: ``(step, energy distance, coverage)`` of the generator on held-out rows; coverage is a share of what
             draws of the data's own distribution have.
+        stages: ``(name, steps, first loss, last loss)`` of each training that came before the first step, such as the flow
+            matching of :class:`~pyro_dgm.MaximumLikelihood`; both losses are means of up to 50 steps.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -47,12 +40,13 @@ class History:
     critic_loss: list[float] = field(default_factory=list)
     critic_accuracy: list[float] = field(default_factory=list)
     quality: list[tuple[int, float, float]] = field(default_factory=list)
+    stages: list[tuple[str, int, float, float]] = field(default_factory=list)
 
     @classmethod
     def resumed(cls, saved: dict[str, Any]) -> History:
         """The record out of a checkpoint; a fit that was stopped from outside goes on."""
         history = cls(**saved)
-        for name in ("validation", "quality"):
+        for name in ("validation", "quality", "stages"):
             setattr(history, name, [tuple(entry) for entry in getattr(history, name)])
         if history.stopped in ("limit reached", "interrupted", "diverged"):
             history.stopped = ""
@@ -99,50 +93,9 @@ class FitDiverged(RuntimeError):
 
 
 def _smooth(loss: list[float], width: int = 50) -> list[float]:
-    means, total = [], 0.0
+    means = []
+    total = 0.0
     for i, value in enumerate(loss):
         total += value - (loss[i - width] if i >= width else 0.0)
         means.append(total / min(i + 1, width))
     return means
-
-
-_FIRST_ROUND, _ROUNDS, _WARM_UP, _FLOOR = 300, 3, 30, 0.01
-
-
-@dataclass
-class Limits:
-    """Steps and seconds after which a fit ends, whichever comes first."""
-
-    max_steps: int | None
-    max_seconds: float | None
-    began: float = field(default_factory=time.perf_counter)
-
-    def begin(self) -> None:
-        """Start the clock: preparations (imports, a first run) do not count."""
-        self.began = time.perf_counter()
-
-    @property
-    def open(self) -> bool:
-        """Whether neither limit was given."""
-        return self.max_steps is None and self.max_seconds is None
-
-    def progress(self, step: int) -> float:
-        """Share of the budget that is used."""
-        steps = step / self.max_steps if self.max_steps else 0.0
-        return max(steps, self.seconds() / self.max_seconds if self.max_seconds else 0.0)
-
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self.began
-
-
-def round_length(index: int) -> int | None:
-    """Length of the ``index``-th round of an open fit; None after the last."""
-    return _FIRST_ROUND * 2**index if index < _ROUNDS else None
-
-
-def rate_at(step: int, progress: float, index: int) -> float:
-    """Factor on the learning rate at ``step`` of round ``index`` with this share of the round done."""
-    warm = min(1.0, (step + 1) / _WARM_UP)
-    cosine = _FLOOR + (1.0 - _FLOOR) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return warm * cosine * max(0.2, 1.0 - 0.2 * index)

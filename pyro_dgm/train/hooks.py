@@ -1,30 +1,31 @@
-"""Optional hooks that ``fit`` calls where a module defines them."""
+"""Optional hooks that ``fit`` calls where a module defines them.
+
+============================ ============================================ ==================================================
+method                       of                                           called
+============================ ============================================ ==================================================
+``recipe(rows)``             the objective                                first, for arguments of ``fit`` that are None
+``players()`` and others     the objective                                in every step, where it is :class:`Alternating`
+``warm_start(*args)``        any part of the objective                    before training, with the data or a first batch
+``prepare(batches, stages)`` any part of the objective                    after its ``warm_start``
+``peak_rate()``              any part of the objective                    when the optimiser is made
+``converged()``              the objective                                after each round of a fit without limits
+``finish(*args)``            any part of the objective                    after training, with the data or a first batch
+============================ ============================================ ==================================================
+
+A fit that resumes from a checkpoint calls neither ``warm_start`` nor ``prepare``, unless it was stopped while preparing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from pyro_dgm.core.data import Standardize
+from pyro_dgm.train.descend import Stages
 
-__all__ = [
-    "Alternating",
-    "Convergent",
-    "Distillable",
-    "Drawing",
-    "Finishing",
-    "Implicit",
-    "Paced",
-    "Pretrainable",
-    "Recipe",
-    "Recommending",
-    "Standardizable",
-    "Startable",
-    "Transporting",
-]
+__all__ = ["Alternating", "Convergent", "Finishing", "Paced", "Preparing", "Recipe", "Recommending", "Startable"]
 
 
 @runtime_checkable
@@ -36,93 +37,14 @@ class Startable(Protocol):
 
 
 @runtime_checkable
-class Pretrainable(Protocol):
-    """An objective with a cheaper one that brings its parameters near their end first."""
+class Preparing(Protocol):
+    """A module that takes its units from batches, or is brought near its end by a cheaper training."""
 
-    def pretrain(self, batches: Iterator[tuple[Any, ...]]) -> None:
-        """Train on as many of the endless batches as it takes; does nothing where that was done before."""
+    def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
+        """Use as many of the endless batches as it takes; does nothing where that was done before.
 
-
-@runtime_checkable
-class Standardizable(Protocol):
-    """A family that can take its units from data."""
-
-    standard: Standardize
-
-    def standardize(self, x: Tensor) -> Any:
-        """Fix the units to events ``(N, *event_shape)``."""
-
-
-@runtime_checkable
-class Drawing(Protocol):
-    """A family that draws rows directly; training by draws asks for some in every step."""
-
-    def draw(self, rows: int, context: Tensor | None = None) -> Tensor:
-        """So many draws, one for each row of a context."""
-
-
-@runtime_checkable
-class Transporting(Protocol):
-    """A family whose draws are carried along a velocity field from noise at time 0 to events at time 1."""
-
-    def velocity(self, time: Tensor, u: Tensor, context: Tensor | None = None) -> Tensor:
-        """The velocity, in the flow's units."""
-
-    def flow_units(self, x: Tensor) -> Tensor:
-        """Events as vectors in the flow's units."""
-
-    def score_and_costs(self, x: Tensor, context: Tensor | None, costs: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Log density of events, and what their paths cost."""
-
-
-@runtime_checkable
-class Distillable(Protocol):
-    """A generator that can be shown where each of its latents should go."""
-
-    def latents(self, rows: int, context: Tensor | None = None) -> Tensor:
-        """Draws of the latent, ``(rows, *latent)``."""
-
-    def location(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Where latents go, flat and in standard units, ``(rows, D)``."""
-
-    def units(self, x: Tensor) -> Tensor:
-        """Events in the same units."""
-
-
-@runtime_checkable
-class Convergent(Protocol):
-    """An objective that can tell whether more training is worth while."""
-
-    def converged(self) -> bool:
-        """Whether the loss is so near its limit that a longer round would change nothing a user sees."""
-
-
-@runtime_checkable
-class Finishing(Protocol):
-    """A module with something to set that no gradient reaches, once training has ended."""
-
-    def finish(self, *args: Any, **kwargs: Any) -> None:
-        """Set it; the parameters stay as they are."""
-
-
-@runtime_checkable
-class Implicit(Protocol):
-    """A guide over one latent vector that draws without a density; its noise may choose among modes."""
-
-    def setup(self, *args: Any, **kwargs: Any) -> Any:
-        """Create all parameters."""
-
-    def draw(self, n: int) -> tuple[Tensor, Tensor]:
-        """Latent vectors ``(n, D)``, with gradients, and the modes that they belong to, ``(n,)``."""
-
-    def log_weight(self) -> Tensor:
-        """Log probabilities of the modes."""
-
-    def weigh(self, log_weight: Tensor) -> None:
-        """Set them."""
-
-    def score_by(self, log_density: Any) -> None:
-        """Let an estimate stand in for the log density; None takes it back."""
+        A training of its own is a call of ``stages.descend``, which the fit's history, time limit, checkpoint and bar see.
+        """
 
 
 @runtime_checkable
@@ -155,6 +77,22 @@ class Paced(Protocol):
 
     def peak_rate(self) -> float | None:
         """The peak; None for the objective's."""
+
+
+@runtime_checkable
+class Convergent(Protocol):
+    """An objective that can tell whether more training is worth while."""
+
+    def converged(self) -> bool:
+        """Whether the loss is so near its limit that a longer round would change nothing a user sees."""
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """A module with something to set or to say once training has ended."""
+
+    def finish(self, *args: Any, **kwargs: Any) -> None:
+        """Called with the best parameters in place."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,9 @@ class Average:
     """
 
     def __init__(self, parameters: Sequence[Tensor], decay: float, begins_well: bool = False) -> None:
-        self.parameters, self.decay, self.steps = list(parameters), decay, 0
+        self.parameters = list(parameters)
+        self.decay = decay
+        self.steps = 0
         self.begins_well = begins_well
         self.values = [p.detach().clone() for p in parameters] if decay else []
 
@@ -109,7 +111,8 @@ class Average:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         pairs = zip(state["values"], self.parameters, strict=False)  # no values without a decay
-        self.steps, self.values = state["steps"], [v.to(p.device, copy=True) for v, p in pairs]
+        self.steps = state["steps"]
+        self.values = [v.to(p.device, copy=True) for v, p in pairs]
 
     @torch.no_grad()
     def _put(self, values: Sequence[Tensor]) -> None:

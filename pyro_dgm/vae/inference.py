@@ -8,6 +8,8 @@ from torch.distributions import Categorical, Distribution
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.train.descend import descend
+from pyro_dgm.train.schedule import cosine
 from pyro_dgm.vae.conditional import Conditional, Encoded
 from pyro_dgm.vae.latents import FullRank
 from pyro_dgm.vae.model import VAE
@@ -57,17 +59,14 @@ def refine(
     with torch.no_grad():
         output = family.network(vae.guide.inputs(x, context, mask))
     output = output.clone().requires_grad_()
-    optimizer = torch.optim.Adam([output], lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
+
+    def loss() -> Tensor:
+        z = family.from_output(output).rsample((num_particles,))
+        log_q = family.from_output(output.detach()).log_prob(z)
+        return -(vae.log_joint(x, z, context, mask) - log_q).mean(0).sum()
+
     with frozen(*vae.parameters()):
-        for _ in range(max_steps):
-            optimizer.zero_grad()
-            z = family.from_output(output).rsample((num_particles,))
-            log_q = family.from_output(output.detach()).log_prob(z)
-            loss = -(vae.log_joint(x, z, context, mask) - log_q).mean(0).sum()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        descend(torch.optim.Adam([output], lr), loss, max_steps, lambda step, progress: cosine(progress, 0.0))
         return family.from_output(output.detach())
 
 

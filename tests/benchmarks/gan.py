@@ -150,7 +150,7 @@ def step(few=100, many=600, rounds=11):
     """Both in turns, CPU seconds: a step alone is the difference of many and few, a short fit has its set-up in it."""
     x = draws_of(ring_centres(), 20_000)
     gan = dgm.Adversarial(dgm.Generator(2), dgm.Critic(2))
-    gan.pretrain(itertools.repeat((x,)))
+    gan.prepare(itertools.repeat((x,)))
     make = lambda p: torch.optim.Adam(p, 1e-3, (0.5, 0.99), fused=True)
 
     def ours(steps):

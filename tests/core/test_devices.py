@@ -16,8 +16,7 @@ from pyro.infer import MCMC, NUTS, SVI, Importance, Predictive, Trace_ELBO
 
 import pyro_dgm as dgm
 from pyro_dgm.core.devices import device_of, fork_rng, put_random_states, random_states, seeded
-from pyro_dgm.train.adversarial import AdversarialRun
-from pyro_dgm.train.fit import _Run
+from pyro_dgm.train.loop import Loop
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 if torch.cuda.is_available():
@@ -277,16 +276,16 @@ def small_flow(device):
 @pytest.mark.parametrize("make", [small_gan, small_flow])
 def test_a_fit_goes_on_from_a_checkpoint_with_the_same_noise(device, make, tmp_path, monkeypatch):
     """Bit for bit, as after a kill at step 8. Planted fault: only the CPU's random state is kept."""
-    run, file = (AdversarialRun, _Run)[make is small_flow], tmp_path / "c.pt"
-    step = run._step
+    file = tmp_path / "c.pt"
+    step = Loop._step
 
-    def saving(self, *batch):
-        step(self, *batch)
+    def saving(self):
+        step(self)
         if self.history.steps == 8:
             self._save()
             shutil.copy(file, tmp_path / "killed.pt")
 
-    monkeypatch.setattr(run, "_step", saving)
+    monkeypatch.setattr(Loop, "_step", saving)
     x = rows(device)
     whole = dgm.fit(make(device), (x,), checkpoint=file, batch_size=25, **SHORT)
     on = dgm.fit(make(device), (x,), checkpoint=tmp_path / "killed.pt", batch_size=25, **(SHORT | {"seed": 5}))

@@ -25,7 +25,7 @@ def test_distilled_draws_cover_every_mode():
     centres = 2.0 * torch.stack([angle.cos(), angle.sin()], -1)
     x = centres[torch.randint(8, (4000,))] + 0.1 * torch.randn(4000, 2)
     gan = dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), pretrain=700)
-    gan.pretrain(endless(x))
+    gan.prepare(endless(x))
     near = torch.cdist(gan.generator().sample((2000,)), centres).min(-1)
     share = torch.bincount(near.indices[near.values < 0.4], minlength=8) / 2000
     assert share.min() > 0.07 and share.sum() > 0.85
@@ -49,7 +49,7 @@ def test_a_distilled_generator_moves_slowly(pretrain, share):
     """Adam's first step is the rate itself. Planted fault: a tenth of the critic's rate (it blurs distilled digits)."""
     torch.manual_seed(0)
     gan = dgm.Adversarial(dgm.Generator(2, 8), dgm.Critic(2, 8), pretrain=pretrain, ema=0.0)
-    gan.pretrain(endless(x := torch.randn(500, 2)))
+    gan.prepare(endless(x := torch.randn(500, 2)))
     before = [[p.detach().clone() for p in player.parameters()] for player in gan.players()]
     dgm.fit(gan, (x,), max_steps=1, lr=1e-3, progress=False)
     moved = [
@@ -81,18 +81,20 @@ def test_images_take_fewer_steps_of_wider_networks(event, flow, latents, width):
 def test_few_rows_are_not_learned_by_heart(monkeypatch, rows, size, given, expected):
     """Planted faults: rows counted with their repetitions (8,000 for 1,000 rows); a cap on steps that were asked for."""
     taken = []
-    monkeypatch.setattr("pyro_dgm.gan.adversarial.distil", lambda generator, batches, steps: taken.append(steps))
+    monkeypatch.setattr(
+        "pyro_dgm.gan.adversarial.distil", lambda generator, batches, steps, stages: taken.append(steps)
+    )
     gan = dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), pretrain=given)
-    gan.pretrain(endless(torch.randn(rows, 2), size=size))
+    gan.prepare(endless(torch.randn(rows, 2), size=size))
     assert taken == [expected]
 
 
 def test_a_trained_pair_is_left_as_it_is():
     torch.manual_seed(0)
     gan, batch = dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), pretrain=2), (torch.randn(50, 2),)
-    gan.pretrain(iter([batch] * 100))
+    gan.prepare(iter([batch] * 100))
     before = [p.clone() for p in gan.parameters()]
-    gan.pretrain(iter([batch] * 100))
+    gan.prepare(iter([batch] * 100))
     assert all(torch.equal(a, b) for a, b in zip(before, gan.parameters(), strict=True))
     with pytest.raises(ValueError, match="pretrain=-1, expected a number of steps"):
         dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), pretrain=-1)

@@ -511,22 +511,22 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_identical(tmp_path, batch_size)
 
     part.critic_loss = interrupted
     saved = []
-    from pyro_dgm.train import adversarial as loop
+    from pyro_dgm.train.loop import Loop
 
-    original = loop.AdversarialRun._step
+    original = Loop._step
 
     def saving(self):
         original(self)
         if self.checkpoint and self.history.steps == 27 and not saved:
             saved.append(self._save())
 
-    loop.AdversarialRun._step = saving
+    Loop._step = saving
     try:
         assert run(part, batch_size=batch_size, checkpoint=path).stopped == "interrupted"
         fresh = small(critic_steps=2)
         resumed = run(fresh, batch_size=batch_size, checkpoint=path)
     finally:
-        loop.AdversarialRun._step = original
+        Loop._step = original
     assert resumed.loss == history.loss and resumed.critic_loss == history.critic_loss
     assert resumed.quality == history.quality
     for name, value in whole.state_dict().items():

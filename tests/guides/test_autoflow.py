@@ -17,7 +17,7 @@ import pyro_dgm as dgm
 from pyro_dgm.diagnostics.explore import explore
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.model.log_joint import LogJoint
-from pyro_dgm.train.fit import _by_rate
+from pyro_dgm.train.players import by_rate
 from tests.compat_cells import DATA, EVIDENCE, MEAN, PRECISION, conjugate
 
 SCALES = torch.tensor([1e-3, 1.0, 1e4])
@@ -128,7 +128,7 @@ def test_fit_gives_the_flow_its_own_rate_unless_told():
     for lr, most in ((None, 1.5e-2), (1e-3, 1e-3)):
         assert 0.2 * most < max(dgm.fit(objective, DATA, lr=lr, max_steps=60, progress=False).learning_rate) <= most
     objective.register_parameter("other", torch.nn.Parameter(torch.tensor(0.0)))
-    groups = {g["lr"]: len(g["params"]) for g in _by_rate(objective, list(objective.parameters()), 5e-3)}
+    groups = {g["lr"]: len(g["params"]) for g in by_rate(objective, list(objective.parameters()), 5e-3)}
     assert groups == {5e-3: 1, 1.5e-2: len(list(objective.guide.parameters()))}
 
 

@@ -234,3 +234,43 @@ def test_a_mapping_is_one_argument_split_and_batched_by_rows():
         dgm.fit(Named(), {"x": torch.tensor([1.0, math.nan]), "w": torch.ones(2)}, batch_size=2, progress=False)
     with pytest.raises(ValueError, match=r"common first dimension, got \[2, 3\]"):
         dgm.fit(Named(), {"x": torch.ones(2), "w": torch.ones(3)}, batch_size=2, progress=False)
+
+
+def distilled_pair():
+    torch.manual_seed(0)
+    return dgm.Adversarial(dgm.Generator(1, 8), dgm.Critic(1, 8), pretrain=20)
+
+
+def test_a_stage_that_has_ended_is_not_repeated(tmp_path, monkeypatch):
+    """Stopped in its second stage (planted: the flow trained anew), a fit goes on to the bits of an undisturbed one."""
+    rows = X[:, None] + torch.zeros(40, 1)
+    options = {"batch_size": 16, "max_steps": 8, "progress": False, "seed": 0}
+    whole = distilled_pair()
+    history = dgm.fit(whole, rows, **options)
+    assert [(name, steps) for name, steps, _, _ in history.stages] == [("flow matching", 20), ("distillation", 10)]
+    calls, own = [], dgm.Generator.location
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return own(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dgm.Generator, "location", interrupted)
+        dgm.fit(distilled_pair(), rows, checkpoint=tmp_path / "c", **options)
+    matched = []
+    velocity = dgm.FFJORD.velocity
+    monkeypatch.setattr(dgm.FFJORD, "velocity", lambda self, *a: (matched.append(1), velocity(self, *a))[1])
+    resumed = distilled_pair()
+    again = dgm.fit(resumed, rows, checkpoint=tmp_path / "c", **options)
+    assert not matched and again.stages == history.stages and again.loss == history.loss
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_stage_leaves_time_for_the_fit():
+    objective = dgm.MaximumLikelihood(dgm.FFJORD(1, hidden_features=4), pretrain=10**6)
+    history = dgm.fit(objective, (X[:, None],), max_seconds=2.0, progress=False, seed=0)
+    assert 0 < history.stages[0][1] < 10**6 and history.steps > 0 and history.stopped == "limit reached"
+    assert history.seconds < 10.0

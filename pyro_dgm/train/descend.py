@@ -1,0 +1,171 @@
+"""Going down a loss: one step of an optimiser, a whole descent, and the descents that come before a fit's first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+from pyro_dgm.train.batches import Stream
+from pyro_dgm.train.checkpoint import save_checkpoint
+from pyro_dgm.train.history import History
+from pyro_dgm.train.schedule import Limits, Schedule, constant
+
+__all__ = ["Stages", "adam", "descend", "set_rates", "take_step"]
+
+_SHARE = 0.5  # of the seconds that are left, for one stage before the first step. Not measured; chosen by hand.
+_SHOWN = 50  # losses in the means of a stage's first and last loss, as in a History's plot
+
+
+def adam(parameters: Any, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.99)) -> Optimizer:
+    """The optimiser of everything that is not given one: Adam, with decoupled weight decay."""
+    return torch.optim.AdamW(parameters, lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+
+def take_step(optimizer: Optimizer, loss: Tensor, clip: float | None = None, owned: Iterable[Tensor] = ()) -> bool:
+    """One step down a loss; where it is not finite no step is taken, and the answer is False.
+
+    With ``clip`` the gradients of the ``owned`` parameters are clipped to that norm (infinity leaves them), and have to be
+    finite too.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    if not loss.isfinite():
+        return False
+    loss.backward()
+    if clip is not None and not _clipped(list(owned), clip):
+        return False
+    optimizer.step()
+    return True
+
+
+def _clipped(parameters: list[Tensor], norm: float) -> bool:
+    """Clip gradients, and say whether they are finite."""
+    if norm < math.inf:
+        return bool(nn.utils.clip_grad_norm_(parameters, norm).isfinite())
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    found = torch.zeros((), device=gradients[0].device)
+    # one pass, by torch's gradient scaler (a fifth of the time of a norm); its factor of 1 changes nothing
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.ones_like(found))
+    return not found
+
+
+def descend(
+    optimizer: Optimizer,
+    loss: Callable[[], Tensor],
+    steps: int,
+    schedule: Schedule = constant,
+    *,
+    seconds: float | None = None,
+    clip: float | None = None,
+    after: Callable[[int], object] | None = None,
+) -> list[Tensor]:
+    """Take steps down a loss that is drawn anew each time; returns the losses. Steps that are not finite are left out.
+
+    Args:
+        optimizer: its learning rates are the peaks of the schedule.
+        loss: makes the loss of a step.
+        steps, seconds: where to end, whichever comes first.
+        schedule: ``schedule(step, progress)``, a factor on the rates; ``progress`` is the share of the way that is done.
+        clip: largest norm of the gradient; None looks at no gradient.
+        after: called with the number of steps that were taken, after each.
+
+    >>> w = torch.nn.Parameter(torch.tensor(3.0))
+    >>> losses = descend(torch.optim.SGD([w], 0.5), lambda: w.square(), 10, lambda step, progress: 1.0 - progress)
+    >>> len(losses), round(w.item(), 3)
+    (10, 0.0)
+    """
+    limits = Limits(steps, seconds)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    losses: list[Tensor] = []
+    while len(losses) < steps and (progress := limits.progress(len(losses))) < 1.0:
+        set_rates(optimizer, peaks, schedule(len(losses), progress))
+        value = loss()
+        take_step(optimizer, value, clip, owned)
+        losses.append(value.detach())
+        if after is not None:
+            after(len(losses))
+    set_rates(optimizer, peaks, 1.0)
+    optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+def set_rates(optimizer: Optimizer, peaks: list[float], factor: float) -> None:
+    """Set the learning rates to so much of their peaks."""
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * factor
+
+
+@dataclass
+class Stages:
+    """The descents before a fit's first step, as the fit sees them: they enter its history, share its time and move its bar.
+
+    After each a checkpoint is written, so that a fit which resumes does not repeat it. Without arguments there is no fit
+    around, and a stage is a plain descent.
+
+    Attributes:
+        stream: the batches of the stages.
+        ended: what a checkpoint knows of the stages, in their order.
+    """
+
+    stream: Stream | None = None
+    history: History = field(default_factory=History)
+    limits: Limits = field(default_factory=lambda: Limits(None, None))
+    bar: Any = field(default_factory=lambda: tqdm(disable=True))
+    checkpoint: str | Path | None = None
+    ended: list[dict[str, Any]] = field(default_factory=list)
+
+    def descend(
+        self,
+        name: str,
+        module: nn.Module,
+        optimizer: Optimizer,
+        loss: Callable[[], Tensor],
+        steps: int,
+        schedule: Schedule = constant,
+        clip: float | None = None,
+    ) -> None:
+        """A named :func:`descend`, whose outcome is in the module; one that a checkpoint knows is not repeated."""
+        done = len(self.history.stages)
+        if done < len(self.ended):
+            self._take(self.ended[done], module, optimizer)
+            return
+        self.bar.reset(total=steps)
+        self.bar.set_description(name)
+        clock = Limits(None, None)
+        seconds = None if self.limits.max_seconds is None else _SHARE * self.limits.max_seconds
+        losses = descend(
+            optimizer, loss, steps, schedule, seconds=seconds, clip=clip, after=lambda _: self.bar.update()
+        )
+        self.history.stages.append((name, len(losses), _mean(losses[:_SHOWN]), _mean(losses[-_SHOWN:])))
+        self.history.seconds += clock.seconds()
+        self.limits.spend(clock.seconds())
+        self._keep(module, optimizer)
+
+    def _keep(self, module: nn.Module, optimizer: Optimizer) -> None:
+        if self.checkpoint is None:
+            return
+        state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "history": vars(self.history)}
+        self.ended.append(deepcopy(state | {"stream": self.stream and self.stream.state()}))
+        save_checkpoint(self.checkpoint, {"stages": self.ended})
+
+    def _take(self, stage: dict[str, Any], module: nn.Module, optimizer: Optimizer) -> None:
+        module.load_state_dict(stage["module"])
+        optimizer.load_state_dict(stage["optimizer"])
+        known = History.resumed(stage["history"])
+        self.history.stages = known.stages
+        self.history.seconds = known.seconds
+        if self.stream is not None:
+            self.stream.resume(stage["stream"])
+
+
+def _mean(losses: list[Tensor]) -> float:
+    return float(torch.stack(losses).mean()) if losses else math.nan

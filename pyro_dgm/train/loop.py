@@ -1,0 +1,260 @@
+"""The loop of a fit: steps, checks, rounds, the state that is kept, recovery and checkpoints, for one player or two."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.train.batches import Batches, named_tensors, non_finite
+from pyro_dgm.train.checkpoint import save_checkpoint
+from pyro_dgm.train.descend import Stages, set_rates
+from pyro_dgm.train.history import FitDiverged, History
+from pyro_dgm.train.hooks import Convergent, Finishing
+from pyro_dgm.train.players import Players, loss_of, smoothed
+from pyro_dgm.train.schedule import rate_at, round_length
+
+__all__ = ["Loop"]
+
+# Not measured; chosen by hand.
+_LARGEST_ERROR = 0.05  # nats, of a smoothed loss that may stop a fit; subsampled data or a poor fit have more
+_LEAST_GAIN = 1e-2  # nats that a round has to bring
+_MAX_SKIPPED = 20  # consecutive non-finite steps before a fit gives up
+_SAVE_EVERY = 5.0  # seconds
+
+
+@dataclass
+class Standing:
+    """Where a loop stands, beside its history: its round, what the checks of that round found, and steps that were lost.
+
+    Attributes:
+        round, round_began: the round's index and first step.
+        round_best, previous_best: the lowest score in the round, and in the one before.
+        stale: checks in a row without improvement.
+        lost: steps in a row that were not finite.
+        checked_at: the step of the last check.
+    """
+
+    round: int = 0
+    round_began: int = 0
+    round_best: float = math.inf
+    previous_best: float = math.inf
+    stale: int = 0
+    lost: int = 0
+    checked_at: int = 0
+
+
+class Loop:
+    """One call of :func:`~pyro_dgm.fit`, from its first step to its end; the players know what a step is."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        parameters: list[Tensor],
+        players: Players,
+        batches: Batches,
+        stages: Stages,
+        patience: int | None,
+    ) -> None:
+        self.objective = objective
+        self.players = players
+        self.batches = batches
+        self.stream = iter(batches)
+        self.history = stages.history
+        self.limits = stages.limits
+        self.bar = stages.bar
+        self.checkpoint: str | Path | None = stages.checkpoint
+        self.patience = patience
+        self.peaks = [[group["lr"] for group in o.param_groups] for o in players.optimizers]
+        self.tensors = list(dict.fromkeys([*parameters, *objective.buffers()]))
+        self.standing = Standing()
+        self.best = self._snapshot()
+        self.saved_at = 0.0
+
+    def run(self, saved: dict[str, Any] | None) -> History:
+        """Train to the end, from the saved state of a loop where there is one."""
+        self.limits.begin()
+        if saved is None or "tensors" not in saved:
+            self._refuse_bad_start()
+        else:
+            self._resume(saved)
+        try:
+            self._steps()
+        except KeyboardInterrupt:
+            self.history.stopped = "interrupted"
+        finally:
+            self._finish()
+        return self.history
+
+    def _refuse_bad_start(self) -> None:
+        args = self.batches.example()
+        with torch.no_grad(), fork_rng():
+            losses = [float(loss_of(self.objective, args)) for _ in range(3)]
+        if any(math.isfinite(loss) for loss in losses):
+            return
+        found = non_finite(args)
+        about = (
+            f"Of the data, {found}. " if found else f"The data are finite, the largest entry is {_largest(args):g}. "
+        )
+        raise ValueError(
+            f"fit: the loss is {losses[0]} before the first step. {about}Clean the data, check that they lie in the "
+            "likelihood's support, bring what a network reads to the unit scale (Standardize; the logarithm of counts), or "
+            "start elsewhere (init_loc_fn)."
+        )
+
+    def _steps(self) -> None:
+        self.bar.reset(total=self.limits.max_steps or (round_length(0) if self.limits.open else None))
+        self.bar.set_description("fit", refresh=False)
+        while not self._done():
+            epoch_one = self.history.steps < (self.batches.epoch or 0)
+            with pyro.validation_enabled(epoch_one and __debug__):
+                self._step()
+            if self.history.steps % self.players.every == 0:
+                self._check()
+
+    def _step(self) -> None:
+        step = self.history.steps - self.standing.round_began
+        factor = rate_at(step, self._progress(), self.standing.round)
+        for optimizer, peaks in zip(self.players.optimizers, self.peaks, strict=True):
+            set_rates(optimizer, peaks, factor)
+        loss, taken = self.players.step(self.stream, self.history)
+        self._record(loss, self.peaks[-1][0] * factor, taken)
+
+    def _progress(self) -> float:
+        if not self.limits.open:
+            return self.limits.progress(self.history.steps)
+        return (self.history.steps - self.standing.round_began) / (round_length(self.standing.round) or 1)
+
+    def _record(self, loss: float, rate: float, taken: bool) -> None:
+        history = self.history
+        history.loss.append(loss if math.isfinite(loss) else math.nan)
+        history.learning_rate.append(rate)
+        self.standing.lost = 0 if taken else self.standing.lost + 1
+        if not taken:
+            history.skipped.append(history.steps)
+            if self.standing.lost >= _MAX_SKIPPED:
+                self._diverged()
+        self.bar.update()
+        if history.steps % 10 == 0 and not self.bar.disable:
+            self.bar.set_postfix(self.players.postfix(history), refresh=False)
+
+    def _check(self) -> None:
+        """Judge the averaged parameters; keep them if no earlier ones are better by more than the noise; save."""
+        history = self.history
+        standing = self.standing
+        standing.checked_at = history.steps
+        with self.players.average.in_place():
+            score, error = self.players.check(history, self.limits.progress(history.steps))
+            standing.round_best = min(standing.round_best, score)
+            standing.stale = 0 if score < history.best_loss else standing.stale + 1
+            if self.players.keeps_last or score <= history.best_loss + 3.0 * error:
+                self._keep()
+            history.best_loss = score if self.players.keeps_last else min(history.best_loss, score)
+        if self.limits.seconds() - self.saved_at > _SAVE_EVERY:
+            self._save()
+
+    def _keep(self) -> None:
+        self.history.best_step = self.history.steps
+        self.best = self._snapshot()
+
+    def _done(self) -> bool:
+        history = self.history
+        if self.patience and self.standing.stale >= self.patience:
+            history.stopped = f"no improvement in {self.standing.stale} checks"
+        elif not self.limits.open and self.limits.progress(history.steps) >= 1.0:
+            history.stopped = "limit reached"
+        elif self.limits.open and self._progress() >= 1.0:
+            self._next_round()
+        return bool(history.stopped)
+
+    def _next_round(self) -> None:
+        """End an open fit that has converged or gains nothing; otherwise begin a longer round at a lower rate."""
+        standing = self.standing
+        error = smoothed(self.history)[1]
+        if isinstance(self.objective, Convergent) and self.objective.converged():
+            self.history.stopped = "converged"
+        elif standing.previous_best - standing.round_best < max(2.0 * error, _LEAST_GAIN) and error < _LARGEST_ERROR:
+            self.history.stopped = "a round brought no improvement"
+        elif round_length(standing.round + 1) is None:
+            self.history.stopped = "last round ended; the loss was still falling"
+        standing.previous_best = standing.round_best
+        standing.round_best = math.inf
+        standing.round += 1
+        standing.round_began = self.history.steps
+        self.bar.total = self.history.steps + (0 if self.history.stopped else round_length(standing.round) or 0)
+
+    def _diverged(self) -> None:
+        history = self.history
+        finite = [v for v in history.loss if math.isfinite(v)]
+        args = self.batches.example()
+        scale = ", ".join(f"{float(a.std()):.3g}" for _, a in named_tensors(args) if a.is_floating_point())
+        history.stopped = "diverged"
+        raise FitDiverged(
+            f"fit: loss or gradient was not finite for {self.standing.lost} steps up to step {history.steps} (last finite "
+            f"loss {finite[-1] if finite else math.nan:.4g}). The {self.players.kept.format(history.best_step)} was restored. "
+            f"Usual causes: learning rate ({self.peaks[-1][0]:g}), unscaled data (sd of the data: {scale or 'no tensors'}).",
+            history,
+        )
+
+    def _finish(self) -> None:
+        history = self.history
+        ended = history.stopped in ("limit reached", "")
+        if self.players.whole and self.standing.checked_at != history.steps and ended:
+            self._check()
+        elif self.players.keeps_last and history.stopped != "diverged":
+            with self.players.average.in_place():
+                self._keep()
+        history.seconds += self.limits.seconds()
+        if self.players.whole:
+            self._save()
+        self._restore(self.best)
+        for optimizer in self.players.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for module in self.objective.modules():
+            if isinstance(module, Finishing):
+                module.finish(*self.batches.example())
+
+    def _snapshot(self) -> list[Tensor]:
+        return [t.detach().clone() for t in self.tensors]
+
+    @torch.no_grad()
+    def _restore(self, values: list[Tensor]) -> None:
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor.copy_(value)
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        state: dict[str, Any] = {
+            "best": self.best,
+            "tensors": self._snapshot(),
+            "average": self.players.average.state(),
+        }
+        state["module"] = self.objective.state_dict()
+        state["optimizers"] = [o.state_dict() for o in self.players.optimizers]
+        state["stream"] = self.stream.state()
+        state["standing"] = vars(self.standing)
+        state["history"] = vars(self.history)
+        save_checkpoint(self.checkpoint, state)
+        self.saved_at = self.limits.seconds()
+
+    def _resume(self, saved: dict[str, Any]) -> None:
+        self._restore(saved["tensors"])
+        self.players.average.restore(saved["average"])
+        for optimizer, state in zip(self.players.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.history = History.resumed(saved["history"])
+        self.standing = Standing(**saved["standing"])
+        self.best = saved["best"]
+        self.stream.resume(saved["stream"])
+
+
+def _largest(args: tuple[Any, ...]) -> float:
+    """The largest absolute entry of all tensors."""
+    return max((float(a.abs().max()) for _, a in named_tensors(args) if a.numel()), default=0.0)

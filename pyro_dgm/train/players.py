@@ -1,0 +1,209 @@
+"""What a step of training is: one player goes down one loss, or a critic and a generator go down a loss each.
+
+Each kind says how to step, how to judge the parameters at a check, and what of its state :class:`~pyro_dgm.train.loop.Loop`
+keeps: the best parameters of one player, the last of two, whose losses need not fall.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pyro_dgm.core.data import first_rows
+from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.train.batches import Batches, Stream
+from pyro_dgm.train.descend import adam, take_step
+from pyro_dgm.train.history import History
+from pyro_dgm.train.hooks import Alternating, Paced, Recipe
+from pyro_dgm.train.parameters import Average
+
+__all__ = ["MakeOptimizer", "OnePlayer", "Players", "TwoPlayers", "by_rate", "loss_of", "smoothed"]
+
+# Not measured; chosen by hand.
+_WINDOW = 50  # steps in a smoothed loss, and between checks of data without epochs
+_CLIP = 10.0  # norm of one player's gradient
+_CHECKS = 10  # of two players in a fit
+_JUDGED = 500  # rows on which draws are judged, at most
+_COLLAPSED = 0.5  # coverage as a share of what equal distributions have, below which a user is told
+_BETAS_OF_TWO = (
+    0.5,
+    0.99,
+)  # the first is the usual one of adversarial training (Radford et al. 2016, arXiv 1511.06434)
+
+MakeOptimizer = Callable[[list[Tensor]], Optimizer]
+
+
+class OnePlayer:
+    """All parameters go down the objective, with clipped gradients; the best are kept."""
+
+    keeps_last = False
+    whole = True  # an interrupted step changes nothing
+    kept = "best state (step {})"
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        batches: Batches,
+        validation: Any,
+        optimizer: MakeOptimizer | None,
+        lr: float | None,
+        recipe: Recipe,
+        parameters: list[Tensor],
+    ) -> None:
+        groups = parameters if lr else by_rate(objective, parameters, recipe.lr)
+        made = optimizer(parameters) if optimizer else adam(groups, lr or recipe.lr, recipe.weight_decay)
+        self.objective = objective
+        self.parameters = parameters
+        self.optimizers = [made]
+        self.average = Average(parameters, recipe.averaging)
+        self.validation = validation
+        self.every = batches.epoch or _WINDOW
+
+    def step(self, stream: Stream, history: History) -> tuple[float, bool]:
+        """The loss, and whether a step was taken."""
+        loss = loss_of(self.objective, next(stream))
+        taken = take_step(self.optimizers[0], loss, _CLIP, self.parameters)
+        if taken:
+            self.average.update()
+        return float(loss.detach()), taken
+
+    def check(self, history: History, progress: float) -> tuple[float, float]:
+        """The held-out loss, or the smoothed one with its standard error."""
+        if self.validation is None:
+            return smoothed(history)
+        with torch.no_grad(), fork_rng(0):
+            loss = float(self.objective(*self.validation))
+        history.validation.append((history.steps, loss))
+        return loss, 0.0
+
+    def postfix(self, history: History) -> dict[str, str]:
+        """What the progress bar shows."""
+        return {"loss": f"{smoothed(history)[0]:.4g}", "lr": f"{history.learning_rate[-1]:.1e}"}
+
+
+class TwoPlayers:
+    """Critic steps, then a generator step; the generator's running average is judged, and the last is kept."""
+
+    keeps_last = True
+    kept = "state of step {}"
+
+    def __init__(
+        self,
+        objective: Alternating,
+        batches: Batches,
+        validation: Any,
+        optimizer: MakeOptimizer | None,
+        lr: float | None,
+        max_steps: int | None,
+    ) -> None:
+        rates = objective.rates if lr is None else (lr, lr * objective.rates[1] / objective.rates[0])
+        self.objective = objective
+        self.owned: list[list[Tensor]] = [
+            [p for p in who.parameters() if p.requires_grad] for who in objective.players()
+        ]
+        self.optimizers = [
+            optimizer(parameters) if optimizer else adam(parameters, rate, betas=_BETAS_OF_TWO)
+            for parameters, rate in zip(self.owned, rates, strict=True)
+        ]
+        self.average = Average(self.owned[1], objective.ema)
+        self.held_out = _held_out(validation, batches)
+        self.every = max(_WINDOW, max_steps // _CHECKS) if max_steps else 500
+        self.whole = True  # whether no step is half done
+        self.warned = False
+
+    def step(self, stream: Stream, history: History) -> tuple[float, bool]:
+        """The generator's loss, and whether all steps were taken."""
+        self.whole = False
+        taken = True
+        for _ in range(self.objective.critic_steps):
+            batch = next(stream)
+            critic_loss, accuracy = self.objective.critic_loss(*batch)
+            taken = self._update(0, critic_loss) and taken
+        loss = self.objective.generator_loss(*batch)
+        taken = self._update(1, loss) and taken
+        if taken:
+            self.average.update()
+        critic = float(critic_loss.detach())
+        history.critic_loss.append(critic if math.isfinite(critic) else math.nan)
+        history.critic_accuracy.append(float(accuracy))
+        self.whole = True
+        return float(loss.detach()), taken
+
+    def _update(self, player: int, loss: Tensor) -> bool:
+        return take_step(self.optimizers[player], loss, math.inf, self.owned[player])
+
+    def check(self, history: History, progress: float) -> tuple[float, float]:
+        """The energy distance of the generator's draws to held-out rows; in the second half a low coverage is told."""
+        with fork_rng(0):
+            energy, coverage = self.objective.quality(*self.held_out)
+        history.quality.append((history.steps, energy, coverage))
+        if coverage < _COLLAPSED and progress > 0.49 and not self.warned:
+            self._warn(history.steps, coverage)
+        return energy, 0.0
+
+    def _warn(self, step: int, coverage: float) -> None:
+        self.warned = True
+        warnings.warn(
+            f"fit: at step {step} the generator covers {coverage:.2f} of what draws of the data's distribution "
+            f"would cover of {len(self.held_out[0])} held-out rows: mode collapse, or a poor fit so far. Look at draws; train "
+            "longer, or use a wider network, a larger r1 and r2, or another loss.",
+            stacklevel=2,
+        )
+
+    def postfix(self, history: History) -> dict[str, str]:
+        """What the progress bar shows."""
+        energy, coverage = history.quality[-1][1:] if history.quality else (math.nan, math.nan)
+        return {
+            "generator": f"{history.loss[-1]:.3g}",
+            "critic": f"{history.critic_loss[-1]:.3g}",
+            "accuracy": f"{history.critic_accuracy[-1]:.2f}",
+            "energy": f"{energy:.2g}",
+            "coverage": f"{coverage:.2f}",
+        }
+
+
+Players = OnePlayer | TwoPlayers
+
+
+def by_rate(objective: nn.Module, parameters: list[Tensor], lr: float) -> list[dict[str, Any]]:
+    """Groups of parameters: those of paced parts at their own rates, the others at ``lr``."""
+    rates: dict[int, float] = {}
+    for module in objective.modules():
+        if isinstance(module, Paced):
+            rates |= {id(p): module.peak_rate() or lr for p in module.parameters()}
+    each = [rates.get(id(p), lr) for p in parameters]
+    return [
+        {"params": [p for p, r in zip(parameters, each, strict=True) if r == rate], "lr": rate}
+        for rate in dict.fromkeys(each)
+    ]
+
+
+def loss_of(objective: nn.Module, batch: tuple[Any, ...]) -> Tensor:
+    """The objective; a matrix that cannot be factorised, or an equation that cannot be solved, makes it NaN."""
+    try:
+        return objective(*batch)
+    except (torch.linalg.LinAlgError, ArithmeticError):
+        return torch.tensor(math.nan)
+
+
+def smoothed(history: History) -> tuple[float, float]:
+    """Mean of the last 50 losses that are finite, and its standard error."""
+    finite = [v for v in history.loss[-_WINDOW:] if math.isfinite(v)] or [math.nan]
+    window = torch.tensor(finite, dtype=torch.float64)
+    return float(window.mean()), float(window.std(correction=0)) / math.sqrt(len(window))
+
+
+def _held_out(validation: Any, batches: Batches) -> tuple[Any, ...]:
+    """The given held-out rows, or some of the training data: at most 500."""
+    if validation is None:
+        with fork_rng(0):
+            x, context = first_rows(iter(batches), _JUDGED)
+        validation = (x,) if context is None else (x, context)
+    rows = validation if isinstance(validation, tuple | list) else (validation,)
+    return tuple(v[:_JUDGED] for v in rows)
