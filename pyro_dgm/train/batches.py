@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from pyro_dgm.core.devices import put_random_states, random_states, to_device
 
-__all__ = ["Batches", "Stream", "held_out_split", "named_tensors", "non_finite", "row_count"]
+__all__ = ["Batches", "BatchStream", "held_out_split", "named_tensors", "non_finite", "row_count"]
 
 
 class Batches:
@@ -46,8 +46,8 @@ class Batches:
             return to_device(_as_args(next(iter(self.loader))), self.device)
         return self.args if self.rows is None else self._take(torch.arange(min(self.batch_size, self.rows)))
 
-    def __iter__(self) -> Stream:
-        return Stream(self)
+    def __iter__(self) -> BatchStream:
+        return BatchStream(self)
 
     def without_end(self) -> Iterator[tuple[Any, ...]]:
         """One pass after the other, each in an order of its own."""
@@ -65,7 +65,7 @@ class Batches:
         return to_device(_picked(self.args, index), self.device)
 
 
-class Stream:
+class BatchStream:
     """Batches without end; a checkpoint can keep its place within an epoch, and the random state with it."""
 
     def __init__(self, batches: Batches) -> None:
@@ -75,7 +75,7 @@ class Stream:
         self._epoch_rng = random_states()
         self._iterator = batches.without_end()
 
-    def __iter__(self) -> Stream:
+    def __iter__(self) -> BatchStream:
         return self
 
     def __next__(self) -> tuple[Any, ...]:

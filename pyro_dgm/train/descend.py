@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from pyro_dgm.train.batches import Stream
+from pyro_dgm.train.batches import BatchStream
 from pyro_dgm.train.checkpoint import save_checkpoint
 from pyro_dgm.train.history import History
 from pyro_dgm.train.schedule import Limits, Schedule, constant
@@ -116,7 +116,7 @@ class Stages:
         ended: what a checkpoint knows of the stages, in their order.
     """
 
-    stream: Stream | None = None
+    stream: BatchStream | None = None
     history: History = field(default_factory=History)
     limits: Limits = field(default_factory=lambda: Limits(None, None))
     bar: Any = field(default_factory=lambda: tqdm(disable=True))

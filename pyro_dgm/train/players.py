@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from pyro_dgm.core.data import first_rows
 from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.train.batches import Batches, Stream
+from pyro_dgm.train.batches import Batches, BatchStream
 from pyro_dgm.train.descend import adam, take_step
 from pyro_dgm.train.history import History
 from pyro_dgm.train.hooks import Alternating, Paced, Recipe
@@ -65,7 +65,7 @@ class OnePlayer:
         self.validation = validation
         self.every = batches.epoch or _WINDOW
 
-    def step(self, stream: Stream, history: History) -> tuple[float, bool]:
+    def step(self, stream: BatchStream, history: History) -> tuple[float, bool]:
         """The loss, and whether a step was taken."""
         loss = loss_of(self.objective, next(stream))
         taken = take_step(self.optimizers[0], loss, _CLIP, self.parameters)
@@ -117,7 +117,7 @@ class TwoPlayers:
         self.whole = True  # whether no step is half done
         self.warned = False
 
-    def step(self, stream: Stream, history: History) -> tuple[float, bool]:
+    def step(self, stream: BatchStream, history: History) -> tuple[float, bool]:
         """The generator's loss, and whether all steps were taken."""
         self.whole = False
         taken = True
