@@ -105,5 +105,17 @@ def test_an_earlier_zuko_is_left_alone_and_named():
     assert result.stdout == "False\n" and "pyro.enable_validation(True)" in result.stderr
 
 
+def test_optimisers_are_left_as_they_were():
+    """Planted fault: a hook on every optimiser of the process."""
+    code = (
+        "import pyro, torch.optim.optimizer as o\n"
+        "before = dict(vars(o.Optimizer)), dict(o._global_optimizer_pre_hooks), dict(o._global_optimizer_post_hooks)\n"
+        "import pyro_dgm\n"
+        "assert before == (dict(vars(o.Optimizer)), o._global_optimizer_pre_hooks, o._global_optimizer_post_hooks)\n"
+        "print('untouched')\n"
+    )
+    assert run(code).stdout == "untouched\n"
+
+
 def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

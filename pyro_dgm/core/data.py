@@ -37,7 +37,8 @@ class Standardize(nn.Module):
         super().__init__()
         self.register_buffer("loc", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
-        self._known = ((self.loc._version, self.scale._version), True)
+        self._asked: tuple[Tensor, int, Tensor, int] | None = None
+        self._answer = True
 
     @torch.no_grad()
     def fit(self, x: Tensor, floor: float = 0.0) -> Standardize:
@@ -57,12 +58,24 @@ class Standardize(nn.Module):
         self.scale.copy_(torch.where(sd > 0, sd, torch.ones_like(sd)))
         return self
 
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Become the identity again."""
+        self.loc.zero_()
+        self.scale.fill_(1.0)
+
     def is_identity(self) -> bool:
-        """Whether nothing was fitted; asked of the buffers once per change of theirs."""
-        version = (self.loc._version, self.scale._version)
-        if self._known[0] != version:
-            self._known = (version, bool((self.loc == 0).all() and (self.scale == 1).all()))
-        return self._known[1]
+        """Whether nothing was fitted; looked up in the buffers once per change of theirs."""
+        loc, scale, asked = self.loc, self.scale, self._asked
+        if (
+            asked is None
+            or asked[0] is not loc
+            or asked[2] is not scale
+            or asked[1::2] != (loc._version, scale._version)
+        ):
+            self._asked = (loc, loc._version, scale, scale._version)
+            self._answer = bool((loc == 0).all() and (scale == 1).all())
+        return self._answer
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.loc) / self.scale

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.core.upstream import zuko
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "broadcast_cat"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "broadcast_cat", "soft_clip"]
 
 
 class MLP(nn.Sequential):
@@ -110,3 +110,12 @@ def broadcast_cat(*parts: Tensor | None) -> Tensor:
     given = [p for p in parts if p is not None]
     batch = torch.broadcast_shapes(*(p.shape[:-1] for p in given))
     return torch.cat([p.expand(*batch, p.shape[-1]) for p in given], -1) if len(given) > 1 else given[0]
+
+
+def soft_clip(raw: Tensor, bound: float) -> Tensor:
+    r"""The raw number bent into ``(-bound, bound)``: :math:`x / (1 + |x| / B)`, of slope 1 at 0.
+
+    >>> soft_clip(torch.tensor([0.0, 1.0, -1e6]), 1.0)
+    tensor([ 0.0000,  0.5000, -1.0000])
+    """
+    return raw / (1.0 + raw.abs() / bound)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "as_shape",
     "broadcast_batch",
+    "check_batch",
     "check_built",
     "check_context",
     "check_support",
@@ -102,6 +103,23 @@ def check_support(name: str, value: Tensor, support: constraints.Constraint) -> 
             f"{name}: {bad} of {inside.numel()} values lie outside the support {support} or are NaN "
             f"(NaN entries: {int(value.isnan().sum())}). Clean the data, or build the family with support=..."
         )
+
+
+def check_batch(name: str, family: DistributionModule, x: Tensor, context: Tensor | None) -> None:
+    """Refuse events and contexts that do not fit a family, or hold NaN."""
+    shape, event = tuple(x.shape), tuple(family.event_shape)
+    if x.dim() != 1 + len(event) or shape[1:] != event:
+        raise ValueError(
+            f"{name}: data have shape {shape}, expected (N, {', '.join(map(str, event))}): rows of events."
+        )
+    if (context is None) != (family.context_features == 0):
+        raise ValueError(
+            f"{name}: {type(family).__name__} has context_features={family.context_features}, but the data hold "
+            f"{'no' if context is None else 'a'} context. Pass (x, context) for a conditional family, (x,) otherwise."
+        )
+    if not x.sum().isfinite() and not x.isfinite().all():
+        bad = int((~x.isfinite()).reshape(len(x), -1).any(-1).sum())
+        raise ValueError(f"{name}: {bad} of {len(x)} rows hold NaN or infinity. Clean the data.")
 
 
 def _is_real(support: constraints.Constraint) -> bool:

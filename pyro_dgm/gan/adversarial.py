@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_dgm.cnf.matching import check_batch
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, frozen
 from pyro_dgm.core.data import first_rows
+from pyro_dgm.core.shapes import check_batch
 from pyro_dgm.gan.distillation import distil
 from pyro_dgm.gan.losses import LOSSES, gradient_norms
 from pyro_dgm.train.hooks import Distillable, Drawing, Standardizable

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_dgm.cnf.matching import FlowMatching, check_batch, standardize_once
+from pyro_dgm.cnf.matching import FlowMatching, standardize_once
 from pyro_dgm.core import DistributionModule
+from pyro_dgm.core.shapes import check_batch
 from pyro_dgm.train.hooks import Transporting
 
 __all__ = ["MaximumLikelihood", "Transformed"]
