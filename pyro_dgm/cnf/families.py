@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_dgm.cnf.field import COSTS, Plan, VectorField, path_costs
-from pyro_dgm.cnf.networks import BlackBoxField, PotentialField, TwoLayerField
+from pyro_dgm.cnf.black_box import BlackBoxField
+from pyro_dgm.cnf.field import COSTS, Plan, PotentialField, TwoLayerField, VectorField, path_costs
 from pyro_dgm.cnf.solver import FIXED, MOST, FlowMap, Solver
 from pyro_dgm.core import zuko
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.distribution import same_bits
+from pyro_dgm.core.module import values_of
 from pyro_dgm.flows.base import NormalizingFlow
 
 __all__ = ["FFJORD", "ContinuousFlow", "OTFlow"]
@@ -30,8 +32,20 @@ _WHILE_TRAINING = 1e-2  # nats between n and 2n steps, on average
 _FINISHED = ((1e-4, 25), (1e-3, MOST))
 
 
+class _Watched(NamedTuple):
+    """Points on which the steps are checked, changes of the parameters since, and the parameters' last values."""
+
+    points: tuple[Tensor, Tensor | None, bool]
+    changes: int
+    values: Tensor
+
+
 class ContinuousFlow(NormalizingFlow):
-    """What all continuous flows share; see :class:`FFJORD` for the arguments."""
+    """What all continuous flows share; see :class:`FFJORD` for the arguments.
+
+    Where steps are to be found, ``log_prob`` and draws with gradients **may change** ``solver.steps``: they watch whether
+    parameters change, and after 20 changes compare n steps with 2n. Under ``torch.no_grad()`` nothing changes.
+    """
 
     field: VectorField
     solver: Solver
@@ -147,16 +161,16 @@ class ContinuousFlow(NormalizingFlow):
         """While parameters change, look every 20 changes whether the steps are right, on points of this batch."""
         if not self.solver.controlled or not torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(point):
             return
-        version = sum(p._version for p in self.field.parameters())
-        looked, changes, last = self.__dict__.get("_looked", (None, 0, None))
-        if version == last:
-            return
-        changes += last is not None
-        if looked is None or changes >= _EVERY:
-            looked = (*self._points(point, context), sampling)
-        self.__dict__["_looked"] = (looked, changes % _EVERY, version)
-        if changes >= _EVERY:
-            self.solver.adapt(float(self._error(*looked).mean()), _WHILE_TRAINING)
+        values = values_of(self.field)
+        watched: _Watched | None = self.__dict__.get("_watched")
+        if watched is None:
+            self.__dict__["_watched"] = _Watched((*self._points(point, context), sampling), 0, values)
+        elif not same_bits(values, watched.values):
+            due = watched.changes + 1 >= _EVERY
+            points = (*self._points(point, context), sampling) if due else watched.points
+            self.__dict__["_watched"] = _Watched(points, 0 if due else watched.changes + 1, values)
+            if due:
+                self.solver.adapt(float(self._error(*points).mean()), _WHILE_TRAINING)
 
     @torch.no_grad()
     def _points(self, point: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -185,7 +199,7 @@ class ContinuousFlow(NormalizingFlow):
         in more only where they would not agree to 1e-3. ``fit`` calls it; after a training loop of your own, call it
         yourself. Nothing happens where steps were given.
         """
-        if "_looked" not in self.__dict__:
+        if "_watched" not in self.__dict__:
             return
         for target, most in _FINISHED:
             for _ in range(8):
@@ -197,7 +211,7 @@ class ContinuousFlow(NormalizingFlow):
 
     def _watched_error(self) -> float:
         """What 95 % of the last watched points stay below."""
-        return float(self._error(*self.__dict__["_looked"][0]).quantile(0.95))
+        return float(self._error(*self.__dict__["_watched"].points).quantile(0.95))
 
     @torch.no_grad()
     def solver_error(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -215,7 +229,7 @@ class ContinuousFlow(NormalizingFlow):
         return self._error(self.flow_units(x), context)
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in super().__getstate__().items() if k != "_looked"}
+        return {k: v for k, v in super().__getstate__().items() if k != "_watched"}
 
 
 class FFJORD(ContinuousFlow):
@@ -237,7 +251,8 @@ class FFJORD(ContinuousFlow):
         hidden_features: width of the default field.
         method: a fixed grid (``rk4``, ``heun3``, ``midpoint``, ``euler``) or adaptive steps (``dopri5``, ``dopri8``,
             ``bosh3``).
-        steps: of a fixed grid; None has them found while training, by comparing n with 2n, and after it.
+        steps: of a fixed grid; None has them found while training, by comparing n with 2n, and after it: ``log_prob`` and
+            draws with gradients then change ``solver.steps``, at every 20th change of the parameters.
         tolerance: of adaptive steps.
         adjoint: gradients by a second solve, for memory; no second derivatives.
         max_nfe: evaluations of the field after which a solve raises ``SolverError``.

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
-from pyro_dgm.core.data import first_rows, refuse_non_finite
+from pyro_dgm.core.data import first_rows
+from pyro_dgm.core.shapes import check_batch
 from pyro_dgm.flows.base import NormalizingFlow
 from pyro_dgm.train.descend import Stages
 
-__all__ = ["FlowMatching", "check_batch", "standardize_once", "velocity_error"]
+__all__ = ["FlowMatching", "standardize_once", "velocity_error"]
 
 _BLOCK = 64  # rows among which noise is matched to data; the cost of a match grows with their cube
 
@@ -114,21 +115,6 @@ def _matched(noise: Tensor, data: Tensor) -> Tensor:
     return torch.cat(blocks)
 
 
-def check_batch(name: str, family: DistributionModule, x: Tensor, context: Tensor | None) -> None:
-    """Refuse events and contexts that do not fit a family, or hold NaN."""
-    shape, event = tuple(x.shape), tuple(family.event_shape)
-    if x.dim() != 1 + len(event) or shape[1:] != event:
-        raise ValueError(
-            f"{name}: data have shape {shape}, expected (N, {', '.join(map(str, event))}): rows of events."
-        )
-    if (context is None) != (family.context_features == 0):
-        raise ValueError(
-            f"{name}: {type(family).__name__} has context_features={family.context_features}, but the data hold "
-            f"{'no' if context is None else 'a'} context. Pass (x, context) for a conditional family, (x,) otherwise."
-        )
-    refuse_non_finite(name, x)
-
-
 def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ...]]) -> bool:
     """Take a flow's units from the data, and say whether that was done.
 
@@ -142,5 +128,5 @@ def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ..
         family.standardize(x)
         if family(context).log_prob(x).mean() > before - 0.5:
             return True
-        family.standard.loc.zero_(), family.standard.scale.fill_(1.0)
+        family.standard.forget()
     return False

@@ -4,7 +4,7 @@ A fixed grid treats every row alone, so a density does not depend on its neighbo
 derivatives of all orders. Its number of steps is set by comparing ``n`` with ``2 n`` (:meth:`Solver.adapt`): a fixed
 coarse grid lets training lower the loss by the quadrature's error instead of by the density.
 
-The map of a continuous flow as a transform: both directions first class, each with its log-determinant in one solve.
+:class:`FlowMap` is the map of a continuous flow as a transform: each direction gives its log-determinant in the same solve.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
+
+from pyro_dgm.core.distribution import same_bits
 
 if TYPE_CHECKING:
     from pyro_dgm.cnf.families import ContinuousFlow
@@ -42,7 +44,8 @@ class Evaluations:
 
     def reset(self) -> None:
         """Count from zero."""
-        self.forward, self.backward = 0, 0
+        self.forward = 0
+        self.backward = 0
 
     def __repr__(self) -> str:
         return f"Evaluations(forward={self.forward}, backward={self.backward})"
@@ -75,15 +78,24 @@ class Solver(nn.Module):
             raise ValueError(f"{name}: method={method!r}, expected one of {', '.join([*FIXED, *ADAPTIVE])}.")
         if steps is not None and steps < 1:
             raise ValueError(f"{name}: steps={steps}, expected at least 1, or None to have them found.")
-        self.method, self.tolerance, self.adjoint, self.max_nfe, self._name = method, tolerance, adjoint, max_nfe, name
+        self.method = method
+        self.tolerance = tolerance
+        self.adjoint = adjoint
+        self.max_nfe = max_nfe
+        self._name = name
         self.controlled = steps is None and method in FIXED
         self.register_buffer("steps", torch.tensor(8 if steps is None else steps))
         self.evaluations = Evaluations()
 
     def forward(
-        self, dynamics: Dynamics, y: Tensor, start: float, end: float, parameters: Sequence[Tensor] = (),
+        self,
+        dynamics: Dynamics,
+        y: Tensor,
+        start: float,
+        end: float,
+        parameters: Sequence[Tensor] = (),
         steps: int | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The state at ``end``; ``parameters`` are all tensors that the adjoint is to give gradients to."""
         counted = _Counted(dynamics, self)
         t = torch.tensor([start, end], dtype=y.dtype, device=y.device)
@@ -171,7 +183,10 @@ class _Counted:
     """The right-hand side, counted; more evaluations than allowed are an error."""
 
     def __init__(self, dynamics: Dynamics, solver: Solver) -> None:
-        self.dynamics, self.solver, self.phase, self.calls = dynamics, solver, "forward", 0
+        self.dynamics = dynamics
+        self.solver = solver
+        self.phase = "forward"
+        self.calls = 0
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         evaluations = self.solver.evaluations
@@ -195,10 +210,19 @@ def _all_finite(y: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(y) or bool(y.sum().isfinite() or y.isfinite().all())
 
 
+class _Solved(NamedTuple):
+    """A draw that was solved, the circumstances, the parameters' values, and the image with its log-determinant."""
+
+    x: Tensor
+    asked: tuple[int, bool, int]
+    values: Tensor
+    result: tuple[Tensor, Tensor]
+
+
 class FlowMap(Transform):
     r"""From data at time 1 to the base at time 0, or (``sampling``) from the base to data.
 
-    A draw's log-determinant is remembered for the base draw that was solved last, in the same grad mode.
+    The base draw that was solved last is remembered with its image and log-determinant, while all parameters keep their values.
     """
 
     domain = constraints.real_vector
@@ -207,8 +231,10 @@ class FlowMap(Transform):
 
     def __init__(self, family: ContinuousFlow, context: Tensor | None, sampling: bool = False) -> None:
         super().__init__()
-        self.family, self.context, self.sampling = family, context, sampling
-        self._last: Any = None
+        self.family = family
+        self.context = context
+        self.sampling = sampling
+        self._last: _Solved | None = None
         self._other: FlowMap | None = None
 
     def __repr__(self) -> str:
@@ -224,10 +250,13 @@ class FlowMap(Transform):
         """The image of ``x``, shape ``(*batch, D)``, and the log-determinant there, shape ``(*batch,)``."""
         if not self.sampling:
             return self.family.solve(x, self.context)[:2]
-        asked = (x._version, torch.is_grad_enabled(), self.family.version())
-        if self._last is None or self._last[0] is not x or self._last[1] != asked:
-            self._last = (x, asked, self.family.solve(x, self.context, sampling=True)[:2])
-        return self._last[2]
+        asked = (x._version, torch.is_grad_enabled(), self.family.solver.steps._version)
+        values = self.family.values()
+        last = self._last
+        if last is None or last.x is not x or last.asked != asked or not same_bits(last.values, values):
+            last = _Solved(x, asked, values, self.family.solve(x, self.context, sampling=True)[:2])
+            self._last = last
+        return last.result
 
     def _call(self, x: Tensor) -> Tensor:
         return self.call_and_ladj(x)[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.transforms import AffineTransform
 
-__all__ = ["Dequantize", "Standardize", "first_rows", "refuse_non_finite"]
+__all__ = ["Dequantize", "Standardize", "first_rows"]
 
 _FIRST_ROWS = 10_000  # from which units are taken
 
@@ -37,7 +37,8 @@ class Standardize(nn.Module):
         super().__init__()
         self.register_buffer("loc", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
-        self._known = ((self.loc._version, self.scale._version), True)
+        self._asked: tuple[Tensor, int, Tensor, int] | None = None
+        self._answer = True
 
     @torch.no_grad()
     def fit(self, x: Tensor, floor: float = 0.0) -> Standardize:
@@ -56,12 +57,24 @@ class Standardize(nn.Module):
         self.scale.copy_(torch.where(sd > 0, sd, torch.ones_like(sd)))
         return self
 
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Become the identity again."""
+        self.loc.zero_()
+        self.scale.fill_(1.0)
+
     def is_identity(self) -> bool:
-        """Whether nothing was fitted; asked of the buffers once per change of theirs."""
-        version = (self.loc._version, self.scale._version)
-        if self._known[0] != version:
-            self._known = (version, bool((self.loc == 0).all() and (self.scale == 1).all()))
-        return self._known[1]
+        """Whether nothing was fitted; looked up in the buffers once per change of theirs."""
+        loc, scale, asked = self.loc, self.scale, self._asked
+        if (
+            asked is None
+            or asked[0] is not loc
+            or asked[2] is not scale
+            or asked[1::2] != (loc._version, scale._version)
+        ):
+            self._asked = (loc, loc._version, scale, scale._version)
+            self._answer = bool((loc == 0).all() and (scale == 1).all())
+        return self._answer
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.loc) / self.scale
@@ -130,11 +143,3 @@ def first_rows(
         found.append(next(batches))
     columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
     return columns[0], columns[1] if len(columns) > 1 else None
-
-
-def refuse_non_finite(who: str, rows: Tensor, what: str = "rows") -> None:
-    """Refuse ``(N, ...)`` of which some rows hold NaN or infinity, and say how many."""
-    if rows.sum().isfinite() or rows.isfinite().all():  # one pass where all is well
-        return
-    bad = int((~rows.isfinite()).reshape(len(rows), -1).any(-1).sum())
-    raise ValueError(f"{who}: {bad} of {len(rows)} {what} hold NaN or infinity. Clean the data.")

@@ -6,12 +6,13 @@ support like any distribution of Pyro. An :class:`ImplicitDistribution` :math:`x
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.util import sum_rightmost
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints, kl_divergence, register_kl
 
@@ -21,10 +22,7 @@ from pyro_dgm.core.upstream import zuko
 if TYPE_CHECKING:
     from pyro_dgm.core.module import DistributionModule
 
-__all__ = ["ImplicitDistribution", "LearnedDistribution", "NoDensityError", "frozen"]
-
-
-_NOTHING = nullcontext()
+__all__ = ["ImplicitDistribution", "LearnedDistribution", "NoDensityError", "frozen", "same_bits"]
 
 
 @contextmanager
@@ -48,25 +46,29 @@ def frozen(*tensors: Tensor) -> Iterator[None]:
             t.requires_grad_(True)
 
 
-class _Stamp(NamedTuple):
-    """What a remembered result depends on, besides its inputs: versions of all parameters and the grad mode."""
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal to the last bit, NaN equal to itself; False where no number may be looked at.
 
-    versions: int
-    grad: bool
+    >>> same_bits(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))
+    True
+    """
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (a, b))):
+        return False
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.detach().view(bits), b.detach().view(bits))
 
-    @classmethod
-    def of(cls, family: DistributionModule) -> _Stamp:
-        return cls(family.version(), torch.is_grad_enabled())
 
-
-class _Memo(NamedTuple):
-    """One draw and what is known of it: its density, or the base draw that it was made from."""
+class _Remembered(NamedTuple):
+    """The last draw: where it came from or how dense it is there, and under which circumstances that was found."""
 
     draw: Tensor
     version: int
-    stamp: _Stamp | None
-    log_prob: Tensor | None
-    base_draw: Tensor | None
+    built_at: tuple[int, bool] | None
+    point: Tensor | None = None  # the draw of the base that it was made from
+    log_prob: Tensor | None = None
+    values: Tensor | None = None  # of the parameters that gave log_prob
 
 
 class LearnedDistribution(TorchDistribution):
@@ -78,8 +80,11 @@ class LearnedDistribution(TorchDistribution):
     Shapes: draws have ``sample_shape + batch_shape + event_shape`` and ``batch_shape = context.shape[:-1]`` (``()``
     without a context). ``log_prob`` broadcasts the value's batch against ``batch_shape``, in nats per event.
 
-    The density of a draw made by calling the distribution (what ``pyro.sample`` does) is computed in the same pass
-    and remembered once: a hit needs the same tensor object, unedited, the same grad mode and unchanged parameters.
+    A flow's draw made by calling the distribution (what ``pyro.sample`` does) comes with its density, which is remembered
+    once: it is used for the same tensor object, unedited, in the same grad mode, and only where all parameters have the
+    values that they had. What a network of ``build`` computed (a mean, say) is kept until torch counts a change of a
+    parameter. Fused optimisers and those that write to ``.data`` change them uncounted: after their step ask the family
+    for a new distribution, as with any distribution of torch.
 
     Args:
         family: the module whose ``build`` gives the distribution for a context.
@@ -104,10 +109,12 @@ class LearnedDistribution(TorchDistribution):
     def __init__(
         self, family: DistributionModule, context: Tensor | None = None, weights: dict[str, Tensor] | None = None
     ) -> None:
-        self._family, self._context, self._weights = family, context, weights or {}
-        self._memo: _Memo | None = None
+        self._family = family
+        self._context = context
+        self._weights = weights or {}
+        self._last: _Remembered | None = None
         self._frozen = False
-        self._stamp: _Stamp | None = None
+        self._built_at: tuple[int, bool] | None = None
         self._built: Any = None
         built = self._base()
         self.has_rsample = bool(built.has_rsample)
@@ -122,15 +129,13 @@ class LearnedDistribution(TorchDistribution):
         return f"{type(self).__name__}({self._name}, {shapes}, support: {self.support})"
 
     def _base(self) -> Any:
-        """The unconstrained distribution; built anew after the parameters or the grad mode changed."""
-        stamp = _Stamp.of(self._family)
-        if self._built is None or stamp != self._stamp:
-            with self._held():
-                self._built, self._stamp = self._family.checked_build(self._context), stamp
+        """The unconstrained distribution; built anew after a counted change of a parameter or of the grad mode."""
+        now = (self._family.version(), torch.is_grad_enabled())
+        if self._built is None or now != self._built_at:
+            with self._family.holding(self._weights):
+                self._built = self._family.checked_build(self._context)
+            self._built_at = now
         return self._built
-
-    def _held(self) -> AbstractContextManager[None]:
-        return self._family.holding(self._weights) if self._weights else _NOTHING
 
     @property
     def support(self) -> constraints.Constraint:  # type: ignore[override]
@@ -160,7 +165,8 @@ class LearnedDistribution(TorchDistribution):
         This is the :math:`q` inside the path gradient of sticking-the-landing and of DReG estimators.
         """
         new = self._copy(self.batch_shape)
-        new._frozen, new._built = True, None
+        new._frozen = True
+        new._built = None
         new._context = None if self._context is None else self._context.detach()
         return new
 
@@ -174,11 +180,12 @@ class LearnedDistribution(TorchDistribution):
     def _copy(self, batch_shape: Size) -> LearnedDistribution:
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
-        new._memo, new._batch_shape = None, batch_shape
+        new._last = None
+        new._batch_shape = batch_shape
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_memo": None, "_built": None, "_stamp": None}
+        state = {**self.__dict__, "_last": None, "_built": None}
         state["_context"] = None if self._context is None else self._context.detach()
         state["_weights"] = {k: v.detach() for k, v in self._weights.items()}
         return state
@@ -190,63 +197,76 @@ class LearnedDistribution(TorchDistribution):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         if not self.has_rsample:
             raise NotImplementedError(f"{self._name} has no reparameterised draws; use .sample, or a flow.")
-        x, base_draw = self._draw(sample_shape)
-        self._remember(x, None, base_draw)
+        x, point = self._draw(sample_shape)
+        self._last = _Remembered(x, x._version, self._built_at, point=point)
         return x
 
     def __call__(self, sample_shape: Any = ()) -> Tensor:
         if not self.has_rsample:
             return self.sample(sample_shape)
-        x, log_prob = self.rsample_and_log_prob(sample_shape)
-        self._remember(x, log_prob, None)
+        base = self._expanded_base()
+        if not isinstance(base, zuko.distributions.NormalizingFlow):
+            return self.rsample(sample_shape)
+        x, log_prob = self._joint_draw(base, sample_shape)
+        values = self._family.values()
+        self._last = _Remembered(x, x._version, self._built_at, log_prob=log_prob, values=values)
         return x
 
     def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
         """A draw and its density from one pass: shapes ``sample + batch + event`` and ``sample + batch``."""
-        base, shape = self._expanded_base(), Size(_as_sample_shape(sample_shape))
-        with self._held():
-            u, log_prob = _joint_draw(base, shape)
-        return self._constrain(base, u, log_prob)
+        return self._joint_draw(self._expanded_base(), sample_shape)
+
+    def _joint_draw(self, base: Any, sample_shape: Any) -> tuple[Tensor, Tensor]:
+        with self._family.holding(self._weights):
+            return self._place(base, _draw_of(base, _as_sample_shape(sample_shape)))
 
     def _expanded_base(self) -> Any:
         base = self._base()
         return base if base.batch_shape == self.batch_shape else base.expand(self.batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        memo, self._memo = self._memo, None
-        if memo is not None and memo.draw is value and not self._frozen and self._fresh(memo):
-            if memo.log_prob is not None:
-                return memo.log_prob
-            if memo.base_draw is not None:
-                return self._score_base_draw(memo.base_draw)
-        if not self._frozen:
-            return self._score(value)
-        with frozen(*self._family.tensors()):
-            return self._score(value)
+        last, self._last = self._last, None
+        if self._frozen:
+            with frozen(*self._family.tensors()):
+                return self._score(value)
+        known = None if last is None or last.draw is not value else self._recall(last)
+        return self._score(value) if known is None else known
 
-    def _fresh(self, memo: _Memo) -> bool:
-        return memo.draw._version == memo.version and memo.stamp == _Stamp.of(self._family)
+    def _recall(self, last: _Remembered) -> Tensor | None:
+        """The density of the last draw, without the way back from it; None where something has changed since."""
+        base = self._expanded_base()
+        if last.draw._version != last.version or last.built_at != self._built_at:
+            return None
+        if last.values is not None and same_bits(self._family.values(), last.values):
+            return last.log_prob
+        if last.point is None:
+            self._built = None
+            return None
+        with self._family.holding(self._weights):
+            x, log_prob = self._place(base, last.point)
+        return log_prob if same_bits(x, last.draw) else None
 
-    def _remember(self, x: Tensor, log_prob: Tensor | None, base_draw: Tensor | None) -> None:
-        self._memo = _Memo(x, x._version, self._stamp, log_prob, base_draw)  # the stamp of the draw just made
-
-    def _draw(self, sample_shape: Any) -> tuple[Tensor, Tensor | None]:
-        base, shape = self._expanded_base(), Size(_as_sample_shape(sample_shape))
-        with self._held():
-            if isinstance(base, zuko.distributions.NormalizingFlow):
-                z = base.base.rsample(shape) if base.base.has_rsample else base.base.sample(shape)
-                u = base.transform.inv(z)
-            else:
-                z, u = None, base.rsample(shape) if base.has_rsample else base.sample(shape)
+    def _draw(self, sample_shape: Any) -> tuple[Tensor, Tensor]:
+        """A draw of the event, and the draw of the base (of a flow, that of its own base) that it was made from."""
+        base = self._expanded_base()
+        with self._family.holding(self._weights):
+            point = _draw_of(base, _as_sample_shape(sample_shape))
+            u = base.transform.inv(point) if isinstance(base, zuko.distributions.NormalizingFlow) else point
         bijection = self._family.bijection(base)
-        return u if bijection is None else bijection(u), z
+        return (u if bijection is None else bijection(u)), point
 
-    def _score_base_draw(self, z: Tensor) -> Tensor:
-        """The density of the draw made from ``z``, by the sampling direction (an inverse may cost D passes)."""
-        flow = self._base()
-        with self._held():
-            u, ladj = flow.transform.inv.call_and_ladj(z)
-            return self._constrain(flow, u, flow.base.log_prob(z) - ladj)[1]
+    def _place(self, base: Any, point: Tensor) -> tuple[Tensor, Tensor]:
+        """The event that a draw of the base becomes, and its density, by the sampling direction."""
+        if isinstance(base, zuko.distributions.NormalizingFlow):
+            u, ladj = base.transform.inv.call_and_ladj(point)
+            log_prob = base.base.log_prob(point) - sum_rightmost(ladj, base.reinterpreted)
+        else:
+            u, log_prob = point, base.log_prob(point)
+        bijection: Any = self._family.bijection(base)  # zuko gives every transform of torch a call_and_ladj
+        if bijection is None:
+            return u, log_prob
+        x, ladj = bijection.call_and_ladj(u)
+        return x, log_prob - ladj
 
     def _score(self, value: Tensor) -> Tensor:
         n = len(self.event_shape)
@@ -257,7 +277,7 @@ class LearnedDistribution(TorchDistribution):
             check_support(self._name, value, self._family.support_of(base))
         if base.batch_shape:
             value = value.expand(broadcast_batch(self._name, rows, base.batch_shape) + self.event_shape)
-        with self._held():
+        with self._family.holding(self._weights):
             return self._score_unconstrained(base, value).expand(batch)
 
     def _score_unconstrained(self, base: Distribution, value: Tensor) -> Tensor:
@@ -267,27 +287,19 @@ class LearnedDistribution(TorchDistribution):
         u = bijection.inv(value)
         return base.log_prob(u) - bijection.log_abs_det_jacobian(u, value)
 
-    def _constrain(self, base: Distribution, u: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
-        bijection: Any = self._family.bijection(base)  # zuko gives every transform of torch a call_and_ladj
-        if bijection is None:
-            return u, log_prob
-        x, ladj = bijection.call_and_ladj(u)
-        return x, log_prob - ladj
-
 
 def _expands_to(old: Size, new: Size) -> bool:
     return len(new) >= len(old) and all(o in (1, n) for o, n in zip(reversed(old), reversed(new), strict=False))
 
 
-def _as_sample_shape(shape: Any) -> tuple[int, ...]:
-    return (shape,) if isinstance(shape, int) else tuple(shape)
+def _as_sample_shape(shape: int | Iterable[int]) -> Size:
+    return Size((shape,) if isinstance(shape, int) else tuple(shape))
 
 
-def _joint_draw(base: Distribution, shape: Size) -> tuple[Tensor, Tensor]:
-    if isinstance(base, zuko.distributions.NormalizingFlow):
-        return base.rsample_and_log_prob(shape)
-    u = base.rsample(shape)
-    return u, base.log_prob(u)
+def _draw_of(base: Any, shape: Size) -> Tensor:
+    """A draw of what a family built; of a flow, one of its base."""
+    source = base.base if isinstance(base, zuko.distributions.NormalizingFlow) else base
+    return source.rsample(shape) if source.has_rsample else source.sample(shape)
 
 
 class NoDensityError(ValueError, NotImplementedError):
@@ -326,7 +338,9 @@ class ImplicitDistribution(TorchDistribution):
         support: constraints.Constraint | None = None,
         name: str = "ImplicitDistribution",
     ) -> None:
-        self._push, self._base, self._name = push, base, name
+        self._push = push
+        self._base = base
+        self._name = name
         event = as_shape(event_shape)
         self._support = support or constraints.independent(constraints.real, len(event))
         super().__init__(base.batch_shape, event, validate_args=False)
@@ -345,7 +359,7 @@ class ImplicitDistribution(TorchDistribution):
         return new
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        x = self._push(self._base.rsample(Size(_as_sample_shape(sample_shape))))
+        x = self._push(self._base.rsample(_as_sample_shape(sample_shape)))
         check_value_shape(self._name, x, self.event_shape)
         return x
 

@@ -3,9 +3,8 @@ r"""The contract of a family: a module that turns a context into a distribution,
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, ValuesView
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -19,7 +18,10 @@ from pyro_dgm.core.distribution import LearnedDistribution
 from pyro_dgm.core.shapes import as_shape, check_built, check_context, of_entries
 from pyro_dgm.core.upstream import PyroABCMeta, drop_weak_references, zuko
 
-__all__ = ["DistributionModule", "compose", "resize_to_saved", "whole_event"]
+__all__ = ["DistributionModule", "compose", "resize_to_saved", "tensors_of", "values_of", "whole_event"]
+
+_NOTHING = nullcontext()
+_version_of = attrgetter("_version")
 
 
 class DistributionModule(nn.Module, metaclass=PyroABCMeta):
@@ -98,24 +100,15 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
 
     def tensors(self) -> list[Tensor]:
         """All parameters and buffers."""
-        return [t for held in self._held() for t in held if t is not None]
+        return tensors_of(self)
+
+    def values(self) -> Tensor:
+        """All parameters' values as one vector: what changes without being counted shows here."""
+        return values_of(self)
 
     def version(self) -> int:
-        """A number that grows with every in-place change of a parameter or buffer."""
-        try:
-            return sum(map(_version_of, chain.from_iterable(self._held())))
-        except AttributeError:  # an empty entry, such as the bias of a layer without one
-            return sum(map(_version_of, self.tensors()))
-
-    def _held(self) -> list[ValuesView[Tensor | None]]:
-        """Where the tensors are kept; the walk over the module tree, which is slow in torch, is remembered."""
-        if "_holders" not in self.__dict__:
-            self.__dict__["_holders"] = _holders(self)
-        return self.__dict__["_holders"]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.pop("_holders", None)
-        super().__setattr__(name, value)
+        """A number that grows with every in-place change of a parameter or buffer that torch counts."""
+        return sum(map(_version_of, tensors_of(self)))
 
     def checked_build(self, context: Tensor | None) -> Distribution:
         built = self.build(context)
@@ -159,12 +152,12 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
                 for name in m._pyro_samples
             }
 
-    @contextmanager
-    def holding(self, weights: dict[str, Tensor]) -> Iterator[None]:
+    def holding(self, weights: dict[str, Tensor]) -> AbstractContextManager[None]:
         """Evaluate with these sampled values in the place of Bayesian weights (see ``sampled_weights``)."""
-        if not weights:
-            yield
-            return
+        return self._with_cached(weights) if weights else _NOTHING
+
+    @contextmanager
+    def _with_cached(self, weights: dict[str, Tensor]) -> Iterator[None]:
         context: Any = self._pyro_context
         with context:
             context.cache.update(weights)
@@ -172,16 +165,30 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
 
     def __getstate__(self) -> dict[str, Any]:
         drop_weak_references(self)
-        return {k: v for k, v in self.__dict__.items() if k != "_holders"}
+        return dict(self.__dict__)
 
 
-_version_of = attrgetter("_version")
+def tensors_of(module: nn.Module, *, buffers: bool = True) -> list[Tensor]:
+    """All parameters and buffers, without the names whose making is most of the cost of torch's own walk."""
+    found: list[Tensor | None] = []
+    waiting: list[nn.Module | None] = [module]
+    for each in waiting:  # it grows meanwhile
+        if each is None:
+            continue
+        if each._parameters:
+            found += each._parameters.values()
+        if buffers and each._buffers:
+            found += each._buffers.values()
+        if each._modules:
+            waiting += each._modules.values()
+    return [t for t in found if t is not None]
 
 
-def _holders(module: nn.Module) -> list[ValuesView[Tensor | None]]:
-    """Live views of the dictionaries in which a tree of modules keeps its tensors."""
-    held = [d for m in module.modules() for d in (m._parameters, m._buffers)]
-    return [d.values() for d in held if d]
+@torch.no_grad()
+def values_of(module: nn.Module, *, buffers: bool = False) -> Tensor:
+    """The values of all parameters as one vector: a change that torch does not count shows in it, too."""
+    tensors = tensors_of(module, buffers=buffers)
+    return torch._utils._flatten_dense_tensors(tensors) if tensors else torch.zeros(0)
 
 
 def compose(parts: list[Transform]) -> Any:

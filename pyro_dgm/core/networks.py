@@ -113,10 +113,10 @@ def broadcast_cat(*parts: Tensor | None) -> Tensor:
 
 
 def soft_clip(raw: Tensor, bound: float) -> Tensor:
-    """Numbers of any size brought within ``(-bound, bound)``, small ones hardly changed: :math:`r / (1 + |r| / B)`.
+    r"""The raw number bent into ``(-bound, bound)``: :math:`x / (1 + |x| / B)`, of slope 1 at 0.
 
-    >>> soft_clip(torch.tensor([-1e9, 0.0, 1.0]), 1.0)
-    tensor([-1.0000,  0.0000,  0.5000])
+    >>> soft_clip(torch.tensor([0.0, 1.0, -1e6]), 1.0)
+    tensor([ 0.0000,  0.5000, -1.0000])
     """
     return raw / (1.0 + raw.abs() / bound)
 

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 __all__ = [
     "as_shape",
     "broadcast_batch",
+    "check_batch",
     "check_built",
     "check_context",
     "check_support",
     "check_value_shape",
     "of_entries",
+    "refuse_non_finite",
 ]
 
 
@@ -102,6 +104,29 @@ def check_support(name: str, value: Tensor, support: constraints.Constraint) -> 
             f"{name}: {bad} of {inside.numel()} values lie outside the support {support} or are NaN "
             f"(NaN entries: {int(value.isnan().sum())}). Clean the data, or build the family with support=..."
         )
+
+
+def check_batch(name: str, family: DistributionModule, x: Tensor, context: Tensor | None) -> None:
+    """Refuse events and contexts that do not fit a family, or hold NaN."""
+    shape, event = tuple(x.shape), tuple(family.event_shape)
+    if x.dim() != 1 + len(event) or shape[1:] != event:
+        raise ValueError(
+            f"{name}: data have shape {shape}, expected (N, {', '.join(map(str, event))}): rows of events."
+        )
+    if (context is None) != (family.context_features == 0):
+        raise ValueError(
+            f"{name}: {type(family).__name__} has context_features={family.context_features}, but the data hold "
+            f"{'no' if context is None else 'a'} context. Pass (x, context) for a conditional family, (x,) otherwise."
+        )
+    refuse_non_finite(name, x)
+
+
+def refuse_non_finite(who: str, rows: Tensor, what: str = "rows") -> None:
+    """Refuse ``(N, ...)`` of which some rows hold NaN or infinity, and say how many."""
+    if rows.sum().isfinite() or rows.isfinite().all():  # one pass where all is well
+        return
+    bad = int((~rows.isfinite()).reshape(len(rows), -1).any(-1).sum())
+    raise ValueError(f"{who}: {bad} of {len(rows)} {what} hold NaN or infinity. Clean the data.")
 
 
 def _is_real(support: constraints.Constraint) -> bool:

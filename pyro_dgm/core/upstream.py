@@ -5,8 +5,6 @@
   keep for themselves what zuko wanted for all.
 * zuko's lazy modules are abstract base classes, so ``PyroModule[...]`` cannot mix into them (metaclass conflict):
   their roots are given a mixin with a combined metaclass, which makes Bayesian flow weights possible.
-* torch's fused optimisers change parameters without counting it in ``_version`` (torch 2.13, CPU). What is remembered of a
-  family would then outlive a training step, and the steps of a continuous flow would not be watched; so it is counted.
 * torch has no ``biject_to(lower_cholesky)``, and none for the support of its own ``MixtureSameFamily``.
 """
 
@@ -24,7 +22,6 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 __all__ = ["PyroABCMeta", "VectorToLowerCholesky", "drop_weak_references", "zuko"]
 
@@ -137,14 +134,3 @@ def drop_weak_references(module: torch.nn.Module) -> None:
     """Before pickling: ``pyro.module`` leaves a weak reference on each parameter that cannot be pickled (pyro#3201)."""
     for parameter in module.parameters():
         parameter.__dict__.pop("unconstrained", None)
-
-
-def _count_fused_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """After a step of any optimiser: increment the version of parameters that a fused kernel changed."""
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            for parameter in group["params"]:
-                torch.autograd.graph.increment_version(parameter)
-
-
-register_optimizer_step_post_hook(_count_fused_steps)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyro_dgm.core.data import refuse_non_finite
+from pyro_dgm.core.shapes import refuse_non_finite
 
 __all__ = [
     "CHUNK",

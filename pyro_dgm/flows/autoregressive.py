@@ -1,20 +1,12 @@
-r"""A masked network run column by column, each of its numbers computed once.
+r"""Autoregressive networks and transforms, column by column, each number computed once.
 
-.. math:: \phi_i = h_i(x_{<i}, c), \qquad i = 1, \dots, D
+.. math:: \phi_i = h_i(x_{<i}, c), \qquad x_i = f^{-1}\big(y_i;\ \phi_i\big), \qquad i = 1, \dots, D
 
-What an autoregressive network says of a column depends on the columns before it, so they can only come one after the other.
-The masks say for each hidden unit in which pass the last of its inputs becomes known. It is computed in that pass and never
-again: all passes together cost about one run of the network.
-
-The inverse of an autoregressive transform, each number of it computed once.
-
-.. math:: x_i = f^{-1}\big(y_i;\ \phi_i(x_{<i}, c)\big), \qquad i = 1, \dots, D
-
-Columns can only come one after the other. zuko's inverse runs the whole conditioner and all D univariate inverses in each of
-D passes, and keeps one column of a pass (its issue 2: one second for 64 draws of 200 dimensions; the answer there is fewer
-passes, which is another flow). Here each unit of the conditioner is computed in the pass in which its inputs become known
-(:mod:`pyro_dgm.flows.autoregressive`), and so are the columns: all passes together cost about one run of the network and
-D univariate inverses. The numbers and the gradients are those of zuko.
+What an autoregressive network says of a column depends on the columns before it, so columns can only come one after the
+other. zuko's inverse runs the whole network and all D univariate inverses in each of D passes, and keeps one column of a
+pass (its issue 2: one second for 64 draws of 200 dimensions). Here the masks say for each hidden unit in which pass the last
+of its inputs becomes known; it is computed in that pass and never again, and so is each column. All passes together cost
+about one run of the network and D univariate inverses. The numbers and the gradients are those of zuko.
 """
 
 from __future__ import annotations
@@ -89,7 +81,8 @@ class Run:
         self, linears: Sequence[Any], activations: Sequence[Callable[[Tensor], Tensor]], passes: Passes,
         context: Tensor | None, batch: Size,
     ) -> None:  # fmt: skip
-        self.activations, self.passes = activations, passes
+        self.activations = activations
+        self.passes = passes
         self.layers = _layers(linears, passes, context, batch)
         empty = linears[0].weight.new_empty(0, math.prod(batch))
         self.known = [empty for _ in self.layers]
@@ -164,7 +157,8 @@ class _Sequential(zuko.transforms.AutoregressiveTransform):
 
     def __init__(self, module: _Masked, context: Tensor | None) -> None:
         super().__init__(partial(module.meta, context), module.passes)
-        self.module, self.context = module, context
+        self.module = module
+        self.context = context
 
     @property
     def inv(self) -> Transform:
@@ -178,11 +172,13 @@ class _Sequential(zuko.transforms.AutoregressiveTransform):
         batch = y.shape[:-1]
         if self.context is not None:
             batch = torch.broadcast_shapes(batch, self.context.shape[:-1])
-        schedule = self.module.schedule()
-        images = y.expand(*batch, -1).reshape(-1, y.shape[-1]).mT[schedule.units[0]]
-        run = Run(list(self.module.hyper)[::2], list(self.module.hyper)[1::2], schedule, self.context, batch)
+        passes = self.module.schedule()
+        order = passes.units[0]
+        images = y.expand(*batch, -1).reshape(-1, y.shape[-1]).mT[order]
+        layers = list(self.module.hyper)
+        run = Run(layers[::2], layers[1::2], passes, self.context, batch)
         x, ladj = self._columns(images, run, with_ladj)
-        x = x.mT.index_select(-1, schedule.units[0].argsort())
+        x = x.mT.index_select(-1, order.argsort())
         return x.reshape(*batch, y.shape[-1]), ladj.expand(x.shape[0]).reshape(batch)
 
     def _columns(self, images: Tensor, run: Run, with_ladj: bool) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
-r"""The base of the named flows: a standard normal without the arithmetic of a location and a scale.
+r"""What the flows share: a zuko flow as a Pyro family, :math:`x = T(u),\ u = f_\theta(z; c),\ z \sim p(z)`.
 
-Normalizing flows: :math:`x = T(u),\ u = f_\theta(z; c),\ z \sim p(z)` (Ruthotto & Haber 2021, section 3.1).
-
-zuko makes the flows; this folder gives them Pyro's manners: supports, events of any shape, standardisation.
+zuko makes the flows (Ruthotto & Haber 2021, section 3.1); here they get Pyro's manners: supports, events of any shape,
+units taken from data, and a standard normal base without the arithmetic of a location and a scale.
 """
 
 from __future__ import annotations
@@ -20,7 +19,13 @@ from pyro_dgm.core import DistributionModule, Standardize, compose, zuko
 from pyro_dgm.core.shapes import check_value_shape
 from pyro_dgm.flows.autoregressive import sequential
 
-__all__ = ["NormalizingFlow", "StandardNormalBase", "directed", "standard_normal"]
+__all__ = ["Direction", "NormalizingFlow", "StandardNormalBase", "directed", "features_of", "standard_normal"]
+
+Direction = Literal["density", "sampling"]
+
+# What soften() sets. Measured on RealNVP and MAF with 5 and 3 reference posteriors.
+_SOFT_BOUND = 1.0  # on |log scale| of a guide's affine layer; with zuko's 6.9, 4 of 4 RealNVPs overflow at the rate .05
+_SOFT_RATE = 1.5e-2  # of Adam; KL at most .011, before both changes .013
 
 
 class StandardNormalBase(Distribution):
@@ -59,12 +64,6 @@ class StandardNormalBase(Distribution):
 def standard_normal(features: int) -> zuko.lazy.UnconditionalDistribution:
     """The lazy base of a flow over ``features`` dimensions; the origin is a buffer."""
     return zuko.lazy.UnconditionalDistribution(StandardNormalBase, torch.zeros(features), buffer=True)
-
-
-Direction = Literal["density", "sampling"]
-
-_SOFT_BOUND = 1.0  # on |log scale| of a guide's affine layer; with zuko's 6.9, 4 of 4 RealNVPs overflow at the rate .05
-_SOFT_RATE = 1.5e-2  # RealNVP and MAF on 5 and 3 reference posteriors: KL at most .011, before both changes .013
 
 
 class NormalizingFlow(DistributionModule):
@@ -109,7 +108,7 @@ class NormalizingFlow(DistributionModule):
 
         Returns the flow itself. Do it once, before training; it is part of the ``state_dict``.
         """
-        self.standard.loc.zero_(), self.standard.scale.fill_(1.0)
+        self.standard.forget()
         to_event = self.bijection(self.build(None if not self.context_features else x.new_zeros(self.context_features)))
         self.standard.fit((x if to_event is None else to_event.inv(x)).reshape(-1, self.features))
         return self

@@ -1,7 +1,4 @@
-"""The named flows: affine couplings (RealNVP), affine autoregression (MAF), autoregressive splines (NSF).
-
-Any lazy zuko flow as a family.
-"""
+"""The named flows: affine couplings (RealNVP), affine autoregression (MAF), splines (NSF); and any other flow of zuko's."""
 
 from __future__ import annotations
 
@@ -147,9 +144,14 @@ class NSF(NormalizingFlow):
     ) -> None:
         super().__init__(event_shape, context_features, support=support)
         flow = zuko.flows.MAF(
-            self.features, context_features, transforms, univariate=RationalQuadratic,
-            shapes=[(bins,), (bins,), (bins - 1,)], hidden_features=hidden_features, activation=activation,
-        )  # fmt: skip
+            self.features,
+            context_features,
+            transforms,
+            univariate=RationalQuadratic,
+            shapes=[(bins,), (bins,), (bins - 1,)],
+            hidden_features=hidden_features,
+            activation=activation,
+        )
         self.flow = directed(flow, self.features, fast)
 
 

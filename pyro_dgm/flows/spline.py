@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from pyro_dgm.core.networks import soft_clip
+
 __all__ = ["RationalQuadratic"]
 
 
@@ -59,9 +61,11 @@ class RationalQuadratic(Transform):
         self, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float = 5.0, least: float = 1e-3
     ) -> None:
         super().__init__()
-        self.bound, self.floor, self.slopes = bound, math.log(least), slopes
+        self.bound = bound
+        self.floor = math.log(least)
+        self.slopes = slopes
         raw = torch.stack([widths, heights], -2)
-        self.sizes = torch.exp(raw / (1.0 + (raw * (2.0 / self.floor)).abs()))
+        self.sizes = torch.exp(soft_clip(raw, -0.5 * self.floor))
         self.edges = self.sizes.cumsum(-1)
 
     def _call(self, x: Tensor) -> Tensor:
@@ -98,7 +102,7 @@ class RationalQuadratic(Transform):
         width, height = (_at(self.sizes, both).squeeze(-1) * scale).unbind(-1)
         right, top = (_at(self.edges, both).squeeze(-1) * scale - self.bound).unbind(-1)
         raw = _at(F.pad(self.slopes, (1, 1)), torch.cat([k, k + 1], -1))
-        first, last = torch.exp(raw / (1.0 + (raw / self.floor).abs())).unbind(-1)
+        first, last = torch.exp(soft_clip(raw, -self.floor)).unbind(-1)
         return _Piece(right - width, top - height, width, height, first, last, height / width)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_dgm.cnf.matching import check_batch
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, frozen
 from pyro_dgm.core.data import first_rows
+from pyro_dgm.core.shapes import check_batch
 from pyro_dgm.flows.base import NormalizingFlow
 from pyro_dgm.gan.critic import Critic
 from pyro_dgm.gan.distillation import distil

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
-from pyro_dgm.core.upstream import drop_weak_references
+from pyro_dgm.core.distribution import same_bits
+from pyro_dgm.core.module import values_of
 from pyro_dgm.flows.base import StandardNormalBase
-from pyro_dgm.flows.coupling import TailedCoupling
+from pyro_dgm.flows.coupling import StudentTBase, TailedCoupling
 from pyro_dgm.guides.modes import Modes, WhitenedPosterior
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
@@ -73,6 +74,8 @@ class AutoFlow(VectorGuide):
         (torch.Size([]), 1)
     """
 
+    lost_by_pickle = (*VectorGuide.lost_by_pickle, "_make_family")
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -86,14 +89,14 @@ class AutoFlow(VectorGuide):
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._make_family = (family or TailedCoupling,)
         self.init_scale = init_scale
-        self._untouched: int | None = None
+        self._untouched: Tensor | None = None
         self._registered: int | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         family = self._make_family[0](self.latent_dim).start_at_identity()
         self.posterior = Modes(WhitenedPosterior(family, self._init_loc().detach(), self.init_scale))
-        self._untouched = int(self._posterior.version())
+        self._untouched = values_of(self._posterior, buffers=True)
 
     def warm_start(self, *args: Any, **kwargs: Any) -> None:
         """Whiten by the best Gaussian of :func:`~pyro_dgm.guides.start.find_start`; a trained guide stays as it is.
@@ -101,7 +104,7 @@ class AutoFlow(VectorGuide):
         Separated modes that were found, each within 6 nats of the best, get a flow of their own.
         """
         self.setup(*args, **kwargs)
-        if self._posterior.version() != self._untouched:
+        if not self._is_untouched():
             return
         log_joint = LogJoint.known(self, self.target, args, kwargs)
         if log_joint.missing:  # they were blocked from the guide: the density is not known
@@ -131,6 +134,10 @@ class AutoFlow(VectorGuide):
     def _posterior(self) -> Any:
         """The posterior without the ``pyro.module`` statement that reading the attribute makes."""
         return self._modules["posterior"]
+
+    def _is_untouched(self) -> bool:
+        """Whether the posterior is as it was set up: neither trained, nor loaded, nor whitened."""
+        return self._untouched is not None and same_bits(values_of(self._posterior, buffers=True), self._untouched)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> LearnedDistribution:
         self.setup(*args, **kwargs)
@@ -165,7 +172,7 @@ class AutoFlow(VectorGuide):
         known = store._params.get(param_with_module_name(prefix, "components.0.affine"))
         if known is posterior.affine and self._registered == posterior.buffer_version():
             return False
-        fill = known is not None and posterior.version() == self._untouched
+        fill = known is not None and self._is_untouched()
         if fill:
             posterior.grow(sum(k.startswith(f"{prefix}$$$components") and k.endswith(".affine") for k in store._params))
         buffers = [(n, b) for n, b in posterior.named_buffers() if b.is_floating_point()]
@@ -181,10 +188,6 @@ class AutoFlow(VectorGuide):
         self._registered = posterior.buffer_version()
         return True
 
-    def __getstate__(self) -> dict[str, Any]:
-        drop_weak_references(self)
-        return {**self.__dict__, "_model": None, "_plain_model": None, "_make_family": None, "master": None}
-
 
 def as_pyro(base: Any) -> Any:
     """A base distribution of torch or zuko as Pyro's own, which NeuTra needs for ``mask``."""
@@ -192,9 +195,9 @@ def as_pyro(base: Any) -> Any:
         return as_pyro(base.base_dist).to_event(base.reinterpreted_batch_ndims)
     if isinstance(base, StandardNormalBase):
         return dist.Normal(base.zero, 1.0).to_event(1)
-    if isinstance(
-        base, TorchDistributionMixin
-    ):  # as it is: Pyro's own StudentT loses .02 nat per dimension near df = 1e6
+    if isinstance(base, StudentTBase):  # not as Pyro's own StudentT, which loses .02 nat per dimension near df = 1e6
+        return base.as_pyro()
+    if isinstance(base, TorchDistributionMixin):
         return base
     if isinstance(base, torch.distributions.Normal):
         return dist.Normal(base.loc, base.scale)

@@ -1,17 +1,14 @@
-r"""The family behind :class:`AutoFlow`: a flow in whitened coordinates.
+r"""The family behind :class:`AutoFlow`: flows in whitened coordinates, one for each mode of the posterior.
 
-.. math:: \theta = \mu + L\,(a + e^{s} \odot f_\phi(z)), \qquad z \sim p(z),
+.. math:: q(\theta) = \sum_c w_c\, q_c(\theta), \qquad
+          \theta = \mu_c + L_c\,(a_c + e^{s_c} \odot f_c(z)), \qquad z \sim p(z),
 
-with :math:`\mu, L` fixed (the start) and :math:`a, s, \phi` trained. At the start :math:`a = s = 0` and :math:`f` is the
-identity, so :math:`q = N(\mu, LL^\top)`.
+with :math:`\mu, L` fixed (the start) and :math:`a, s` and the flow :math:`f` trained. At the start :math:`a = s = 0` and
+:math:`f` is the identity, so each :math:`q_c = N(\mu_c, L_c L_c^\top)`.
 
-A posterior with several modes: a mixture of whitened flows, one for each mode.
-
-.. math:: q(\theta) = \sum_c w_c\, q_c(\theta), \qquad \sum_c w_c = 1
-
-The flows follow path gradients: given its component, a draw is reparameterised. The weights are no parameters: they are
-fitted by EM to importance-weighted draws of all components, once the components are known and again once they are trained.
-With one component the mixture is that component, at no cost.
+The flows follow path gradients: given its component, a draw is reparameterised. The weights :math:`w` are no parameters:
+they are fitted by EM to importance-weighted draws of all components, once the components are known and again once they are
+trained. With one component the mixture is that component, at no cost.
 """
 
 from __future__ import annotations
@@ -40,7 +37,10 @@ class Whitening(Transform):
 
     def __init__(self, loc: Tensor, scale_tril: Tensor, shift: Tensor, log_scale: Tensor) -> None:
         super().__init__()
-        self.loc, self.scale_tril, self.shift, self.log_scale = loc, scale_tril, shift, log_scale
+        self.loc = loc
+        self.scale_tril = scale_tril
+        self.shift = shift
+        self.log_scale = log_scale
 
     def _call(self, x: Tensor) -> Tensor:
         return nn.functional.linear(torch.addcmul(self.shift, self.log_scale.exp(), x), self.scale_tril, self.loc)
@@ -67,7 +67,7 @@ class WhitenedPosterior(DistributionModule):
     scale_tril: Tensor
 
     def __init__(self, family: DistributionModule, loc: Tensor, scale: float) -> None:
-        super().__init__(len(loc))
+        super().__init__(len(loc), support=constraints.real_vector)
         self.rate = family.soften()
         self.family = family.to(loc)
         self.affine = nn.Parameter(loc.new_zeros(2, len(loc)))  # rows: shift, log scale
@@ -77,7 +77,8 @@ class WhitenedPosterior(DistributionModule):
     @torch.no_grad()
     def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Set the whitening: q becomes :math:`N(loc, LL^T)` as long as the flow is the identity."""
-        self.loc.copy_(loc), self.scale_tril.copy_(scale_tril)
+        self.loc.copy_(loc)
+        self.scale_tril.copy_(scale_tril)
 
     def peak_rate(self) -> float | None:
         """The learning rate of all its parameters, from a start that whitens well."""
@@ -88,22 +89,12 @@ class WhitenedPosterior(DistributionModule):
         return self.loc._version + self.scale_tril._version
 
     def build(self, context: Tensor | None) -> Distribution:
-        return self.family.build(context)
-
-    def checked_build(self, context: Tensor | None) -> Distribution:
         return self.family.checked_build(context)
 
     def bijection(self, built: Distribution) -> Transform:
         inner = self.family.bijection(built)
         whitening = Whitening(self.loc, self.scale_tril, *self.affine.unbind())
         return whitening if inner is None else compose([inner, whitening])
-
-    def support_of(self, built: Distribution) -> constraints.Constraint:
-        return constraints.real_vector
-
-    @property
-    def unconstrained_shape(self) -> Size:
-        return self.event_shape
 
 
 class Modes(DistributionModule):
@@ -117,7 +108,7 @@ class Modes(DistributionModule):
     components: Any
 
     def __init__(self, component: WhitenedPosterior) -> None:
-        super().__init__(component.event_shape)
+        super().__init__(component.event_shape, support=constraints.real_vector)
         self.components = nn.ModuleList([component])
         self.register_buffer("log_weight", component.loc.new_zeros(1))
 
@@ -128,9 +119,6 @@ class Modes(DistributionModule):
 
     def bijection(self, built: Distribution) -> Transform | None:
         return None if isinstance(built, ModeMixture) else self.components[0].bijection(built)
-
-    def support_of(self, built: Distribution) -> constraints.Constraint:
-        return constraints.real_vector
 
     @property
     def affine(self) -> Tensor:
@@ -143,7 +131,6 @@ class Modes(DistributionModule):
         if count > len(self.components):
             self.components.extend(deepcopy(self.components[0]) for _ in range(count - len(self.components)))
             self.log_weight = self.log_weight.new_zeros(count).log_softmax(0)
-            self.__dict__.pop("_holders", None)
 
     @torch.no_grad()
     def weigh(self, log_joint: Callable[[Tensor], Tensor], draws: int = 1024) -> Tensor:
@@ -185,17 +172,15 @@ class ModeMixture(Distribution):
 
     arg_constraints: dict[str, Any] = {}
     has_rsample = True
+    support = constraints.real_vector
 
     def __init__(
         self, components: Sequence[LearnedDistribution], log_weight: Tensor, batch_shape: Size | None = None
     ) -> None:
-        self.components, self.log_weight = components, log_weight
+        self.components = components
+        self.log_weight = log_weight
         shape = components[0].batch_shape if batch_shape is None else batch_shape
         super().__init__(shape, components[0].event_shape, validate_args=False)
-
-    @property
-    def support(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.real_vector
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ModeMixture:
         return ModeMixture(self.components, self.log_weight, Size(batch_shape))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.upstream import drop_weak_references
 from pyro_dgm.model.coordinates import Constrain, Coordinates
 from pyro_dgm.model.log_joint import LogJoint, ascend, prior_draws, spread
 from pyro_dgm.model.sites import is_enumerable, latent_sites, refuse_implicit, subsampled
@@ -39,10 +40,15 @@ class VectorGuide(AutoContinuous):
     """
 
     _prototype_hide_fn = staticmethod(_hidden)
+    lost_by_pickle: tuple[str, ...] = ("_model", "_plain_model", "master")  # functions, and a weak reference
 
     def __init__(self, model: Callable[..., Any], *, init_loc_fn: Callable[..., Tensor]) -> None:
         super().__init__(model, init_loc_fn=_or_zero(init_loc_fn))
         self._plain_model: Any = (model,)
+
+    def __getstate__(self) -> dict[str, Any]:
+        drop_weak_references(self)
+        return {**self.__dict__, **dict.fromkeys(self.lost_by_pickle)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with the same model; a pickle has none."""

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
-from pyro_dgm.cnf.matching import FlowMatching, check_batch, standardize_once
+from pyro_dgm.cnf.matching import FlowMatching, standardize_once
 from pyro_dgm.core import DistributionModule
+from pyro_dgm.core.shapes import check_batch
 from pyro_dgm.train.descend import Stages, adam
 from pyro_dgm.train.schedule import cosine, warm_up
 

@@ -22,8 +22,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_dgm.core import MLP, ImplicitDistribution
-from pyro_dgm.core.module import resize_to_saved
-from pyro_dgm.core.upstream import drop_weak_references
+from pyro_dgm.core.distribution import same_bits
+from pyro_dgm.core.module import resize_to_saved, values_of
 from pyro_dgm.guides.modes import fitted_log_weights
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
@@ -66,6 +66,8 @@ class ImplicitGuide(VectorGuide):
         torch.Size([5, 3])
     """
 
+    lost_by_pickle = (*VectorGuide.lost_by_pickle, "_make_network", "_scored_by")
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -80,7 +82,7 @@ class ImplicitGuide(VectorGuide):
         self.noise_features = noise_features
         self.init_scale = init_scale
         self._scored_by: tuple[Callable[[Tensor], Tensor]] | None = None
-        self._untouched: int | None = None
+        self._untouched: Tensor | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -90,7 +92,7 @@ class ImplicitGuide(VectorGuide):
         network = made if isinstance(made, nn.Module) else made(size + self.noise_features, size)
         _check_network(network.to(loc), size + self.noise_features, size)
         self.push = Push(network, loc, self.init_scale, self.noise_features)
-        self._untouched = self._push.version()
+        self._untouched = values_of(self._push, buffers=True)
 
     @property
     def _push(self) -> Push:
@@ -105,7 +107,7 @@ class ImplicitGuide(VectorGuide):
     def warm_start(self, *args: Any, **kwargs: Any) -> None:
         """Start at the Gaussians of :func:`~pyro_dgm.guides.start.find_start`; a trained guide stays as it is."""
         self.setup(*args, **kwargs)
-        if self._push.version() != self._untouched:
+        if self._untouched is None or not same_bits(values_of(self._push, buffers=True), self._untouched):
             return
         log_joint = LogJoint(self, self.target, args, kwargs)
         if log_joint.missing:
@@ -160,11 +162,6 @@ class ImplicitGuide(VectorGuide):
             full = param_with_module_name(f"{self._pyro_name}.push", name)
             if full in store and store._params[full] is not parameter:
                 del store[full]
-
-    def __getstate__(self) -> dict[str, Any]:
-        drop_weak_references(self)
-        dropped = ("_model", "_plain_model", "_make_network", "_scored_by", "master")
-        return {**self.__dict__, **dict.fromkeys(dropped)}
 
 
 class EstimatedDensity(ImplicitDistribution):
@@ -246,12 +243,6 @@ class Push(nn.Module):
         self.loc = loc.clone()
         self.scale_tril = scale_tril.clone()
         self.log_weight = log_weight.clone()
-
-    def version(self) -> int:
-        """A number that grows with every change of a parameter, and differs once the start was set."""
-        return (
-            sum(t._version for t in self.parameters()) + 1000 * sum(t._version for t in self.buffers()) + id(self.loc)
-        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         resize_to_saved(self, ("loc", "scale_tril", "log_weight"), state_dict, prefix)
