@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.transforms import AffineTransform
 
+from pyro_dgm.core.shapes import refuse_non_finite
+
 __all__ = ["Dequantize", "Standardize", "first_rows"]
 
 _FIRST_ROWS = 10_000  # from which units are taken
