@@ -33,10 +33,11 @@ _FINISHED = ((1e-4, 25), (1e-3, MOST))
 
 
 class _Watched(NamedTuple):
-    """Points on which the steps are checked, changes of the parameters since, and the parameters' last values."""
+    """Points on which the steps are checked, changes of the parameters since, and what the last one left."""
 
     points: tuple[Tensor, Tensor | None, bool]
     changes: int
+    version: int
     values: Tensor
 
 
@@ -162,13 +163,14 @@ class ContinuousFlow(NormalizingFlow):
         if not self.solver.controlled or not torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(point):
             return
         values = values_of(self.field)
+        version = sum(p._version for p in self.field.parameters())
         watched: _Watched | None = self.__dict__.get("_watched")
         if watched is None:
-            self.__dict__["_watched"] = _Watched((*self._points(point, context), sampling), 0, values)
-        elif not same_bits(values, watched.values):
+            self.__dict__["_watched"] = _Watched((*self._points(point, context), sampling), 0, version, values)
+        elif version != watched.version or not same_bits(values, watched.values):
             due = watched.changes + 1 >= _EVERY
             points = (*self._points(point, context), sampling) if due else watched.points
-            self.__dict__["_watched"] = _Watched(points, 0 if due else watched.changes + 1, values)
+            self.__dict__["_watched"] = _Watched(points, 0 if due else watched.changes + 1, version, values)
             if due:
                 self.solver.adapt(float(self._error(*points).mean()), _WHILE_TRAINING)
 
