@@ -20,8 +20,7 @@ from pyro_dgm.cnf.matching import velocity_error
 from pyro_dgm.core import Standardize
 from pyro_dgm.core.data import first_rows
 from pyro_dgm.gan.generator import Generator
-from pyro_dgm.train.descend import Stages, adam
-from pyro_dgm.train.schedule import warm_up
+from pyro_dgm.train.descend import Stages, adam, warm_up
 
 __all__ = ["distil"]
 

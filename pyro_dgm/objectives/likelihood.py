@@ -14,8 +14,7 @@ from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.cnf.matching import FlowMatching, standardize_once
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.shapes import check_batch
-from pyro_dgm.train.descend import Stages, adam
-from pyro_dgm.train.schedule import cosine, warm_up
+from pyro_dgm.train.descend import Stages, adam, cosine, warm_up
 
 __all__ = ["MaximumLikelihood", "Transformed"]
 

@@ -24,7 +24,7 @@ from pyro_dgm.ratio.contrast import Contrast, Diagnosis, diagnosed
 from pyro_dgm.ratio.guide import ImplicitGuide
 from pyro_dgm.ratio.ratio import DensityRatio
 from pyro_dgm.train.descend import Stages, descend
-from pyro_dgm.train.parameters import Average
+from pyro_dgm.train.players import Average
 
 __all__ = ["Adversarial_ELBO"]
 

@@ -26,8 +26,7 @@ from pyro_dgm.core.data import Standardize
 from pyro_dgm.core.distribution import frozen
 from pyro_dgm.core.networks import MLP, broadcast_cat
 from pyro_dgm.core.shapes import as_shape, check_value_shape, refuse_non_finite
-from pyro_dgm.train.descend import Stages, adam, descend
-from pyro_dgm.train.schedule import cosine
+from pyro_dgm.train.descend import Stages, adam, cosine, descend
 
 __all__ = ["DensityRatio", "LogisticRegression", "RatioCheck", "calibration", "learn_ratio", "logistic_loss"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Size, Tensor
 
 from pyro_dgm.simulation.blocks import Part
-from pyro_dgm.train.checkpoint import load_checkpoint, save_checkpoint
+from pyro_dgm.train.history import load_checkpoint, save_checkpoint
 
 __all__ = ["Simulations", "Store", "manifest"]
 

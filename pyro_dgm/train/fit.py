@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyro
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_dgm.core.devices import device_of, seeded, to_device
+from pyro_dgm.core.devices import device_of, fork_rng, seeded, to_device
 from pyro_dgm.train.batches import Batches, held_out_split, row_count
-from pyro_dgm.train.checkpoint import load_checkpoint
-from pyro_dgm.train.descend import Stages
-from pyro_dgm.train.history import FitDiverged, History
+from pyro_dgm.train.descend import Limits, Stages
+from pyro_dgm.train.history import FitDiverged, History, load_checkpoint
 from pyro_dgm.train.hooks import Alternating, Preparing, Recipe, Recommending, Startable
 from pyro_dgm.train.loop import Loop
-from pyro_dgm.train.parameters import owned_parameters
 from pyro_dgm.train.players import MakeOptimizer, OnePlayer, Players, TwoPlayers
-from pyro_dgm.train.schedule import Limits
 
 __all__ = ["FitDiverged", "fit"]
 
@@ -104,7 +105,7 @@ def fit(
         saved = load_checkpoint(checkpoint) if resume and checkpoint else None
         with tqdm(desc="warm start", unit="step", disable=not progress, mininterval=0.5) as bar:
             stages = Stages(limits=limits, bar=bar, checkpoint=checkpoint)
-            with owned_parameters(
+            with _owned_parameters(
                 objective, batches.example(), lambda: _prepare(objective, batches, stages, saved)
             ) as parameters:
                 players: Players
@@ -162,3 +163,44 @@ def _take(objective: nn.Module, state: dict[str, Tensor]) -> None:
             "fit: the checkpoint is of another objective (its tensors have other names or shapes). Give each objective "
             f"its own checkpoint, or pass resume=False. torch says: {error}"
         ) from error
+
+
+@contextmanager
+def _owned_parameters(
+    objective: nn.Module, example: tuple[Any, ...], prepare: Callable[[], None]
+) -> Iterator[list[Tensor]]:
+    """Run the objective once, so that lazy parameters exist, prepare it, and yield all leaf tensors to train.
+
+    They are the objective's own and those of ``pyro.param`` statements. The fit has a param store of its own, so that entries
+    left by an earlier guide of the same name cannot replace a module's parameters (pyro#1204, pyro#3094). Afterwards the
+    trained entries stand in the global store.
+    """
+    store = pyro.get_param_store()
+    outer = store.get_state()
+    with store.scope():
+        with torch.no_grad(), fork_rng():
+            objective(*example)
+        _continue_from(outer, objective)
+        prepare()
+        parameters: list[Tensor] = [p for p in objective.parameters() if p.requires_grad]
+        parameters += [p for p in store.get_state()["params"].values() if all(p is not q for q in parameters)]
+        if not parameters:
+            raise ValueError("fit: the objective has no trainable parameters. Pass model and guide as nn.Modules.")
+        try:
+            yield parameters
+        finally:
+            inner = store.get_state()
+    for key in ("params", "constraints"):
+        outer[key].update(inner[key])
+    store.set_state(outer)
+
+
+def _continue_from(outer: dict[str, Any], objective: nn.Module) -> None:
+    """Take the values that free ``pyro.param`` statements had before; modules keep their own."""
+    own = {id(p) for p in objective.parameters()}
+    state = pyro.get_param_store().get_state()
+    for name, parameter in state["params"].items():
+        known = outer["params"].get(name)
+        if id(parameter) not in own and known is not None and known.shape == parameter.shape:
+            state["params"][name] = known
+    pyro.get_param_store().set_state(state)

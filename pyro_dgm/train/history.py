@@ -1,11 +1,15 @@
-"""The record of a fit, and the error that carries it when a fit has diverged."""
+"""What is kept of a fit: the record of its steps, and its state in a file, from which it resumes."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-__all__ = ["FitDiverged", "History"]
+import torch
+
+__all__ = ["FitDiverged", "History", "load_checkpoint", "save_checkpoint"]
 
 
 @dataclass
@@ -99,3 +103,17 @@ def _smooth(loss: list[float], width: int = 50) -> list[float]:
         total += value - (loss[i - width] if i >= width else 0.0)
         means.append(total / min(i + 1, width))
     return means
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write beside the file and move over it, so that a kill leaves the old state or the new one."""
+    part = Path(f"{path}.part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any] | None:
+    """The saved state, on the CPU, wherever it was saved from; None where there is no file."""
+    if not Path(path).exists():
+        return None
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.train.batches import Batches, named_tensors, non_finite
-from pyro_dgm.train.checkpoint import save_checkpoint
-from pyro_dgm.train.descend import Stages, set_rates
-from pyro_dgm.train.history import FitDiverged, History
+from pyro_dgm.train.descend import Stages, rate_at, round_length, set_rates
+from pyro_dgm.train.history import FitDiverged, History, save_checkpoint
 from pyro_dgm.train.hooks import Convergent, Finishing
 from pyro_dgm.train.players import Players, loss_of, smoothed
-from pyro_dgm.train.schedule import rate_at, round_length
 
 __all__ = ["Loop"]
 

@@ -8,8 +8,7 @@ from torch.distributions import Categorical, Distribution
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.devices import seeded
-from pyro_dgm.train.descend import descend
-from pyro_dgm.train.schedule import cosine
+from pyro_dgm.train.descend import cosine, descend
 from pyro_dgm.vae.conditional import Conditional, Encoded
 from pyro_dgm.vae.latents import FullRank
 from pyro_dgm.vae.model import VAE

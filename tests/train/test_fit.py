@@ -241,6 +241,7 @@ def distilled_pair():
     return dgm.Adversarial(dgm.Generator(1, 8), dgm.Critic(1, 8), pretrain=20)
 
 
+@pytest.mark.filterwarnings("ignore:fit. at step")  # too short to be good
 def test_a_stage_that_has_ended_is_not_repeated(tmp_path, monkeypatch):
     """Stopped in its second stage (planted: the flow trained anew), a fit goes on to the bits of an undisturbed one."""
     rows = X[:, None] + torch.zeros(40, 1)
