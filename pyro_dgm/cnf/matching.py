@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
-from pyro_dgm.core.data import first_rows
 from pyro_dgm.core.shapes import check_batch
 from pyro_dgm.flows.base import NormalizingFlow
+from pyro_dgm.train.batches import first_rows
 from pyro_dgm.train.descend import Stages
 
 __all__ = ["FlowMatching", "standardize_once", "velocity_error"]

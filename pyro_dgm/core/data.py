@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +10,7 @@ from torch.distributions.transforms import AffineTransform
 
 from pyro_dgm.core.shapes import refuse_non_finite
 
-__all__ = ["Dequantize", "Standardize", "first_rows"]
-
-_FIRST_ROWS = 10_000  # from which units are taken
+__all__ = ["Dequantize", "Standardize"]
 
 
 class Standardize(nn.Module):
@@ -134,14 +130,3 @@ class Dequantize(nn.Module):
     def inverse(self, y: Tensor) -> Tensor:
         """The integers, as floats: ``floor(K y)``; values outside [0, 1) go to the nearest level."""
         return (y * self.levels).floor().clamp(0, self.levels - 1)
-
-
-def first_rows(
-    batches: Iterator[tuple[Any, ...]], least: int = _FIRST_ROWS, most_batches: int = 20
-) -> tuple[Tensor, Tensor | None]:
-    """The next rows of the data with their contexts: so many at least, where the batches suffice for it."""
-    found: list[tuple[Any, ...]] = []
-    while len(found) < most_batches and sum(len(batch[0]) for batch in found) < least:
-        found.append(next(batches))
-    columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    return columns[0], columns[1] if len(columns) > 1 else None

@@ -8,7 +8,6 @@ a valley of a nat separates it from the guide's best draw.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from torch.distributions import Transform
 from pyro_dgm.core import frozen
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.diagnostics.khat import Exploration
-from pyro_dgm.model.log_joint import LogJoint, uncovered, value_and_grad
+from pyro_dgm.model.log_joint import Density, LogJoint, pulled_back, uncovered, value_and_grad
 from pyro_dgm.model.vectorize import How, Model
 
-__all__ = ["explore", "pulled_back"]
+__all__ = ["explore"]
 
 _CHAINS = 512  # their noise is 0.12 to 0.16 sd in the largest drift of a coordinate
 _ITERATIONS = (
@@ -31,7 +30,6 @@ _ITERATIONS = (
 _LEAPFROGS = 8
 _ROUNDS = 20  # runs of the model for one density, of which there are some 160. Not measured; chosen by hand
 _ROBUST_SDS = 1.5  # of the 68 % interval: three sds. Not measured; chosen by hand
-Density = Callable[[Tensor], Tensor]  # of many points, in nats
 
 
 def explore(
@@ -79,16 +77,6 @@ def _reason_not_to(log_joint: LogJoint) -> str:
     if log_joint.rounds > _ROUNDS:
         return f"a pass over the subsampled plate takes {log_joint.rounds} runs of the model"
     return ""
-
-
-def pulled_back(log_joint: LogJoint, transform: Any) -> Density:
-    """The log density of z where theta = T(z) has the given one, T with ``call_and_ladj``."""
-
-    def density(z: Tensor) -> Tensor:
-        u, ladj = transform.call_and_ladj(z)
-        return log_joint(u) + ladj
-
-    return density
 
 
 def _drift(density: Density, transform: Transform, u: Tensor) -> tuple[float, float, float]:

@@ -20,10 +20,9 @@ from pyro_dgm.core import frozen
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.diagnostics.converters import groups_of_samples
-from pyro_dgm.diagnostics.explore import pulled_back
 from pyro_dgm.diagnostics.groups import container_of
 from pyro_dgm.diagnostics.options import CONTAINER, ContainerOptions, with_defaults
-from pyro_dgm.model.log_joint import LogJoint
+from pyro_dgm.model.log_joint import LogJoint, pulled_back
 from pyro_dgm.model.program import Model, refuse_guides_as_models
 from pyro_dgm.model.runs import Draws
 

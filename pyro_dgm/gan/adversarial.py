@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, frozen
-from pyro_dgm.core.data import first_rows
 from pyro_dgm.core.shapes import check_batch
 from pyro_dgm.flows.base import NormalizingFlow
 from pyro_dgm.gan.critic import Critic
 from pyro_dgm.gan.distillation import distil
 from pyro_dgm.gan.generator import Generator
 from pyro_dgm.gan.losses import LOSSES, gradient_norms
+from pyro_dgm.train.batches import first_rows
 from pyro_dgm.train.descend import Stages
 
 __all__ = ["Adversarial", "NEIGHBOURS", "expected_coverage", "sample_quality"]

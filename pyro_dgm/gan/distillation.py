@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pyro_dgm.cnf import FFJORD
 from pyro_dgm.cnf.matching import velocity_error
 from pyro_dgm.core import Standardize
-from pyro_dgm.core.data import first_rows
 from pyro_dgm.gan.generator import Generator
+from pyro_dgm.train.batches import first_rows
 from pyro_dgm.train.descend import Stages, adam, warm_up
 
 __all__ = ["distil"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pyro import poutine
@@ -20,7 +20,7 @@ from pyro_dgm.model.handlers import EndOfRun, run_to_end
 from pyro_dgm.model.sites import Site, latent_sites
 from pyro_dgm.model.supports import onto, place_of, same_support
 
-__all__ = ["Constrain", "Coordinates", "Latent"]
+__all__ = ["Constrain", "Coordinates", "HasCoordinates", "Latent"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,15 @@ class Coordinates:
         if self.centre is None:
             raise ValueError(f"Coordinates: site '{name}' is circular and no centre was given.")
         return self.parts(self.centre)[name]
+
+
+@runtime_checkable
+class HasCoordinates(Protocol):
+    """A guide that keeps its own coordinates: they may move with the latents, or be cut open at a place of the circle."""
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """As they are now."""
 
 
 class Constrain(poutine.messenger.Messenger):

@@ -22,16 +22,30 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.model.coordinates import Constrain, Coordinates
+from pyro_dgm.model.coordinates import Constrain, Coordinates, HasCoordinates
 from pyro_dgm.model.runs import Runs, rounds_of
 from pyro_dgm.model.sites import is_enumerable, latent_sites
 from pyro_dgm.model.stability import AnySite
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine, How, Model, over_draws, plate_nesting
 
-__all__ = ["LogJoint", "ascend", "barrier", "other_modes", "prior_draws", "spread", "uncovered", "value_and_grad"]
+__all__ = [
+    "Density",
+    "LogJoint",
+    "ascend",
+    "barrier",
+    "other_modes",
+    "prior_draws",
+    "pulled_back",
+    "spread",
+    "uncovered",
+    "value_and_grad",
+]
 
 
-def value_and_grad(log_density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+Density = Callable[[Tensor], Tensor]  # of many points, in nats
+
+
+def value_and_grad(log_density: Density, u: Tensor) -> tuple[Tensor, Tensor]:
     """A log density of many points and its gradient; where either is not finite the value is -inf and the gradient zero."""
     u = u.detach().requires_grad_()
     with torch.enable_grad():
@@ -43,6 +57,16 @@ def value_and_grad(log_density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[
 
 
 _LATEST: WeakKeyDictionary[AutoContinuous, weakref.ref[LogJoint]] = WeakKeyDictionary()
+
+
+def pulled_back(log_joint: LogJoint, transform: Any) -> Density:
+    """The log density of z where theta = T(z) has the given one, T with ``call_and_ladj``."""
+
+    def density(z: Tensor) -> Tensor:
+        u, ladj = transform.call_and_ladj(z)
+        return log_joint(u) + ladj
+
+    return density
 
 
 class LogJoint:
@@ -76,7 +100,7 @@ class LogJoint:
     ) -> None:
         self.guide = guide
         self.dim = guide.latent_dim
-        self._fixed = None if hasattr(guide, "coordinates") else Coordinates.of(guide)
+        self._fixed = None if isinstance(guide, HasCoordinates) else Coordinates.of(guide)
         known = {k: s["value"] for k, s in latent_sites(guide.prototype_trace)}
         with pyro.validation_enabled(False), fork_rng():
             conditioned = poutine.trace(poutine.condition(model, data=known))

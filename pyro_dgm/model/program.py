@@ -19,6 +19,7 @@ from pyro.infer.autoguide.guides import AutoCallable, AutoGuide, AutoGuideList
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.distribution import ImplicitDistribution
+from pyro_dgm.model.coordinates import HasCoordinates
 from pyro_dgm.model.handlers import Given, Undrawn, warn_of_masked_sums
 from pyro_dgm.model.runs import Draws, Runs, Table, rounds_of, stacked
 from pyro_dgm.model.sites import (
@@ -350,7 +351,7 @@ def _broadcasts(guide: Any) -> bool:
     """
     parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
     own = all(isinstance(part, AutoGuide) and not isinstance(part, AutoCallable) for part in parts)
-    return own and not any(part.coordinates.moving for part in parts if hasattr(part, "coordinates"))
+    return own and not any(part.coordinates.moving for part in parts if isinstance(part, HasCoordinates))
 
 
 def _values(trace: poutine.Trace) -> Draws:

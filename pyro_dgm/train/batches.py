@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 
 from pyro_dgm.core.devices import put_random_states, random_states, to_device
 
-__all__ = ["Batches", "BatchStream", "held_out_split", "named_tensors", "non_finite", "row_count"]
+__all__ = ["Batches", "BatchStream", "first_rows", "held_out_split", "named_tensors", "non_finite", "row_count"]
+
+_FIRST_ROWS = 10_000  # from which units are taken. Not measured; chosen by hand
 
 
 class Batches:
@@ -173,3 +175,14 @@ def non_finite(args: tuple[Any, ...]) -> str:
         if a.is_floating_point() and not a.isfinite().all()
     ]
     return "; ".join(bad)
+
+
+def first_rows(
+    batches: Iterator[tuple[Any, ...]], least: int = _FIRST_ROWS, most_batches: int = 20
+) -> tuple[Tensor, Tensor | None]:
+    """The next rows of the data with their contexts: so many at least, where the batches suffice for it."""
+    found: list[tuple[Any, ...]] = []
+    while len(found) < most_batches and sum(len(batch[0]) for batch in found) < least:
+        found.append(next(batches))
+    columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    return columns[0], columns[1] if len(columns) > 1 else None

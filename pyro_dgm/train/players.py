@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyro_dgm.core.data import first_rows
 from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.train.batches import Batches, BatchStream
+from pyro_dgm.train.batches import Batches, BatchStream, first_rows
 from pyro_dgm.train.descend import adam, take_step
 from pyro_dgm.train.history import History
 from pyro_dgm.train.hooks import Alternating, Paced, Recipe

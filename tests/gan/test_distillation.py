@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import pyro_dgm as dgm
-from pyro_dgm.core.data import first_rows
 from pyro_dgm.gan.distillation import distil
+from pyro_dgm.train.batches import first_rows
 
 
 def endless(*tensors, size=500):
