@@ -63,7 +63,11 @@ class Standardize(nn.Module):
 
     def is_identity(self) -> bool:
         """Whether nothing was fitted; looked up in the buffers once per change of theirs."""
-        loc, scale, asked = self.loc, self.scale, self._asked
+        loc = self.loc
+        scale = self.scale
+        asked = self._asked
+        if loc.is_meta:
+            return False
         if (
             asked is None
             or asked[0] is not loc

@@ -47,14 +47,16 @@ def frozen(*tensors: Tensor) -> Iterator[None]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal to the last bit, NaN equal to itself; False where no number may be looked at.
+    """Whether two tensors are equal to the last bit, NaN equal to itself; False where no number may be looked at (vmap, JIT).
 
     >>> same_bits(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))
     True
     """
     if a is b:
         return True
-    if a.shape != b.shape or a.dtype != b.dtype or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (a, b))):
+    if a.shape != b.shape or a.dtype != b.dtype or torch.jit.is_tracing():
+        return False
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (a, b))):
         return False
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.detach().view(bits), b.detach().view(bits))

@@ -54,7 +54,7 @@ def _log_weights(who: str, idata: Any) -> np.ndarray:
     if "log_weight" not in stats:
         raise ValueError(
             f"{who}: sample_stats has no log_weight (log p - log q). Make the container with from_svi, of a guide with a "
-            "density, and resample it once at most; an implicit guide is judged by Adversarial_ELBO(...).diagnose()."
+            "density, and resample it once at most; an implicit one is judged by Adversarial_ELBO(...).diagnose()."
         )
     return np.asarray(stats["log_weight"], dtype=np.float64).ravel()
 

@@ -241,9 +241,9 @@ def _mann_whitney(ours: Tensor, theirs: Tensor, first: Tensor) -> JudgedScore:
     from scipy.stats import rankdata  # mannwhitneyu gives neither an error nor the null
 
     n, m = len(ours), len(theirs)
-    rank = torch.as_tensor(rankdata(torch.cat([ours, theirs])))
-    share_below_ours = (rank[:n] - torch.as_tensor(rankdata(ours))) / m
-    share_below_theirs = (rank[n:] - torch.as_tensor(rankdata(theirs))) / n
+    rank = torch.from_numpy(rankdata(torch.cat([ours, theirs])))
+    share_below_ours = (rank[:n] - torch.from_numpy(rankdata(ours))) / m
+    share_below_theirs = (rank[n:] - torch.from_numpy(rankdata(theirs))) / n
     error = (share_below_ours.var() / n + share_below_theirs.var() / m).sqrt()
     sums = rank @ first.double()
     values = 1.0 - (sums - 0.5 * n * (n + 1)) / (n * m)

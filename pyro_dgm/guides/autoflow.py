@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
-from pyro_dgm.core.distribution import same_bits
 from pyro_dgm.core.module import values_of
 from pyro_dgm.flows.base import StandardNormalBase
 from pyro_dgm.flows.coupling import StudentTBase, TailedCoupling
@@ -89,7 +88,6 @@ class AutoFlow(VectorGuide):
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._make_family = (family or TailedCoupling,)
         self.init_scale = init_scale
-        self._untouched: Tensor | None = None
         self._registered: int | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -104,7 +102,7 @@ class AutoFlow(VectorGuide):
         Separated modes that were found, each within 6 nats of the best, get a flow of their own.
         """
         self.setup(*args, **kwargs)
-        if not self._is_untouched():
+        if not self._is_untouched(self._posterior):
             return
         log_joint = LogJoint.known(self, self.target, args, kwargs)
         if log_joint.missing:  # they were blocked from the guide: the density is not known
@@ -134,10 +132,6 @@ class AutoFlow(VectorGuide):
     def _posterior(self) -> Any:
         """The posterior without the ``pyro.module`` statement that reading the attribute makes."""
         return self._modules["posterior"]
-
-    def _is_untouched(self) -> bool:
-        """Whether the posterior is as it was set up: neither trained, nor loaded, nor whitened."""
-        return self._untouched is not None and same_bits(values_of(self._posterior, buffers=True), self._untouched)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> LearnedDistribution:
         self.setup(*args, **kwargs)
@@ -172,7 +166,7 @@ class AutoFlow(VectorGuide):
         known = store._params.get(param_with_module_name(prefix, "components.0.affine"))
         if known is posterior.affine and self._registered == posterior.buffer_version():
             return False
-        fill = known is not None and self._is_untouched()
+        fill = known is not None and self._is_untouched(self._posterior)
         if fill:
             posterior.grow(sum(k.startswith(f"{prefix}$$$components") and k.endswith(".affine") for k in store._params))
         buffers = [(n, b) for n, b in posterior.named_buffers() if b.is_floating_point()]

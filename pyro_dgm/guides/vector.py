@@ -14,10 +14,12 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.distribution import same_bits
+from pyro_dgm.core.module import values_of
 from pyro_dgm.core.upstream import drop_weak_references
 from pyro_dgm.model.coordinates import Constrain, Coordinates
 from pyro_dgm.model.log_joint import LogJoint, ascend, prior_draws, spread
@@ -40,11 +42,20 @@ class VectorGuide(AutoContinuous):
     """
 
     _prototype_hide_fn = staticmethod(_hidden)
-    lost_by_pickle: tuple[str, ...] = ("_model", "_plain_model", "master")  # functions, and a weak reference
+    # functions, a weak reference, and whether the guide was trained
+    lost_by_pickle: tuple[str, ...] = ("_model", "_plain_model", "master", "_untouched")
 
     def __init__(self, model: Callable[..., Any], *, init_loc_fn: Callable[..., Tensor]) -> None:
         super().__init__(model, init_loc_fn=_or_zero(init_loc_fn))
         self._plain_model: Any = (model,)
+        self._untouched: Tensor | None = None
+
+    def _is_untouched(self, learned: nn.Module) -> bool:
+        """Whether what is learned still has the values of the set-up; a copy does not know."""
+        if self._untouched is None:
+            return False
+        values = values_of(learned, buffers=True)
+        return same_bits(values, self._untouched.to(values))
 
     def __getstate__(self) -> dict[str, Any]:
         drop_weak_references(self)

@@ -22,7 +22,6 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_dgm.core import MLP, ImplicitDistribution
-from pyro_dgm.core.distribution import same_bits
 from pyro_dgm.core.module import resize_to_saved, values_of
 from pyro_dgm.guides.modes import fitted_log_weights
 from pyro_dgm.guides.start import find_start
@@ -82,7 +81,6 @@ class ImplicitGuide(VectorGuide):
         self.noise_features = noise_features
         self.init_scale = init_scale
         self._scored_by: tuple[Callable[[Tensor], Tensor]] | None = None
-        self._untouched: Tensor | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -107,7 +105,7 @@ class ImplicitGuide(VectorGuide):
     def warm_start(self, *args: Any, **kwargs: Any) -> None:
         """Start at the Gaussians of :func:`~pyro_dgm.guides.start.find_start`; a trained guide stays as it is."""
         self.setup(*args, **kwargs)
-        if self._untouched is None or not same_bits(values_of(self._push, buffers=True), self._untouched):
+        if not self._is_untouched(self._push):
             return
         log_joint = LogJoint(self, self.target, args, kwargs)
         if log_joint.missing:
