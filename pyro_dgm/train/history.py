@@ -124,6 +124,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path | None, about: Callable[[], dict[str, Any]], resume: bool = True) -> None:
+        if not isinstance(path, str | os.PathLike | None):
+            raise TypeError(f"fit: checkpoint={path!r}, expected the path of a file, or None.")
         self.path = None if path is None else Path(path)
         self.resume = resume
         self.failed = False

@@ -247,6 +247,11 @@ class Loop:
             self.history.stopped = "interrupted"
         finally:
             self._restore(self.best)
+        if self.history.steps and not self.history.best_step and stopped not in ("", "diverged"):
+            warn_user(
+                f"fit: no check in {self.history.steps} steps found a finite loss, so the parameters are those from before the "
+                "first step. Usual causes: a learning rate that is too large, held-out data outside the likelihood's support."
+            )
 
     def _settle(self) -> None:
         """Let parts of the objective settle around the best parameters; an interruption cuts this short."""

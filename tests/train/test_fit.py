@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -369,8 +370,11 @@ def test_the_state_that_is_kept_has_a_finite_loss(when, by, options):
         optimizer.when, optimizer.by = when, by
         return optimizer
 
-    history = dgm.fit(objective, X, optimizer=make, progress=False, seed=0, **options)
-    assert math.isfinite(float(objective(X)))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        history = dgm.fit(objective, X, optimizer=make, progress=False, seed=0, **options)
+    assert any("are those from before the first step" in str(w.message) for w in told) == (history.best_step == 0)
+    assert math.isfinite(objective(X).item())
     assert history.best_step < when and (history.best_step == 0) == (history.best_loss == math.inf)
 
 

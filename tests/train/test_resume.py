@@ -188,6 +188,8 @@ def test_a_place_that_cannot_hold_a_checkpoint_is_refused_before_training(tmp_pa
     for path in (tmp_path / "missing" / "c", tmp_path):
         with pytest.raises(ValueError, match="Name a file in a folder that exists"):
             finished(path, objective)
+    with pytest.raises(TypeError, match="checkpoint=True, expected the path of a file"):
+        finished(True, objective)
     assert objective.calls == 0
 
 
