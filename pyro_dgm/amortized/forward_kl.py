@@ -20,6 +20,7 @@ from pyro_dgm.amortized.group import Turn
 from pyro_dgm.amortized.guide import AmortizedGuide
 from pyro_dgm.cnf.matching import FlowMatching
 from pyro_dgm.core.devices import device_of, to_device
+from pyro_dgm.core.shapes import check_number
 from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
 
@@ -84,6 +85,7 @@ class ForwardKL(nn.Module):
             raise TypeError(
                 f"ForwardKL: {type(guide).__name__} is not amortised: it does not take the data. Expected an AmortizedGuide."
             )
+        check_number("ForwardKL", "batch_size", batch_size, least=1, whole=True)
         self.guide = guide
         self.batch_size = batch_size
         self.inputs = inputs

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.cnf.field import NOTHING_KNOWN, Motion, Plan, Rates, VectorField
+from pyro_dgm.core.shapes import check_number
 
-__all__ = ["BlackBoxField", "SumField"]
+__all__ = ["BlackBoxField", "SumField", "check_trace"]
 
 _KINKED = (
     nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
@@ -49,10 +50,7 @@ class BlackBoxField(VectorField):
         self, module: nn.Module, features: int, context_features: int = 0, trace: str = "exact", probes: int = 1
     ) -> None:
         super().__init__(features, context_features)
-        if trace not in ("exact", "hutchinson"):
-            raise ValueError(f"trace={trace!r}: expected 'exact' or 'hutchinson'.")
-        if probes < 1:
-            raise ValueError(f"probes={probes}: expected at least 1.")
+        check_trace("BlackBoxField", trace, probes)
         self.module = module
         self.trace = trace
         self.probes = probes
@@ -151,3 +149,10 @@ class SumField(VectorField):
     def probe(self, x: Tensor) -> Tensor | None:
         probes = [p for p in (f.probe(x) for f in self.fields) if p is not None]
         return probes[0] if probes else None
+
+
+def check_trace(owner: str, trace: str, probes: int) -> None:
+    """Refuse an unknown trace, and a number of probes that is none."""
+    if trace not in ("exact", "hutchinson"):
+        raise ValueError(f"{owner}: trace={trace!r}, expected 'exact' or 'hutchinson'.")
+    check_number(owner, "probes", probes, least=1, whole=True)

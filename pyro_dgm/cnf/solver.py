@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_dgm.core.distribution import same_bits
+from pyro_dgm.core.shapes import check_number
 
 if TYPE_CHECKING:
     from pyro_dgm.cnf.families import ContinuousFlow
@@ -64,7 +65,7 @@ class Solver(nn.Module):
         max_nfe: evaluations after which a solve is given up.
 
     Raises:
-        ValueError: for an unknown method, and for steps below 1.
+        ValueError: for an unknown method, steps below 1, and a tolerance that is not positive.
         SolverError: from a call, if the field returns NaN or infinity, or needs more than ``max_nfe`` evaluations.
     """
 
@@ -76,8 +77,10 @@ class Solver(nn.Module):
         super().__init__()
         if method not in FIXED and method not in ADAPTIVE:
             raise ValueError(f"{name}: method={method!r}, expected one of {', '.join([*FIXED, *ADAPTIVE])}.")
-        if steps is not None and steps < 1:
-            raise ValueError(f"{name}: steps={steps}, expected at least 1, or None to have them found.")
+        if steps is not None:
+            check_number(name, "steps", steps, least=1, whole=True, advice="None has them found.")
+        check_number(name, "tolerance", tolerance, above=0)
+        check_number(name, "max_nfe", max_nfe, least=1, whole=True)
         self.method = method
         self.tolerance = tolerance
         self.adjoint = adjoint

@@ -1,8 +1,10 @@
-"""Batch, event and context shapes: what is checked, and the text of every shape error."""
+"""Batch, event and context shapes, and numbers that are settings: what is checked, and the text of every such error."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,7 @@ __all__ = [
     "check_batch",
     "check_built",
     "check_context",
+    "check_number",
     "check_support",
     "check_value_shape",
     "of_entries",
@@ -127,6 +130,34 @@ def refuse_non_finite(who: str, rows: Tensor, what: str = "rows") -> None:
         return
     bad = int((~rows.isfinite()).reshape(len(rows), -1).any(-1).sum())
     raise ValueError(f"{who}: {bad} of {len(rows)} {what} hold NaN or infinity. Clean the data.")
+
+
+def check_number(
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    whole: bool = False,
+    advice: str = "",
+) -> None:
+    """Refuse a setting that is no finite number, no whole one where it counts something, or too small.
+
+    >>> check_number("fit", "max_steps", 10, least=1, whole=True)
+    >>> check_number("fit", "lr", float("nan"), above=0)
+    Traceback (most recent call last):
+    ValueError: fit: lr=nan, expected a finite number > 0.
+    """
+    bounds = [f">= {least:g}"] if least is not None else []
+    bounds += [f"> {above:g}"] if above is not None else []
+    expected = " ".join(["a whole number" if whole else "a finite number", *bounds])
+    message = " ".join([f"{owner}: {name}={value!r}, expected {expected}.", advice]).strip()
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise TypeError(message)
+    too_small = (least is not None and value < least) or (above is not None and value <= above)
+    if too_small or not math.isfinite(value):
+        raise ValueError(message)
 
 
 def _is_real(support: constraints.Constraint) -> bool:

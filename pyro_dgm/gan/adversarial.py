@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, frozen
-from pyro_dgm.core.shapes import check_batch
+from pyro_dgm.core.shapes import check_batch, check_number
 from pyro_dgm.flows.base import NormalizingFlow
 from pyro_dgm.gan.critic import Critic
 from pyro_dgm.gan.distillation import distil
@@ -201,16 +201,12 @@ class Adversarial(nn.Module):
         return ((square + 1e-12).sqrt() - 1.0).square().mean()
 
     def _refuse_bad_settings(self) -> None:
-        weights = {k: getattr(self, k) for k in ("r1", "r2", "gradient_penalty", "likelihood")}
-        if min(weights.values()) < 0.0:
-            raise ValueError(f"Adversarial: weights must not be negative, got {weights}.")
-        if self.steps < 0:
-            raise ValueError(f"Adversarial: pretrain={self.steps}, expected a number of steps, or 0 for none.")
-        if self.critic_steps < 1 or not 0.0 <= self.ema < 1.0:
-            raise ValueError(
-                f"Adversarial: critic_steps={self.critic_steps} and ema={self.ema}, expected at least 1, and a decay "
-                "in [0, 1)."
-            )
+        for name in ("r1", "r2", "gradient_penalty", "likelihood", "ema"):
+            check_number("Adversarial", name, getattr(self, name), least=0)
+        check_number("Adversarial", "pretrain", self.steps, least=0, whole=True, advice="0 is for none.")
+        check_number("Adversarial", "critic_steps", self.critic_steps, least=1, whole=True)
+        if self.ema >= 1.0:
+            raise ValueError(f"Adversarial: ema={self.ema}, expected a decay in [0, 1).")
 
     def _refuse_without_density(self) -> None:
         if self.likelihood and not _has_density(self.generator):

@@ -20,7 +20,7 @@ from pyro_dgm.cnf.matching import velocity_error
 from pyro_dgm.core import Standardize
 from pyro_dgm.gan.generator import Generator
 from pyro_dgm.train.batches import first_rows
-from pyro_dgm.train.descend import Stages, adam, warm_up
+from pyro_dgm.train.descend import Limits, Stages, adam, warm_up
 
 __all__ = ["distil"]
 
@@ -48,7 +48,8 @@ def distil(generator: Generator, batches: Iterator[tuple[Any, ...]], steps: int,
     stages.descend("flow matching", teacher, optimizer, matching, steps, _linear, _CLIP)
     later = max(1, steps // 2)
     n = min(_PAIRS, _ROWS * later)
-    z, u, context = teacher.pairs(n, _contexts(batches, n))
+    z, u, context = teacher.pairs(n, _contexts(batches, n), stages.seconds())
+    n = len(z)
 
     def distance() -> Tensor:
         some = torch.randint(n, (_ROWS,), device=z.device)
@@ -94,12 +95,21 @@ class _Teacher(nn.Module):
         return velocity_error(self.flow, "linear", noise, data, self._seen(context))
 
     @torch.no_grad()
-    def pairs(self, n: int, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """n latents, where the flow takes them in the generator's units, and their contexts."""
+    def pairs(
+        self, n: int, context: Tensor | None, seconds: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """n latents, or as many as the seconds allow, where the flow takes them in the generator's units, and contexts."""
         z = self.generator.latents(n, context)
-        moved = self.flow.solve(self._noise(z), self._seen(context), sampling=True)[0]
-        coordinates = torch.addcmul(self.flow.standard.loc, self.flow.standard.scale, moved)
-        return z, self._lift(coordinates), context
+        moved: list[Tensor] = []
+        clock = Limits(None, seconds)
+        for rows in torch.arange(n).split(n if seconds is None else _ROWS):
+            seen = self._seen(None if context is None else context[rows])
+            moved.append(self.flow.solve(self._noise(z[rows]), seen, sampling=True)[0])
+            if clock.progress(0) >= 1.0:
+                break
+        coordinates = torch.addcmul(self.flow.standard.loc, self.flow.standard.scale, torch.cat(moved))
+        made = len(coordinates)
+        return z[:made], self._lift(coordinates), None if context is None else context[:made]
 
     def _noise(self, z: Tensor) -> Tensor:
         return z.reshape(len(z), -1)[:, : self.flow.features]

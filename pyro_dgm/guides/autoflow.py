@@ -19,6 +19,7 @@ from torch.distributions import Distribution, Independent, Transform
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
 from pyro_dgm.core.module import values_of
+from pyro_dgm.core.shapes import check_number
 from pyro_dgm.flows.base import StandardNormalBase
 from pyro_dgm.flows.coupling import StudentTBase, TailedCoupling
 from pyro_dgm.guides.modes import Modes, WhitenedPosterior
@@ -86,6 +87,7 @@ class AutoFlow(VectorGuide):
     ) -> None:
         model = model if reparam is None else poutine.reparam(model, config=reparam)
         super().__init__(model, init_loc_fn=init_loc_fn)
+        check_number("AutoFlow", "init_scale", init_scale, above=0)
         self._make_family = (family or TailedCoupling,)
         self.init_scale = init_scale
         self._registered: int | None = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.cnf.matching import FlowMatching, standardize_once
 from pyro_dgm.core import DistributionModule
-from pyro_dgm.core.shapes import check_batch
+from pyro_dgm.core.shapes import check_batch, check_number
 from pyro_dgm.train.descend import Stages, adam, cosine, warm_up
 
 __all__ = ["MaximumLikelihood", "Transformed"]
@@ -77,10 +77,9 @@ class MaximumLikelihood(nn.Module):
         if kinetic is None:
             kinetic = _KINETIC if continuous else 0.0
         weights = {"transport": transport, "hjb": hjb, "kinetic": kinetic, "jacobian": jacobian}
-        if any(w < 0.0 for w in weights.values()) or pretrain < 0:
-            raise ValueError(
-                f"MaximumLikelihood: weights and pretrain must not be negative, got {weights}, {pretrain}."
-            )
+        for name, weight in weights.items():
+            check_number("MaximumLikelihood", name, weight, least=0)
+        check_number("MaximumLikelihood", "pretrain", pretrain, least=0, whole=True)
         self.weights = {name: weight for name, weight in weights.items() if weight}
         if self.weights and not continuous:
             raise ValueError(

@@ -20,6 +20,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyro_dgm.core.shapes import check_number
 from pyro_dgm.model.sites import latent_sites, plate_frames, sample_sites
 
 __all__ = ["WeightedKL_ELBO"]
@@ -58,10 +59,9 @@ class WeightedKL_ELBO(Trace_ELBO):
     """
 
     def __init__(self, beta: float = 1.0, *, warmup_steps: int = 0, free_nats: float = 0.0) -> None:
-        if min(beta, warmup_steps, free_nats) < 0:
-            raise ValueError(
-                f"WeightedKL_ELBO: beta={beta}, warmup_steps={warmup_steps}, free_nats={free_nats}, expected >= 0."
-            )
+        check_number("WeightedKL_ELBO", "beta", beta, least=0)
+        check_number("WeightedKL_ELBO", "warmup_steps", warmup_steps, least=0, whole=True)
+        check_number("WeightedKL_ELBO", "free_nats", free_nats, least=0)
         super().__init__()
         self.beta = beta
         self.warmup_steps = warmup_steps

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.shapes import check_number
 from pyro_dgm.core.weights import psis
 from pyro_dgm.model.log_joint import LogJoint, uncovered
 from pyro_dgm.ratio.contrast import Contrast, Diagnosis, diagnosed
@@ -78,6 +79,9 @@ class Adversarial_ELBO(nn.Module):
         True
     """
 
+    settling = (
+        0.5  # of a fit's seconds, for ``finish``, which takes as many steps of the classifier as 75 steps of the guide
+    )
     _joint: LogJoint
 
     def __init__(
@@ -93,7 +97,11 @@ class Adversarial_ELBO(nn.Module):
         critic_lr: float = 2e-3,
     ) -> None:
         super().__init__()
-        _check_arguments(guide, critic, contrast, num_particles, critic_steps, critic_batch)
+        _check_arguments(guide, critic, contrast)
+        counts = {"num_particles": num_particles, "critic_steps": critic_steps, "critic_batch": critic_batch}
+        for name, count in counts.items():
+            check_number("Adversarial_ELBO", name, count, least=1, whole=True)
+        check_number("Adversarial_ELBO", "critic_lr", critic_lr, above=0)
         self.model = model
         self.guide = guide
         self.num_particles = num_particles
@@ -250,7 +258,7 @@ def _fingerprint(guide: ImplicitGuide) -> tuple[int, float]:
     return len(guide.log_weight()), sum(float(b.double().sum()) for b in guide.buffers())
 
 
-def _check_arguments(guide: object, critic: object, contrast: str, *counts: int) -> None:
+def _check_arguments(guide: object, critic: object, contrast: str) -> None:
     if not isinstance(guide, ImplicitGuide):
         raise TypeError(
             f"Adversarial_ELBO: the guide is {type(guide).__name__}, expected an ImplicitGuide. A guide with a density needs "
@@ -264,10 +272,6 @@ def _check_arguments(guide: object, critic: object, contrast: str, *counts: int)
         raise ValueError(
             f"Adversarial_ELBO: contrast={contrast!r}, expected 'adaptive'. Leave it out: against the prior no ratio can be "
             "learned beyond a few dimensions."
-        )
-    if min(counts) < 1:
-        raise ValueError(
-            f"Adversarial_ELBO: num_particles, critic_steps and critic_batch are {counts}, expected 1 or more each."
         )
 
 

@@ -23,6 +23,7 @@ from torch.distributions import Distribution
 
 from pyro_dgm.core import MLP, ImplicitDistribution
 from pyro_dgm.core.module import resize_to_saved, values_of
+from pyro_dgm.core.shapes import check_number
 from pyro_dgm.guides.modes import fitted_log_weights
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
@@ -77,6 +78,8 @@ class ImplicitGuide(VectorGuide):
         init_scale: float = 0.1,
     ) -> None:
         super().__init__(model, init_loc_fn=init_loc_fn)
+        check_number("ImplicitGuide", "noise_features", noise_features, least=0, whole=True)
+        check_number("ImplicitGuide", "init_scale", init_scale, above=0)
         self._make_network = (network,)
         self.noise_features = noise_features
         self.init_scale = init_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,17 @@ from torch.utils.data import DataLoader
 
 from pyro_dgm.core.devices import put_random_states, random_states, to_device
 
-__all__ = ["Batches", "BatchStream", "first_rows", "held_out_split", "named_tensors", "non_finite", "row_count"]
+__all__ = [
+    "BatchStream",
+    "Batches",
+    "as_args",
+    "described",
+    "first_rows",
+    "held_out_split",
+    "named_tensors",
+    "non_finite",
+    "row_count",
+]
 
 _FIRST_ROWS = 10_000  # from which units are taken. Not measured; chosen by hand
 
@@ -29,7 +40,7 @@ class Batches:
     def __init__(self, data: Any, batch_size: int | None, device: torch.device | None = None) -> None:
         self.device = device
         self.loader = data if isinstance(data, DataLoader) else None
-        self.args = () if self.loader else _as_args(data)
+        self.args = () if self.loader else as_args(data)
         self.rows = None if self.loader or batch_size is None else _rows(self.args)
         self.args = self.args if self.rows else to_device(self.args, device)
         self.batch_size: int = batch_size or 0
@@ -45,7 +56,7 @@ class Batches:
     def example(self) -> tuple[Any, ...]:
         """Arguments for a first run: everything, or one batch."""
         if self.loader is not None:
-            return to_device(_as_args(next(iter(self.loader))), self.device)
+            return to_device(as_args(next(iter(self.loader))), self.device)
         return self.args if self.rows is None else self._take(torch.arange(min(self.batch_size, self.rows)))
 
     def __iter__(self) -> BatchStream:
@@ -58,7 +69,7 @@ class Batches:
 
     def _one_pass(self) -> Iterable[tuple[Any, ...]]:
         if self.loader is not None:
-            return (to_device(_as_args(batch), self.device) for batch in self.loader)
+            return (to_device(as_args(batch), self.device) for batch in self.loader)
         if self.rows is None:
             return [self.args]
         return (self._take(index) for index in torch.randperm(self.rows).split(self.batch_size))
@@ -103,7 +114,7 @@ class BatchStream:
 
 def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Split the rows of all tensors into training and held-out data, at random."""
-    args = _as_args(data)
+    args = as_args(data)
     rows = _rows(args)
     held = max(1, round(fraction * rows))
     if not 0.0 < fraction < 1.0 or held >= rows:
@@ -114,9 +125,40 @@ def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[A
     return _picked(args, order[held:]), _picked(args, order[:held])
 
 
-def _as_args(data: Any) -> tuple[Any, ...]:
+def as_args(data: Any) -> tuple[Any, ...]:
+    """The objective's arguments that data stand for, apart from the graph that made them: a fit goes through it many times."""
     args = tuple(data) if isinstance(data, tuple | list) else (data,)
-    return tuple(_as_dict(a) if isinstance(a, Mapping) else a for a in args)
+    return tuple(_detached(_as_dict(a) if isinstance(a, Mapping) else a) for a in args)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _detached(v) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_detached(v) for v in value)
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+
+def described(data: Any) -> Any:
+    """Data in few words that tell other data apart: of tensors shape, dtype and a checksum of the values."""
+    if isinstance(data, DataLoader):
+        tensors = getattr(data.dataset, "tensors", None)
+        return [f"a loader of {len(data)} batches", data.batch_size, described(tensors)]
+    if isinstance(data, Mapping):
+        return {str(k): described(v) for k, v in data.items()}
+    if isinstance(data, tuple | list):
+        return [described(v) for v in data]
+    if isinstance(data, Tensor):
+        return _described_tensor(data)
+    return repr(data) if isinstance(data, bool | int | float | str | None) else type(data).__name__
+
+
+def _described_tensor(x: Tensor) -> str:
+    x = x.detach().cpu().to_dense()
+    values = x.reshape(-1).contiguous().view(torch.uint8)
+    return (
+        f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} (checksum {zlib.crc32(values.numpy().tobytes()):08x})"
+    )
 
 
 def _as_dict(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +189,7 @@ def row_count(data: Any) -> int | None:
     """Rows of the data, where they are tensors with one first dimension."""
     if isinstance(data, DataLoader):
         return None
-    sizes = {a.shape[0] for _, a in named_tensors(_as_args(data)) if a.dim()}
+    sizes = {a.shape[0] for _, a in named_tensors(as_args(data)) if a.dim()}
     return sizes.pop() if len(sizes) == 1 else None
 
 

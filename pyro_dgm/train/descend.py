@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from pyro_dgm.train.batches import BatchStream
-from pyro_dgm.train.history import History, save_checkpoint
+from pyro_dgm.train.history import Checkpoint, History
 
 __all__ = [
     "Limits",
@@ -52,20 +51,26 @@ _SHOWN = 50  # losses in the means of a stage's first and last loss, as in a His
 
 @dataclass
 class Limits:
-    """Steps and seconds after which training ends, whichever comes first."""
+    """Steps and seconds after which training ends, whichever comes first; the clock runs from the start.
+
+    Attributes:
+        reserved: seconds that are left for what comes after the steps.
+        spent: seconds before the first step.
+    """
 
     max_steps: int | None
     max_seconds: float | None
+    reserved: float = 0.0
+    spent: float = 0.0
     began: float = field(default_factory=time.perf_counter)
 
     def begin(self) -> None:
-        """Start the clock: what was done before (imports, a first run) does not count."""
-        self.began = time.perf_counter()
+        """Let progress, and with it the learning rate, go from here to the end."""
+        self.spent = self.seconds()
 
-    def spend(self, seconds: float) -> None:
-        """Take seconds off, which were used before the clock starts."""
-        if self.max_seconds is not None:
-            self.max_seconds = max(self.max_seconds - seconds, 1e-9)
+    def left(self) -> float:
+        """Seconds until steps have to end; infinity without such a limit."""
+        return math.inf if self.max_seconds is None else self.max_seconds - self.reserved - self.seconds()
 
     @property
     def open(self) -> bool:
@@ -75,7 +80,10 @@ class Limits:
     def progress(self, step: int) -> float:
         """Share of the budget that is used."""
         steps = step / self.max_steps if self.max_steps else 0.0
-        return max(steps, self.seconds() / self.max_seconds if self.max_seconds else 0.0)
+        if self.max_seconds is None:
+            return steps
+        whole = self.max_seconds - self.reserved - self.spent
+        return max(steps, (self.seconds() - self.spent) / whole if whole > 0.0 else 1.0)
 
     def seconds(self) -> float:
         """Seconds since the start."""
@@ -202,7 +210,7 @@ class Stages:
     history: History = field(default_factory=History)
     limits: Limits = field(default_factory=lambda: Limits(None, None))
     bar: Any = field(default_factory=lambda: tqdm(disable=True))
-    checkpoint: str | Path | None = None
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None, dict))
     ended: list[dict[str, Any]] = field(default_factory=list)
 
     def descend(
@@ -222,22 +230,23 @@ class Stages:
             return
         self.bar.reset(total=steps)
         self.bar.set_description(name)
-        clock = Limits(None, None)
-        seconds = None if self.limits.max_seconds is None else _SHARE * self.limits.max_seconds
         losses = descend(
-            optimizer, loss, steps, schedule, seconds=seconds, clip=clip, after=lambda _: self.bar.update()
+            optimizer, loss, steps, schedule, seconds=self.seconds(), clip=clip, after=lambda _: self.bar.update()
         )
         self.history.stages.append((name, len(losses), _mean(losses[:_SHOWN]), _mean(losses[-_SHOWN:])))
-        self.history.seconds += clock.seconds()
-        self.limits.spend(clock.seconds())
         self._keep(module, optimizer)
 
+    def seconds(self) -> float | None:
+        """What one stage, or what comes before it, may take; None without a limit."""
+        return None if self.limits.max_seconds is None else _SHARE * max(self.limits.left(), 0.0)
+
     def _keep(self, module: nn.Module, optimizer: Optimizer) -> None:
-        if self.checkpoint is None:
+        if self.checkpoint.path is None:
             return
-        state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "history": vars(self.history)}
+        history = vars(self.history) | {"seconds": self.history.seconds + self.limits.seconds()}
+        state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
         self.ended.append(deepcopy(state | {"stream": self.stream and self.stream.state()}))
-        save_checkpoint(self.checkpoint, {"stages": self.ended})
+        self.checkpoint.save({"stages": self.ended})
 
     def _take(self, stage: dict[str, Any], module: nn.Module, optimizer: Optimizer) -> None:
         module.load_state_dict(stage["module"])

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pyro_dgm.core.devices import device_of, fork_rng, seeded, to_device
-from pyro_dgm.train.batches import Batches, held_out_split, row_count
+from pyro_dgm.core.shapes import check_number
+from pyro_dgm.train.batches import Batches, as_args, described, held_out_split, row_count
 from pyro_dgm.train.descend import Limits, Stages
-from pyro_dgm.train.history import FitDiverged, History, load_checkpoint
-from pyro_dgm.train.hooks import Alternating, Preparing, Recipe, Recommending, Startable
+from pyro_dgm.train.history import Checkpoint, FitDiverged, History
+from pyro_dgm.train.hooks import Alternating, Preparing, Recipe, Recommending, Settling, Startable, settings
 from pyro_dgm.train.loop import Loop
 from pyro_dgm.train.players import MakeOptimizer, OnePlayer, Players, TwoPlayers
 
 __all__ = ["FitDiverged", "fit"]
 
 _PATIENCE = 10  # checks, with validation. Not measured; chosen by hand.
+_MOST_SETTLING = 10.0  # seconds that are left for what settles
+_SEEDS = (-(2**63), 2**64 - 1)  # that torch takes
 _STEPS_OF_TWO = 4_000  # without a limit: a few thousand are usual (docs/gan.md)
 
 
@@ -54,6 +59,10 @@ def fit(
     A cheaper training that comes first (flow matching, distillation) is a stage: it stands in ``History.stages``, takes at
     most half of the seconds that are left, moves the bar, and is not repeated after a resume.
 
+    Ctrl-C ends the fit after the step at hand: the best parameters are put in place, the last ones included, and a resume goes
+    on to the bits of a fit that was not stopped. A second Ctrl-C ends a long step at once. While parts find their start,
+    KeyboardInterrupt is raised: nothing is trained yet, and the checkpoint has the stages that ended.
+
     Args:
         objective: a module that turns a batch into a scalar loss, such as ``STL_ELBO()(model, guide)``.
         data: the objective's arguments: a tensor, a tuple, a mapping of tensors (one argument), or a ``DataLoader``. Batches are
@@ -63,12 +72,14 @@ def fit(
             :class:`~pyro_dgm.AutoFlow`: 0.015). Of an adversarial
             pair it is the critic's, and the generator's in proportion. So with the other
             arguments that are None: :class:`~pyro_dgm.ForwardKL` brings a recipe, other objectives none.
-        max_steps, max_epochs, max_seconds: limits; the first that is reached ends the fit.
+        max_steps, max_epochs, max_seconds: limits; the first that is reached ends the fit. The seconds count from the call; a
+            start, a step or a last check that has begun is not cut short.
         batch_size: rows per minibatch, taken from the first dimension of all tensors; None for full batches.
-        validation: held-out arguments, or the fraction of rows to hold out; the best parameters are then those with
-            the lowest held-out loss.
+        validation: held-out arguments, given as ``data`` are, or the fraction of rows to hold out; the best parameters are
+            then those with the lowest held-out loss.
         patience: checks (each 50 steps, or each epoch) without improvement before the fit stops; 10 with validation.
-        checkpoint: a file to save the state to, every few seconds.
+        checkpoint: a file to save the state to, every few seconds. It belongs to one fit: data, seed, rates and settings
+            have to agree at a resume, limits may be longer. If it cannot be saved, a warning says so and training goes on.
         resume: continue from that file where it exists, on any device; on the CPU the result is the same as without a stop.
         progress: show a progress bar.
         seed: makes the fit reproducible, and leaves the global random state as it was.
@@ -77,7 +88,8 @@ def fit(
         The losses, rates and skipped steps, and why the fit ended.
 
     Raises:
-        ValueError: if the first loss is not finite, minibatch data hold NaN, or nothing is trainable.
+        ValueError: if the first loss is not finite, minibatch data hold NaN, or nothing is trainable; for a number that is no
+            limit, rate or share; for a checkpoint that is damaged, or of another fit: it names what differs.
         FitDiverged: if the loss stays non-finite; the best parameters were restored.
 
     Example:
@@ -94,27 +106,61 @@ def fit(
         2.0
     """
     _refuse_patience_of_two(objective, patience)
+    counts = {"max_steps": max_steps, "max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
+    _refuse_bad_numbers(counts, {"lr": lr, "max_seconds": max_seconds}, seed)
+    clock = Limits(None, max_seconds)
+    data = data if isinstance(data, DataLoader) else as_args(data)
+    held_out = _checked_validation(validation)
     with seeded(seed):
         recipe = objective.recipe(row_count(data)) if isinstance(objective, Recommending) else Recipe()
-        validation = recipe.validation if validation is None else validation
-        if isinstance(validation, float):
-            data, validation = held_out_split(data, validation)
-        batches = Batches(data, batch_size or recipe.batch_size, device_of(objective))
-        validation = to_device(validation, batches.device)
-        limits = _limits(objective, batches, recipe, max_steps, max_epochs, max_seconds)
-        saved = load_checkpoint(checkpoint) if resume and checkpoint else None
+        held_out = recipe.validation if held_out is None else held_out
+        batch_size = batch_size or recipe.batch_size
+        about = {"data": data, "validation": held_out, "batch_size": batch_size, "seed": seed}
+        file = Checkpoint(checkpoint, lambda: settings(objective) | {k: described(v) for k, v in about.items()}, resume)
+        saved = file.load()
+        if isinstance(held_out, float):
+            data, held_out = held_out_split(data, held_out)
+        batches = Batches(data, batch_size, device_of(objective))
+        held_out = to_device(held_out, batches.device)
+        limits = _limits(objective, batches, recipe, max_steps, max_epochs, clock)
         with tqdm(desc="warm start", unit="step", disable=not progress, mininterval=0.5) as bar:
-            stages = Stages(limits=limits, bar=bar, checkpoint=checkpoint)
+            stages = Stages(limits=limits, bar=bar, checkpoint=file)
             with _owned_parameters(
                 objective, batches.example(), lambda: _prepare(objective, batches, stages, saved)
             ) as parameters:
                 players: Players
                 if isinstance(objective, Alternating):
-                    players = TwoPlayers(objective, batches, validation, optimizer, lr, limits.max_steps)
+                    players = TwoPlayers(objective, batches, held_out, optimizer, lr, limits.max_steps)
                 else:
-                    players = OnePlayer(objective, batches, validation, optimizer, lr, recipe, parameters)
-                    patience = patience or recipe.patience or (None if validation is None else _PATIENCE)
-                return Loop(objective, parameters, players, batches, stages, patience).run(saved)
+                    players = OnePlayer(objective, batches, held_out, optimizer, lr, recipe, parameters)
+                    patience = patience or recipe.patience or (None if held_out is None else _PATIENCE)
+                return Loop(objective, parameters, players, batches, stages, held_out, patience).run(saved)
+
+
+def _refuse_bad_numbers(counts: dict[str, Any], amounts: dict[str, Any], seed: Any) -> None:
+    """Refuse numbers that would make a fit endless, empty or another one than was asked for."""
+    for name, value in counts.items():
+        if value is not None:
+            check_number("fit", name, value, least=1, whole=True, advice="Leave it out for no limit of this kind.")
+    for name, value in amounts.items():
+        if value is not None:
+            check_number("fit", name, value, above=0, advice="Leave it out for the usual.")
+    if seed is not None:
+        check_number("fit", "seed", seed, least=_SEEDS[0], whole=True)
+        if seed > _SEEDS[1]:
+            raise ValueError(f"fit: seed={seed!r}, expected at most {_SEEDS[1]}.")
+
+
+def _checked_validation(validation: Any) -> float | tuple[Any, ...] | None:
+    """A share of the rows, or the arguments of the objective that held-out data stand for."""
+    if isinstance(validation, Real):
+        check_number("fit", "validation", validation, above=0)
+        if float(validation) >= 1.0:
+            raise ValueError(
+                f"fit: validation={validation!r}, expected a share of the rows between 0 and 1, or held-out data."
+            )
+        return float(validation)
+    return None if validation is None else as_args(validation)
 
 
 def _refuse_patience_of_two(objective: nn.Module, patience: int | None) -> None:
@@ -128,23 +174,28 @@ def _limits(
     recipe: Recipe,
     max_steps: int | None,
     max_epochs: int | None,
-    max_seconds: float | None,
+    clock: Limits,
 ) -> Limits:
-    """The given limits; without any those of the recipe, or of two players."""
-    if max_steps is None and max_epochs is None and max_seconds is None:
+    """The given limits, on a clock that runs; without any those of the recipe, or of two players."""
+    timed = clock.max_seconds is not None
+    if max_steps is None and max_epochs is None and not timed:
         max_epochs = recipe.max_epochs
     if max_epochs is not None:
         steps = max_epochs * (batches.epoch or 1)
         max_steps = steps if max_steps is None else min(max_steps, steps)
-    if max_steps is None and max_seconds is None and isinstance(objective, Alternating):
+    if max_steps is None and not timed and isinstance(objective, Alternating):
         max_steps = _STEPS_OF_TWO
-    return Limits(max_steps, max_seconds)
+    clock.max_steps = max_steps
+    if clock.max_seconds is not None:
+        shares = [part.settling for part in objective.modules() if isinstance(part, Settling)]
+        clock.reserved = min(max(shares, default=0.0) * clock.max_seconds, _MOST_SETTLING)
+    return clock
 
 
 def _prepare(objective: nn.Module, batches: Batches, stages: Stages, saved: dict[str, Any] | None) -> None:
     """Let parts of the objective find their start, or take the structure of a saved state."""
     if saved is not None and "module" in saved:
-        _take(objective, saved["module"])
+        _take(objective, saved["module"], stages.checkpoint)
         return
     stages.ended = [] if saved is None else saved["stages"]
     stages.stream = stream = iter(batches)
@@ -155,14 +206,14 @@ def _prepare(objective: nn.Module, batches: Batches, stages: Stages, saved: dict
             module.prepare(stream, stages)
 
 
-def _take(objective: nn.Module, state: dict[str, Tensor]) -> None:
+def _take(objective: nn.Module, state: dict[str, Tensor], file: Checkpoint) -> None:
     try:
         objective.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(
-            "fit: the checkpoint is of another objective (its tensors have other names or shapes). Give each objective "
-            f"its own checkpoint, or pass resume=False. torch says: {error}"
-        ) from error
+        problem = (
+            f"is of another objective, whose tensors have other names or shapes ({str(error).splitlines()[-1].strip()})"
+        )
+        raise file.error(problem, "Give each fit a file of its own") from error
 
 
 @contextmanager

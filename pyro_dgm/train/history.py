@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import uuid
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["FitDiverged", "History", "load_checkpoint", "save_checkpoint"]
+from pyro_dgm.core.devices import put_random_states, random_states
+from pyro_dgm.core.warn import warn_user
+
+__all__ = ["Checkpoint", "FitDiverged", "History", "load_checkpoint", "save_checkpoint"]
+
+_PARTS = {"about", "stages", "tensors"}
+_WHOLE = ({"about", "stages"}, {"about", "tensors"})  # of a fit that was preparing, and of one in its loop
 
 
 @dataclass
@@ -21,10 +30,10 @@ class History:
         learning_rate: rate of each step.
         validation: ``(step, loss)`` pairs on held-out data.
         skipped: steps that were left out because the loss or a gradient was not finite.
-        best_step: the step whose parameters were kept.
-        best_loss: the smoothed (or held-out) loss there.
+        best_step: the step whose parameters were kept; their own loss was finite when they were.
+        best_loss: the held-out loss there; without held-out data the mean of the last 50 finite losses up to there.
         stopped: why the fit ended.
-        seconds: time in the stages and in the loop.
+        seconds: time since the call, preparation and settling included; of a fit that resumed, with the time before.
         critic_loss: the critic's loss of each step, where two players are trained; ``loss`` is then the generator's.
         critic_accuracy: share of pairs of a datum and a draw that the critic ranks rightly, of each step.
         quality: ``(step, energy distance, coverage)`` of the generator on held-out rows; coverage is a share of what
@@ -105,15 +114,94 @@ def _smooth(loss: list[float], width: int = 50) -> list[float]:
     return means
 
 
+class Checkpoint:
+    """The file of a fit's state, and what the fit that resumes from it must have in common with the one that wrote it.
+
+    Args:
+        path: the file; None keeps nothing.
+        about: what the fit is of, by name; plain values that compare.
+        resume: whether a file that is there is read.
+    """
+
+    def __init__(self, path: str | Path | None, about: Callable[[], dict[str, Any]], resume: bool = True) -> None:
+        if not isinstance(path, str | os.PathLike | None):
+            raise TypeError(f"fit: checkpoint={path!r}, expected the path of a file, or None.")
+        self.path = None if path is None else Path(path)
+        self.resume = resume
+        self.failed = False
+        if self.path is not None:
+            _refuse_no_place(self.path)
+            self.about = about()
+            self.began = random_states()
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state, on the CPU, wherever it was saved from; None where there is none to go on from.
+
+        Random numbers then begin as they did in the fit that wrote it: its held-out rows are drawn again.
+        """
+        if self.path is None or not self.resume or not self.path.exists():
+            return None
+        try:
+            saved = load_checkpoint(self.path)
+        except Exception as error:  # of many kinds: torch's, pickle's, the file system's
+            raise self.error(f"cannot be read ({type(error).__name__}): it is damaged, or no checkpoint") from None
+        if not isinstance(saved, dict) or saved.keys() & _PARTS not in _WHOLE:
+            raise self.error("was not written by this version of fit")
+        self.compare(saved["about"], self.about)
+        self.began = saved["began"]
+        put_random_states(self.began)
+        return saved
+
+    def compare(self, was: dict[str, Any], now: dict[str, Any]) -> None:
+        """Refuse a state of another fit, and name what differs."""
+        differ = [f"{key} was {was.get(key)}, is {now.get(key)}" for key in was | now if was.get(key) != now.get(key)]
+        if differ:
+            raise self.error("is of another fit: " + "; ".join(differ), "Give each fit a file of its own")
+
+    def error(self, problem: str, advice: str = "Delete it") -> ValueError:
+        """That the file cannot be resumed from, and what to do."""
+        return ValueError(f"fit: the checkpoint {self.path} {problem}. {advice}, or pass resume=False to start anew.")
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the file; where that fails, on a full disk say, the fit is told once and goes on."""
+        if self.path is None:
+            return
+        try:
+            save_checkpoint(self.path, {"about": self.about, "began": self.began} | state)
+        except (OSError, RuntimeError) as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        if not self.failed:
+            warn_user(
+                f"fit: the checkpoint {self.path} could not be saved ({type(error).__name__}: {error}). Training goes on "
+                "without; a state that was saved before stands."
+            )
+        self.failed = True
+
+
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Write beside the file and move over it, so that a kill leaves the old state or the new one."""
-    part = Path(f"{path}.part")
-    torch.save(state, part)
-    os.replace(part, path)
+    part = Path(f"{path}.{uuid.uuid4().hex}.part")  # of its own: two processes may save at once
+    try:
+        torch.save(state, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any] | None:
     """The saved state, on the CPU, wherever it was saved from; None where there is no file."""
     if not Path(path).exists():
         return None
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()  # torch does not look at the checksums
+    if damaged:
+        raise zipfile.BadZipFile(f"{path}: the checksum of {damaged} does not fit its values")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _refuse_no_place(path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"cannot be saved: there is no folder {path.parent}"
+        raise ValueError(f"fit: the checkpoint {path} {what}. Name a file in a folder that exists.")

@@ -10,6 +10,7 @@ method                       of                                           called
 ``peak_rate()``              any part of the objective                    when the optimiser is made
 ``converged()``              the objective                                after each round of a fit without limits
 ``finish(*args)``            any part of the objective                    after training, with the data or a first batch
+``settling``                 a part with a ``finish``                     once, for the share of ``max_seconds`` to leave for it
 ============================ ============================================ ==================================================
 
 A fit that resumes from a checkpoint calls neither ``warm_start`` nor ``prepare``, unless it was stopped while preparing.
@@ -18,6 +19,7 @@ A fit that resumes from a checkpoint calls neither ``warm_start`` nor ``prepare`
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,7 +27,18 @@ from torch import Tensor, nn
 
 from pyro_dgm.train.descend import Stages
 
-__all__ = ["Alternating", "Convergent", "Finishing", "Paced", "Preparing", "Recipe", "Recommending", "Startable"]
+__all__ = [
+    "Alternating",
+    "Convergent",
+    "Finishing",
+    "Paced",
+    "Preparing",
+    "Recipe",
+    "Recommending",
+    "Settling",
+    "Startable",
+    "settings",
+]
 
 
 @runtime_checkable
@@ -95,6 +108,13 @@ class Finishing(Protocol):
         """Called with the best parameters in place."""
 
 
+@runtime_checkable
+class Settling(Protocol):
+    """A module whose ``finish`` takes a while: a share of a fit's seconds is left for it, where they are limited."""
+
+    settling: float
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train, where the user says nothing: what :func:`~pyro_dgm.fit` fills in for arguments that are None.
@@ -120,3 +140,19 @@ class Recommending(Protocol):
 
     def recipe(self, rows: int | None) -> Recipe:
         """For that many rows of data; None where there are no rows (no data, or a loader)."""
+
+
+def settings(objective: nn.Module) -> dict[str, Any]:
+    """The name of an objective, and its settings where it is of this package: objectives of others may count in theirs."""
+    elbo = copy(
+        getattr(objective, "elbo", None)
+    )  # a copy has the options that were asked for, not those of its last model
+    ours = [part for part in (objective, elbo) if type(part).__module__.startswith("pyro_dgm.")]
+    found = {name: value for part in ours for name, value in vars(part).items() if _is_setting(name, value)}
+    return {"objective": type(objective).__name__} | found
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    hidden = name.startswith("_") or name in ("training", "max_plate_nesting")  # the last is found at the first call
+    numbers = value.values() if isinstance(value, dict) else [value]
+    return not hidden and all(isinstance(number, bool | int | float | str) for number in numbers)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.train.batches import Batches, named_tensors, non_finite
 from pyro_dgm.train.descend import Stages, rate_at, round_length, set_rates
-from pyro_dgm.train.history import FitDiverged, History, save_checkpoint
+from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.hooks import Convergent, Finishing
-from pyro_dgm.train.players import Players, loss_of, smoothed
+from pyro_dgm.train.players import Players, finite_loss, loss_of, smoothed
 
-__all__ = ["Loop"]
+__all__ = ["Interruption", "Loop"]
 
 # Not measured; chosen by hand.
 _LARGEST_ERROR = 0.05  # nats, of a smoothed loss that may stop a fit; subsampled data or a poor fit have more
@@ -37,6 +39,7 @@ class Standing:
         stale: checks in a row without improvement.
         lost: steps in a row that were not finite.
         checked_at: the step of the last check.
+        lowest: the lowest score of all checks; the state that is kept may be a later one, within the noise.
     """
 
     round: int = 0
@@ -46,6 +49,7 @@ class Standing:
     stale: int = 0
     lost: int = 0
     checked_at: int = 0
+    lowest: float = math.inf
 
 
 class Loop:
@@ -58,6 +62,7 @@ class Loop:
         players: Players,
         batches: Batches,
         stages: Stages,
+        validation: tuple[Any, ...] | None,
         patience: int | None,
     ) -> None:
         self.objective = objective
@@ -67,41 +72,62 @@ class Loop:
         self.history = stages.history
         self.limits = stages.limits
         self.bar = stages.bar
-        self.checkpoint: str | Path | None = stages.checkpoint
+        self.checkpoint = stages.checkpoint
+        self.validation = validation
         self.patience = patience
         self.peaks = [[group["lr"] for group in o.param_groups] for o in players.optimizers]
         self.tensors = list(dict.fromkeys([*parameters, *objective.buffers()]))
         self.standing = Standing()
         self.best = self._snapshot()
         self.saved_at = 0.0
+        self.interruption = Interruption()
+        self.whole = True  # whether no step is half done
 
     def run(self, saved: dict[str, Any] | None) -> History:
         """Train to the end, from the saved state of a loop where there is one."""
-        self.limits.begin()
-        if saved is None or "tensors" not in saved:
-            self._refuse_bad_start()
-        else:
+        if saved is not None and "tensors" in saved:
             self._resume(saved)
+        else:
+            self._refuse_bad_start("loss", self.batches.example())
+            if self.validation is not None:
+                self._refuse_bad_start("held-out loss", self.validation)
+        self._begin()
+        try:
+            with self.interruption:
+                self._train()
+        finally:
+            self._settle()
+        return self.history
+
+    def _begin(self) -> None:
+        """Let the schedule go over the time that is left."""
+        limits = self.limits
+        if limits.left() <= 0.0:
+            warn_user(
+                f"fit: max_seconds={limits.max_seconds:g} was used up before the first step (after {limits.seconds():.1f} s: "
+                "start, stages and a first run). No step was taken; give it more."
+            )
+        limits.begin()
+
+    def _train(self) -> None:
         try:
             self._steps()
         except KeyboardInterrupt:
             self.history.stopped = "interrupted"
         finally:
-            self._finish()
-        return self.history
+            self._end()
 
-    def _refuse_bad_start(self) -> None:
-        args = self.batches.example()
+    def _refuse_bad_start(self, what: str, args: tuple[Any, ...]) -> None:
         with torch.no_grad(), fork_rng():
-            losses = [float(loss_of(self.objective, args)) for _ in range(3)]
-        if any(math.isfinite(loss) for loss in losses):
+            loss = float(loss_of(self.objective, args))  # as the model's own checks see it
+        if math.isfinite(loss) or math.isfinite(finite_loss(self.objective, args)):
             return
         found = non_finite(args)
         about = (
             f"Of the data, {found}. " if found else f"The data are finite, the largest entry is {_largest(args):g}. "
         )
         raise ValueError(
-            f"fit: the loss is {losses[0]} before the first step. {about}Clean the data, check that they lie in the "
+            f"fit: the {what} is {loss} before the first step. {about}Clean the data, check that they lie in the "
             "likelihood's support, bring what a network reads to the unit scale (Standardize; the logarithm of counts), or "
             "start elsewhere (init_loc_fn)."
         )
@@ -113,16 +139,20 @@ class Loop:
             epoch_one = self.history.steps < (self.batches.epoch or 0)
             with pyro.validation_enabled(epoch_one and __debug__):
                 self._step()
+            if self.standing.lost >= _MAX_SKIPPED:
+                self._diverged()
             if self.history.steps % self.players.every == 0:
                 self._check()
 
     def _step(self) -> None:
+        self.whole = False
         step = self.history.steps - self.standing.round_began
         factor = rate_at(step, self._progress(), self.standing.round)
         for optimizer, peaks in zip(self.players.optimizers, self.peaks, strict=True):
             set_rates(optimizer, peaks, factor)
         loss, taken = self.players.step(self.stream, self.history)
         self._record(loss, self.peaks[-1][0] * factor, taken)
+        self.whole = True
 
     def _progress(self) -> float:
         if not self.limits.open:
@@ -136,8 +166,6 @@ class Loop:
         self.standing.lost = 0 if taken else self.standing.lost + 1
         if not taken:
             history.skipped.append(history.steps)
-            if self.standing.lost >= _MAX_SKIPPED:
-                self._diverged()
         self.bar.update()
         if history.steps % 10 == 0 and not self.bar.disable:
             self.bar.set_postfix(self.players.postfix(history), refresh=False)
@@ -149,21 +177,26 @@ class Loop:
         standing.checked_at = history.steps
         with self.players.average.in_place():
             score, error = self.players.check(history, self.limits.progress(history.steps))
-            standing.round_best = min(standing.round_best, score)
-            standing.stale = 0 if score < history.best_loss else standing.stale + 1
-            if self.players.keeps_last or score <= history.best_loss + 3.0 * error:
-                self._keep()
-            history.best_loss = score if self.players.keeps_last else min(history.best_loss, score)
+            known = math.isfinite(score)
+            standing.stale = 0 if known and score < standing.lowest else standing.stale + 1
+            if known and (self.players.keeps_last or score <= standing.lowest + 3.0 * error):
+                self._keep(score)
+            if known:
+                standing.round_best = min(standing.round_best, score)
+                standing.lowest = min(standing.lowest, score)
         if self.limits.seconds() - self.saved_at > _SAVE_EVERY:
             self._save()
 
-    def _keep(self) -> None:
+    def _keep(self, score: float) -> None:
         self.history.best_step = self.history.steps
+        self.history.best_loss = score
         self.best = self._snapshot()
 
     def _done(self) -> bool:
         history = self.history
-        if self.patience and self.standing.stale >= self.patience:
+        if self.interruption.asked:
+            history.stopped = "interrupted"
+        elif self.patience and self.standing.stale >= self.patience:
             history.stopped = f"no improvement in {self.standing.stale} checks"
         elif not self.limits.open and self.limits.progress(history.steps) >= 1.0:
             history.stopped = "limit reached"
@@ -200,23 +233,38 @@ class Loop:
             history,
         )
 
-    def _finish(self) -> None:
-        history = self.history
-        ended = history.stopped in ("limit reached", "")
-        if self.players.whole and self.standing.checked_at != history.steps and ended:
-            self._check()
-        elif self.players.keeps_last and history.stopped != "diverged":
-            with self.players.average.in_place():
-                self._keep()
-        history.seconds += self.limits.seconds()
-        if self.players.whole:
-            self._save()
-        self._restore(self.best)
+    def _end(self) -> None:
+        """Judge the last steps too, save, and put the best parameters in place."""
+        stopped = self.history.stopped
+        try:
+            if self.whole and stopped == "interrupted":
+                self._save()  # before the check, which a fit without the interruption does not make here
+            if stopped not in ("", "diverged") and self.standing.checked_at != self.history.steps:
+                self._check()
+            if self.whole and stopped != "interrupted":
+                self._save()
+        except KeyboardInterrupt:
+            self.history.stopped = "interrupted"
+        finally:
+            self._restore(self.best)
+        if self.history.steps and not self.history.best_step and stopped not in ("", "diverged"):
+            warn_user(
+                f"fit: no check in {self.history.steps} steps found a finite loss, so the parameters are those from before the "
+                "first step. Usual causes: a learning rate that is too large, held-out data outside the likelihood's support."
+            )
+
+    def _settle(self) -> None:
+        """Let parts of the objective settle around the best parameters; an interruption cuts this short."""
         for optimizer in self.players.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        for module in self.objective.modules():
-            if isinstance(module, Finishing):
-                module.finish(*self.batches.example())
+        try:
+            for module in self.objective.modules():
+                if isinstance(module, Finishing):
+                    module.finish(*self.batches.example())
+        except KeyboardInterrupt:
+            self.history.stopped = "interrupted"
+        finally:
+            self.history.seconds += self.limits.seconds()
 
     def _snapshot(self) -> list[Tensor]:
         return [t.detach().clone() for t in self.tensors]
@@ -227,7 +275,7 @@ class Loop:
             tensor.copy_(value)
 
     def _save(self) -> None:
-        if self.checkpoint is None:
+        if self.checkpoint.path is None:
             return
         state: dict[str, Any] = {
             "best": self.best,
@@ -238,11 +286,21 @@ class Loop:
         state["optimizers"] = [o.state_dict() for o in self.players.optimizers]
         state["stream"] = self.stream.state()
         state["standing"] = vars(self.standing)
-        state["history"] = vars(self.history)
-        save_checkpoint(self.checkpoint, state)
+        state["history"] = vars(self.history) | {"seconds": self.history.seconds + self.limits.seconds()}
+        state["setting"] = self._setting()
+        self.checkpoint.save(state)
         self.saved_at = self.limits.seconds()
 
+    def _setting(self) -> dict[str, Any]:
+        """What a saved state has to agree in beyond what is known before the players are."""
+        return {
+            "tensors": [list(t.shape) for t in self.tensors],
+            "optimizers": [type(o).__name__ for o in self.players.optimizers],
+            "learning rates": self.peaks,
+        }
+
     def _resume(self, saved: dict[str, Any]) -> None:
+        self.checkpoint.compare(saved["setting"], self._setting())
         self._restore(saved["tensors"])
         self.players.average.restore(saved["average"])
         for optimizer, state in zip(self.players.optimizers, saved["optimizers"], strict=True):
@@ -251,6 +309,32 @@ class Loop:
         self.standing = Standing(**saved["standing"])
         self.best = saved["best"]
         self.stream.resume(saved["stream"])
+
+
+class Interruption:
+    """Within the context the first Ctrl-C only says that it was asked for one, so that no step is left half done.
+
+    A second one is raised at once. Elsewhere than in the main thread, or where Ctrl-C means something of the user's own,
+    nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: Any = None
+
+    def __enter__(self) -> None:
+        ours = threading.current_thread() is threading.main_thread()
+        if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self.before = signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *error: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def _largest(args: tuple[Any, ...]) -> float:

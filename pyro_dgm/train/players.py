@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,12 +24,23 @@ from pyro_dgm.train.descend import adam, take_step
 from pyro_dgm.train.history import History
 from pyro_dgm.train.hooks import Alternating, Paced, Recipe
 
-__all__ = ["Average", "MakeOptimizer", "OnePlayer", "Players", "TwoPlayers", "by_rate", "loss_of", "smoothed"]
+__all__ = [
+    "Average",
+    "MakeOptimizer",
+    "OnePlayer",
+    "Players",
+    "TwoPlayers",
+    "by_rate",
+    "finite_loss",
+    "loss_of",
+    "smoothed",
+]
 
 # Not measured; chosen by hand.
 _WINDOW = 50  # steps in a smoothed loss, and between checks of data without epochs
 _CLIP = 10.0  # norm of one player's gradient
 _CHECKS = 10  # of two players in a fit
+_TRIES = 3  # of a loss that is drawn at random, before parameters count as bad
 _JUDGED = 500  # rows on which draws are judged, at most
 _COLLAPSED = 0.5  # coverage as a share of what equal distributions have, below which a user is told
 _BETAS_OF_TWO = (
@@ -106,7 +118,6 @@ class OnePlayer:
     """All parameters go down the objective, with clipped gradients; the best are kept."""
 
     keeps_last = False
-    whole = True  # an interrupted step changes nothing
     kept = "best state (step {})"
 
     def __init__(
@@ -127,21 +138,27 @@ class OnePlayer:
         self.average = Average(parameters, recipe.averaging)
         self.validation = validation
         self.every = batches.epoch or _WINDOW
+        self.batch: tuple[Any, ...] = ()
 
     def step(self, stream: BatchStream, history: History) -> tuple[float, bool]:
         """The loss, and whether a step was taken."""
-        loss = loss_of(self.objective, next(stream))
+        self.batch = next(stream)
+        loss = loss_of(self.objective, self.batch)
         taken = take_step(self.optimizers[0], loss, _CLIP, self.parameters)
         if taken:
             self.average.update()
         return float(loss.detach()), taken
 
     def check(self, history: History, progress: float) -> tuple[float, float]:
-        """The held-out loss, or the smoothed one with its standard error."""
+        """The held-out loss, or the smoothed one with its standard error; not finite where the parameters' own loss is not.
+
+        The smoothed loss is of the steps that led to the parameters: the last of them may have overshot.
+        """
         if self.validation is None:
-            return smoothed(history)
-        with torch.no_grad(), fork_rng(0):
-            loss = float(self.objective(*self.validation))
+            own = finite_loss(self.objective, self.batch)
+            return smoothed(history) if math.isfinite(own) else (own, 0.0)
+        with torch.no_grad(), fork_rng(0), pyro.validation_enabled(False):
+            loss = float(loss_of(self.objective, self.validation))
         history.validation.append((history.steps, loss))
         return loss, 0.0
 
@@ -177,12 +194,10 @@ class TwoPlayers:
         self.average = Average(self.owned[1], objective.ema)
         self.held_out = _held_out(validation, batches)
         self.every = max(_WINDOW, max_steps // _CHECKS) if max_steps else 500
-        self.whole = True  # whether no step is half done
         self.warned = False
 
     def step(self, stream: BatchStream, history: History) -> tuple[float, bool]:
         """The generator's loss, and whether all steps were taken."""
-        self.whole = False
         taken = True
         for _ in range(self.objective.critic_steps):
             batch = next(stream)
@@ -195,7 +210,6 @@ class TwoPlayers:
         critic = float(critic_loss.detach())
         history.critic_loss.append(critic if math.isfinite(critic) else math.nan)
         history.critic_accuracy.append(float(accuracy))
-        self.whole = True
         return float(loss.detach()), taken
 
     def _update(self, player: int, loss: Tensor) -> bool:
@@ -255,6 +269,18 @@ def loss_of(objective: nn.Module, batch: tuple[Any, ...]) -> Tensor:
         return torch.tensor(math.nan)
 
 
+@torch.no_grad()
+def finite_loss(objective: nn.Module, batch: tuple[Any, ...]) -> float:
+    """The loss of a batch at the parameters as they are: of three tries the first that is finite, or the last."""
+    loss = math.nan
+    with fork_rng(), pyro.validation_enabled(False):
+        for _ in range(_TRIES):
+            loss = float(loss_of(objective, batch))
+            if math.isfinite(loss):
+                break
+    return loss
+
+
 def smoothed(history: History) -> tuple[float, float]:
     """Mean of the last 50 losses that are finite, and its standard error."""
     finite = [v for v in history.loss[-_WINDOW:] if math.isfinite(v)] or [math.nan]
@@ -268,5 +294,4 @@ def _held_out(validation: Any, batches: Batches) -> tuple[Any, ...]:
         with fork_rng(0):
             x, context = first_rows(iter(batches), _JUDGED)
         validation = (x,) if context is None else (x, context)
-    rows = validation if isinstance(validation, tuple | list) else (validation,)
-    return tuple(v[:_JUDGED] for v in rows)
+    return tuple(v[:_JUDGED] for v in validation)

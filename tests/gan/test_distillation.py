@@ -96,7 +96,7 @@ def test_a_trained_pair_is_left_as_it_is():
     before = [p.clone() for p in gan.parameters()]
     gan.prepare(iter([batch] * 100))
     assert all(torch.equal(a, b) for a, b in zip(before, gan.parameters(), strict=True))
-    with pytest.raises(ValueError, match="pretrain=-1, expected a number of steps"):
+    with pytest.raises(ValueError, match="pretrain=-1, expected a whole number >= 0"):
         dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), pretrain=-1)
 
 

@@ -402,7 +402,7 @@ MODULE_CRITIC = dgm.Critic(2, 8)
     "make, message",
     [
         (lambda: dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), "minimax"), "loss='minimax', expected one of"),
-        (lambda: dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), r1=-1.0), "weights must not be negative"),
+        (lambda: dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), r1=-1.0), "r1=-1.0, expected a finite number >= 0"),
         (lambda: dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), critic_steps=0), "critic_steps=0"),
         (lambda: dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), ema=1.0), "ema=1.0"),
         (lambda: dgm.Adversarial(dgm.Generator(2), dgm.Critic(3)), "event_shape of Generator"),

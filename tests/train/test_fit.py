@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -90,12 +91,13 @@ def test_single_non_finite_steps_are_left_out_and_counted():
 
 
 def test_a_fit_that_diverges_says_so_and_restores_the_best_state():
+    """At step 200 the loss of the parameters is NaN, though the mean of the finite losses before is low."""
     objective = Breaks(lambda n: n > 200)
     with pytest.raises(
-        dgm.FitDiverged, match=r"not finite for 20 steps.*best state \(step 200\) was restored.*sd of the data: 1.2"
+        dgm.FitDiverged, match=r"not finite for 20 steps.*best state \(step 150\) was restored.*sd of the data: 1.2"
     ) as caught:
         dgm.fit(objective, X, lr=0.05, max_steps=1_000, progress=False)
-    assert caught.value.history.best_step == 200 and 0.5 < objective.w < 1.5
+    assert caught.value.history.best_step == 150 and 0.5 < objective.w < 1.5
 
 
 def test_bad_data_is_refused_before_training():
@@ -114,7 +116,7 @@ def test_bad_data_is_refused_before_training():
     with pytest.raises(ValueError, match="no trainable parameters"):
         dgm.fit(nn.Identity(), X, progress=False)
     with pytest.raises(ValueError, match="leaves rows on both sides"):
-        dgm.fit(Distance(), X, validation=1.0, progress=False)
+        dgm.fit(Distance(), X[:1], validation=0.5, progress=False)
 
 
 def test_parameters_of_param_statements_are_trained_and_kept_in_the_store():
@@ -175,7 +177,7 @@ def test_a_killed_fit_resumes_to_the_same_bits(tmp_path):
 
 def test_a_checkpoint_of_another_objective_is_refused(tmp_path):
     dgm.fit(Distance(), X, max_steps=5, checkpoint=tmp_path / "c", progress=False)
-    with pytest.raises(ValueError, match="checkpoint is of another objective"):
+    with pytest.raises(ValueError, match="c is of another fit: objective was Distance, is TwoParameters"):
         dgm.fit(TwoParameters(), X, max_steps=5, checkpoint=tmp_path / "c", progress=False)
 
 
@@ -275,3 +277,149 @@ def test_a_stage_leaves_time_for_the_fit():
     history = dgm.fit(objective, (X[:, None],), max_seconds=2.0, progress=False, seed=0)
     assert 0 < history.stages[0][1] < 10**6 and history.steps > 0 and history.stopped == "limit reached"
     assert history.seconds < 10.0
+
+
+@pytest.mark.parametrize("name", ["max_steps", "max_epochs", "batch_size", "patience"])
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, 2.5, "a", True])
+def test_counts_that_are_none_are_refused(name, value):
+    """Planted fault: a limit of 0 or NaN is no limit, and the fit never ends."""
+    with pytest.raises((ValueError, TypeError), match=f"fit: {name}={value!r}, expected a whole number >= 1"):
+        dgm.fit(Distance(), X, progress=False, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["max_seconds", "lr"])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "a", True])
+def test_amounts_that_are_none_are_refused(name, value):
+    with pytest.raises((ValueError, TypeError), match=f"fit: {name}={value!r}, expected a finite number > 0"):
+        dgm.fit(Distance(), X, progress=False, **{name: value})
+
+
+@pytest.mark.parametrize("options, error, match", [
+    ({"seed": "a"}, TypeError, "seed='a', expected a whole number"),
+    ({"seed": 1.5}, TypeError, "seed=1.5, expected a whole number"),
+    ({"seed": 2**64}, ValueError, "seed=18446744073709551616, expected at most"),
+    ({"validation": True}, TypeError, "validation=True, expected a finite number"),
+    ({"validation": 1}, ValueError, "validation=1, expected a share"),
+    ({"validation": 1.5}, ValueError, "validation=1.5, expected a share"),
+    ({"validation": 0.0}, ValueError, "validation=0.0, expected a finite number > 0"),
+    ({"validation": math.nan}, ValueError, "validation=nan"),
+])  # fmt: skip
+def test_seeds_and_shares_that_are_none_are_refused(options, error, match):
+    with pytest.raises(error, match=match):
+        dgm.fit(Distance(), X, max_steps=3, progress=False, **options)
+
+
+def test_held_out_data_may_be_one_tensor_or_mapping():
+    """Planted fault: the tensor is taken for the tuple of its rows, whose first alone is the argument."""
+    assert dgm.fit(Distance(), X, max_steps=50, validation=X, progress=False).validation
+    shorter = dgm.fit(Distance(), X, max_steps=50, validation=X[:10], progress=False, seed=0)
+    as_tuple = dgm.fit(Distance(), X, max_steps=50, validation=(X[:10],), progress=False, seed=0)
+    assert shorter.validation == as_tuple.validation
+    named = {"x": torch.ones(3), "w": torch.ones(3)}
+    assert dgm.fit(Named(), named, max_steps=50, validation=named, progress=False).validation
+
+
+def test_held_out_data_without_a_finite_loss_are_refused_at_the_door():
+    bad = torch.tensor([1.0, math.nan])
+    with pytest.raises(
+        ValueError, match=r"held-out loss is nan before the first step. Of the data, argument 0 .* 1 NaN"
+    ):
+        dgm.fit(Distance(), X, validation=bad, max_steps=5, progress=False)
+
+
+@pytest.mark.parametrize("data", [
+    X.clone().requires_grad_(),
+    (X.clone().requires_grad_() * 1.0, "no tensor"),
+    {"x": X.clone().requires_grad_(), "w": torch.ones(40, requires_grad=True)},
+], ids=["leaf", "of a graph", "mapping"])  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"batch_size": 10}, {"validation": 0.25}], ids=str)
+def test_data_with_gradients_are_taken_without_them(data, options):
+    """Planted fault: the graph behind the data is gone after the first step's backward pass."""
+    objective = Named() if isinstance(data, dict) else Distance()
+    assert dgm.fit(objective, data, max_steps=60, progress=False, seed=0, **options).steps == 60
+    assert not isinstance(data, torch.Tensor) or data.grad is None
+
+
+class Overshoots(torch.optim.SGD):
+    """Throws the parameters away after a number of steps."""
+
+    taken, when, by = 0, 45, math.nan
+
+    def step(self, *args):
+        super().step(*args)
+        self.taken += 1
+        if self.taken == self.when:
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.fill_(self.by)
+
+
+@pytest.mark.parametrize("when, by, options", [
+    (45, math.nan, {"max_steps": 55}),
+    (45, math.inf, {"max_steps": 55}),
+    (45, 1e30, {"max_steps": 55}),
+    (55, math.nan, {"max_steps": 55}),
+    (95, math.nan, {"max_steps": 105}),
+    (45, math.nan, {"max_steps": 55, "batch_size": 10, "validation": 0.25}),
+])  # fmt: skip
+def test_the_state_that_is_kept_has_a_finite_loss(when, by, options):
+    """Planted fault: a check judges the parameters by the finite losses of the steps before them."""
+    objective = Distance()
+
+    def make(parameters):
+        optimizer = Overshoots(parameters, 1e-2)
+        optimizer.when, optimizer.by = when, by
+        return optimizer
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        history = dgm.fit(objective, X, optimizer=make, progress=False, seed=0, **options)
+    assert any("are those from before the first step" in str(w.message) for w in told) == (history.best_step == 0)
+    assert math.isfinite(objective(X).item())
+    assert history.best_step < when and (history.best_step == 0) == (history.best_loss == math.inf)
+
+
+def test_the_best_loss_is_of_the_state_that_was_kept():
+    """The losses are noise around a constant: a later state within the noise is kept, and its own score is told."""
+
+    class Noise(Distance):
+        def forward(self, x):
+            return 5.0 + 0.0 * self.w + torch.randn(())
+
+    history = dgm.fit(Noise(), X, max_steps=1_000, progress=False, seed=0)
+    window = torch.tensor(history.loss[history.best_step - 50 : history.best_step], dtype=torch.float64)
+    assert history.best_loss == pytest.approx(float(window.mean()))
+
+
+def model():
+    pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+nan = math.nan
+SETTINGS = [
+    (lambda: dgm.AutoFlow(model, init_scale=nan), "AutoFlow: init_scale=nan, expected a finite number > 0"),
+    (lambda: dgm.AutoFlow(model, init_scale=0), "AutoFlow: init_scale=0, expected a finite number > 0"),
+    (lambda: dgm.ImplicitGuide(model, init_scale=-1.0), "ImplicitGuide: init_scale=-1.0"),
+    (lambda: dgm.ImplicitGuide(model, noise_features=-1), "ImplicitGuide: noise_features=-1, expected a whole number >= 0"),
+    (lambda: dgm.Adversarial_ELBO(model, dgm.ImplicitGuide(model), critic_lr=nan), "Adversarial_ELBO: critic_lr=nan"),
+    (lambda: dgm.Adversarial_ELBO(model, dgm.ImplicitGuide(model), num_particles=1.5), "num_particles=1.5, expected a whole"),
+    (lambda: dgm.MaximumLikelihood(dgm.FFJORD(2), transport=nan), "MaximumLikelihood: transport=nan"),
+    (lambda: dgm.MaximumLikelihood(dgm.OTFlow(2), hjb=-1.0), "MaximumLikelihood: hjb=-1.0, expected a finite number >= 0"),
+    (lambda: dgm.MaximumLikelihood(dgm.OTFlow(2), pretrain=2.5), "MaximumLikelihood: pretrain=2.5, expected a whole"),
+    (lambda: dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), r1=nan), "Adversarial: r1=nan"),
+    (lambda: dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), ema=nan), "Adversarial: ema=nan"),
+    (lambda: dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), critic_steps=1.5), "Adversarial: critic_steps=1.5"),
+    (lambda: dgm.objectives.WeightedKL_ELBO(nan), "WeightedKL_ELBO: beta=nan"),
+    (lambda: dgm.FFJORD(2, trace="x"), "FFJORD: trace='x', expected 'exact'"),
+    (lambda: dgm.FFJORD(2, probes=-1), "FFJORD: probes=-1, expected a whole number >= 1"),
+    (lambda: dgm.FFJORD(2, tolerance=-1), "FFJORD: tolerance=-1, expected a finite number > 0"),
+    (lambda: dgm.OTFlow(2, steps=2.5), "OTFlow: steps=2.5, expected a whole number >= 1. None has them found"),
+    (lambda: dgm.OTFlow(2, max_nfe=0), "OTFlow: max_nfe=0"),
+    (lambda: dgm.OTFlow(2, hidden_features=0), "hidden_features=0, expected a whole number >= 1"),
+    (lambda: dgm.AutoFlow(model, init_scale="a"), "AutoFlow: init_scale='a', expected a finite number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, message", SETTINGS, ids=[message for _, message in SETTINGS])
+def test_settings_that_are_no_numbers_of_their_kind_are_refused_when_they_are_given(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
