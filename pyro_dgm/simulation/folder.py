@@ -25,7 +25,7 @@ from torch import Size, Tensor
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Kind", "allocate", "begin", "begun", "larger", "locked", "mapped", "no_room"]
+__all__ = ["Kind", "allocate", "begun", "larger", "locked", "mapped", "no_room"]
 
 Kind = tuple[Size, torch.dtype]
 
@@ -84,12 +84,22 @@ def _lock(folder: Path) -> Iterator[None]:
         raise _not_writable(folder, error) from error
     try:
         _refuse_other_owner(folder, file)
-        os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        yield
-        os.ftruncate(file, 0)  # not removed: another process may have opened it
+        _sign(folder, file)
+        try:
+            yield
+        finally:
+            os.ftruncate(file, 0)  # not removed: another process may have opened it
     finally:
         os.close(file)
+
+
+def _sign(folder: Path, file: int) -> None:
+    try:
+        os.ftruncate(file, 0)
+        os.lseek(file, 0, os.SEEK_SET)
+        os.write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+    except OSError as error:
+        raise _not_writable(folder, error) from error
 
 
 def _refuse_other_owner(folder: Path, file: int) -> None:
@@ -232,19 +242,14 @@ def _same_proposal(a: Any, b: Any) -> bool:
     return all(abs(m - n) <= _CLOSE * s and abs(s - t) <= _CLOSE * s for (m, s), (n, t) in zip(a, b, strict=True))
 
 
-def begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Note what the folder was begun with; its arrays are there."""
-    file, name = _part(folder, _MANIFEST)
-    with file:
-        file.write(json.dumps(settings, indent=1).encode())
-    os.replace(name, folder / _MANIFEST)
-
-
 # --- Arrays -------------------------------------------------------------------------------------------------------------
 
 
-def allocate(folder: Path, arrays: Mapping[str, Kind]) -> None:
+def allocate(folder: Path, arrays: Mapping[str, Kind], settings: Mapping[str, Any] | None = None) -> None:
     """Files of zeros, with all their blocks on the disk, so that no later write can find it full; all, or none.
+
+    Args:
+        settings: of a folder that begins with these files.
 
     Raises:
         OSError: if there is no room; it names what is needed and what is free.
@@ -253,15 +258,19 @@ def allocate(folder: Path, arrays: Mapping[str, Kind]) -> None:
     parts: dict[str, Path] = {}
     try:
         for name, kind in arrays.items():
-            file, parts[name] = _part(folder, name)
+            file, parts[f"{name}.npy"] = _part(folder, name)
             with file:
                 _fill(file, kind)
+        if settings is not None:
+            file, parts[_MANIFEST] = _part(folder, _MANIFEST)
+            with file:
+                file.write(json.dumps(settings, indent=1).encode())
     except OSError as error:
         for part in parts.values():
             part.unlink()
         raise no_room(folder, needed, error) from error
-    for name, part in parts.items():
-        os.replace(part, folder / f"{name}.npy")
+    for name, part in parts.items():  # the manifest last
+        os.replace(part, folder / name)
 
 
 def larger(folder: Path, name: str, old: Tensor, shape: Size) -> Tensor:

@@ -23,7 +23,7 @@ from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_data, is_drawn, is_factor, is_subsample
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, plate_nesting
 from pyro_dgm.simulation.blocks import TOO_FEW, Blocks, Part, fault_of_plate, random_state, run_job, run_whole_job
-from pyro_dgm.simulation.folder import begin, begun, locked
+from pyro_dgm.simulation.folder import begun, locked
 from pyro_dgm.simulation.proposal import truncated
 from pyro_dgm.simulation.store import Simulations, Store
 
@@ -155,9 +155,8 @@ def _begun(
     if before is not None:
         seed = before["seed"]
     used = int(torch.randint(2**31, ())) if seed is None else seed
-    store = Store(n, settings.kinds, folder, settings.blocks.how == "loop", new=before is None)
-    if folder is not None and before is None:
-        begin(folder, wanted | {"seed": used})
+    fresh = wanted | {"seed": used} if before is None else None
+    store = Store(n, settings.kinds, folder, settings.blocks.how == "loop", fresh)
     return store, used
 
 

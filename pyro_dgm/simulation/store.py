@@ -183,10 +183,17 @@ class Store:
         sites: ``{site: (shape, dtype)}`` of a single run.
         folder: on disk; None for memory.
         sized: the size of a site may differ between simulations.
-        new: make the files; otherwise they must be there.
+        settings: what to note in a new folder; None for one whose files are there.
     """
 
-    def __init__(self, n: int, sites: dict[str, Kind], folder: Path | None, sized: bool, new: bool = True) -> None:
+    def __init__(
+        self,
+        n: int,
+        sites: dict[str, Kind],
+        folder: Path | None,
+        sized: bool,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.n = n
         self.folder = folder
         self.files = {k: f"site-{i}" for i, k in enumerate(sites)}
@@ -194,8 +201,8 @@ class Store:
         kinds |= {self.files[k]: (Size((n, *s)), d) for k, (s, d) in sites.items()}
         with_axes = [k for k, (s, _) in sites.items() if sized and len(s)]
         kinds |= {f"{self.files[k]}-sizes": (Size((n, len(sites[k][0]))), torch.int32) for k in with_axes}
-        if folder is not None and new:
-            allocate(folder, kinds)
+        if folder is not None and settings is not None:
+            allocate(folder, kinds, settings)
         grown = {self.files[k] for k in with_axes}
         arrays = {k: self._array(k, kind, k in grown) for k, kind in kinds.items()}
         self.status = arrays["status"]

@@ -388,7 +388,7 @@ def test_a_full_disk_is_told_before_the_first_draw(zeros, tmp_path, monkeypatch)
             drawn(noted, n=100, path=tmp_path / "a")
     assert error.value.errno == errno.ENOSPC
     assert len(RUNS) == 2 * runs - 2  # neither the look at the first block nor the draws
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["lock"]
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["lock"] and not (tmp_path / "a" / "lock").read_text()
     if zeros:
         monkeypatch.delattr(os, "posix_fallocate")
     assert same(drawn(noted, n=100, path=tmp_path / "a"), whole)
