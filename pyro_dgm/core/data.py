@@ -1,16 +1,28 @@
-"""Data and its scale: standardisation as part of a model, integers made continuous, and rows that are no numbers."""
+"""Data: standardisation as part of a model, integers made continuous, and what tells one value or program from another."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import hashlib
 import math
+import sys
+import sysconfig
+import types
+from contextlib import suppress
+from typing import Any
 
+import numpy as np
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions.transforms import AffineTransform
+from torch.distributions import Distribution
+from torch.distributions.transforms import AffineTransform, Transform, _InverseTransform
+from torch.distributions.utils import lazy_property
 
 from pyro_dgm.core.shapes import refuse_non_finite
 
-__all__ = ["Dequantize", "Standardize"]
+__all__ = ["Dequantize", "Fingerprints", "Standardize"]
 
 
 class Standardize(nn.Module):
@@ -134,3 +146,166 @@ class Dequantize(nn.Module):
     def inverse(self, y: Tensor) -> Tensor:
         """The integers, as floats: ``floor(K y)``; values outside [0, 1) go to the nearest level."""
         return (y * self.levels).floor().clamp(0, self.levels - 1)
+
+
+_LIBRARIES = tuple({sysconfig.get_path(k) for k in ("stdlib", "platstdlib", "purelib", "platlib")})
+_PLAIN = (type(None), bool, int, float, complex, str, type(...), torch.dtype, torch.device, torch.layout, np.generic)
+_CHANGED_BY_RUNS: tuple[tuple[type, frozenset[str]], ...] = (  # attributes that say nothing of what an object is
+    (nn.Module, frozenset({"_pyro_context"})),
+    (
+        Messenger,
+        frozenset({"_vectorized", "_indices", "counter", "dim"}),
+    ),  # of a plate; its dim shows in the sites' shapes
+    (Transform, frozenset({"_cached_x_y", "_inv"})),
+)
+_SHOWN = 40  # letters of a value in a message
+
+
+class Fingerprints:
+    """Short texts that differ where values, or programs, do: they stay the same in another process.
+
+    A tensor counts by shape, dtype and numbers; a container by what is in it; a function by its bytecode, its defaults and
+    the values that it closes over; another object by what pickle would keep of it, and its class's code. What libraries
+    define counts by name. Globals that a function reads are not followed.
+
+    Attributes:
+        hidden: names of types that do not show what they hold (an open file, a lock). They count by type only.
+
+    Example:
+        >>> prints = Fingerprints()
+        >>> prints.text(torch.zeros(2)) == prints.text(torch.zeros(2)), prints.text(0.5)
+        (True, '0.5')
+        >>> prints.text([torch.zeros(2)]) == prints.text([torch.ones(2)])
+        False
+    """
+
+    def __init__(self) -> None:
+        self.hidden: set[str] = set()
+        self._known: dict[int, tuple[str, Any]] = {}  # with the value, so that no other gets its id
+
+    def text(self, value: Any) -> str:
+        """What a person may see of it, and a hash of the rest."""
+        if isinstance(value, _PLAIN) and len(repr(value)) <= _SHOWN:
+            return repr(value)
+        try:
+            code = self._hash(value)
+        except RecursionError:
+            code = self._not_shown(value)[0]
+        if isinstance(value, (Tensor, np.ndarray)):
+            return f"{type(value).__name__} {tuple(value.shape)} {value.dtype} {code}"
+        return f"{getattr(value, '__qualname__', type(value).__name__)} {code}"
+
+    def _hash(self, value: Any) -> str:
+        if id(value) not in self._known:
+            self._known[id(value)] = ("inside itself", value)
+            self._known[id(value)] = (self._new_hash(value), value)
+        return self._known[id(value)][0]
+
+    def _new_hash(self, value: Any) -> str:
+        kind, *parts = self._parts(value)
+        code = hashlib.sha256(f"{kind} {len(parts)}".encode())
+        for part in parts:
+            code.update(part if isinstance(part, (bytes, memoryview)) else self._hash(part).encode())
+        return code.hexdigest()[:16]
+
+    def _parts(self, value: Any) -> list[Any]:
+        """A name of its kind, and of what it is made: bytes, or values again."""
+        name = type(value).__name__
+        if isinstance(value, _PLAIN):
+            return [f"{name} {value!r}"]
+        if isinstance(value, (bytes, bytearray)):
+            return [name, bytes(value)]
+        if isinstance(value, Tensor) and value.layout is torch.strided and value.device.type != "meta":
+            return [f"tensor {tuple(value.shape)} {value.dtype}", _bytes_of(value)]
+        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+            return [f"array {value.shape} {value.dtype}", value.tobytes()]
+        if isinstance(value, (list, tuple)):
+            return [name, *value]
+        if isinstance(value, dict):
+            return [name, *sorted(self._hash(k) + self._hash(v) for k, v in value.items())]
+        if isinstance(value, (set, frozenset)):
+            return [name, *sorted(map(self._hash, value))]
+        return self._parts_of_program(value) or self._parts_of_object(value)
+
+    def _parts_of_program(self, value: Any) -> list[Any]:
+        if isinstance(value, types.FunctionType):
+            cells = [_content(cell) for cell in value.__closure__ or ()]
+            code = f"{value.__module__}.{value.__qualname__}" if _in_library(value.__module__) else value.__code__
+            return ["function", code, value.__defaults__, value.__kwdefaults__, cells]
+        if isinstance(value, types.CodeType):
+            return ["code", value.co_code, value.co_consts, value.co_names, value.co_varnames, value.co_freevars]
+        if isinstance(value, types.MethodType):
+            return ["method", value.__func__, value.__self__]
+        if isinstance(value, (staticmethod, classmethod)):
+            return ["method", value.__func__]
+        if isinstance(value, property):
+            return ["property", value.fget, value.fset]
+        if isinstance(value, functools.cached_property):
+            return ["property", value.func]
+        if isinstance(value, types.ModuleType):
+            return [f"module {value.__name__}"]
+        return self._parts_of_class(value) if isinstance(value, type) else []
+
+    def _parts_of_class(self, cls: type) -> list[Any]:
+        if _in_library(cls.__module__):
+            return [f"class {cls.__module__}.{cls.__qualname__}"]
+        own = {k: v for k, v in vars(cls).items() if not k.startswith("__") or isinstance(v, types.FunctionType)}
+        own.pop("_abc_impl", None)  # a cache of abc
+        return [f"class {cls.__qualname__}", cls.__bases__, own]
+
+    def _parts_of_object(self, value: Any) -> list[Any]:
+        try:
+            made = _filled(value).__reduce_ex__(4)
+        except Exception:  # whatever it raises, it does not show what it holds
+            return self._not_shown(value)
+        if isinstance(made, str):
+            return [f"object {made}", getattr(value, "__wrapped__", None)]  # a cached function is pickled by name
+        build, args, state, *entries = (*made, None)[: max(len(made), 3)]
+        shown = _lasting(value, state) if isinstance(state, dict) else state
+        lists = [list(i) for i in entries if i is not None and not callable(i)]
+        return ["object", type(value), build, args, shown, *lists]
+
+    def _not_shown(self, value: Any) -> list[str]:
+        self.hidden.add(type(value).__qualname__)
+        return [f"a {type(value).__qualname__}"]
+
+
+def _bytes_of(x: Tensor) -> memoryview:
+    plain = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return "an empty cell"
+
+
+def _filled(value: Any) -> Any:
+    """A distribution with all that it computes when asked and then keeps, so that it looks the same before and after."""
+    if not isinstance(value, Distribution):
+        return value
+    full = copy.copy(value)
+    for name in {k for cls in type(value).__mro__ for k, v in vars(cls).items() if isinstance(v, lazy_property)}:
+        with suppress(Exception):
+            getattr(full, name)
+    return full
+
+
+def _lasting(value: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """An object's state without what using it changes."""
+    changed = {name for kind, names in _CHANGED_BY_RUNS if isinstance(value, kind) for name in names}
+    if isinstance(value, _InverseTransform):
+        changed -= {"_inv"}
+    if isinstance(value, nn.Module) and _in_library(type(value).__module__):  # the rest of its private names are memos
+        changed |= {k for k in state if k.startswith("_")} - {"_parameters", "_buffers", "_modules"}
+    changed |= {k for k in state if isinstance(getattr(type(value), str(k), None), functools.cached_property)}
+    return {k: v for k, v in state.items() if k not in changed}
+
+
+def _in_library(module: str | None) -> bool:
+    """Whether the code is installed, not written by the user."""
+    name = module or "builtins"
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    return name in sys.builtin_module_names or name.split(".")[0] == "pyro_dgm" or file.startswith(_LIBRARIES)

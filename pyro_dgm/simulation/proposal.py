@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -19,9 +19,7 @@ from torch import Tensor
 
 from pyro_dgm.model.handlers import EndOfRun, Redraw, run_to_end
 from pyro_dgm.model.sites import is_drawn
-
-if TYPE_CHECKING:
-    from pyro_dgm.simulation.blocks import Blocks
+from pyro_dgm.simulation.blocks import Blocks, random_state
 
 __all__ = ["TruncatedPrior", "truncated"]
 
@@ -39,11 +37,13 @@ class TruncatedPrior:
         posterior: for one data set, with ``log_prob({site: (n, *site)}) -> (n,)``.
         sites: the latents that it knows.
         threshold: log density on the edge of the region, in nats.
+        moments: ``[mean, sd]`` of each coordinate of its draws, by which a folder knows it again.
     """
 
     posterior: Any
     sites: tuple[str, ...]
     threshold: float
+    moments: list[list[float]]
 
     @torch.no_grad()
     def __call__(self, blocks: Blocks, n: int) -> tuple[dict[str, Tensor], int]:
@@ -88,7 +88,7 @@ def truncated(posterior: Any) -> TruncatedPrior:
             f"simulate: proposal={type(posterior).__name__} has no sample and log_prob; expected a posterior for one data "
             "set, guide.condition(x=x_observed)."
         )
-    with torch.no_grad():
+    with torch.no_grad(), random_state(0):  # the same region in every call
         draws = posterior.sample((_DRAWS,))
         density = posterior.log_prob(draws)
     if density.shape != (_DRAWS,):
@@ -96,7 +96,9 @@ def truncated(posterior: Any) -> TruncatedPrior:
             f"simulate: proposal gives densities of shape {tuple(density.shape)} for {_DRAWS} draws; expected a posterior for "
             "one data set, guide.condition(x=x_observed), not for many."
         )
-    return TruncatedPrior(posterior, tuple(draws), float(density.quantile(_OUTSIDE)))
+    rows = torch.cat([v.reshape(_DRAWS, -1).double() for v in draws.values()], 1)
+    moments = torch.stack([rows.mean(0), rows.std(0)], 1).tolist()
+    return TruncatedPrior(posterior, tuple(draws), float(density.quantile(_OUTSIDE)), moments)
 
 
 class _UntilDrawn(poutine.messenger.Messenger):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import pickle
+import sys
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence, Set
 from concurrent.futures import Executor, as_completed
 from contextlib import closing
 from dataclasses import replace
@@ -16,11 +18,14 @@ from pyro.infer.inspect import get_dependencies
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_dgm.core.data import Fingerprints
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_data, is_drawn, is_factor, is_subsample
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, plate_nesting
 from pyro_dgm.simulation.blocks import TOO_FEW, Blocks, Part, fault_of_plate, random_state, run_job, run_whole_job
+from pyro_dgm.simulation.folder import begun, locked
 from pyro_dgm.simulation.proposal import truncated
-from pyro_dgm.simulation.store import Simulations, Store, manifest
+from pyro_dgm.simulation.store import Simulations, Store
 
 __all__ = ["simulate"]
 
@@ -52,16 +57,20 @@ def simulate(
         progress: show a bar.
         proposal: a posterior for one data set (``guide.condition(x=x_observed)``). Parameters are drawn from the prior
             inside its highest-density region, which holds all but 1e-4 of it, for a further round of training.
-        path: a folder for memory-mapped arrays. A second call with the same settings goes on where the first was killed.
+        path: a folder for memory-mapped arrays. A second call with the same settings goes on where the first was killed;
+            one with another model, other arguments or other settings is refused.
 
     Returns:
         ``{site: (n, *site)}``, see :class:`Simulations`; fewer rows where some failed.
 
     Raises:
         ValueError: for zero simulations, no or unknown observed sites, a prior that cannot be drawn or whose draws are not
-            finite, a ``pyro.factor`` (no simulation follows it), a subsampled plate, a folder of other simulations, and
-            where all simulations fail, or fewer than 1 in 1,000 prior draws lie in the proposal's region.
-        TypeError: if the model cannot be sent to the executor's processes, or the proposal has no density.
+            finite, a ``pyro.factor`` (no simulation follows it), a subsampled plate, a folder of other simulations or with
+            damaged files, and where all simulations fail, or fewer than 1 in 1,000 prior draws lie in the proposal's region.
+        TypeError: for an argument of a wrong kind, a proposal without density, or a model that cannot be sent to the
+            executor's processes.
+        RuntimeError: if another call writes in the folder.
+        OSError: if the folder cannot hold the arrays; before any draw, except where a site's size grows.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -75,24 +84,80 @@ def simulate(
         >>> abs(sims["x"].var() - 1.25) < 0.1
         tensor(True)
     """
-    if not isinstance(num_simulations, int) or num_simulations < 1:
-        raise ValueError(f"simulate: num_simulations={num_simulations}, expected at least 1.")
-    settings = _Prepared(model, args, model_kwargs or {}, observed, num_simulations)
+    n = _whole("num_simulations", num_simulations, 1)
+    size = 1 if batch_size is None else _whole("batch_size", batch_size, 1)
+    seed = None if seed is None else _whole("seed", seed)
+    _refuse_bad_kinds(executor, model_kwargs)
+    kwargs = model_kwargs or {}
+    noted = {} if path is None else _noted(model, args, kwargs)
+    settings = _Prepared(model, args, kwargs, observed, n)
     settings.propose(proposal)
-    folder = Path(path) if path is not None else None
-    seed = _begun_seed(folder, settings, num_simulations, seed)
     blocks = settings.blocks
-    store = Store(num_simulations, settings.kinds, folder, blocks.how == "loop")
-    jobs = _jobs(store.missing().tolist(), max(batch_size or 1, blocks.block), num_simulations, blocks.block)
-    if jobs:
-        settings.refuse_non_finite_prior(seed)
-    with tqdm(desc="simulate", total=num_simulations, disable=not progress, mininterval=0.5) as bar:
-        bar.update(num_simulations - len(store.missing()))
-        with closing(_parts(blocks, jobs, seed, executor)) as parts:
-            for part in parts:
-                store.write(part)
-                bar.update(part.count)
-    return _finished(store, settings.observed, args, seed)
+    with locked(path) as folder:
+        store, seed = _begun(folder, settings, noted, n, seed)
+        jobs = _jobs(store.missing().tolist(), max(size, blocks.block), n, blocks.block)
+        if jobs:
+            settings.refuse_non_finite_prior(seed)
+        with tqdm(desc="simulate", total=n, disable=not progress, mininterval=0.5) as bar:
+            bar.update(n - len(store.missing()))
+            with closing(_parts(blocks, jobs, seed, executor)) as parts:
+                for part in parts:
+                    store.write(part)
+                    bar.update(part.count)
+        return _finished(store, settings.observed, args, seed)
+
+
+def _whole(name: str, value: Any, least: int | None = None) -> int:
+    expected = "an int" if least is None else f"an int, at least {least}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        kind = ValueError if isinstance(value, float) else TypeError
+        raise kind(f"simulate: {name}={value!r}, expected {expected}.") from None
+    if isinstance(value, bool) or (least is not None and number < least):
+        raise ValueError(f"simulate: {name}={value!r}, expected {expected}.")
+    return number
+
+
+def _refuse_bad_kinds(executor: Any, model_kwargs: Any) -> None:
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise TypeError(
+            f"simulate: executor={executor!r} has no submit; expected one of concurrent.futures, such as "
+            "ProcessPoolExecutor(8)."
+        )
+    if model_kwargs is not None and not isinstance(model_kwargs, dict):
+        raise TypeError(
+            f"simulate: model_kwargs is a {type(model_kwargs).__name__}, expected a dictionary {{name: value}}."
+        )
+
+
+def _noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a folder keeps of a model and its arguments, before a run may change them."""
+    arguments = {str(k): v for k, v in (*enumerate(args), *kwargs.items())}
+    parts = {k: Fingerprints() for k in ("model", *arguments)}
+    code = f"{parts['model'].text(model)} of Python {sys.version_info.major}.{sys.version_info.minor}"
+    texts = {k: parts[k].text(v) for k, v in arguments.items()}
+    hidden = [f"{k}: {', '.join(sorted(p.hidden))}" for k, p in parts.items() if p.hidden]
+    if hidden:
+        warn_user(
+            f"simulate: path=: it cannot be told whether these are the same in a later call: {'; '.join(hidden)} (model, or "
+            "number or name of an argument). The folder will be taken for theirs, whatever they hold."
+        )
+    return {"model": code, "arguments": texts}
+
+
+def _begun(
+    folder: Path | None, settings: _Prepared, noted: dict[str, Any], n: int, seed: int | None
+) -> tuple[Store, int]:
+    """The rows so far, and the seed: that of the folder's first call, or the given one, or a new one."""
+    wanted = {"simulations": n, "seed": seed} | noted | settings.noted()
+    before = None if folder is None else begun(folder, wanted)
+    if before is not None:
+        seed = before["seed"]
+    used = int(torch.randint(2**31, ())) if seed is None else seed
+    fresh = wanted | {"seed": used} if before is None else None
+    store = Store(n, settings.kinds, folder, settings.blocks.how == "loop", fresh)
+    return store, used
 
 
 class _Prepared:
@@ -105,6 +170,7 @@ class _Prepared:
         trace = _first_run(once)
         nodes = {k: s for k, s in trace.nodes.items() if is_drawn(s)}
         self.nodes = nodes
+        self.moments: list[list[float]] | None = None  # of the proposal
         self.observed = _observed(model, args, kwargs, nodes, observed)
         _refuse_what_no_draw_follows(trace)
         self.kinds = {k: (s["value"].shape, s["value"].dtype) for k, s in nodes.items()}
@@ -129,6 +195,13 @@ class _Prepared:
                 f"simulate: the proposal draws {unknown}, which are no latents of the model, {list(self.nodes)}."
             )
         self.blocks = replace(self.blocks, propose=proposal)
+        self.moments = proposal.moments
+
+    def noted(self) -> dict[str, Any]:
+        """What a folder keeps of it."""
+        sites = {k: [list(shape), str(dtype)] for k, (shape, dtype) in self.kinds.items()}
+        settings = {"observed": list(self.observed), "block": self.blocks.block}
+        return settings | {"sites": sites, "proposal": self.moments}
 
     def refuse_non_finite_prior(self, seed: int) -> None:
         """Look at the first block: latents that depend on no other must be finite."""
@@ -171,7 +244,7 @@ def _observed(
     model: Any, args: Any, kwargs: Any, nodes: dict[str, Any], wanted: Sequence[str] | str
 ) -> tuple[str, ...]:
     """The names of the data sites."""
-    names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    names = _names(wanted)
     given = [k for k, s in _first_run(Blocks(model, args, kwargs, redraw=False)).nodes.items() if is_data(s)]
     names = names or tuple(given)
     unknown = [k for k in names if k not in nodes]
@@ -186,6 +259,16 @@ def _observed(
             f"simulate: the arguments fix the data of {sorted(set(given) - set(names))}, which observed={list(names)} leaves "
             "out; simulations draw all data anew. Name them in observed=, or leave their data out of the arguments."
         )
+    return names
+
+
+def _names(wanted: Any) -> tuple[str, ...]:
+    if not isinstance(wanted, (str, Sequence, Set)):
+        raise TypeError(f"simulate: observed={wanted!r}, expected a list of names of data sites.")
+    names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    twice = sorted({str(k) for k in names if names.count(k) > 1})
+    if twice:
+        raise ValueError(f"simulate: observed={list(names)} names {twice} twice. Give each name once.")
     return names
 
 
@@ -211,23 +294,6 @@ def _roots(blocks: Blocks) -> list[str]:
         return [k for k in blocks.shapes if not set(parents.get(k, {})) - {k}]
     except Exception:  # what is asked of the model is more than a run
         return list(blocks.shapes)[:1]
-
-
-def _begun_seed(folder: Path | None, settings: _Prepared, n: int, seed: int | None) -> int:
-    """The seed, or that of the folder's first call, or a new one."""
-    if folder is None:
-        return int(torch.randint(2**31, ())) if seed is None else seed
-    blocks = settings.blocks
-    sites = {k: [list(shape), str(dtype)] for k, (shape, dtype) in settings.kinds.items()}
-    wanted = {
-        "simulations": n,
-        "sites": sites,
-        "observed": list(settings.observed),
-        "block": blocks.block,
-        "seed": seed,
-    }
-    fresh = wanted | {"seed": int(torch.randint(2**31, ()))} if seed is None else wanted
-    return manifest(folder, wanted, fresh)["seed"]
 
 
 def _jobs(missing: list[int], size: int, n: int, block: int) -> list[tuple[int, int]]:

@@ -1,14 +1,12 @@
 """Simulations of a model, and where they are kept while they are made: in memory, or in files that survive a kill.
 
-The files are memory-mapped. A folder holds ``manifest.json``, one ``.npy`` file for each site, and ``status.npy`` with one
-byte for each simulation (0 to be done, 1 good, 2 left out). A row's byte is written after its values, so what is marked is
-there.
+The files are memory-mapped. A folder holds one ``.npy`` file for each site, and ``status.npy`` with one byte for each
+simulation (0 to be done, 1 good, 2 left out). A row's byte is written after its values, so what is marked is there.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,9 +17,10 @@ import torch
 from torch import Size, Tensor
 
 from pyro_dgm.simulation.blocks import Part
+from pyro_dgm.simulation.folder import Kind, allocate, larger, mapped, no_room
 from pyro_dgm.train.history import load_checkpoint, save_checkpoint
 
-__all__ = ["Simulations", "Store", "manifest"]
+__all__ = ["Simulations", "Store"]
 
 
 class Simulations(Mapping[str, Tensor]):
@@ -43,7 +42,8 @@ class Simulations(Mapping[str, Tensor]):
         acceptance: share of prior draws that a proposal accepted; None where there was none.
 
     Raises:
-        ValueError: where the first dimensions differ, or a mask or an observed name has no site.
+        ValueError: where the first dimensions differ, or a mask or an observed name has no site, or a name comes twice.
+        TypeError: where a value is no tensor.
 
     Example:
         >>> sims = Simulations({"t": torch.zeros(5), "x": torch.zeros(5, 3)}, ["x"])
@@ -57,7 +57,7 @@ class Simulations(Mapping[str, Tensor]):
                  failed: Tensor | None = None, reasons: Mapping[str, int] | None = None, args: tuple[Any, ...] = (),
                  seed: int | None = None, acceptance: float | None = None) -> None:  # fmt: skip
         self._values = dict(values)
-        self.observed = tuple(observed)
+        self.observed = (observed,) if isinstance(observed, str) else tuple(observed)
         self.mask = dict(mask or {})
         self.failed = torch.zeros(0, dtype=torch.long) if failed is None else failed
         self.reasons = dict(reasons or {})
@@ -67,6 +67,10 @@ class Simulations(Mapping[str, Tensor]):
         self._refuse_bad()
 
     def _refuse_bad(self) -> None:
+        for k, v in (*self._values.items(), *self.mask.items()):
+            if not isinstance(v, Tensor) or not v.dim():
+                what = "a number" if isinstance(v, Tensor) else f"a {type(v).__name__}"
+                raise TypeError(f"Simulations: site '{k}' is {what}, expected a tensor (n, *site).")
         sizes = {k: len(v) for k, v in (*self._values.items(), *self.mask.items())}
         if len(set(sizes.values())) != 1:
             raise ValueError(
@@ -75,6 +79,8 @@ class Simulations(Mapping[str, Tensor]):
         unknown = [k for k in (*self.observed, *self.mask) if k not in self._values]
         if unknown:
             raise ValueError(f"Simulations: {unknown} are not among the sites {list(self._values)}.")
+        if len(set(self.observed)) < len(self.observed):
+            raise ValueError(f"Simulations: observed={list(self.observed)} names a site twice. Give each name once.")
 
     @overload
     def __getitem__(self, key: str) -> Tensor: ...
@@ -85,11 +91,34 @@ class Simulations(Mapping[str, Tensor]):
             if key not in self._values:
                 raise KeyError(f"No site '{key}' among the simulated ones, {list(self._values)}.")
             return self._values[key]
-        return self._rows(slice(key, key + 1 or None) if isinstance(key, int) else key)
-
-    def _rows(self, index: Any) -> Simulations:
+        index = self._index(key)
         pick = lambda of: {k: v[index] for k, v in of.items()}  # noqa: E731
         return Simulations(pick(self._values), self.observed, mask=pick(self.mask), args=self.args, seed=None)
+
+    def _index(self, key: Any) -> slice | Tensor:
+        """What picks rows from each tensor."""
+        if isinstance(key, slice):
+            rows = range(len(self))[key]
+            return slice(rows.start, rows.stop, rows.step) if rows.step > 0 else torch.tensor(rows, dtype=torch.long)
+        index = (
+            torch.as_tensor(key).cpu() if isinstance(key, (int, list, range, np.ndarray, np.generic, Tensor)) else None
+        )
+        if index is None or index.dim() > 1 or (index.numel() and (index.is_floating_point() or index.is_complex())):
+            raise TypeError(
+                f"Simulations: [{key!r}]: expected a site, a number, a slice, or a vector of numbers or of truths."
+            )
+        self._refuse_outside(index)
+        return index if index.dtype is torch.bool else index.reshape(-1).long() % max(len(self), 1)
+
+    def _refuse_outside(self, index: Tensor) -> None:
+        n = len(self)
+        if index.dtype is torch.bool:
+            if index.shape != (n,):
+                raise IndexError(f"Simulations: an index of truths has shape {tuple(index.shape)}, expected ({n},).")
+            return
+        outside = index[(index < -n) | (index >= n)]
+        if len(outside):
+            raise IndexError(f"Simulations: there is no number {int(outside[0])} among {n}; expected {-n} to {n - 1}.")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -124,15 +153,26 @@ class Simulations(Mapping[str, Tensor]):
 
         Raises:
             FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged, or holds something else.
         """
-        state = load_checkpoint(path)
+        try:
+            state = load_checkpoint(path)
+        except Exception as error:  # torch raises a dozen kinds
+            raise ValueError(
+                f"Simulations.load: {path} cannot be read ({type(error).__name__}). It is cut off or damaged, or another kind "
+                "of file. Delete it, and save the simulations again."
+            ) from error
         if state is None:
             raise FileNotFoundError(f"Simulations.load: there is no file {path}.")
+        known = {"values", "observed", "mask", "failed", "reasons", "seed", "acceptance"}
+        if not isinstance(state, dict) or not {"values", "observed"} <= state.keys() <= known:
+            raise ValueError(f"Simulations.load: {path} was not written by Simulations.save. Give the file that was.")
         return cls(state.pop("values"), state.pop("observed"), **state)
 
 
 _GOOD, _LEFT_OUT = 1, 2
 _FAULTS = "faults.jsonl"
+_LOST = "a reason that was lost with its line of faults.jsonl"
 
 
 class Store:
@@ -143,31 +183,52 @@ class Store:
         sites: ``{site: (shape, dtype)}`` of a single run.
         folder: on disk; None for memory.
         sized: the size of a site may differ between simulations.
+        settings: what to note in a new folder; None for one whose files are there.
     """
 
-    def __init__(self, n: int, sites: dict[str, tuple[Size, torch.dtype]], folder: Path | None, sized: bool) -> None:
+    def __init__(
+        self,
+        n: int,
+        sites: dict[str, Kind],
+        folder: Path | None,
+        sized: bool,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.n = n
         self.folder = folder
         self.files = {k: f"site-{i}" for i, k in enumerate(sites)}
-        self.faults = self._known_faults()
-        self.status = self._array("status", Size((n,)), torch.uint8)
-        self.tried = self._array("tried", Size((n,)), torch.int64)
-        self.values = {k: self._array(self.files[k], Size((n, *s)), d) for k, (s, d) in sites.items()}
+        kinds: dict[str, Kind] = {"status": (Size((n,)), torch.uint8), "tried": (Size((n,)), torch.int64)}
+        kinds |= {self.files[k]: (Size((n, *s)), d) for k, (s, d) in sites.items()}
         with_axes = [k for k, (s, _) in sites.items() if sized and len(s)]
-        self.sizes = {
-            k: self._array(f"{self.files[k]}-sizes", Size((n, len(sites[k][0]))), torch.int32) for k in with_axes
-        }
+        kinds |= {f"{self.files[k]}-sizes": (Size((n, len(sites[k][0]))), torch.int32) for k in with_axes}
+        if folder is not None and settings is not None:
+            allocate(folder, kinds, settings)
+        grown = {self.files[k] for k in with_axes}
+        arrays = {k: self._array(k, kind, k in grown) for k, kind in kinds.items()}
+        self.status = arrays["status"]
+        self.tried = arrays["tried"]
+        self.values = {k: arrays[file] for k, file in self.files.items()}
+        self.sizes = {k: arrays[f"{self.files[k]}-sizes"] for k in with_axes}
+        self._refuse_bad()
+        self.faults = self._known_faults()
 
-    def _array(self, name: str, shape: Size, dtype: torch.dtype) -> Tensor:
-        """Zeros, or what the file of that name holds."""
+    def _array(self, name: str, kind: Kind, grown: bool) -> Tensor:
+        shape, dtype = kind
         if self.folder is None:
             return torch.zeros(shape, dtype=dtype)
-        path = self.folder / f"{name}.npy"
-        if not path.exists():
-            kind = torch.zeros((), dtype=dtype).numpy().dtype
-            np.lib.format.open_memmap(f"{path}.part", mode="w+", dtype=kind, shape=tuple(shape)).flush()
-            os.replace(f"{path}.part", path)
-        return torch.from_numpy(np.lib.format.open_memmap(path, mode="r+"))
+        return mapped(self.folder, name, kind, sized=grown)
+
+    def _refuse_bad(self) -> None:
+        """Marks and sizes that were never written here."""
+        bad = {"status": self.status > _LEFT_OUT, "tried": self.tried < 0}
+        for k, sizes in self.sizes.items():
+            room = torch.tensor(self.values[k].shape[1:])
+            bad[f"{self.files[k]}-sizes"] = (sizes < 0) | (sizes > room)
+        for name in [k for k, wrong in bad.items() if bool(wrong.any())]:
+            raise ValueError(
+                f"simulate: {self.folder}/{name}.npy is damaged: it holds values that are never written there. It cannot be "
+                f"known which draws are good: give another path, or delete {self.folder}."
+            )
 
     def write(self, part: Part) -> None:
         """Keep a part; then mark it as done."""
@@ -185,16 +246,24 @@ class Store:
 
     def _note(self, faults: dict[int, str]) -> None:
         self.faults |= faults
-        if self.folder is not None and faults:
+        if self.folder is None or not faults:
+            return
+        text = "".join(json.dumps([i, f]) + "\n" for i, f in faults.items())
+        try:
             with (self.folder / _FAULTS).open("a") as file:
-                file.writelines(json.dumps([i, f]) + "\n" for i, f in faults.items())
+                file.write(text)
+        except OSError as error:
+            raise no_room(self.folder, len(text), error) from error
 
     def _known_faults(self) -> dict[int, str]:
+        """Why simulations were left out; lines that a kill cut off say nothing."""
         path = self.folder and self.folder / _FAULTS
-        if path is None or not path.exists():
-            return {}
-        whole = [line for line in path.read_text().splitlines() if line.endswith("]")]  # the last may be cut off
-        return dict(json.loads(line) for line in whole)
+        text = path.read_text(encoding="utf-8", errors="replace") if path and path.exists() else ""
+        if path and text and not text.endswith("\n"):
+            with path.open("a") as file:  # the next line must not go on with this one
+                file.write("\n")
+        read = dict(entry for entry in map(_fault, text.splitlines()) if entry)
+        return {i: read.get(i, _LOST) for i in torch.nonzero(self.status == _LEFT_OUT)[:, 0].tolist()}
 
     def _write_each(self, name: str, start: int, values: list[Tensor | None]) -> None:
         for i, value in enumerate(values, start):
@@ -219,18 +288,21 @@ class Store:
         )
         if room == now.shape[1:]:
             return
-        where = f"{self.files[name]}-{'-'.join(map(str, room))}"
-        larger = self._array(where, Size((self.n, *room)), now.dtype)
-        larger[(slice(None), *(slice(m) for m in now.shape[1:]))] = now
-        self.values[name] = larger
-        if self.folder is not None:  # the old file goes last, so that a kill leaves one of them
-            os.replace(self.folder / f"{where}.npy", self.folder / f"{self.files[name]}.npy")
+        self.values[name] = self._larger(name, now, Size((self.n, *room)))
+
+    def _larger(self, name: str, now: Tensor, shape: Size) -> Tensor:
+        if self.folder is not None:
+            return larger(self.folder, self.files[name], now, shape)
+        new = torch.zeros(shape, dtype=now.dtype)
+        new[tuple(slice(m) for m in now.shape)] = now
+        return new
 
     def _private(self, name: str) -> Tensor:
         """A site's values, of which changes do not go back to the disk."""
         if self.folder is None:
             return self.values[name]
-        return torch.from_numpy(np.lib.format.open_memmap(self.folder / f"{self.files[name]}.npy", mode="c"))
+        now = self.values[name]
+        return mapped(self.folder, self.files[name], (now.shape, now.dtype), private=True)
 
     def missing(self) -> Tensor:
         """Numbers of the simulations that are still to be done."""
@@ -263,6 +335,14 @@ class Store:
         )
 
 
+def _fault(line: str) -> tuple[int, str] | None:
+    try:
+        number, reason = json.loads(line)
+    except (ValueError, TypeError):
+        return None
+    return (number, reason) if isinstance(number, int) and isinstance(reason, str) else None
+
+
 def _cropped(values: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor | None]:
     """Padded to the largest size only, and the mask along the axes up to the last one that differs."""
     largest = sizes.amax(0).tolist()
@@ -275,28 +355,3 @@ def _cropped(values: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor | None]:
         inside = torch.arange(largest[axis]) < sizes[:, axis, None]
         mask = mask & inside.reshape(len(sizes), *(largest[axis] if a == axis else 1 for a in range(differs[-1] + 1)))
     return values, mask
-
-
-def manifest(folder: Path, wanted: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
-    """What the folder was begun with; where it is new, ``fresh`` is written.
-
-    Raises:
-        ValueError: if it was begun with something else.
-    """
-    path = folder / "manifest.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / "manifest.json.part"
-        part.write_text(json.dumps(fresh, indent=1))
-        os.replace(part, path)
-        return fresh
-    found = json.loads(path.read_text())
-    differ = [k for k in wanted if k != "seed" and found.get(k) != wanted[k]]
-    if wanted["seed"] is not None and found["seed"] != wanted["seed"]:
-        differ.append("seed")
-    if differ:
-        now = ", ".join(f"{k} {found.get(k)!r}, now {wanted[k]!r}" for k in differ)
-        raise ValueError(
-            f"simulate: {folder} was begun with other settings ({now}). Give the same ones to go on, or another path."
-        )
-    return found

@@ -141,15 +141,19 @@ def test_neighbouring_seeds_share_no_draw():
 
 def counted(model, dots, calls):
     """The model, which leaves a dot in a file for each run, and kills its process in the given one."""
+    COUNTED.update(dots=dots, calls=calls)  # global, since it must be the same model in each call
 
     def run(y=None):
-        with dots.open("a") as file:
+        with COUNTED["dots"].open("a") as file:
             file.write(".")
-        if dots.stat().st_size == calls:
+        if COUNTED["dots"].stat().st_size == COUNTED["calls"]:
             os.kill(os.getpid(), signal.SIGKILL)
         return model(y)
 
     return run
+
+
+COUNTED = {}
 
 
 def explodes(y=None):
@@ -251,7 +255,7 @@ def broken(y=None):
     [
         (groups, {"observed": ["z"]}, r"observed=\['z'\]: expected names of the model's data sites, .*'mu', 't', 'y'"),
         (groups, {"observed": []}, r"observed=\[\]: expected names"),
-        (groups, {"n": 0}, "num_simulations=0, expected at least 1"),
+        (groups, {"n": 0}, "num_simulations=0, expected an int, at least 1"),
         (groups, {"n": 2.5}, "num_simulations=2.5, expected"),
         (groups, {"model_kwargs": {"y": torch.zeros(4)}, "observed": ["mu"]}, r"fix the data of \['y'\]"),
         (overflows, {}, "site 's' drew .* values that are not finite, from LogNormal"),
