@@ -93,6 +93,7 @@ def fit(
         >>> round(objective.w.item(), 2)
         2.0
     """
+    _refuse_no_objective(objective, data)
     _refuse_patience_of_two(objective, patience)
     with seeded(seed):
         recipe = objective.recipe(row_count(data)) if isinstance(objective, Recommending) else Recipe()
@@ -115,6 +116,18 @@ def fit(
                     players = OnePlayer(objective, batches, validation, optimizer, lr, recipe, parameters)
                     patience = patience or recipe.patience or (None if validation is None else _PATIENCE)
                 return Loop(objective, parameters, players, batches, stages, patience).run(saved)
+
+
+def _refuse_no_objective(objective: nn.Module, data: Any) -> None:
+    if callable(data) or not isinstance(objective, nn.Module):
+        raise TypeError(
+            f"fit: expected an objective and its data, got {type(objective).__name__} and {type(data).__name__}. Of a model "
+            "and a guide write fit(STL_ELBO()(model, guide), data); of a family, fit(MaximumLikelihood(family), data)."
+        )
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "fit: gradients are switched off, so nothing can be trained. Call it outside torch.no_grad()."
+        )
 
 
 def _refuse_patience_of_two(objective: nn.Module, patience: int | None) -> None:
