@@ -46,9 +46,9 @@ class Standardize(nn.Module):
         change are not blown up.
         """
         x = as_tensor_like("Standardize", "data", x, self.loc)
-        rows = x.reshape(-1, len(self.loc)) if x.shape[-1:] == self.loc.shape else x[:0]
-        if len(rows) < 2:
+        if x.shape[-1:] != self.loc.shape or x.numel() < 2 * len(self.loc):
             raise ValueError(f"Standardize: data has shape {tuple(x.shape)}, expected (N >= 2, {len(self.loc)}).")
+        rows = x.reshape(-1, len(self.loc))
         refuse_non_finite("Standardize", rows)
         self.loc.copy_(rows.mean(0))
         sd = rows.std(0)

@@ -298,6 +298,7 @@ def _all_finite(x: Tensor) -> bool:
 
 
 def is_real(support: constraints.Constraint) -> bool:
+    """Whether every entry may be any real number."""
     return of_entries(support) is constraints.real
 
 

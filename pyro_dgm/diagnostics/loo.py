@@ -34,8 +34,8 @@ def loo(idata: Any, var_name: str | None = None, *, correct: bool = True) -> Any
         correct: False takes the draws for the posterior's, as ``az.loo`` does.
 
     Raises:
-        ValueError: without ``log_likelihood``, where it holds NaN or infinity, for several variables and no ``var_name``, or for draws of a guide without
-            ``log_q`` (a point estimate, an implicit guide) unless ``correct=False``.
+        ValueError: without ``log_likelihood``, where it holds NaN or infinity, for several variables and no ``var_name``, or
+            for draws of a guide without ``log_q`` (a point estimate, an implicit guide) unless ``correct=False``.
 
     Warns:
         UserWarning: where Pareto k of some datum is above the threshold, or the verdict of :func:`~pyro_dgm.khat` is "bad":
