@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Size, Tensor
 
 from pyro_dgm.amortized.structure import Site, Structure
+from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.model.vectorize import Engine
 
 __all__ = ["Arguments", "covariate_sites"]
@@ -124,7 +125,7 @@ class Arguments:
             )
         masks = dict(mask or {})
         first = structure.observed[0]
-        lead = torch.as_tensor(data[first.name]).dim() - first.depth - len(first.event_shape)
+        lead = _tensor(first, data[first.name]).dim() - first.depth - len(first.event_shape)
         out = {k: _checked(sites[k], v, masks.get(k), lead) if k in sites else v for k, v in data.items()}
         return out | ({"mask": masks} if masks else {})
 
@@ -141,13 +142,18 @@ class _MaskedData(poutine.messenger.Messenger):
             msg["mask"] = self.masks[msg["name"]] if msg["mask"] is None else msg["mask"] & self.masks[msg["name"]]
 
 
+def _tensor(site: Site, value: Any) -> Tensor:
+    """A site's value in its own dtype, since a model may count or index with it."""
+    return as_tensor_like("condition", f"'{site.name}'", value, None)
+
+
 def _checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
     """A value of a site, of the right shape and finite where it counts; what is masked becomes 0.
 
     Raises:
         ValueError: naming the site, for a wrong shape or NaN.
     """
-    value = torch.as_tensor(value)
+    value = _tensor(site, value)
     if lead and value.dim() == site.depth + len(site.event_shape):
         lead = 0
     event = value.shape[value.dim() - len(site.event_shape) :]

@@ -21,6 +21,7 @@ from pyro_dgm.core import zuko
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.distribution import same_bits
 from pyro_dgm.core.module import values_of
+from pyro_dgm.core.shapes import check_context
 from pyro_dgm.flows.base import NormalizingFlow
 
 __all__ = ["FFJORD", "ContinuousFlow", "OTFlow"]
@@ -127,6 +128,7 @@ class ContinuousFlow(NormalizingFlow):
 
     def flow_units(self, x: Tensor) -> Tensor:
         """Events as flat vectors in the unconstrained, standardised units that the flow moves in."""
+        x = self._events("flow_units", x, self.event_shape)
         zero = next(self.field.parameters()).new_zeros(self.context_features)
         to_event = self.bijection(self.build(zero if self.context_features else None))
         return x if to_event is None else to_event.inv(x)
@@ -143,6 +145,8 @@ class ContinuousFlow(NormalizingFlow):
             ValueError: for ``hjb`` of a field that is no gradient.
         """
         self.refuse_costs(costs)
+        x = self._events("score_and_costs", x, self.event_shape)
+        context = check_context(self, context)
         built: Any = self.build(context)
         to_event = self.bijection(built)
         u = x if to_event is None else to_event.inv(x)
@@ -229,7 +233,7 @@ class ContinuousFlow(NormalizingFlow):
         """
         if self.solver.method not in FIXED:
             raise ValueError(f"{self._name}: solver_error compares fixed grids; compare two tolerances instead.")
-        return self._error(self.flow_units(x), context)
+        return self._error(self.flow_units(x), check_context(self, context))
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in super().__getstate__().items() if k != "_watched"}

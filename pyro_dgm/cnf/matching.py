@@ -76,7 +76,7 @@ class FlowMatching(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The loss of events ``(N, *event_shape)`` with contexts ``(N, context_features)``."""
-        check_batch("FlowMatching", self.cnf, x, context)
+        x, context = check_batch("FlowMatching", self.cnf, x, context)
         data = self.cnf.flow_units(x)
         noise = torch.randn_like(data)
         if self.coupling == "ot":

@@ -20,7 +20,7 @@ from torch.distributions import Distribution
 from torch.distributions.transforms import AffineTransform, Transform, _InverseTransform
 from torch.distributions.utils import lazy_property
 
-from pyro_dgm.core.shapes import refuse_non_finite
+from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
 
 __all__ = ["Dequantize", "Fingerprints", "Standardize"]
 
@@ -57,9 +57,10 @@ class Standardize(nn.Module):
         With a ``floor`` no standard deviation is below this share of their root mean square: pixels that hardly ever
         change are not blown up.
         """
-        rows = x.reshape(-1, x.shape[-1])
-        if rows.shape[-1] != len(self.loc) or len(rows) < 2:
+        x = as_tensor_like("Standardize", "data", x, self.loc)
+        if x.shape[-1:] != self.loc.shape or x.numel() < 2 * len(self.loc):
             raise ValueError(f"Standardize: data has shape {tuple(x.shape)}, expected (N >= 2, {len(self.loc)}).")
+        rows = x.reshape(-1, len(self.loc))
         refuse_non_finite("Standardize", rows)
         self.loc.copy_(rows.mean(0))
         sd = rows.std(0)
@@ -133,6 +134,7 @@ class Dequantize(nn.Module):
         return -math.log(self.levels)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        x = as_tensor_like("Dequantize", "data", x, None)
         x = x if x.is_floating_point() else x.float()
         if not ((x >= 0) & (x < self.levels) & (x == x.floor())).all():
             raise ValueError(

@@ -16,7 +16,17 @@ from pyro.distributions.util import sum_rightmost
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints, kl_divergence, register_kl
 
-from pyro_dgm.core.shapes import as_shape, broadcast_batch, check_support, check_value_shape
+from pyro_dgm.core.shapes import (
+    any_entry,
+    as_shape,
+    as_tensor_like,
+    broadcast_batch,
+    check_support,
+    check_value_shape,
+    is_moderate,
+    is_real,
+    reference,
+)
 from pyro_dgm.core.upstream import zuko
 
 if TYPE_CHECKING:
@@ -95,7 +105,9 @@ class LearnedDistribution(TorchDistribution):
 
     Raises:
         ValueError: ``log_prob`` of a value with a wrong event shape, a batch that does not broadcast, or (while
-            Pyro validates) NaN or a value outside the support.
+            Pyro validates) NaN or a value outside the support. At infinity, and at numbers so large that their squares
+            overflow, the log density is then minus infinity.
+        TypeError: for a value that is no array of real numbers; other dtypes, numpy and lists are converted.
 
     Example:
         >>> import pyro_dgm as dgm
@@ -219,8 +231,19 @@ class LearnedDistribution(TorchDistribution):
         return self._joint_draw(self._expanded_base(), sample_shape)
 
     def _joint_draw(self, base: Any, sample_shape: Any) -> tuple[Tensor, Tensor]:
+        shape = _as_sample_shape(sample_shape)
+        if 0 in shape + self.batch_shape:
+            batch = shape + self.batch_shape
+            return self._empty(batch + self.event_shape), self._empty(batch)
         with self._family.holding(self._weights):
-            return self._place(base, _draw_of(base, _as_sample_shape(sample_shape)))
+            return self._place(base, _draw_of(base, shape))
+
+    def _empty(self, shape: Size, *more: Tensor) -> Tensor:
+        """Draws or scores of no rows; gradients exist, and are zero."""
+        tensors = [*self._family.tensors(), *more] + ([] if self._context is None else [self._context])
+        like = reference(self._family)
+        nothing = torch.zeros(shape) if like is None else like.new_zeros(shape)
+        return sum((t.flatten()[:0].sum() for t in tensors if t.requires_grad), nothing)
 
     def _expanded_base(self) -> Any:
         base = self._base()
@@ -237,7 +260,7 @@ class LearnedDistribution(TorchDistribution):
     def _recall(self, last: _Remembered) -> Tensor | None:
         """The density of the last draw, without the way back from it; None where something has changed since."""
         base = self._expanded_base()
-        if last.draw._version != last.version or last.built_at != self._built_at:
+        if not last.draw.numel() or last.draw._version != last.version or last.built_at != self._built_at:
             return None
         if last.values is not None and same_bits(self._family.values(), last.values):
             return last.log_prob
@@ -251,8 +274,12 @@ class LearnedDistribution(TorchDistribution):
     def _draw(self, sample_shape: Any) -> tuple[Tensor, Tensor]:
         """A draw of the event, and the draw of the base (of a flow, that of its own base) that it was made from."""
         base = self._expanded_base()
+        shape = _as_sample_shape(sample_shape)
+        if 0 in shape + self.batch_shape:
+            nothing = self._empty(shape + self.batch_shape + self.event_shape)
+            return nothing, nothing
         with self._family.holding(self._weights):
-            point = _draw_of(base, _as_sample_shape(sample_shape))
+            point = _draw_of(base, shape)
             u = base.transform.inv(point) if isinstance(base, zuko.distributions.NormalizingFlow) else point
         bijection = self._family.bijection(base)
         return (u if bijection is None else bijection(u)), point
@@ -271,16 +298,37 @@ class LearnedDistribution(TorchDistribution):
         return x, log_prob - ladj
 
     def _score(self, value: Tensor) -> Tensor:
+        value = as_tensor_like(self._name, "value", value, reference(self._family))
         n = len(self.event_shape)
         check_value_shape(self._name, value, self.event_shape)
         base, rows = self._base(), value.shape[: value.dim() - n]
         batch = broadcast_batch(self._name, rows, self.batch_shape)
+        if 0 in batch:
+            return self._empty(batch, value)
+        moderate = not self._validate_args or is_moderate(value)
         if self._validate_args:
-            check_support(self._name, value, self._family.support_of(base))
+            check_support(self._name, value, self._family.support_of(base), moderate)
         if base.batch_shape:
             value = value.expand(broadcast_batch(self._name, rows, base.batch_shape) + self.event_shape)
         with self._family.holding(self._weights):
-            return self._score_unconstrained(base, value).expand(batch)
+            score = self._score_unconstrained(base, value) if moderate else self._score_far(base, value)
+        return score.expand(batch)
+
+    def _score_far(self, base: Distribution, value: Tensor) -> Tensor:
+        """Scores of events of which some are infinite, where no density is, or so large that numbers overflow."""
+        n = len(self.event_shape)
+        infinite = any_entry(value.isinf(), n)
+        if is_real(self._family.support_of(base)):
+            value = value.masked_fill(infinite[(...,) + (None,) * n], 0.0)  # a network would make NaN of them
+        try:
+            score = self._score_unconstrained(base, value)
+        except ValueError as error:
+            raise ValueError(
+                f"{self._name}: values up to {float(value.abs().max()):.4g} are too large: numbers overflow on the way. "
+                "Standardise or clean the data."
+            ) from error
+        overflown = any_entry(~(value * value).isfinite(), n) & score.isnan()
+        return torch.where(infinite | overflown, -torch.inf, score)
 
     def _score_unconstrained(self, base: Distribution, value: Tensor) -> Tensor:
         bijection = self._family.bijection(base)
@@ -295,7 +343,7 @@ def _expands_to(old: Size, new: Size) -> bool:
 
 
 def _as_sample_shape(shape: int | Iterable[int]) -> Size:
-    return Size((shape,) if isinstance(shape, int) else tuple(shape))
+    return as_shape(shape, "sample_shape", least=0)
 
 
 def _draw_of(base: Any, shape: Size) -> Tensor:

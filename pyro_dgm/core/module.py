@@ -15,12 +15,22 @@ from torch.distributions import Distribution, Transform, biject_to, constraints
 from torch.distributions.transforms import IndependentTransform, ReshapeTransform
 
 from pyro_dgm.core.distribution import LearnedDistribution
-from pyro_dgm.core.shapes import as_shape, check_built, check_context, of_entries
+from pyro_dgm.core.shapes import ShapeAttribute, as_count, check_built, check_context, of_entries
 from pyro_dgm.core.upstream import PyroABCMeta, drop_weak_references, zuko
 
 __all__ = ["DistributionModule", "compose", "resize_to_saved", "tensors_of", "values_of", "whole_event"]
 
 _NOTHING = nullcontext()
+_OF_DISTRIBUTIONS = {
+    "log_prob",
+    "sample",
+    "rsample",
+    "rsample_and_log_prob",
+    "support",
+    "batch_shape",
+    "mean",
+    "variance",
+}
 _version_of = attrgetter("_version")
 
 
@@ -54,7 +64,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         torch.Size([4, 5, 2])
     """
 
-    event_shape: Size
+    event_shape = ShapeAttribute()
 
     def __init__(
         self,
@@ -64,8 +74,8 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         support: constraints.Constraint | None = None,
     ) -> None:
         super().__init__()
-        self.event_shape = as_shape(event_shape)
-        self.context_features = int(context_features)
+        self.event_shape = event_shape
+        self.context_features = as_count(type(self).__name__, "context_features", context_features)
         self._support = _event_support(type(self).__name__, support, self.event_shape)
 
     @abstractmethod
@@ -85,6 +95,17 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         Returns the rate at which the family is trained best from a good start; None where it can only stay as it is.
         """
         return None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in _OF_DISTRIBUTIONS:
+                raise
+        raise AttributeError(
+            f"{type(self).__name__} is a family, which turns a context into a distribution, and has no {name}. Ask its "
+            f"distribution: family().{name}, or family(context).{name} with a context."
+        )
 
     @property
     def unconstrained_shape(self) -> Size:

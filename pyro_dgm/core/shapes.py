@@ -1,21 +1,27 @@
-"""Batch, event and context shapes, and numbers that are settings: what is checked, and the text of every such error."""
+"""The door of the package: what comes in becomes tensors of the right kind and shape, or an error that says what to do."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
+from operator import index
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Size, Tensor
-from torch.distributions import constraints
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution, constraints
 
 if TYPE_CHECKING:
     from pyro_dgm.core.module import DistributionModule
 
 __all__ = [
+    "ShapeAttribute",
+    "any_entry",
+    "as_count",
     "as_shape",
+    "as_tensor_like",
     "broadcast_batch",
     "check_batch",
     "check_built",
@@ -23,25 +29,153 @@ __all__ = [
     "check_number",
     "check_support",
     "check_value_shape",
+    "is_moderate",
+    "is_real",
     "of_entries",
+    "reference",
     "refuse_non_finite",
 ]
 
+_NUMBERS = "biuf"  # numpy's kinds that become tensors: booleans, integers with and without a sign, floats
 
-def as_shape(shape: int | Iterable[int]) -> Size:
-    """The event shape of an int (a vector) or of a tuple; ``()`` is a scalar event.
 
-    >>> as_shape(3), as_shape(()), as_shape((28, 28))
+def as_tensor_like(who: str, what: str, value: Any, like: Tensor | None) -> Tensor:
+    """The value in the precision and on the device of ``like``; without one, in its own. Gradients go through.
+
+    Arrays of numpy and pandas, lists of numbers and tensors of another dtype are converted. A tensor that fits is returned
+    as it is, which costs a comparison.
+
+    Raises:
+        TypeError: for what is no array of real numbers: text, objects, complex or sparse data, ragged lists, None.
+
+    >>> as_tensor_like("NSF", "value", [[1, 2]], torch.zeros(3))
+    tensor([[1., 2.]])
+    """
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        if not value.is_complex() if like is None else value.dtype is like.dtype and value.device == like.device:
+            return value
+    tensor = value if isinstance(value, Tensor) else _from_array(who, what, value)
+    _refuse_other_kinds(who, what, tensor)
+    return tensor if like is None else tensor.to(dtype=like.dtype, device=like.device)
+
+
+def _from_array(who: str, what: str, value: Any) -> Tensor:
+    """What numpy can read as numbers, as a tensor of its own."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{who}: {what} is a masked array, whose mask would be lost. Fill it: {what}.filled(0.0).")
+    try:
+        array = None if value is None else np.asarray(value)
+    except (ValueError, TypeError, RuntimeError):  # ragged lists, tensors with gradients in a list
+        array = None
+    if array is None or array.dtype.kind not in _NUMBERS:
+        got = type(value).__name__ if array is None else f"{type(value).__name__} of dtype {array.dtype}"
+        raise TypeError(
+            f"{who}: {what} is {got}, expected a tensor or array of real numbers. Convert it, as by {_advice(value, array)}."
+        )
+    own = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(array, own))
+
+
+def _advice(value: Any, array: np.ndarray | None) -> str:
+    """The line that makes a tensor of a value that was refused."""
+    if array is not None and array.dtype.kind == "c":
+        return "np.stack([x.real, x.imag], -1)"
+    if isinstance(value, list | tuple) and value and all(isinstance(v, Tensor) for v in value):
+        return "torch.stack(x), of rows of equal length"
+    return "torch.as_tensor(np.asarray(x, dtype='float32'))"
+
+
+def _refuse_other_kinds(who: str, what: str, tensor: Tensor) -> None:
+    """Refuse tensors whose conversion would lose something."""
+    line = ""
+    if tensor.is_complex():
+        line = "torch.view_as_real(x)"
+    elif tensor.is_nested or tensor.layout is not torch.strided:
+        line = "torch.nested.to_padded_tensor(x, 0.0)" if tensor.is_nested else "x.to_dense()"
+    elif tensor.is_quantized:
+        line = "x.dequantize()"
+    if line:
+        kind = "nested" if tensor.is_nested else f"{tensor.dtype} in the layout {tensor.layout}"
+        raise TypeError(f"{who}: {what} is a tensor ({kind}), expected real numbers, dense. Convert it, as by {line}.")
+
+
+def reference(module: nn.Module) -> Tensor | None:
+    """The first floating parameter or buffer, which says dtype and device of a module; None without one."""
+    waiting: list[nn.Module | None] = [module]
+    for each in waiting:  # it grows meanwhile
+        if each is None:
+            continue
+        for tensor in (*each._parameters.values(), *each._buffers.values()):
+            if tensor is not None and tensor.is_floating_point():
+                return tensor
+        waiting += each._modules.values()
+    return None
+
+
+def as_shape(shape: int | Iterable[int], what: str = "event_shape", least: int = 1) -> Size:
+    """The shape of an int (a vector) or of a tuple or list; ``()`` is a scalar event.
+
+    >>> as_shape(3), as_shape(()), as_shape([28, 28])
     (torch.Size([3]), torch.Size([]), torch.Size([28, 28]))
     """
-    size = Size((shape,) if isinstance(shape, int) else tuple(shape))
-    if any(n < 1 for n in size):
-        raise ValueError(f"event_shape must hold positive sizes, got {tuple(size)}.")
-    return size
+    if type(shape) is Size:
+        sizes = shape
+    else:
+        sizes = Size(_integers(shape, what))
+    if any(n < least for n in sizes):
+        raise ValueError(f"{what} is {tuple(sizes)}, expected sizes of {least} or more; () is a single number.")
+    return sizes
+
+
+def _integers(shape: Any, what: str) -> tuple[int, ...]:
+    try:
+        return (index(shape),)
+    except TypeError:
+        pass
+    try:
+        return tuple(map(index, shape))
+    except TypeError as error:
+        raise TypeError(
+            f"{what} is {shape!r}, expected an integer or a tuple of integers, such as 3 or (28, 28)."
+        ) from error
+
+
+def as_count(who: str, what: str, value: int) -> int:
+    """A number of features, 0 or more.
+
+    >>> as_count("MAF", "context_features", 2)
+    2
+    """
+    try:
+        count = index(value)
+    except TypeError as error:
+        raise TypeError(f"{who}: {what} is {value!r}, expected an integer.") from error
+    if count < 0:
+        raise ValueError(f"{who}: {what} is {count}, expected 0 (none) or more.")
+    return count
+
+
+class ShapeAttribute:
+    """An attribute that is a shape, also where a subclass sets it to an int, a tuple or a list."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Size:
+        try:
+            return instance.__dict__[self.name]
+        except (KeyError, AttributeError):
+            raise AttributeError(f"{self.name} is not set: call super().__init__(event_shape) first.") from None
+
+    def __set__(self, instance: Any, value: int | Iterable[int]) -> None:
+        instance.__dict__[self.name] = as_shape(value, f"{type(instance).__name__}: {self.name}")
 
 
 def check_context(family: DistributionModule, context: Tensor | None) -> Tensor | None:
-    """Refuse a context that the family was not built for."""
+    """The context as a tensor of the family's kind; one that it was not built for is refused.
+
+    While Pyro validates, so are NaN and infinity.
+    """
     name, expected = type(family).__name__, family.context_features
     if context is None:
         if expected:
@@ -50,6 +184,7 @@ def check_context(family: DistributionModule, context: Tensor | None) -> Tensor 
                 "unconditional family leave context_features out."
             )
         return None
+    context = as_tensor_like(name, "context", context, reference(family))
     if not expected:
         raise ValueError(
             f"{name}: got a context of shape {tuple(context.shape)}, but the family is unconditional. Build it with "
@@ -61,7 +196,19 @@ def check_context(family: DistributionModule, context: Tensor | None) -> Tensor 
             f"{name}: context has {got} features, expected {expected} (context shape {tuple(context.shape)}). Build "
             f"it with {name}(..., context_features={got}) or pass the columns you trained on."
         )
+    if Distribution._validate_args:
+        _refuse_non_finite_context(name, context)
     return context
+
+
+def _refuse_non_finite_context(name: str, context: Tensor) -> None:
+    if _all_finite(context):
+        return
+    bad = (~context.isfinite()).any(-1)
+    raise ValueError(
+        f"{name}: {int(bad.sum())} of {bad.numel()} contexts hold NaN or infinity, expected finite numbers. Clean the data, "
+        "or fill in what is missing."
+    )
 
 
 def check_built(family: DistributionModule, event_shape: Size, expected: Size) -> None:
@@ -96,9 +243,14 @@ def broadcast_batch(name: str, value_batch: Size, batch_shape: Size) -> Size:
         ) from error
 
 
-def check_support(name: str, value: Tensor, support: constraints.Constraint) -> None:
+def is_moderate(value: Tensor) -> bool:
+    """Whether all is well with a value: no entry is NaN, infinite, or so large that its square is. One pass."""
+    return bool((value * value).sum().isfinite())
+
+
+def check_support(name: str, value: Tensor, support: constraints.Constraint, moderate: bool) -> None:
     """Refuse NaN and values outside the support (only asked while Pyro validates)."""
-    if _is_real(support) and value.sum().isfinite():  # one pass where all is well
+    if moderate and is_real(support):
         return
     inside = support.check(value)
     if not inside.all():
@@ -109,8 +261,17 @@ def check_support(name: str, value: Tensor, support: constraints.Constraint) -> 
         )
 
 
-def check_batch(name: str, family: DistributionModule, x: Tensor, context: Tensor | None) -> None:
-    """Refuse events and contexts that do not fit a family, or hold NaN."""
+def any_entry(entries: Tensor, event_dim: int) -> Tensor:
+    """Whether any entry of each event is true: shape ``(*batch,)``."""
+    return entries.flatten(-event_dim).any(-1) if event_dim else entries
+
+
+def check_batch(
+    name: str, family: DistributionModule, x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A family's events and contexts, as tensors of its kind; those that do not fit it, or hold NaN, are refused."""
+    like = reference(family)
+    x = as_tensor_like(name, "data", x, like)
     shape, event = tuple(x.shape), tuple(family.event_shape)
     if x.dim() != 1 + len(event) or shape[1:] != event:
         raise ValueError(
@@ -122,11 +283,12 @@ def check_batch(name: str, family: DistributionModule, x: Tensor, context: Tenso
             f"{'no' if context is None else 'a'} context. Pass (x, context) for a conditional family, (x,) otherwise."
         )
     refuse_non_finite(name, x)
+    return x, None if context is None else as_tensor_like(name, "context", context, like)
 
 
 def refuse_non_finite(who: str, rows: Tensor, what: str = "rows") -> None:
     """Refuse ``(N, ...)`` of which some rows hold NaN or infinity, and say how many."""
-    if rows.sum().isfinite() or rows.isfinite().all():  # one pass where all is well
+    if _all_finite(rows):
         return
     bad = int((~rows.isfinite()).reshape(len(rows), -1).any(-1).sum())
     raise ValueError(f"{who}: {bad} of {len(rows)} {what} hold NaN or infinity. Clean the data.")
@@ -160,7 +322,14 @@ def check_number(
         raise ValueError(message)
 
 
-def _is_real(support: constraints.Constraint) -> bool:
+def _all_finite(x: Tensor) -> bool:
+    """One pass where all is well; inside of vmap and its like no number may be looked at."""
+    unseen = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return unseen or bool(x.sum().isfinite() or x.isfinite().all())
+
+
+def is_real(support: constraints.Constraint) -> bool:
+    """Whether every entry may be any real number."""
     return of_entries(support) is constraints.real
 
 

@@ -34,8 +34,8 @@ def loo(idata: Any, var_name: str | None = None, *, correct: bool = True) -> Any
         correct: False takes the draws for the posterior's, as ``az.loo`` does.
 
     Raises:
-        ValueError: without ``log_likelihood``, for several variables and no ``var_name``, or for draws of a guide without
-            ``log_q`` (a point estimate, an implicit guide) unless ``correct=False``.
+        ValueError: without ``log_likelihood``, where it holds NaN or infinity, for several variables and no ``var_name``, or
+            for draws of a guide without ``log_q`` (a point estimate, an implicit guide) unless ``correct=False``.
 
     Warns:
         UserWarning: where Pareto k of some datum is above the threshold, or the verdict of :func:`~pyro_dgm.khat` is "bad":
@@ -59,6 +59,7 @@ def loo(idata: Any, var_name: str | None = None, *, correct: bool = True) -> Any
         True
     """
     name, values = _chosen(idata, var_name)
+    _refuse_non_finite(name, values)
     container = build(**idata) if isinstance(idata, dict) else idata
     if not correct or _is_posterior(idata):
         import arviz as az
@@ -85,6 +86,18 @@ def _chosen(idata: Any, var_name: str | None) -> tuple[str, np.ndarray]:
     if name not in ll:
         raise ValueError(f"loo: log_likelihood has no variable '{name}'; it has {sorted(ll)}.")
     return name, ll[name]
+
+
+def _refuse_non_finite(name: str, values: np.ndarray) -> None:
+    """A datum that some draw finds impossible has no leave-one-out score: its weight would be infinite."""
+    bad = ~np.isfinite(values)
+    if bad.any():
+        data = [tuple(map(int, i)) for i in np.argwhere(bad.any((0, 1)))[:5]]
+        raise ValueError(
+            f"loo: log_likelihood['{name}'] is NaN or infinite in {int(bad.sum())} of {bad.size} entries, for the data (by "
+            f"index) {data}{' and others' if len(data) == 5 else ''}. Leave these draws out, or these data, or repair the "
+            "likelihood: minus infinity says that a datum is impossible under a draw."
+        )
 
 
 def _is_posterior(idata: Any) -> bool:

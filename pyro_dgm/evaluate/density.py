@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_dgm.core.data import Dequantize
+from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.evaluate.score import Score, mean_score, random_source
 
 __all__ = ["bits_per_dim", "held_out_score", "kl_divergence"]
@@ -146,7 +147,7 @@ def kl_divergence(p: Distribution, q: Distribution, *, num_samples: int = 10_000
 
 def _data(who: str, q: Distribution, x: ArrayLike) -> Tensor:
     """The rows as a tensor that fits q; a clear error otherwise."""
-    rows = torch.as_tensor(x)
+    rows = as_tensor_like(who, "data", x, None)
     if rows.dim() != len(q.event_shape) + 1 or rows.shape[1:] != q.event_shape or len(rows) < 2:
         raise ValueError(
             f"{who}: data has shape {tuple(rows.shape)}, expected (N, *{tuple(q.event_shape)}) with N >= 2, the event shape "

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.shapes import as_tensor_like, check_batch
 from pyro_dgm.core.weights import log_mean_exp, psis
 from pyro_dgm.evaluate.score import Score, mean_score
 from pyro_dgm.gan.generator import Generator
-from pyro_dgm.vae.model import VAE, cut, prior_given
+from pyro_dgm.vae.model import VAE, as_data, cut, prior_given
 
 __all__ = ["AIS", "EvidenceBound", "ais", "evidence_bound"]
 
@@ -111,6 +112,8 @@ def evidence_bound(
     """
     if num_samples < 25:
         raise ValueError(f"evidence_bound: num_samples={num_samples}, expected at least 25, for the Pareto fit.")
+    x, context, mask = as_data(vae.posterior, vae.guide.event_shape, x, context, mask)
+    _refuse_no_rows("evidence_bound", x)
     at_once = max(1, chunk // num_samples)
     parts = []
     with seeded(seed):
@@ -181,7 +184,14 @@ def ais(
     """
     if num_steps < 2 or num_chains < 2:
         raise ValueError(f"ais: num_steps={num_steps} and num_chains={num_chains}, expected at least 2 of each.")
+    if isinstance(vae, VAE):
+        x, context, mask = as_data(vae.likelihood, vae.likelihood.event_shape, x, context, mask)
+    else:
+        x, context = check_batch("ais", vae, x, context)
+    _refuse_no_rows("ais", x)
     target = _Annealed(vae, x, context, mask, leapfrog)
+    if latents is not None:
+        latents = as_tensor_like("ais", "latents", latents, x)
     shape = (len(x), *target.prior.event_shape)
     if latents is not None and latents.shape != shape:
         raise ValueError(f"ais: latents have shape {tuple(latents.shape)}, expected {shape}: one for each row of x.")
@@ -194,6 +204,11 @@ def ais(
         if latents is not None:
             upper = -log_mean_exp(target.backward(latents.expand(num_chains, *shape), betas, steps))[0]
     return AIS(*log_mean_exp(log_w), accepted, upper)
+
+
+def _refuse_no_rows(who: str, x: Tensor) -> None:
+    if not len(x):
+        raise ValueError(f"{who}: x has shape {tuple(x.shape)}, expected one row or more.")
 
 
 class _Annealed:

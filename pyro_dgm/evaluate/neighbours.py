@@ -247,4 +247,4 @@ def _mann_whitney(ours: Tensor, theirs: Tensor, first: Tensor) -> JudgedScore:
     error = (share_below_ours.var() / n + share_below_theirs.var() / m).sqrt()
     sums = rank @ first.double()
     values = 1.0 - (sums - 0.5 * n * (n + 1)) / (n * m)
-    return judged(values, error)
+    return judged("memorization", values, error)

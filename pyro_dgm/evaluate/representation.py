@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.evaluate.score import CHUNK, Score, as_rows, jackknife, mean_score
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def linear_probe(codes: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: i
         True
     """
     rows = as_rows("linear_probe", "codes", codes).cpu().numpy()
-    y = torch.as_tensor(labels).detach().cpu()
+    y = as_tensor_like("linear_probe", "labels", labels, None).detach().cpu()
     if y.shape != (len(rows),) or not y.double().isfinite().all() or (y == y[0]).all():
         raise ValueError(
             f"linear_probe: labels have shape {tuple(y.shape)}, expected ({len(rows)},), finite and not all equal."
@@ -230,7 +231,7 @@ def _entropy(label: Tensor) -> Tensor:
 
 def _codes_and_factors(codes: ArrayLike, factors: ArrayLike) -> tuple[Tensor, Tensor]:
     rows = as_rows("mutual_information_gap", "codes", codes)
-    known = torch.as_tensor(factors).detach()
+    known = as_tensor_like("mutual_information_gap", "factors", factors, None).detach()
     known = known[:, None] if known.dim() == 1 else known
     if rows.shape[1] < 2 or known.dim() != 2 or len(known) != len(rows):
         raise ValueError(

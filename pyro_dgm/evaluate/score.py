@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyro_dgm.core.shapes import refuse_non_finite
+from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
 
 __all__ = [
     "CHUNK",
@@ -104,9 +104,14 @@ def grouped(n: int, m: int, num_permutations: int, generator: torch.Generator | 
     return first.T.contiguous()
 
 
-def judged(values: Tensor, error: Tensor) -> JudgedScore:
+def judged(who: str, values: Tensor, error: Tensor) -> JudgedScore:
     """The score ``values[0]`` of the true assignment among those of random ones: its p-value is exact, and never zero."""
     values = values.cpu()
+    if not values.isfinite().all():
+        raise ValueError(
+            f"{who}: the score is {float(values[0])}, and {int((~values.isfinite()).sum())} of {len(values)} of its "
+            "permutations are not finite, so there is no p-value: numbers overflow. Standardise the data, or pass float64."
+        )
     p_value = float((values[1:] >= values[0]).sum() + 1) / len(values)
     return JudgedScore(float(values[0]), float(error), p_value, values[1:])
 
@@ -129,7 +134,7 @@ def _without(sample: Tensor, block: int, count: int) -> Tensor:
 
 def as_rows(who: str, what: str, x: ArrayLike) -> Tensor:
     """``x`` of shape ``(N, *event)`` as finite floating rows ``(N, D)``."""
-    rows = torch.as_tensor(x).detach()
+    rows = as_tensor_like(who, what, x, None).detach()
     if not rows.dim() or len(rows) < 2:
         raise ValueError(
             f"{who}: {what} has shape {tuple(rows.shape)}, expected (N, ...) with N >= 2 rows, one row a draw."
@@ -144,7 +149,7 @@ def as_rows(who: str, what: str, x: ArrayLike) -> Tensor:
 def same_rows(who: str, features: Features | None = None, **samples: ArrayLike) -> list[Tensor]:
     """Several samples, or their features, as rows of the same length, device and precision."""
     if features is not None:
-        samples = {name: _featured(features, x) for name, x in samples.items()}
+        samples = {name: _featured(who, name, features, x) for name, x in samples.items()}
     rows = {name: as_rows(who, name, x) for name, x in samples.items()}
     if len({r.shape[1] for r in rows.values()}) > 1:
         sizes = ", ".join(f"{name} has {r.shape[1]}" for name, r in rows.items())
@@ -153,9 +158,12 @@ def same_rows(who: str, features: Features | None = None, **samples: ArrayLike) 
     return [r.to(first) for r in rows.values()]
 
 
-def _featured(features: Features, x: ArrayLike) -> Tensor:
+def _featured(who: str, what: str, features: Features, x: ArrayLike) -> Tensor:
+    rows = as_tensor_like(who, what, x, None)
+    if not rows.dim():
+        raise ValueError(f"{who}: {what} is one number, expected (N, ...) with N >= 2 rows, one row a draw.")
     with torch.no_grad():
-        return torch.cat([features(part) for part in torch.as_tensor(x).split(_BATCH)])
+        return torch.cat([features(part) for part in rows.split(_BATCH)])
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:

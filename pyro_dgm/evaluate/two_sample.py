@@ -79,7 +79,9 @@ def mmd(
             f"mmd: the bandwidth is {h}, expected a positive number. Where most rows are equal the median distance is 0: "
             "give bandwidth=."
         )
-    return kernel_test(x, y, lambda a, b: squared_distances(a, b).mul_(-0.5 / h**2).exp_(), num_permutations, generator)
+    return kernel_test(
+        "mmd", x, y, lambda a, b: squared_distances(a, b).mul_(-0.5 / h**2).exp_(), num_permutations, generator
+    )
 
 
 def energy_distance(x: ArrayLike, y: ArrayLike, *, num_permutations: int = 200, seed: int | None = None) -> JudgedScore:
@@ -110,10 +112,18 @@ def energy_distance(x: ArrayLike, y: ArrayLike, *, num_permutations: int = 200, 
         True
     """
     x, y = same_rows("energy_distance", x=x, y=y)
-    return kernel_test(x, y, lambda a, b: squared_distances(a, b).sqrt_().neg_(), num_permutations, random_source(seed))
+    return kernel_test(
+        "energy_distance",
+        x,
+        y,
+        lambda a, b: squared_distances(a, b).sqrt_().neg_(),
+        num_permutations,
+        random_source(seed),
+    )
 
 
 def kernel_test(
+    who: str,
     x: Tensor,
     y: Tensor,
     kernel: Callable[[Tensor, Tensor], Tensor],
@@ -135,7 +145,7 @@ def kernel_test(
     without_x = _distance(s_xx[0] - 2 * own[:n], s_xy[0] - across[:n], s_yy[0], n - 1, m)
     without_y = _distance(s_xx[0], s_xy[0] - own[n:], s_yy[0] - 2 * across[n:], n, m - 1)
     variance = (n - 1) * without_x.var(unbiased=False) + (m - 1) * without_y.var(unbiased=False)
-    return judged(values, variance.sqrt())
+    return judged(who, values, variance.sqrt())
 
 
 def _kernel_sums(rows: Tensor, first: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -202,6 +212,10 @@ def sliced_wasserstein(
     """
     generator = random_source(seed)
     x, y = same_rows("sliced_wasserstein", x=x, y=y)
+    if num_projections < 1:
+        raise ValueError(
+            f"sliced_wasserstein: num_projections is {num_projections}, expected 1 or more; 100 are usual."
+        )
     n, m = len(x), len(y)
     direction = torch.randn(x.shape[1], num_projections, generator=generator, device="cpu").to(x)
     projected, order = (torch.cat([x, y]) @ (direction / direction.norm(dim=0))).sort(0)
@@ -212,7 +226,7 @@ def sliced_wasserstein(
     repeated = _bootstrap_weights(n, m, num_permutations, generator).to(x)
     spread = torch.stack([_wasserstein(order, gaps, w).mean() for w in repeated]).double().var()
     variance = spread + by_direction[0].double().var(unbiased=num_projections > 1) / num_projections
-    return judged(values, variance.sqrt())
+    return judged("sliced_wasserstein", values, variance.sqrt())
 
 
 def _wasserstein(order: Tensor, gaps: Tensor, weight: Tensor) -> Tensor:
@@ -327,4 +341,4 @@ def kernel_distance(
     def cubic(f: Tensor, g: Tensor) -> Tensor:
         return (f @ g.T / f.shape[1]).add_(1.0).pow_(3)
 
-    return kernel_test(a, b, cubic, num_permutations, random_source(seed))
+    return kernel_test("kernel_distance", a, b, cubic, num_permutations, random_source(seed))

@@ -16,7 +16,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from pyro_dgm.core import DistributionModule, Standardize, compose, zuko
-from pyro_dgm.core.shapes import check_value_shape
+from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape, reference, refuse_non_finite
 from pyro_dgm.flows.autoregressive import sequential
 
 __all__ = ["Direction", "NormalizingFlow", "StandardNormalBase", "directed", "features_of", "standard_normal"]
@@ -108,6 +108,7 @@ class NormalizingFlow(DistributionModule):
 
         Returns the flow itself. Do it once, before training; it is part of the ``state_dict``.
         """
+        x = self._events("standardize", x, self.event_shape)
         self.standard.forget()
         to_event = self.bijection(self.build(None if not self.context_features else x.new_zeros(self.context_features)))
         self.standard.fit((x if to_event is None else to_event.inv(x)).reshape(-1, self.features))
@@ -119,7 +120,8 @@ class NormalizingFlow(DistributionModule):
         They are standard normal where the flow fits the data.
 
         Raises:
-            ValueError: for events of another shape; TypeError for a family without a transform, such as a mixture.
+            ValueError: for events of another shape or a context that does not fit, and (while Pyro validates) NaN or infinity;
+                TypeError for a family without a transform, such as a mixture.
 
         Example:
             >>> import pyro_dgm as dgm
@@ -129,21 +131,30 @@ class NormalizingFlow(DistributionModule):
             >>> z.shape, bool(torch.allclose(flow.decode(z), x, atol=1e-4))
             (torch.Size([5, 6]), True)
         """
+        x = self._events("encode", x, self.event_shape)
         built = self._with_transform(context)
-        check_value_shape(type(self).__name__, x, self.event_shape)
         to_event = self.bijection(built)
         return built.transform(x if to_event is None else to_event.inv(x))
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Events :math:`x = g(z; c)` of latents ``(*batch, D)``: what :meth:`encode` undoes."""
+        z = self._events("decode", z, Size((self.features,)))
         built = self._with_transform(context)
-        check_value_shape(f"{type(self).__name__}.decode", z, torch.Size((self.features,)))
         to_event = self.bijection(built)
         u = built.transform.inv(z)
         return u if to_event is None else to_event(u)
 
+    def _events(self, method: str, x: Tensor, shape: Size) -> Tensor:
+        """Rows that a method was given, as tensors of the flow's kind, of this shape, and finite while Pyro validates."""
+        name = f"{type(self).__name__}.{method}"
+        x = as_tensor_like(name, "value", x, reference(self))
+        check_value_shape(name, x, shape)
+        if Distribution._validate_args:
+            refuse_non_finite(name, x.reshape(-1, max(1, shape.numel())))
+        return x
+
     def _with_transform(self, context: Tensor | None) -> Any:
-        built = self.checked_build(context)
+        built = self.checked_build(check_context(self, context))
         if not isinstance(built, zuko.distributions.NormalizingFlow):
             raise TypeError(
                 f"{type(self).__name__}: {type(built).__name__} is no transform of a latent, so it has no codes. Use a flow "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, frozen
-from pyro_dgm.core.shapes import check_batch, check_number
+from pyro_dgm.core.shapes import as_tensor_like, check_batch, check_number, reference
 from pyro_dgm.flows.base import NormalizingFlow
 from pyro_dgm.gan.critic import Critic
 from pyro_dgm.gan.distillation import distil
@@ -128,7 +128,7 @@ class Adversarial(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The generator's loss for events ``(N, *event_shape)`` and contexts ``(N, context_features)``."""
-        check_batch("Adversarial", self.generator, x, context)
+        x, context = check_batch("Adversarial", self.generator, x, context)
         return self.generator_loss(x, context)
 
     def players(self) -> tuple[nn.Module, nn.Module]:
@@ -136,6 +136,7 @@ class Adversarial(nn.Module):
 
     def critic_loss(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The critic's loss with its penalties, and the share of pairs of a datum and a draw that it ranks rightly."""
+        x = self._rows(x)
         with torch.no_grad():
             draws = self._draws(len(x), context)
         rows = torch.cat([x, draws])
@@ -153,6 +154,7 @@ class Adversarial(nn.Module):
 
     def generator_loss(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The generator's loss; no gradient goes to the critic."""
+        x = self._rows(x)
         with frozen(*self.critic.parameters()):
             fake = self.critic(self._draws(len(x), context), context)
             real = self.critic(x, context) if self.loss is LOSSES["relativistic"] else fake
@@ -164,6 +166,7 @@ class Adversarial(nn.Module):
     @torch.no_grad()
     def quality(self, x: Tensor, context: Tensor | None = None) -> tuple[float, float]:
         """Energy distance of draws to rows, in the critic's units, and their coverage as a share of what is expected."""
+        x = self._rows(x)
         draws = self._draws(len(x), context)
         a, b = (self.critic.standard(r.reshape(len(r), -1)) for r in (x, draws))
         if not b.isfinite().all():
@@ -173,13 +176,17 @@ class Adversarial(nn.Module):
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take both players' units from the data and distil a flow into the generator, unless that was done before."""
         x, context = first_rows(batches)
-        check_batch("Adversarial", self.generator, x, context)
+        x, context = check_batch("Adversarial", self.generator, x, context)
         new = self.critic.standard.is_identity()
         for player in (self.generator, self.critic):
             if isinstance(player, Generator | NormalizingFlow | Critic) and player.standard.is_identity():
                 player.standardize(x)
         if new and self.steps and isinstance(self.generator, Generator):
             distil(self.generator, batches, _fewer(self.steps, x) if self.fewer_for_few_rows else self.steps, stages)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Data in the precision and on the device of the critic."""
+        return as_tensor_like("Adversarial", "data", x, reference(self.critic))
 
     def _draws(self, rows: int, context: Tensor | None) -> Tensor:
         if isinstance(self.generator, Generator):

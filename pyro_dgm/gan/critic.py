@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.core import MLP, Standardize, broadcast_cat
 from pyro_dgm.core.networks import refuse_batch_norm
-from pyro_dgm.core.shapes import as_shape, check_value_shape
+from pyro_dgm.core.shapes import as_count, as_shape, as_tensor_like, check_value_shape
 
 __all__ = ["Critic"]
 
@@ -62,7 +62,7 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.event_shape = as_shape(event_shape)
-        self.context_features = int(context_features)
+        self.context_features = as_count("Critic", "context_features", context_features)
         self.standard = Standardize(self.event_shape.numel())
         self.network = _as_network(network, self.event_shape.numel() + self.context_features)
         refuse_batch_norm("Critic", self.network)
@@ -76,12 +76,15 @@ class Critic(nn.Module):
 
     def units(self, x: Tensor) -> Tensor:
         """Events as vectors in the critic's units: shape ``(*batch, D)``."""
+        x = as_tensor_like("Critic", "value", x, self.standard.loc)
         check_value_shape("Critic", x, self.event_shape)
         flat = x if len(self.event_shape) == 1 else x.reshape(*x.shape[: x.dim() - len(self.event_shape)], -1)
         return flat if self.standard.is_identity() else self.standard(flat)
 
     def score(self, u: Tensor, context: Tensor | None = None) -> Tensor:
         """Logits of vectors in the critic's units."""
+        if context is not None:
+            context = as_tensor_like("Critic", "context", context, self.standard.loc)
         self._check_context(context)
         inputs = u if context is None else broadcast_cat(u, context)
         logits = self.network(inputs)
@@ -97,6 +100,8 @@ class Critic(nn.Module):
     @torch.no_grad()
     def standardize(self, x: Tensor) -> Critic:
         """Fix the units to data ``(N, *event_shape)``: each entry's own; of an image none far below the others."""
+        x = as_tensor_like("Critic.standardize", "data", x, self.standard.loc)
+        check_value_shape("Critic.standardize", x, self.event_shape)
         flat = x.reshape(-1, self.event_shape.numel())
         self.standard.fit(flat, floor=0.1 if len(self.event_shape) > 1 else 0.0)
         return self

@@ -21,7 +21,7 @@ from torch.distributions.transforms import ReshapeTransform
 
 from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, broadcast_cat, compose
 from pyro_dgm.core.module import whole_event
-from pyro_dgm.core.shapes import check_context
+from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape
 from pyro_dgm.vae.latents import StandardNormal
 from pyro_dgm.vae.model import prior_given
 
@@ -120,6 +120,7 @@ class Generator(DistributionModule):
 
     def location(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """What the network makes of latents, flat and in standard units: shape ``(*batch, D)``."""
+        z = as_tensor_like("Generator", "latent", z, self.standard.loc)
         flat = z.reshape(*z.shape[: z.dim() - len(self.base.event_shape)], -1)
         inputs = flat if context is None else broadcast_cat(flat, context)
         u = self.network(inputs)
@@ -127,7 +128,7 @@ class Generator(DistributionModule):
 
     def units(self, x: Tensor) -> Tensor:
         """Events ``(*batch, *event)`` as the network should make them: flat and in standard units, shape ``(*batch, D)``."""
-        return self.standard(self._flattened(x))
+        return self.standard(self._flattened(self._data("units", x)))
 
     def latents(self, rows: int, context: Tensor | None = None) -> Tensor:
         """Draws of z, shape ``(rows, *latent)``; with a context one for each of its rows."""
@@ -165,7 +166,7 @@ class Generator(DistributionModule):
         rows = None if _enumerating() else context  # all values of an enumerated class share one draw of the noise
         z = pyro.sample(f"{name}_latent", self._latent(context, rows))
         if obs is not None:
-            return pyro.sample(name, self.likelihood(z, context), obs=obs)
+            return pyro.sample(name, self.likelihood(z, context), obs=self._data("sample_site", obs))
         noise = None if self.noiseless else pyro.sample(f"{name}_noise", self._noise(rows))
         return pyro.deterministic(name, self.push(z, noise, context), event_dim=len(self.event_shape))
 
@@ -175,7 +176,7 @@ class Generator(DistributionModule):
 
         Where the network ends in a bounded layer nothing is fixed, and data outside its range are refused.
         """
-        flat = self._flattened(x).reshape(-1, self.features)
+        flat = self._flattened(self._data("standardize", x)).reshape(-1, self.features)
         low, high = _RANGES.get(type(list(self.network.modules())[-1]), (-torch.inf, torch.inf))
         if low > -torch.inf:
             self._refuse_outside(flat, low, high)
@@ -187,7 +188,13 @@ class Generator(DistributionModule):
         """The distribution of rows given their latents, and the rows to score."""
         if mask is not None:
             raise ValueError("Generator: masks are not supported; score whole rows, or train a VAE.")
-        return self.likelihood(z, context), x
+        return self.likelihood(z, context), self._data("observation", x)
+
+    def _data(self, method: str, x: Tensor) -> Tensor:
+        """Events that a method was given, as tensors of the generator's kind."""
+        x = as_tensor_like(f"Generator.{method}", "data", x, self.standard.loc)
+        check_value_shape(f"Generator.{method}", x, self.event_shape)
+        return x
 
     def _latent(self, context: Tensor | None, rows: Tensor | None) -> Any:
         base: Any

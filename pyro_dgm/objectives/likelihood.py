@@ -92,7 +92,7 @@ class MaximumLikelihood(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The loss of events ``(N, *event_shape)`` with contexts ``(N, context_features)``."""
-        check_batch("MaximumLikelihood", self.family, x, context)
+        x, context = check_batch("MaximumLikelihood", self.family, x, context)
         if not self.weights:
             return -self.family(context).log_prob(x).mean()
         score, costs = self.family.score_and_costs(x, context, list(self.weights))

@@ -25,7 +25,7 @@ from torch.nn.functional import softplus
 from pyro_dgm.core.data import Standardize
 from pyro_dgm.core.distribution import frozen
 from pyro_dgm.core.networks import MLP, broadcast_cat
-from pyro_dgm.core.shapes import as_shape, check_value_shape, refuse_non_finite
+from pyro_dgm.core.shapes import as_count, as_shape, as_tensor_like, check_value_shape, refuse_non_finite
 from pyro_dgm.train.descend import Stages, adam, cosine, descend
 
 __all__ = ["DensityRatio", "LogisticRegression", "RatioCheck", "calibration", "learn_ratio", "logistic_loss"]
@@ -120,7 +120,7 @@ class DensityRatio(nn.Module):
     ) -> None:
         super().__init__()
         self.event_shape = as_shape(event_shape)
-        self.context_features = int(context_features)
+        self.context_features = as_count("DensityRatio", "context_features", context_features)
         self.features = self.event_shape.numel() + self.context_features
         self.standard = Standardize(self.features)
         self.network = MLP(self.features, 1) if network is None else network
@@ -149,6 +149,9 @@ class DensityRatio(nn.Module):
 
     def inputs(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Events as vectors beside their contexts, ``(*batch, features)``."""
+        x = as_tensor_like("DensityRatio", "value", x, self.standard.loc)
+        if context is not None:
+            context = as_tensor_like("DensityRatio", "context", context, self.standard.loc)
         check_value_shape("DensityRatio", x, self.event_shape)
         if (0 if context is None else context.shape[-1]) != self.context_features:
             raise ValueError(
@@ -215,6 +218,8 @@ def learn_ratio(
         >>> abs(check.mean - 1.0) < 0.1 + 5 * check.error, check.fault
         (True, '')
     """
+    of_p = as_tensor_like("learn_ratio", "draws of p", of_p, None)
+    of_r = of_r if callable(of_r) else as_tensor_like("learn_ratio", "draws of r", of_r, of_p)
     fresh = of_r if callable(of_r) else None
     other: Tensor = of_r(len(of_p)) if callable(of_r) else of_r
     _refuse_unfit(of_p, other)
@@ -314,7 +319,7 @@ class LogisticRegression(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         """The loss of draws of p and of r, or of pairs of events and contexts."""
-        _check_rows(x, other)
+        x, other = _checked_rows(self.ratio, x, other)
         if not self.ratio.context_features:
             return logistic_loss(self.ratio(x), self.ratio(other))
         if len(x) != len(other) or len(x) < 2:
@@ -337,6 +342,9 @@ class LogisticRegression(nn.Module):
         self.ratio.standard.fit(torch.cat(rows))
 
 
-def _check_rows(*rows: Tensor) -> None:
+def _checked_rows(ratio: DensityRatio, *rows: Tensor) -> list[Tensor]:
+    """Rows of the ratio's kind, all finite."""
+    rows = tuple(as_tensor_like("LogisticRegression", "data", x, ratio.standard.loc) for x in rows)
     for x in rows:
         refuse_non_finite("LogisticRegression", x)
+    return list(rows)

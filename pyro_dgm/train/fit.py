@@ -105,6 +105,7 @@ def fit(
         >>> round(objective.w.item(), 2)
         2.0
     """
+    _refuse_no_objective(objective, data)
     _refuse_patience_of_two(objective, patience)
     counts = {"max_steps": max_steps, "max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
     _refuse_bad_numbers(counts, {"lr": lr, "max_seconds": max_seconds}, seed)
@@ -161,6 +162,18 @@ def _checked_validation(validation: Any) -> float | tuple[Any, ...] | None:
             )
         return float(validation)
     return None if validation is None else as_args(validation)
+
+
+def _refuse_no_objective(objective: nn.Module, data: Any) -> None:
+    if callable(data) or not isinstance(objective, nn.Module):
+        raise TypeError(
+            f"fit: expected an objective and its data, got {type(objective).__name__} and {type(data).__name__}. Of a model "
+            "and a guide write fit(STL_ELBO()(model, guide), data); of a family, fit(MaximumLikelihood(family), data)."
+        )
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "fit: gradients are switched off, so nothing can be trained. Call it outside torch.no_grad()."
+        )
 
 
 def _refuse_patience_of_two(objective: nn.Module, patience: int | None) -> None:

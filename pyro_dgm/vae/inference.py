@@ -11,7 +11,7 @@ from pyro_dgm.core.devices import seeded
 from pyro_dgm.train.descend import cosine, descend
 from pyro_dgm.vae.conditional import Conditional, Encoded
 from pyro_dgm.vae.latents import FullRank
-from pyro_dgm.vae.model import VAE
+from pyro_dgm.vae.model import VAE, as_data
 
 __all__ = ["impute", "refine"]
 
@@ -55,6 +55,7 @@ def refine(
         raise TypeError(
             f"refine: {type(family).__name__} has no network in front; use Conditional, FullRank or Encoded."
         )
+    x, context, mask = as_data(family, vae.guide.event_shape, x, context, mask)
     with torch.no_grad():
         output = family.network(vae.guide.inputs(x, context, mask))
     output = output.clone().requires_grad_()
@@ -106,6 +107,8 @@ def impute(
         >>> impute(vae, x, mask, num_samples=5)[..., 0].unique()
         tensor([1.])
     """
+    x, context, seen = as_data(vae.posterior, vae.guide.event_shape, x, context, mask)
+    mask = torch.ones_like(x, dtype=torch.bool) if seen is None else seen
     with seeded(seed):
         z, log_q = vae.encode(x, context, mask).rsample_and_log_prob((proposals,))
         log_w = vae.log_joint(x, z, context, mask) - log_q

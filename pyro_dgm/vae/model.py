@@ -22,10 +22,10 @@ from torch.distributions import Distribution, constraints
 from pyro_dgm.core import DistributionModule, LearnedDistribution, broadcast_cat
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.networks import refuse_batch_norm
-from pyro_dgm.core.shapes import of_entries
+from pyro_dgm.core.shapes import as_tensor_like, of_entries, reference
 from pyro_dgm.vae.conditional import Conditional
 
-__all__ = ["VAE", "cut", "mean_of", "plate", "prior_given", "refuse_outside", "refuse_width", "register"]
+__all__ = ["VAE", "as_data", "cut", "mean_of", "plate", "prior_given", "refuse_outside", "refuse_width", "register"]
 
 _DRAWS = 32  # behind a mean that has no closed form; not measured, chosen by hand
 _CHECKED_ROWS = 32  # looked at before the likelihood scores all rows; not measured, chosen by hand
@@ -113,6 +113,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def generate(self, rows: int = 1, context: Tensor | None = None) -> Tensor:
         """Draws of data, shape ``(rows, *event)``; with a context one row for each of its rows."""
+        context = _context(self.prior, context)
         n = rows if context is None else len(context)
         z = prior_given(self.prior, context).expand(Size([n])).sample()
         return self.decode(z, context).sample()
@@ -142,8 +143,9 @@ class Decoder(nn.Module):
     def forward(
         self, x: Tensor | None = None, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1
     ) -> Tensor:
+        context = _context(self.likelihood, context)
         if x is not None:
-            _check_data(self.likelihood.event_shape, x, context, mask)
+            x, context, mask = as_data(self.likelihood, self.likelihood.event_shape, x, context, mask)
         register("prior", self.prior)
         register("likelihood", self.likelihood)
         n = next((len(t) for t in (x, context) if t is not None), rows)
@@ -156,6 +158,8 @@ class Decoder(nn.Module):
 
     def inputs(self, z: Tensor, context: Tensor | None) -> Tensor:
         """The likelihood's context: the flat latent and the context."""
+        z = as_tensor_like("VAE", "latent", z, reference(self.likelihood))
+        context = _context(self.likelihood, context)
         inputs = broadcast_cat(_flat(z, self.prior.event_shape), context)
         refuse_width("likelihood", self.likelihood, inputs, f"the latent of {self.prior.features}")
         return inputs
@@ -164,6 +168,7 @@ class Decoder(nn.Module):
         self, x: Tensor, z: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[TorchDistribution, Tensor]:
         """The distribution of x, without its unseen entries, and x with something valid in their place."""
+        x, context, mask = as_data(self.likelihood, self.likelihood.event_shape, x, context, mask)
         inputs = self.inputs(z, context)
         if mask is not None:
             return self._masked(x, inputs, mask)
@@ -198,6 +203,7 @@ class Encoder(nn.Module):
     ) -> Tensor:
         if x is None:
             raise ValueError("VAE.guide: it needs the data x; to draw from the prior run Predictive without the guide.")
+        x, context, mask = as_data(self.posterior, self.event_shape, x, context, mask)
         inputs = self.inputs(x, context, mask)
         register("posterior", self.posterior)
         with plate(len(x), self.size):
@@ -205,11 +211,9 @@ class Encoder(nn.Module):
 
     def inputs(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         """The encoder's input: the flat data with zeros where nothing was seen, the mask, the context."""
-        _check_data(self.event_shape, x, context, mask)
-        floats = (t.dtype for t in self.posterior.tensors() if t.is_floating_point())
-        dtype = next(floats, torch.get_default_dtype())
+        x, context, mask = as_data(self.posterior, self.event_shape, x, context, mask)
         seen = x if mask is None else torch.where(mask, x, torch.zeros_like(x))
-        parts = [_flat(part, self.event_shape).to(dtype) for part in (seen, mask) if part is not None]
+        parts = [_flat(part, self.event_shape).to(x.dtype) for part in (seen, mask) if part is not None]
         inputs = broadcast_cat(*parts, context)
         refuse_width("posterior", self.posterior, inputs, _described(parts, context))
         return inputs
@@ -259,6 +263,8 @@ def _flat(x: Tensor, event_shape: Size) -> Tensor:
 
 def plate(rows: int, size: int | None) -> pyro.plate:
     """The plate of the data: these rows, as a part of ``size`` rows where a size is given."""
+    if not rows:
+        raise ValueError("VAE: no rows, expected one or more: a loss or a trace of nothing is not defined.")
     if size is None or size == rows:
         return pyro.plate("data", rows, dim=-1)
     if size < rows:
@@ -332,6 +338,21 @@ def refuse_width(name: str, family: DistributionModule, inputs: Tensor, describe
             f"VAE: the {name} was built for {family.context_features} context features, but {described} and what goes "
             f"with it make {inputs.shape[-1]}. Build it with context_features={inputs.shape[-1]}."
         )
+
+
+def as_data(
+    family: DistributionModule, event_shape: Size, x: Tensor, context: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Data, context and mask as tensors of a family's kind, or an error that says what does not fit."""
+    x = as_tensor_like("VAE", "x", x, reference(family))
+    context = _context(family, context)
+    mask = None if mask is None else as_tensor_like("VAE", "mask", mask, None)
+    _check_data(event_shape, x, context, mask)
+    return x, context, mask
+
+
+def _context(family: DistributionModule, context: Tensor | None) -> Tensor | None:
+    return None if context is None else as_tensor_like("VAE", "context", context, reference(family))
 
 
 def _check_data(event_shape: Size, x: Tensor, context: Tensor | None, mask: Tensor | None) -> None:

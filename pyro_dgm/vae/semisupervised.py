@@ -22,6 +22,7 @@ from torch.nn.functional import one_hot
 
 from pyro_dgm.core import DistributionModule, broadcast_cat
 from pyro_dgm.core.networks import refuse_batch_norm
+from pyro_dgm.core.shapes import as_tensor_like, reference
 from pyro_dgm.vae.model import plate, refuse_outside, refuse_width, register
 
 __all__ = ["SemiSupervised", "SemiSupervisedVAE"]
@@ -79,7 +80,13 @@ class SemiSupervisedVAE(nn.Module):
     @torch.no_grad()
     def classify(self, x: Tensor) -> Tensor:
         """Label probabilities :math:`q(y|x)`, shape ``(N, classes)``."""
+        x = _rows(self.guide.classifier, x)
         return self.guide.classifier(x.flatten(1))._base().probs
+
+
+def _rows(family: DistributionModule, x: Tensor) -> Tensor:
+    """Data as a tensor of the family's kind."""
+    return as_tensor_like("SemiSupervisedVAE", "x", x, reference(family))
 
 
 class Classification(nn.Module):
@@ -90,6 +97,8 @@ class Classification(nn.Module):
         self.classifier = classifier
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = _rows(self.classifier, x)
+        y = as_tensor_like("SemiSupervisedVAE", "labels", y, None)
         seen = y >= 0
         return -(self.classifier(x.flatten(1)).log_prob(y.clamp(min=0)) * seen).sum()
 
@@ -102,6 +111,7 @@ class _Model(nn.Module):
         self.classes = classes
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, rows: int = 1) -> Tensor:
+        x = None if x is None else _rows(self.likelihood, x)
         register("prior", self.prior)
         register("likelihood", self.likelihood)
         with plate(rows if x is None else len(x), None):
@@ -122,6 +132,8 @@ class _Guide(nn.Module):
         self.classes = classes
 
     def forward(self, x: Tensor, y: Tensor | None = None, rows: int = 1) -> Tensor:
+        x = _rows(self.posterior, x)
+        y = None if y is None else as_tensor_like("SemiSupervisedVAE", "labels", y, None)
         register("posterior", self.posterior)
         register("classifier", self.classifier)
         flat = x.flatten(1)
