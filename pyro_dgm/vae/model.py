@@ -377,7 +377,7 @@ def refuse_outside(likelihood: TorchDistribution, x: Tensor, *, few: bool = Fals
 
     With ``few`` the first rows are looked at, for a message that helps: a learned likelihood checks all when it scores.
     """
-    if not is_validation_enabled():
+    if not is_validation_enabled() or not x.numel():
         return x
     seen = x[:_CHECKED_ROWS] if few else x
     if seen.is_floating_point() and not bool(seen.isfinite().all()):
