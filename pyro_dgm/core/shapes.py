@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,13 @@ __all__ = [
     "check_context",
     "check_support",
     "check_value_shape",
+    "frozen",
     "is_moderate",
     "is_real",
     "of_entries",
     "reference",
     "refuse_non_finite",
+    "same_bits",
 ]
 
 _NUMBERS = "biuf"  # numpy's kinds that become tensors: booleans, integers with and without a sign, floats
@@ -311,3 +314,38 @@ def of_entries(support: Any) -> Any:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
+
+
+@contextmanager
+def frozen(*tensors: Tensor) -> Iterator[None]:
+    """Within the context no gradient is recorded towards the given leaf tensors.
+
+    >>> w = torch.nn.Parameter(torch.tensor(2.0))
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> with frozen(w):
+    ...     y = w * x
+    >>> torch.autograd.grad(y, [x, w], allow_unused=True)
+    (tensor(2.), None)
+    """
+    live = [t for t in tensors if t.requires_grad]
+    for t in live:
+        t.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for t in live:
+            t.requires_grad_(True)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal to the last bit, NaN equal to itself; False where no number may be looked at.
+
+    >>> same_bits(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))
+    True
+    """
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (a, b))):
+        return False
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.detach().view(bits), b.detach().view(bits))
