@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
-from pyro_dgm.core.distribution import same_bits
 from pyro_dgm.core.module import values_of
+from pyro_dgm.core.shapes import same_bits
 from pyro_dgm.flows.base import StandardNormalBase
 from pyro_dgm.flows.coupling import StudentTBase, TailedCoupling
 from pyro_dgm.guides.modes import Modes, WhitenedPosterior

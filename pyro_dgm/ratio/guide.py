@@ -22,8 +22,8 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_dgm.core import MLP, ImplicitDistribution
-from pyro_dgm.core.distribution import same_bits
 from pyro_dgm.core.module import resize_to_saved, values_of
+from pyro_dgm.core.shapes import same_bits
 from pyro_dgm.guides.modes import fitted_log_weights
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
