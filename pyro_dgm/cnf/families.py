@@ -18,8 +18,7 @@ from pyro_dgm.cnf.black_box import BlackBoxField, check_trace
 from pyro_dgm.cnf.field import COSTS, Plan, PotentialField, TwoLayerField, VectorField, path_costs
 from pyro_dgm.cnf.solver import FIXED, MOST, FlowMap, Solver
 from pyro_dgm.core import zuko
-from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.core.distribution import same_bits
+from pyro_dgm.core.devices import fork_rng, same_bits
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import check_context
 from pyro_dgm.flows.base import NormalizingFlow

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from pyro_dgm.core.distribution import same_bits
+from pyro_dgm.core.devices import same_bits
 from pyro_dgm.core.shapes import check_number
 
 if TYPE_CHECKING:

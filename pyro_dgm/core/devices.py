@@ -1,7 +1,4 @@
-"""Where a module is, and data moved to it: moving the module is all that a GPU asks for.
-
-Random numbers of the CPU and of the accelerator in use: from a seed, apart from the rest, or from a kept state.
-"""
+"""Tensors of a module: where they are, moved, frozen, compared; and the random numbers of the devices that they are on."""
 
 from __future__ import annotations
 
@@ -12,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["device_of", "fork_rng", "put_random_states", "random_states", "seed_everywhere", "seeded", "to_device"]
+__all__ = [
+    "device_of",
+    "fork_rng",
+    "frozen",
+    "put_random_states",
+    "random_states",
+    "same_bits",
+    "seed_everywhere",
+    "seeded",
+    "to_device",
+]
 
 
 def device_of(module: nn.Module) -> torch.device | None:
@@ -98,3 +105,40 @@ def _generators() -> list[tuple[Any, tuple[int, ...]]]:
     if module is None:
         return []
     return [(module, () if module is torch.mps else (i,)) for i in range(module.device_count())]
+
+
+@contextmanager
+def frozen(*tensors: Tensor) -> Iterator[None]:
+    """Within the context no gradient is recorded towards the given leaf tensors.
+
+    >>> w = torch.nn.Parameter(torch.tensor(2.0))
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> with frozen(w):
+    ...     y = w * x
+    >>> torch.autograd.grad(y, [x, w], allow_unused=True)
+    (tensor(2.), None)
+    """
+    live = [t for t in tensors if t.requires_grad]
+    for t in live:
+        t.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for t in live:
+            t.requires_grad_(True)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal to the last bit, NaN equal to itself; False where no number may be looked at (vmap, JIT).
+
+    >>> same_bits(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))
+    True
+    """
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype or torch.jit.is_tracing():
+        return False
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (a, b))):
+        return False
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.detach().view(bits), b.detach().view(bits))

@@ -6,8 +6,7 @@ support like any distribution of Pyro. An :class:`ImplicitDistribution` :math:`x
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints, kl_divergence, register_kl
 
+from pyro_dgm.core.devices import frozen, same_bits
 from pyro_dgm.core.shapes import (
     any_entry,
     as_shape,
@@ -32,44 +32,7 @@ from pyro_dgm.core.upstream import zuko
 if TYPE_CHECKING:
     from pyro_dgm.core.module import DistributionModule
 
-__all__ = ["ImplicitDistribution", "LearnedDistribution", "NoDensityError", "frozen", "same_bits"]
-
-
-@contextmanager
-def frozen(*tensors: Tensor) -> Iterator[None]:
-    """Within the context no gradient is recorded towards the given leaf tensors.
-
-    >>> w = torch.nn.Parameter(torch.tensor(2.0))
-    >>> x = torch.tensor(3.0, requires_grad=True)
-    >>> with frozen(w):
-    ...     y = w * x
-    >>> torch.autograd.grad(y, [x, w], allow_unused=True)
-    (tensor(2.), None)
-    """
-    live = [t for t in tensors if t.requires_grad]
-    for t in live:
-        t.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for t in live:
-            t.requires_grad_(True)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal to the last bit, NaN equal to itself; False where no number may be looked at (vmap, JIT).
-
-    >>> same_bits(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))
-    True
-    """
-    if a is b:
-        return True
-    if a.shape != b.shape or a.dtype != b.dtype or torch.jit.is_tracing():
-        return False
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (a, b))):
-        return False
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.detach().view(bits), b.detach().view(bits))
+__all__ = ["ImplicitDistribution", "LearnedDistribution", "NoDensityError"]
 
 
 class _Remembered(NamedTuple):

@@ -17,8 +17,7 @@ from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.core.distribution import same_bits
+from pyro_dgm.core.devices import fork_rng, same_bits
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.upstream import drop_weak_references
 from pyro_dgm.model.coordinates import Constrain, Coordinates

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_dgm.core.data import Standardize
-from pyro_dgm.core.distribution import frozen
+from pyro_dgm.core.devices import frozen
 from pyro_dgm.core.networks import MLP, broadcast_cat
 from pyro_dgm.core.shapes import as_count, as_shape, as_tensor_like, check_value_shape, refuse_non_finite
 from pyro_dgm.train.descend import Stages, adam, cosine, descend

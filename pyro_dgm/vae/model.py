@@ -143,7 +143,6 @@ class Decoder(nn.Module):
     def forward(
         self, x: Tensor | None = None, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1
     ) -> Tensor:
-        context = _context(self.likelihood, context)
         if x is not None:
             x, context, mask = as_data(self.likelihood, self.likelihood.event_shape, x, context, mask)
         register("prior", self.prior)
@@ -159,8 +158,7 @@ class Decoder(nn.Module):
     def inputs(self, z: Tensor, context: Tensor | None) -> Tensor:
         """The likelihood's context: the flat latent and the context."""
         z = as_tensor_like("VAE", "latent", z, reference(self.likelihood))
-        context = _context(self.likelihood, context)
-        inputs = broadcast_cat(_flat(z, self.prior.event_shape), context)
+        inputs = broadcast_cat(_flat(z, self.prior.event_shape), _context(self.likelihood, context))
         refuse_width("likelihood", self.likelihood, inputs, f"the latent of {self.prior.features}")
         return inputs
 
@@ -344,8 +342,7 @@ def as_data(
     family: DistributionModule, event_shape: Size, x: Tensor, context: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Data, context and mask as tensors of a family's kind, or an error that says what does not fit."""
-    x = as_tensor_like("VAE", "x", x, reference(family))
-    context = _context(family, context)
+    x, context = as_tensor_like("VAE", "x", x, reference(family)), _context(family, context)
     mask = None if mask is None else as_tensor_like("VAE", "mask", mask, None)
     _check_data(event_shape, x, context, mask)
     return x, context, mask
@@ -377,7 +374,7 @@ def refuse_outside(likelihood: TorchDistribution, x: Tensor, *, few: bool = Fals
 
     With ``few`` the first rows are looked at, for a message that helps: a learned likelihood checks all when it scores.
     """
-    if not is_validation_enabled():
+    if not is_validation_enabled() or not x.numel():
         return x
     seen = x[:_CHECKED_ROWS] if few else x
     if seen.is_floating_point() and not bool(seen.isfinite().all()):

@@ -168,7 +168,7 @@ def test_bad_shapes_are_refused(shape):
 def test_bad_numbers_of_context_features_are_refused(features):
     for family in (dgm.MAF, dgm.Critic, dgm.DensityRatio):
         with pytest.raises((TypeError, ValueError), match=r"context_features is"):
-            family(2, features)
+            family(2, context_features=features)
 
 
 def test_a_family_is_no_distribution():
