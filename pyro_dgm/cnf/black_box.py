@@ -154,5 +154,5 @@ class SumField(VectorField):
 def check_trace(owner: str, trace: str, probes: int) -> None:
     """Refuse an unknown trace, and a number of probes that is none."""
     if trace not in ("exact", "hutchinson"):
-        raise ValueError(f"{owner}: trace={trace!r}, expected 'exact' or 'hutchinson'.")
+        raise ValueError(f"{owner}: trace={trace!r}: expected 'exact' or 'hutchinson'.")
     check_number(owner, "probes", probes, least=1, whole=True)
