@@ -127,7 +127,7 @@ class ContinuousFlow(NormalizingFlow):
 
     def flow_units(self, x: Tensor) -> Tensor:
         """Events as flat vectors in the unconstrained, standardised units that the flow moves in."""
-        x = self._events("flow_units", x, self.event_shape)
+        x = self._events(x, self.event_shape)
         zero = next(self.field.parameters()).new_zeros(self.context_features)
         to_event = self.bijection(self.build(zero if self.context_features else None))
         return x if to_event is None else to_event.inv(x)
@@ -144,7 +144,7 @@ class ContinuousFlow(NormalizingFlow):
             ValueError: for ``hjb`` of a field that is no gradient.
         """
         self.refuse_costs(costs)
-        x = self._events("score_and_costs", x, self.event_shape)
+        x = self._events(x, self.event_shape)
         context = check_context(self, context)
         built: Any = self.build(context)
         to_event = self.bijection(built)

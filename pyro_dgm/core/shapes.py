@@ -123,7 +123,8 @@ def as_shape(shape: int | Iterable[int], what: str = "event_shape", least: int =
     else:
         sizes = Size(_integers(shape, what))
     if any(n < least for n in sizes):
-        raise ValueError(f"{what} is {tuple(sizes)}, expected sizes of {least} or more; () is a single number.")
+        allowed = "positive sizes" if least == 1 else "no negative sizes"
+        raise ValueError(f"{what} must hold {allowed}, got {tuple(sizes)}; () is a single number.")
     return sizes
 
 

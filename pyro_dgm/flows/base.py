@@ -108,7 +108,7 @@ class NormalizingFlow(DistributionModule):
 
         Returns the flow itself. Do it once, before training; it is part of the ``state_dict``.
         """
-        x = self._events("standardize", x, self.event_shape)
+        x = self._events(x, self.event_shape)
         self.standard.forget()
         to_event = self.bijection(self.build(None if not self.context_features else x.new_zeros(self.context_features)))
         self.standard.fit((x if to_event is None else to_event.inv(x)).reshape(-1, self.features))
@@ -131,22 +131,22 @@ class NormalizingFlow(DistributionModule):
             >>> z.shape, bool(torch.allclose(flow.decode(z), x, atol=1e-4))
             (torch.Size([5, 6]), True)
         """
-        x = self._events("encode", x, self.event_shape)
+        x = self._events(x, self.event_shape)
         built = self._with_transform(context)
         to_event = self.bijection(built)
         return built.transform(x if to_event is None else to_event.inv(x))
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Events :math:`x = g(z; c)` of latents ``(*batch, D)``: what :meth:`encode` undoes."""
-        z = self._events("decode", z, Size((self.features,)))
+        z = self._events(z, Size((self.features,)))
         built = self._with_transform(context)
         to_event = self.bijection(built)
         u = built.transform.inv(z)
         return u if to_event is None else to_event(u)
 
-    def _events(self, method: str, x: Tensor, shape: Size) -> Tensor:
-        """Rows that a method was given, as tensors of the flow's kind, of this shape, and finite while Pyro validates."""
-        name = f"{type(self).__name__}.{method}"
+    def _events(self, x: Tensor, shape: Size) -> Tensor:
+        """Given rows as tensors of the flow's kind, of this shape, and finite while Pyro validates."""
+        name = type(self).__name__
         x = as_tensor_like(name, "value", x, reference(self))
         check_value_shape(name, x, shape)
         if Distribution._validate_args:

@@ -160,7 +160,9 @@ def test_shapes_of_every_kind(shape):
 @pytest.mark.parametrize("shape", [-1, (2, 0), 2.5, "ab", (2.0,), None])
 def test_bad_shapes_are_refused(shape):
     for family in (dgm.MAF, dgm.Critic, dgm.Generator, dgm.DensityRatio):
-        with pytest.raises((TypeError, ValueError), match=r"event_shape is .*, expected"):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"event_shape (is .*, expected|must hold positive sizes, got)"
+        ):
             family(shape)
 
 
