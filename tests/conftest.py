@@ -1,6 +1,7 @@
 """Seeds, a clean param store, and data that may be absent."""
 
 import pathlib
+import signal
 
 import pyro
 import pytest
@@ -15,7 +16,11 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    """Every test starts from the same seed, an empty param store and float32, and leaves validation on."""
+    """Every test starts from the same seed, an empty param store and float32, and leaves validation on.
+
+    Ctrl-C is heard, too: a shell that puts a command into the background has it ignored.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     torch.set_default_dtype(torch.float32)

@@ -128,7 +128,7 @@ class Generator(DistributionModule):
 
     def units(self, x: Tensor) -> Tensor:
         """Events ``(*batch, *event)`` as the network should make them: flat and in standard units, shape ``(*batch, D)``."""
-        return self.standard(self._flattened(self._data("units", x)))
+        return self.standard(self._flattened(self._data("data", x)))
 
     def latents(self, rows: int, context: Tensor | None = None) -> Tensor:
         """Draws of z, shape ``(rows, *latent)``; with a context one for each of its rows."""
@@ -166,7 +166,7 @@ class Generator(DistributionModule):
         rows = None if _enumerating() else context  # all values of an enumerated class share one draw of the noise
         z = pyro.sample(f"{name}_latent", self._latent(context, rows))
         if obs is not None:
-            return pyro.sample(name, self.likelihood(z, context), obs=self._data("sample_site", obs))
+            return pyro.sample(name, self.likelihood(z, context), obs=self._data(f"site '{name}'", obs))
         noise = None if self.noiseless else pyro.sample(f"{name}_noise", self._noise(rows))
         return pyro.deterministic(name, self.push(z, noise, context), event_dim=len(self.event_shape))
 
@@ -176,7 +176,7 @@ class Generator(DistributionModule):
 
         Where the network ends in a bounded layer nothing is fixed, and data outside its range are refused.
         """
-        flat = self._flattened(self._data("standardize", x)).reshape(-1, self.features)
+        flat = self._flattened(self._data("data", x)).reshape(-1, self.features)
         low, high = _RANGES.get(type(list(self.network.modules())[-1]), (-torch.inf, torch.inf))
         if low > -torch.inf:
             self._refuse_outside(flat, low, high)
@@ -188,12 +188,12 @@ class Generator(DistributionModule):
         """The distribution of rows given their latents, and the rows to score."""
         if mask is not None:
             raise ValueError("Generator: masks are not supported; score whole rows, or train a VAE.")
-        return self.likelihood(z, context), self._data("observation", x)
+        return self.likelihood(z, context), self._data("data", x)
 
-    def _data(self, method: str, x: Tensor) -> Tensor:
-        """Events that a method was given, as tensors of the generator's kind."""
-        x = as_tensor_like(f"Generator.{method}", "data", x, self.standard.loc)
-        check_value_shape(f"Generator.{method}", x, self.event_shape)
+    def _data(self, what: str, x: Tensor) -> Tensor:
+        """Given events as tensors of the generator's kind."""
+        x = as_tensor_like("Generator", what, x, self.standard.loc)
+        check_value_shape(f"Generator, {what}", x, self.event_shape)
         return x
 
     def _latent(self, context: Tensor | None, rows: Tensor | None) -> Any:

@@ -122,7 +122,7 @@ def test_warm_up_rises_and_says_when_it_did_not_end():
         UserWarning, match="training ended after 6 of 100 warm-up steps, with a KL weight of 0.06 instead of 1"
     ):
         dgm.fit(fresh, x, max_steps=6, progress=False)
-    with pytest.raises(ValueError, match="expected >= 0"):
+    with pytest.raises(ValueError, match="beta=-1.0, expected a finite number >= 0"):
         WeightedKL_ELBO(-1.0)
 
 
