@@ -409,7 +409,7 @@ SETTINGS = [
     (lambda: dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), ema=nan), "Adversarial: ema=nan"),
     (lambda: dgm.Adversarial(dgm.Generator(2), dgm.Critic(2), critic_steps=1.5), "Adversarial: critic_steps=1.5"),
     (lambda: dgm.objectives.WeightedKL_ELBO(nan), "WeightedKL_ELBO: beta=nan"),
-    (lambda: dgm.FFJORD(2, trace="x"), "FFJORD: trace='x', expected 'exact'"),
+    (lambda: dgm.FFJORD(2, trace="x"), "FFJORD: trace='x': expected 'exact'"),
     (lambda: dgm.FFJORD(2, probes=-1), "FFJORD: probes=-1, expected a whole number >= 1"),
     (lambda: dgm.FFJORD(2, tolerance=-1), "FFJORD: tolerance=-1, expected a finite number > 0"),
     (lambda: dgm.OTFlow(2, steps=2.5), "OTFlow: steps=2.5, expected a whole number >= 1. None has them found"),
