@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -13,8 +14,9 @@ from pyro import poutine
 from torch import Size, Tensor
 
 from pyro_dgm.amortized.structure import Site, Structure
+from pyro_dgm.core.devices import to_device
 from pyro_dgm.core.shapes import as_tensor_like
-from pyro_dgm.model.vectorize import Engine
+from pyro_dgm.model.vectorize import Engine, first_line
 
 __all__ = ["Arguments", "covariate_sites"]
 
@@ -27,7 +29,7 @@ class Arguments:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Names of the model's arguments."""
         fn = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
@@ -82,7 +84,7 @@ class Arguments:
             values = {s.name: _rows(s, trace.nodes[s.name]["value"], n, nesting) for s in sites}
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
-                f"AmortizedGuide: the model cannot simulate many data sets at once ({str(error).splitlines()[0]}). Simulate "
+                f"AmortizedGuide: the model cannot simulate many data sets at once ({first_line(error)}). Simulate "
                 "beforehand, sims = dgm.simulate(model, n, observed=...), and pass them: fit(ForwardKL(guide), sims)."
             ) from error
         return values | inputs | ({"mask": mask} if mask else {})
@@ -113,6 +115,7 @@ class Arguments:
         mask: Mapping[str, Tensor] | None,
         structure: Structure,
         covariates: tuple[Site, ...],
+        where: torch.device | None,
     ) -> dict[str, Any]:
         """The data of a call of ``condition``, or an error that says what is wrong with them."""
         sites = {s.name: s for s in (*structure.observed, *covariates)}
@@ -123,9 +126,12 @@ class Arguments:
                 f"condition: {f'{missing} missing' if missing else f'{unknown} unknown'}; expected the observed sites and "
                 f"covariates {list(sites)}, and maybe other arguments of the model ({self.names})."
             )
-        masks = dict(mask or {})
+        data = to_device({k: _tensor(sites[k], v) if k in sites else v for k, v in data.items()}, where)
+        masks = to_device(
+            {k: _mask(k, m, [*sites, *(s.name for s in structure.latents)]) for k, m in (mask or {}).items()}, where
+        )
         first = structure.observed[0]
-        lead = _tensor(first, data[first.name]).dim() - first.depth - len(first.event_shape)
+        lead = first.lead_of(data[first.name])
         out = {k: _checked(sites[k], v, masks.get(k), lead) if k in sites else v for k, v in data.items()}
         return out | ({"mask": masks} if masks else {})
 
@@ -147,6 +153,16 @@ def _tensor(site: Site, value: Any) -> Tensor:
     return as_tensor_like("condition", f"'{site.name}'", value, None)
 
 
+def _mask(name: str, mask: Any, known: list[str]) -> Tensor:
+    mask = as_tensor_like("condition", f"the mask of '{name}'", mask, None)
+    if name not in known or mask.dtype != torch.bool:
+        raise ValueError(
+            f"condition: got a mask of '{name}' of {mask.dtype}, expected torch.bool (True where there is a datum), by one of "
+            f"the names {known}."
+        )
+    return mask
+
+
 def _checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
     """A value of a site, of the right shape and finite where it counts; what is masked becomes 0.
 
@@ -166,6 +182,11 @@ def _checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
         )
     bad = ~value.isfinite() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
     if mask is not None:
+        if mask.dim() > value.dim() or any(m not in (1, n) for m, n in zip(mask.shape, value.shape, strict=False)):
+            raise ValueError(
+                f"condition: the mask of '{site.name}' has shape {tuple(mask.shape)}, expected the first dimensions of its data, "
+                f"of shape {tuple(value.shape)}."
+            )
         full = mask.reshape(*mask.shape, *(1,) * (value.dim() - mask.dim())).expand(value.shape)
         value = torch.where(full, value, torch.zeros_like(value))
         bad = bad & full

@@ -96,11 +96,6 @@ class Streams(nn.Module):
             raise ValueError(f"AmortizedGuide: encoder={unknown} names no observed site; observed are {observed}.")
         self.encoder = nn.ModuleDict({_key(k): m for k, m in encoder.items()})
 
-    def lead(self, batch: Mapping[str, Any]) -> int:
-        """Leading dimensions of the data: 1 for a batch of simulations, 0 for one data set."""
-        site = self.structure.observed[0]
-        return batch[site.name].dim() - site.depth - len(site.event_shape)
-
     def forward(self, batch: Mapping[str, Any], lead: int) -> list[Stream]:
         inputs = {s.name: self._standardised(s, batch, lead) for s in self.inputs}
         streams: list[Stream] = []

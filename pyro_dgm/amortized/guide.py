@@ -133,11 +133,9 @@ class AmortizedGuide(nn.Module):
         Raises:
             ValueError: for a name that is unknown or missing, a wrong shape, and data with NaN outside the mask.
         """
-        where = device_of(self)
-        batch = self.arguments.checked_data(
-            to_device(data, where), to_device(mask, where), self.structure, self.covariates
-        )
-        return ConditionedGuide(self, batch, self.streams.lead(batch))
+        batch = self.arguments.checked_data(data, mask, self.structure, self.covariates, device_of(self))
+        first = self.structure.observed[0]
+        return ConditionedGuide(self, batch, first.lead_of(batch[first.name]))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The Pyro guide: takes the model's arguments, with data among them under the names of the sites."""
@@ -254,7 +252,7 @@ class AmortizedGuide(nn.Module):
         """Dimensions of draws and data sets that stand left of the sites; 0 where no latent is among the values."""
         for site in self.structure.latents:
             if site.name in values:
-                return values[site.name].dim() - site.depth - len(site.event_shape)
+                return site.lead_of(values[site.name])
         return 0
 
     def _with_moving_sites(self, values: dict[str, Tensor], data: Data, opened: Plates) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.transforms import CatTransform, ComposeTransform, ReshapeTransform
 
-from pyro_dgm.amortized.group import Group
 from pyro_dgm.amortized.refine import Refined, refined
 from pyro_dgm.amortized.units import Units
 from pyro_dgm.core import compose, zuko
@@ -152,20 +151,15 @@ class Transport(VectorGuide):
         _refuse_circles(self.coordinates.circular)
 
     def get_base_dist(self) -> Distribution:
-        return as_pyro(self._built().base)
+        return as_pyro(_built(self.amortized, self._data).base)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
-        group, built = self.amortized.groups[0], self._built()
+        group, built = self.amortized.groups[0], _built(self.amortized, self._data)
         inner = group.family.bijection(built)
         return compose([built.transform.inv, *([] if inner is None else [inner]), _unconstrained(group.units)])
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Distribution:
         return dist.TransformedDistribution(self.get_base_dist(), [self.get_transform()])
-
-    def _built(self) -> Any:
-        group = self.amortized.groups[0]
-        context = group.context(self.amortized.streams(self._data, 0), [])
-        return group.family.checked_build(context.reshape(context.shape[-1]))
 
 
 def _unconstrained(units: Units) -> Transform:
@@ -195,7 +189,7 @@ def _refuse(posterior: ConditionedGuide) -> None:
             f"transport: the model falls into parts, {[[s.name for s in g.sites] for g in groups]}, that are independent given "
             "the data, each with a flow of its own. Infer them as models of their own."
         )
-    if not _is_flow(groups[0]):
+    if not isinstance(_built(posterior.guide, posterior.data), zuko.distributions.NormalizingFlow):
         raise ValueError(
             f"transport: {type(groups[0].family).__name__} is no transform of a base. Build the guide with a flow, such as "
             "family=dgm.NSF."
@@ -210,6 +204,8 @@ def _refuse_circles(circular: frozenset[str]) -> None:
         )
 
 
-def _is_flow(group: Group) -> bool:
-    built = group.family.build(torch.zeros(group.context_features))
-    return isinstance(built, zuko.distributions.NormalizingFlow)
+def _built(guide: AmortizedGuide, data: dict[str, Any]) -> Any:
+    """What the family of the only group builds for these data."""
+    group = guide.groups[0]
+    context = group.context(guide.streams(data, 0), [])
+    return group.family.checked_build(context.reshape(context.shape[-1]))

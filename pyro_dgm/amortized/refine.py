@@ -28,7 +28,7 @@ from torch import Size, Tensor
 from pyro_dgm.amortized.units import Units
 from pyro_dgm.core.devices import device_of
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.core.weights import log_mean_exp, psis, stratified
+from pyro_dgm.core.weights import K_LIMIT, log_mean_exp, psis, stratified
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Joint", "Refined", "refined"]
 
-_BAD = 0.7  # Pareto k from which on weights do not repair the draws (Vehtari et al. 2024)
 _LIKELY = 0.5  # Pareto k below which weights are all that is needed (Vehtari et al. 2024)
 _EQUAL = 0.98  # share of effective draws above which weights are as good as equal; not measured, chosen by hand
 _STEPS = 200  # of the chains, where weights are not enough; not measured, chosen by hand
@@ -84,8 +83,10 @@ class Refined:
 def refined(posterior: ConditionedGuide, n: int, proposals: int, steps: int | None) -> Refined:
     """Weights, and chains where the weights ask for them, or for ``steps`` steps."""
     joint = Joint(posterior)
-    if joint.discrete or steps is not None:
-        return _refined(joint, n, proposals, 0 if joint.discrete or steps is None else steps)
+    if joint.discrete:
+        steps = 0
+    if steps is not None:
+        return _refined(joint, n, proposals, steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first = _refined(joint, n, proposals, 0)
@@ -191,7 +192,7 @@ def _picked(weights: np.ndarray, n: int) -> Tensor:
 
 def _carried(k: float, effective: float) -> bool:
     """Of weights within some per cent of each other even a heavy tail moves nothing."""
-    return k < _BAD or effective > _EQUAL
+    return k < K_LIMIT or effective > _EQUAL
 
 
 def _warn(k: float, ess: float, proposals: int, steps: int, accepted: dict[str, float]) -> None:

@@ -65,6 +65,10 @@ class Site:
         """Numbers in one event."""
         return self.event_shape.numel()
 
+    def lead_of(self, value: Tensor) -> int:
+        """Dimensions of a value that stand left of the site's: 1 for a batch of simulations, 0 for one data set."""
+        return value.dim() - self.depth - len(self.event_shape)
+
     def laid(self, value: Tensor, nesting: int, lead: int) -> Tensor:
         """Values ``(*lead, *batch, *event)`` as ``(*lead, 1, .., *batch, *event)`` with ``nesting`` batch dimensions."""
         shape = value.shape

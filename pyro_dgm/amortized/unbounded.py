@@ -66,7 +66,6 @@ class Unbounded:
         self.model = model
         self.prior = prior
         self.names = {name: _NAME.format(name) for name in sorted(names)}
-        self.sites = {s.name: s for s in prior.structure.latents}
 
     def to_real(self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int) -> dict[str, Any]:
         """Values of the plain sites ``(*lead, *site)``, with those on the real line beside them."""
@@ -100,24 +99,26 @@ class Unbounded:
         ``values`` are those of a traced run ``(*particles, *plates, *event)``, with all plates of the model.
         """
         nesting = self.prior.structure.nesting
-        lead = next(v.dim() - nesting - len(self.sites[k].event_shape) for k, v in values.items())
+        lead = next(v.dim() - nesting - len(self.prior.latents[k].event_shape) for k, v in values.items())
         return {x: (f.value, f.log_det) for x, f in self._found(values, data, lead).items()}
 
     def _found(self, values: Mapping[str, Any], data: Mapping[str, Any], lead: int) -> dict[str, _MovingSite]:
         """Each rewritten site, in one run of the plain model on all values; a real number counts before the site's value."""
         real = {x: self._row(u, values[u], lead) for x, u in self.names.items() if u in values}
-        plain = self.names.keys() | (self.sites.keys() - self.names.values())
+        plain = self.names.keys() | (self.prior.latents.keys() - self.names.values())
         given = {k: self._row(k, v, lead) for k, v in values.items() if k in plain and k not in real}
         note = _NoteMovingSites(set(self.names), real, 1 + self.prior.structure.nesting)
         self.prior.run(self.model, given, data, self._lead(values, lead), note)
         return note.found
 
     def _lead(self, values: Mapping[str, Any], lead: int) -> Size:
-        return next(v.shape[:lead] for k, v in values.items() if k in self.sites or k in self.names)
+        return next(v.shape[:lead] for k, v in values.items() if k in self.prior.latents or k in self.names)
 
     def _row(self, name: str, value: Tensor, lead: int) -> Tensor:
         """``(n, 1, .., *plates, *event)``, of a value that may have all plates already."""
-        event_dim = value.dim() - lead - self._depth(name) if name in self.names else len(self.sites[name].event_shape)
+        event_dim = (
+            value.dim() - lead - self._depth(name) if name in self.names else len(self.prior.latents[name].event_shape)
+        )
         rows = value.reshape(value.shape[:lead].numel(), *value.shape[lead:])
         return left_of_plates(rows, event_dim, self.prior.structure.nesting)
 
@@ -127,7 +128,7 @@ class Unbounded:
         return value.reshape(*shape, *value.shape[plates_end - self._depth(name) :])
 
     def _depth(self, name: str) -> int:
-        return self.sites[self.names.get(name, name)].depth
+        return self.prior.latents[self.names.get(name, name)].depth
 
 
 class _MovingSite(NamedTuple):

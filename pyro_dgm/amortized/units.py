@@ -28,7 +28,7 @@ from torch.distributions.transforms import Transform
 from pyro_dgm.amortized.binding import Arguments
 from pyro_dgm.amortized.structure import Site, Structure
 from pyro_dgm.core import Standardize
-from pyro_dgm.core.shapes import of_entries
+from pyro_dgm.core.shapes import is_real, of_entries
 from pyro_dgm.model.handlers import EndOfRun, run_to_end
 
 __all__ = ["Moments", "PriorUnits", "Units"]
@@ -196,7 +196,7 @@ class PriorUnits:
         self.structure = structure
         self.covariates = covariates
         self.latents = {s.name: s for s in structure.latents}
-        self.sites = self._usable([s for s in structure.latents if s.plates and not s.classes and _is_real(s)])
+        self.sites = self._usable([s for s in structure.latents if s.plates and not s.classes and is_real(s.support)])
 
     def of(self, sites: tuple[Site, ...], known: Mapping[str, Tensor], data: Mapping[str, Any]) -> Moments:
         """For sites of one group, given earlier latents laid out as ``(*lead, *plates, *event)``; the same layout."""
@@ -239,7 +239,7 @@ class PriorUnits:
         observed = {s.name for s in self.structure.observed}
         out = {k: v for k, v in data.items() if k in self.arguments.names and k not in observed}
         for site in self.covariates:
-            own = data[site.name].dim() - site.depth - len(site.event_shape)
+            own = site.lead_of(data[site.name])
             value = site.laid(data[site.name], self.structure.nesting, own)
             out[site.name] = value.expand(*lead, *value.shape[own:]).reshape(lead.numel(), *value.shape[own:])
         return out
@@ -295,7 +295,3 @@ class _PriorMoments(Messenger):
             self.moments[msg["name"]] = (msg["fn"].mean, msg["fn"].variance.sqrt().clamp_min(_LEAST_SD))
             if len(self.moments) == len(self.names):
                 raise EndOfRun
-
-
-def _is_real(site: Site) -> bool:
-    return of_entries(site.support) is constraints.real

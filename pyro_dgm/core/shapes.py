@@ -198,18 +198,8 @@ def check_context(family: DistributionModule, context: Tensor | None) -> Tensor 
             f"it with {name}(..., context_features={got}) or pass the columns you trained on."
         )
     if Distribution._validate_args:
-        _refuse_non_finite_context(name, context)
+        refuse_non_finite(name, context.reshape(-1, expected), "contexts")
     return context
-
-
-def _refuse_non_finite_context(name: str, context: Tensor) -> None:
-    if _all_finite(context):
-        return
-    bad = (~context.isfinite()).any(-1)
-    raise ValueError(
-        f"{name}: {int(bad.sum())} of {bad.numel()} contexts hold NaN or infinity, expected finite numbers. Clean the data, "
-        "or fill in what is missing."
-    )
 
 
 def check_built(family: DistributionModule, event_shape: Size, expected: Size) -> None:
@@ -329,7 +319,7 @@ def _all_finite(x: Tensor) -> bool:
     return unseen or bool(x.sum().isfinite() or x.isfinite().all())
 
 
-def is_real(support: constraints.Constraint) -> bool:
+def is_real(support: constraints.Constraint | None) -> bool:
     """Whether every entry may be any real number."""
     return of_entries(support) is constraints.real
 

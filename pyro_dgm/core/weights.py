@@ -5,6 +5,7 @@ Smoothing is done by whichever line of ArviZ is installed, which is imported whe
 
 from __future__ import annotations
 
+import functools
 import math
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ LEAST_DRAWS = 25  # the tail is the largest fifth, and ArviZ fits no fewer than 
 _CONSTANT = 1e-6  # nats: log weights within this range count as constant; not measured, chosen by hand
 
 
+@functools.cache
 def arviz_major() -> int | None:
     """0 for ArviZ 0.x, 1 for later lines, None where there is none."""
     for name in ("arviz", "arviz-base"):

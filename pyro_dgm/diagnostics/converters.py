@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.diagnostics.containers import RESERVED, add_groups, coords_of, group
 from pyro_dgm.diagnostics.groups import (
     Groups,
@@ -149,9 +150,15 @@ def from_posterior_samples(
         (2, 20)
     """
     complete: ContainerOptions = with_defaults(from_posterior_samples, options, CONTAINER)
-    flat = {k: torch.as_tensor(v) for k, v in samples.items()}
+    flat = {
+        k: as_tensor_like("from_posterior_samples", f"the draws of '{k}'", v, None).detach() for k, v in samples.items()
+    }
     n = _number(flat, num_chains)
-    of_draws = None if log_q is None else torch.as_tensor(log_q).double().cpu().numpy()
+    of_draws = (
+        None
+        if log_q is None
+        else as_tensor_like("from_posterior_samples", "log_q", log_q, None).detach().double().cpu().numpy()
+    )
     if of_draws is not None and of_draws.shape != (n,):
         raise ValueError(f"from_posterior_samples: log_q has shape {of_draws.shape}, expected ({n},), one per draw.")
     with seeded(complete["seed"]):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.diagnostics.posteriors import observed_names
 from pyro_dgm.simulation.store import Simulations
 
@@ -143,7 +144,7 @@ def _checked(
         raise ValueError(f"misspecification: got data of {sorted(data)}, expected all observed sites, {sorted(names)}.")
     observation = {}
     for name in names:
-        value = torch.as_tensor(data[name])
+        value = as_tensor_like("misspecification", f"'{name}'", data[name], None)
         shape = simulations[name].shape[1:]
         ragged = masks[name].dim() - 1 if name in masks else 0
         if value.dim() != len(shape) or value.shape[ragged:] != shape[ragged:]:

@@ -18,7 +18,6 @@ from torch.distributions import biject_to
 from typing_extensions import Unpack
 
 from pyro_dgm.core.devices import seed_everywhere, seeded
-from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.core.weights import psis
 from pyro_dgm.diagnostics.explore import explore
 from pyro_dgm.diagnostics.groups import Groups, all_groups, container_of
@@ -26,7 +25,7 @@ from pyro_dgm.diagnostics.khat import Exploration, judge
 from pyro_dgm.diagnostics.options import CONTAINER, ContainerOptions, with_defaults
 from pyro_dgm.model.program import Model, Program, refuse_guides_as_models
 from pyro_dgm.model.runs import Table
-from pyro_dgm.model.sites import Site, is_data, latent_sites, sample_sites
+from pyro_dgm.model.sites import Site, innermost_distribution, is_data, is_implicit, latent_sites, sample_sites
 
 __all__ = ["from_fits", "from_svi"]
 
@@ -220,10 +219,12 @@ def _refuse_points(program: Program, guided: Table) -> None:
     draw, in a guide that has auxiliary entries to spare, is not found.
     """
     guide = dict(sample_sites(program.guide_runs.prototype))  # type: ignore[union-attr]
-    if any(isinstance(_innermost(s), ImplicitDistribution) for s in guide.values()):
+    if any(is_implicit(s) for s in guide.values()):
         return
     latents = {k: s for k, s in latent_sites(program.prototype) if k in guide and _is_continuous(s)}
-    deltas = {k: _coordinates(s, guide[k]) for k, s in latents.items() if isinstance(_innermost(guide[k]), Delta)}
+    deltas = {
+        k: _coordinates(s, guide[k]) for k, s in latents.items() if isinstance(innermost_distribution(guide[k]), Delta)
+    }
     without_density = [k for k, free in deltas.items() if free and not guided.terms[k].joint.any()]
     points = [k for k in without_density if _is_constant(program, guided, k)]
     entries = sum(s["value"].numel() for k, s in guide.items() if _is_auxiliary(k, s, program))
@@ -237,16 +238,8 @@ def _refuse_points(program: Program, guided: Table) -> None:
         )
 
 
-def _innermost(site: Site) -> Any:
-    """The distribution without reshaping and masks around it."""
-    fn = site["fn"]
-    while not isinstance(fn, (ImplicitDistribution, Delta)) and hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
-
-
 def _is_continuous(site: Site) -> bool:
-    if isinstance(_innermost(site), Delta) or not site["value"].is_floating_point():
+    if isinstance(innermost_distribution(site), Delta) or not site["value"].is_floating_point():
         return False
     try:
         return not site["fn"].support.is_discrete
@@ -265,7 +258,11 @@ def _coordinates(latent: Site, guided: Site) -> int:
 
 def _is_auxiliary(name: str, site: Site, program: Program) -> bool:
     """A draw of the guide's own that has a density."""
-    return name not in program.prototype.nodes and not is_data(site) and not isinstance(_innermost(site), Delta)
+    return (
+        name not in program.prototype.nodes
+        and not is_data(site)
+        and not isinstance(innermost_distribution(site), Delta)
+    )
 
 
 def _is_constant(program: Program, guided: Table, name: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -197,7 +198,9 @@ def ais(
         raise ValueError(f"ais: latents have shape {tuple(latents.shape)}, expected {shape}: one for each row of x.")
     betas = torch.sigmoid(torch.linspace(-_LOGIT_ENDS, _LOGIT_ENDS, num_steps + 1))
     betas = (betas - betas[0]) / (betas[-1] - betas[0])
-    with seeded(seed):
+    with torch.no_grad(), seeded(0):
+        target.parts(target.start(1))  # refuses data outside the support
+    with seeded(seed), pyro.validation_enabled(False):  # a trajectory that diverges is rejected
         steps = target.tuned(target.start(num_chains), betas)
         log_w, accepted = target.forward(target.start(num_chains), betas, steps)
         upper = None

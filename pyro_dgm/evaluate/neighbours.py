@@ -8,6 +8,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.evaluate.score import (
     CHUNK,
     Features,
@@ -162,7 +163,8 @@ def mode_coverage(
     if not radius > 0:
         raise ValueError(f"mode_coverage: radius is {radius}, expected a positive number in the data's units.")
     n, k = len(rows), len(modes)
-    mass = torch.ones(k) if weights is None else torch.as_tensor(weights)
+    equal = torch.ones(k, dtype=torch.float64)
+    mass = equal if weights is None else as_tensor_like("mode_coverage", "weights", weights, equal)
     if mass.shape != (k,) or not (mass > 0).all():
         raise ValueError(f"mode_coverage: weights have shape {tuple(mass.shape)}, expected ({k},) positive masses.")
     distance, nearest = torch.cdist(rows, modes).min(-1)
@@ -177,7 +179,7 @@ def mode_coverage(
 
 def _modes(share: Tensor, mass: Tensor) -> Tensor:
     """Covered, quality, imbalance from shares ``(B, K + 1)``, the last column being far from all modes."""
-    mass = mass.double() / mass.double().sum()
+    mass = mass / mass.sum()
     near = share[:, :-1]
     quality = 1.0 - share[:, -1]
     covered = (near >= _HIT_SHARE * mass).double().mean(-1)

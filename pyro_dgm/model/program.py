@@ -18,7 +18,6 @@ from pyro import poutine
 from pyro.infer.autoguide.guides import AutoCallable, AutoGuide, AutoGuideList
 
 from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.model.coordinates import HasCoordinates
 from pyro_dgm.model.handlers import Given, Undrawn, warn_of_masked_sums
 from pyro_dgm.model.runs import Draws, Runs, Table, rounds_of, stacked
@@ -27,14 +26,16 @@ from pyro_dgm.model.sites import (
     is_computed,
     is_data,
     is_enumerable,
+    is_implicit,
     is_subsample,
     latent_sites,
+    observed_sites,
     plate_frames,
     sample_sites,
     subsampled,
 )
 from pyro_dgm.model.terms import total
-from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine, How, Model, plate_nesting
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine, How, Model, first_line, plate_nesting
 
 __all__ = ["Model", "Program", "refuse_guides_as_models"]
 
@@ -152,7 +153,7 @@ class Program:
 
     def _refuse_no_sites(self, guided: poutine.Trace | None) -> None:
         """A model without latents and data, and a guide that has the data in its place."""
-        data = [n for n, s in guided.nodes.items() if is_data(s)] if guided else []
+        data = [n for n, _ in observed_sites(guided)] if guided else []
         if data and not self.sites("observed"):
             raise ValueError(
                 f"{self.who}: the model has no data site '{data[0]}', and the guide has it. Did you swap model and guide?"
@@ -196,7 +197,7 @@ class Program:
     def _how(self, runs: Runs, rows: Draws) -> How:
         """``rows`` are a few draws of all latents, in the shape of single runs."""
         nodes = runs.prototype.nodes
-        implicit = [k for k in runs.layouts if isinstance(nodes[k]["fn"], ImplicitDistribution)]
+        implicit = [k for k in runs.layouts if is_implicit(nodes[k])]
         if not set(rows) - set(implicit):
             return "plate"
         if self.enumerable and len(runs.rounds) > 1 and runs is self.runs:
@@ -229,7 +230,7 @@ class Program:
                     return None if way == how else (way, fault)
                 fault = f"deterministic site '{wrong[0]}' of draws run together differs from single runs"
             except (RuntimeError, ValueError, IndexError) as error:
-                fault = str(error).splitlines()[0]
+                fault = first_line(error)
         return "loop", fault
 
     def guided(self, n: int) -> Table:
@@ -243,7 +244,7 @@ class Program:
 
         What the model masks is left out of the guide too: with ``obs_mask`` the latents of observed data mean nothing.
         """
-        if any(isinstance(s["fn"], ImplicitDistribution) for s in self._guided_sites()):
+        if any(is_implicit(s) for s in self._guided_sites()):
             return None
         terms = dict(guided.terms)
         for name, mask in scored.masks.items():
@@ -269,7 +270,7 @@ class Program:
     def has_density(self) -> bool:
         """Whether the model's joint density is known."""
         sites = (s for s in self.prototype.nodes.values() if s["type"] == "sample")
-        return not any(isinstance(s["fn"], ImplicitDistribution) for s in sites)
+        return not any(is_implicit(s) for s in sites)
 
     def scored(self, draws: Draws, n: int, batch_size: int | None = None) -> Table:
         """Terms of the log joint for given draws; enumerable sites are summed out."""
@@ -335,7 +336,7 @@ class Program:
         if kind == "latent":
             return [n for n, _ in latent_sites(self.prototype) if n not in self.enumerable]
         if kind == "observed":
-            return [n for n, s in self.prototype.nodes.items() if is_data(s)]
+            return [n for n, _ in observed_sites(self.prototype)]
         return [n for n, s in self.prototype.nodes.items() if is_computed(s)]
 
 

@@ -34,7 +34,7 @@ from pyro_dgm.model.sites import (
     with_shape,
 )
 from pyro_dgm.model.terms import Term, is_scored, merge_terms, plain_term, terms_of, total
-from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, enumerated, in_draws_plate
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, enumerated, first_line, in_draws_plate
 
 __all__ = ["Runs", "Table", "rounds_of"]
 
@@ -255,7 +255,7 @@ class Runs:
             except Exception as error:
                 if not self._may_run_singly(error, options):
                     raise
-                fault = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                fault = first_line(error)
         single = [self._alone(fn, {k: v[i] for k, v in rows.items()} | index, options) for i in range(n)]
         if fault:
             self._say_slow(fault)
@@ -303,7 +303,7 @@ class Runs:
         except torch.linalg.LinAlgError as error:
             raise ValueError(
                 f"A matrix of the model could not be factorised for one of {n} draws. Add jitter to its diagonal "
-                f"(1e-6 of its scale), or work in float64. torch says: {str(error).splitlines()[0]}"
+                f"(1e-6 of its scale), or work in float64. torch says: {first_line(error)}"
             ) from error
 
     def _table(self, trace: poutine.Trace, n: int, nesting: int, options: _Options) -> Table:

@@ -19,11 +19,13 @@ __all__ = [
     "Frame",
     "Layout",
     "Site",
+    "innermost_distribution",
     "is_computed",
     "is_data",
     "is_drawn",
     "is_enumerable",
     "is_factor",
+    "is_implicit",
     "is_subsample",
     "latent_sites",
     "layout_of",
@@ -102,12 +104,23 @@ def plate_frames(site: Site) -> list[Frame]:
     return sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda f: f.dim)
 
 
+def innermost_distribution(site: Site) -> Any:
+    """The distribution without reshaping, transforms and masks around it."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def is_implicit(site: Site) -> bool:
+    """Whether a site has no density."""
+    return isinstance(innermost_distribution(site), ImplicitDistribution)
+
+
 def refuse_implicit(who: str, trace: Trace) -> None:
     """Refuse a latent or observed site without a density before any step is made: its score would fail later."""
     for name, site in [*latent_sites(trace), *observed_sites(trace)]:
-        fn = site["fn"]
-        while not isinstance(fn, ImplicitDistribution) and hasattr(fn, "base_dist"):
-            fn = fn.base_dist
+        fn = innermost_distribution(site)
         if isinstance(fn, ImplicitDistribution):
             kind = "observed" if site["is_observed"] else "latent"
             raise ValueError(

@@ -230,6 +230,8 @@ def same_support(a: Any, b: Any) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
     if isinstance(a, (constraints.Constraint, Transform)):
         return same_support(a, b)
     if isinstance(a, Tensor) or isinstance(b, Tensor):

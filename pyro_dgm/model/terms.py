@@ -19,9 +19,18 @@ from pyro.infer.traceenum_elbo import _get_common_scale
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from torch import Tensor
 
-from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.model.handlers import factor_of, is_enumerated
-from pyro_dgm.model.sites import Frame, Layout, Site, is_computed, is_data, is_subsample, subsampled, with_shape
+from pyro_dgm.model.sites import (
+    Frame,
+    Layout,
+    Site,
+    is_computed,
+    is_data,
+    is_implicit,
+    is_subsample,
+    subsampled,
+    with_shape,
+)
 from pyro_dgm.model.vectorize import DRAWS
 
 __all__ = ["Term", "is_scored", "merge_terms", "plain_term", "terms_of", "total"]
@@ -55,7 +64,7 @@ def is_scored(name: str, site: Site) -> bool:
     """Whether a site has a density to add: no index of a plate, no deterministic site, no implicit distribution."""
     if is_subsample(site) or is_computed(site):
         return False
-    return not isinstance(site["fn"], ImplicitDistribution)
+    return not is_implicit(site)
 
 
 def subsampling_factor(site: Site) -> float:

@@ -32,6 +32,7 @@ __all__ = [
     "Model",
     "enumerated",
     "fault_of",
+    "first_line",
     "in_draws_plate",
     "over_draws",
     "packed_log_probs",
@@ -204,7 +205,7 @@ def fault_of(run: Callable[[], Tensor], expected: Tensor, nudged: Callable[[], T
     try:
         joint = seeded_run(run)
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return first_line(error)
     if torch.allclose(joint, expected, rtol=_RELATIVE, atol=_ABSOLUTE, equal_nan=True):
         gap, allowed = _gap(joint, expected)
         if bool((gap <= allowed).all()):
@@ -273,3 +274,9 @@ def _draws_first(term: Tensor, draws: str) -> Tensor:
 def per_draw(terms: Iterable[Tensor], n: int) -> Tensor:
     """Sum of terms whose leading dimension is the draw, shape ``(n,)``; a term without it counts for every draw."""
     return sum(t.reshape(n, -1).sum(-1) if t.shape[:1] == (n,) else t.sum().expand(n) for t in terms)  # type: ignore
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__

@@ -25,7 +25,7 @@ from pyro_dgm.core.devices import fork_rng, seed_everywhere
 from pyro_dgm.model.handlers import Redraw
 from pyro_dgm.model.sites import is_drawn
 from pyro_dgm.model.supports import unwrapped
-from pyro_dgm.model.vectorize import Engine, How
+from pyro_dgm.model.vectorize import Engine, How, first_line
 
 __all__ = ["Blocks", "Part", "TOO_FEW", "fault_of_plate", "random_state", "run_job", "run_whole_job"]
 
@@ -235,7 +235,7 @@ def _draws_differ(blocks: Blocks, traces: list[poutine.Trace], opaque: list[str]
     try:
         together = blocks.rows(blocks.simulation(2 * m, rows), 2 * m)
     except Exception as error:
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return first_line(error)
     single = [[blocks.simulation(None, given).nodes for _ in range(m)] for given in settings]
     for k in opaque:
         for i, runs in enumerate(single):

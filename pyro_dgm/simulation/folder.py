@@ -277,10 +277,9 @@ def larger(folder: Path, name: str, old: Tensor, shape: Size) -> Tensor:
     """Another file in the place of an array's, with more room and the same values; a kill leaves one of them."""
     wider = f"{name}-wider{_PART}"
     allocate(folder, {wider: (shape, old.dtype)})
-    path = folder / f"{wider}.npy"
-    new = _map(path, _header(path), "r+")
+    new = mapped(folder, wider, (shape, old.dtype))
     new[tuple(slice(m) for m in old.shape)] = old
-    os.replace(path, folder / f"{name}.npy")
+    os.replace(folder / f"{wider}.npy", folder / f"{name}.npy")
     return new
 
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from pyro_dgm.core.data import Fingerprints
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import is_data, is_drawn, is_factor, is_subsample
+from pyro_dgm.model.sites import is_drawn, is_factor, is_subsample, observed_sites
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, plate_nesting
 from pyro_dgm.simulation.blocks import TOO_FEW, Blocks, Part, fault_of_plate, random_state, run_job, run_whole_job
 from pyro_dgm.simulation.folder import begun, locked
@@ -245,7 +245,7 @@ def _observed(
 ) -> tuple[str, ...]:
     """The names of the data sites."""
     names = _names(wanted)
-    given = [k for k, s in _first_run(Blocks(model, args, kwargs, redraw=False)).nodes.items() if is_data(s)]
+    given = [k for k, _ in observed_sites(_first_run(Blocks(model, args, kwargs, redraw=False)))]
     names = names or tuple(given)
     unknown = [k for k in names if k not in nodes]
     if unknown or not names:

@@ -6,11 +6,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pyro_dgm.core.data import Fingerprints
 from pyro_dgm.core.devices import put_random_states, random_states, to_device
+from pyro_dgm.core.shapes import as_tensor_like
 
 __all__ = [
     "BatchStream",
@@ -150,6 +153,8 @@ def described(data: Any) -> Any:
         return [described(v) for v in data]
     if isinstance(data, Tensor):
         return _described_tensor(data)
+    if isinstance(data, np.ndarray):
+        return Fingerprints().text(data)
     return repr(data) if isinstance(data, bool | int | float | str | None) else type(data).__name__
 
 
@@ -226,5 +231,7 @@ def first_rows(
     found: list[tuple[Any, ...]] = []
     while len(found) < most_batches and sum(len(batch[0]) for batch in found) < least:
         found.append(next(batches))
-    columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    columns = [
+        torch.cat([as_tensor_like("fit", "data", part, None) for part in parts]) for parts in zip(*found, strict=True)
+    ]
     return columns[0], columns[1] if len(columns) > 1 else None

@@ -127,6 +127,7 @@ class VAE(nn.Module):
 
     def log_joint(self, x: Tensor, z: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         r""":math:`\log p(x, z)` of each row, in nats; latents of shape ``(*batch, N, *latent)`` give ``(*batch, N)``."""
+        x, context, mask = as_data(self.likelihood, self.likelihood.event_shape, x, context, mask)
         likelihood, x = self.model.observation(x, z, context, mask)
         return prior_given(self.prior, context).log_prob(z) + likelihood.log_prob(x)
 
@@ -166,7 +167,6 @@ class Decoder(nn.Module):
         self, x: Tensor, z: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[TorchDistribution, Tensor]:
         """The distribution of x, without its unseen entries, and x with something valid in their place."""
-        x, context, mask = as_data(self.likelihood, self.likelihood.event_shape, x, context, mask)
         inputs = self.inputs(z, context)
         if mask is not None:
             return self._masked(x, inputs, mask)
@@ -201,7 +201,6 @@ class Encoder(nn.Module):
     ) -> Tensor:
         if x is None:
             raise ValueError("VAE.guide: it needs the data x; to draw from the prior run Predictive without the guide.")
-        x, context, mask = as_data(self.posterior, self.event_shape, x, context, mask)
         inputs = self.inputs(x, context, mask)
         register("posterior", self.posterior)
         with plate(len(x), self.size):

@@ -32,7 +32,7 @@ class SemiSupervisedVAE(nn.Module):
     r"""A model/guide pair for ``TraceEnum_ELBO``, with a classifier in the guide.
 
     ``model(x, y)`` and ``guide(x, y)`` take labels of shape ``(N,)`` with -1 where there is none; labelled and unlabelled
-    rows may be mixed. The bound never shows the classifier a label, so train by ``objectives.SemiSupervised``, which adds
+    rows may be mixed. The bound never shows the classifier a label, so train by ``vae.SemiSupervised``, which adds
     its likelihood.
 
     Args:

@@ -89,7 +89,7 @@ class LatentMMD(nn.Module):
             raise ValueError("LatentMMD: a batch of one row has no spread; use larger batches.")
         z = self.vae.encode(x, context, mask).rsample().flatten(1)
         other = prior_given(self.vae.prior, context).expand(torch.Size([len(x)])).sample().flatten(1)
-        return _unbiased(z, z) + _unbiased(other, other) - 2.0 * _kernel(z, other).mean()
+        return _unbiased(z) + _unbiased(other) - 2.0 * _kernel(z, other).mean()
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -98,9 +98,9 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([c / (c + distance) for c in scales]).sum(0)
 
 
-def _unbiased(a: Tensor, b: Tensor) -> Tensor:
+def _unbiased(a: Tensor) -> Tensor:
     """Mean of the kernel over pairs of different rows."""
-    k, n = _kernel(a, b), len(a)
+    k, n = _kernel(a, a), len(a)
     return (k.sum() - k.diagonal().sum()) / (n * (n - 1))
 
 

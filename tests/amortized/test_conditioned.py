@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,6 +13,7 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.reparam import NeuTraReparam
 
 import pyro_dgm as dgm
+from pyro_dgm.core import zuko
 from tests.amortized.amortized_models import boxed, groups, kinds, normal
 
 
@@ -273,3 +275,43 @@ def test_boxes_of_independent_parts_are_all_kept(family):
     draws = posterior.sample((50,))
     assert draws["b"].shape == (50, 3) and (draws["b"].abs() < 1.0).all()
     assert posterior.log_prob(draws).shape == (50, 3)
+
+
+def grouped(y=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("group", 5):
+        pyro.sample("y", dist.Normal(pyro.sample("theta", dist.Normal(mu, 1.0)), 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    "mask, match",
+    [
+        ({"typo": torch.ones(5).bool()}, "a mask of 'typo' of torch.bool, expected"),
+        ({"y": torch.ones(5)}, "a mask of 'y' of torch.float32, expected torch.bool"),
+        ({"y": torch.ones(4).bool()}, r"the mask of 'y' has shape \(4,\), expected the first dimensions"),
+        ({"y": torch.ones(5, 2).bool()}, r"the mask of 'y' has shape \(5, 2\)"),
+    ],
+)
+def test_masks_that_hide_nothing_are_refused(mask, match):
+    """Planted fault: a mask by an unknown name is passed over, and the data that it should hide count."""
+    with pytest.raises(ValueError, match=match):
+        dgm.AmortizedGuide(grouped, observed=["y"]).condition(y=torch.zeros(5), mask=mask)
+
+
+def test_arrays_are_masks_and_data():
+    guide = dgm.AmortizedGuide(grouped, observed=["y"])
+    present = torch.tensor([True, True, True, True, False])
+    ours = guide.condition(y=torch.zeros(5), mask={"y": present})
+    arrays = guide.condition(y=np.zeros(5, "float32"), mask={"y": present.numpy()})
+    draws = ours.sample((3,))
+    torch.testing.assert_close(arrays.log_prob(draws), ours.log_prob(draws))
+
+
+def test_the_transport_of_a_guide_in_double_precision():
+    def vector(x=None):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    guide = dgm.AmortizedGuide(vector, observed=["x"], family=lambda d, c: dgm.ZukoFlow(zuko.flows.GF(d, c))).double()
+    transport = guide.condition(x=torch.zeros(2)).transport()
+    assert transport.get_base_dist().sample().dtype == torch.float64

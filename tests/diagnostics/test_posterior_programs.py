@@ -346,14 +346,15 @@ def test_vmap_is_fast_and_gives_up_where_a_sampler_cannot():
     assert idata.posterior_predictive.y.std("draw").min() > 0.5
 
 
-def test_d7_autodelta_and_implicit_guides():
-    """No density, no weights: refused by name, or draws and predictions only."""
+@pytest.mark.parametrize("masked", [False, True])
+def test_d7_autodelta_and_implicit_guides(masked):
+    """No density, no weights: refused by name, or draws and predictions only; also where a mask stands around the site."""
     with pytest.raises(ValueError, match="AutoDelta is a point estimate"):
         export(conjugate, autoguide.AutoDelta(conjugate), DATA)
 
     def implicit(x):
         z = dgm.ImplicitDistribution(lambda e: e + 0.1, dist.Normal(torch.zeros(2), 1.0).to_event(1), 2)
-        pyro.sample("z", z)
+        pyro.sample("z", z.mask(True) if masked else z)
 
     idata = export(conjugate, implicit, DATA)
     assert set(idata.sample_stats.data_vars) == {"lp"} and idata.posterior_predictive.x.shape == (1, 300, 6, 2)

@@ -185,3 +185,16 @@ def test_added_terms_train_and_are_not_reported():
     objective = Penalised(bound, (2000.0, LatentMMD(vae)))
     dgm.fit(objective, mixed(z).detach(), lr=1e-2, max_steps=60, progress=False, seed=0)
     assert LatentMMD(vae)(mixed(z).detach()) < 0.1
+
+
+def test_a_trajectory_that_diverges_is_rejected_and_bad_data_are_refused():
+    """Planted fault: distributions validate what a step that went too far gives them, and annealing ends in their error."""
+    net = nn.Linear(2, 3)
+    net.weight.data *= 20.0
+    count = parts.Conditional(3, 2, parts.poisson, network=net)
+    vae = dgm.VAE(parts.StandardNormal(2), count, parts.Conditional(2, 3, parts.normal))
+    x = torch.tensor([[200.0, 0.0, 3.0]])
+    assert ais(vae, x, num_steps=30, num_chains=8, seed=0).value.isfinite().all()
+    for bad in (x - 201.0, x * math.nan):
+        with pytest.raises(ValueError):
+            ais(vae, bad, num_steps=30, num_chains=8, seed=0)

@@ -143,6 +143,9 @@ def test_supports_that_move_are_told_from_those_that_do_not():
         dist.LogNormal(p, p),
         dist.Gumbel(p, p),
         dist.Kumaraswamy(p, p),
+        pushed(
+            dist.Uniform(torch.tensor(0.0), torch.tensor(1.0)), fixed
+        ),  # ends that are tensors, onto a set without ends
         pushed(box, to_line, affine, to_line.inv),
     ]
     assert [support_moves(d) for d in moving] == [True] * len(moving)

@@ -220,3 +220,24 @@ def test_two_fits_may_save_to_one_file(tmp_path, monkeypatch):
     for _ in range(2):
         finished(tmp_path / "c", resume=False)
     assert len(set(names)) == len(names) >= 2
+
+
+def test_a_checkpoint_knows_the_values_of_arrays(tmp_path):
+    """Planted fault: an array counts as its kind, and other data of that kind give back the old fit."""
+
+    class OfArrays(Distance):
+        def forward(self, x):
+            return super().forward(torch.as_tensor(x))
+
+    rows = X.numpy()
+    finished(tmp_path / "c", OfArrays(), rows, batch_size=None)
+    assert finished(tmp_path / "c", OfArrays(), rows.copy(), batch_size=None).stopped == "limit reached"
+    with pytest.raises(ValueError, match="data was"):
+        finished(tmp_path / "c", OfArrays(), rows + 1.0, batch_size=None)
+
+
+def test_a_flow_is_fitted_to_an_array():
+    flow = dgm.MAF(2)
+    rows = 3.0 + torch.randn(200, 2).double().numpy()
+    dgm.fit(dgm.MaximumLikelihood(flow), (rows,), max_steps=20, progress=False, seed=0)
+    assert (flow.standard.loc - 3.0).abs().max() < 0.5
