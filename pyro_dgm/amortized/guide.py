@@ -263,7 +263,7 @@ class AmortizedGuide(nn.Module):
         for x, (value, log_det) in found.items():
             u = unbounded.names[x]
             drawn = out.pop(u)
-            batch = drawn.shape[: drawn.dim() - len(unbounded.sites[u].event_shape)]
+            batch = drawn.shape[: drawn.dim() - len(unbounded.prior.latents[u].event_shape)]
             event = value.shape[1 + self.structure.nesting :]
             delta = dist.Delta(value.reshape([*batch, *event]), -log_det.reshape(batch), event_dim=len(event))
             group = next(g for g in self.groups if any(s.name == u for s in g.sites))
