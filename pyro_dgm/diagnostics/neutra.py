@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.diagnostics.converters import groups_of_samples
 from pyro_dgm.diagnostics.groups import container_of
@@ -29,6 +30,7 @@ from pyro_dgm.model.runs import Draws
 __all__ = ["neutra"]
 
 
+@checked()
 def neutra(
     model: Model,
     guide: AutoContinuous,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.core.weights import psis
 from pyro_dgm.model.log_joint import LogJoint, uncovered
@@ -84,6 +85,7 @@ class Adversarial_ELBO(nn.Module):
     )
     _joint: LogJoint
 
+    @checked()
     def __init__(
         self,
         model: Callable[..., Any],

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from pyro_dgm.core.data import Fingerprints
 from pyro_dgm.core.devices import put_random_states, random_states, to_device
-from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.core.shapes import as_tensor_like, from_arrays
 
 __all__ = [
     "BatchStream",
@@ -131,6 +131,7 @@ def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[A
 def as_args(data: Any) -> tuple[Any, ...]:
     """The objective's arguments that data stand for, apart from the graph that made them: a fit goes through it many times."""
     args = tuple(data) if isinstance(data, tuple | list) else (data,)
+    args = from_arrays("fit", args)
     return tuple(_detached(_as_dict(a) if isinstance(a, Mapping) else a) for a in args)
 
 
@@ -219,7 +220,7 @@ def non_finite(args: tuple[Any, ...]) -> str:
     bad = [
         f"{name} (shape {tuple(a.shape)}) holds {int((~a.isfinite()).sum())} NaN or infinite entries"
         for name, a in named_tensors(args)
-        if a.is_floating_point() and not a.isfinite().all()
+        if a.is_floating_point() and a.layout is torch.strided and not a.is_meta and not a.isfinite().all()
     ]
     return "; ".join(bad)
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pyro_dgm.core.devices import device_of, fork_rng, seeded, to_device
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.train.batches import Batches, as_args, described, held_out_split, row_count
 from pyro_dgm.train.descend import Limits, Stages
@@ -31,6 +32,12 @@ _SEEDS = (-(2**63), 2**64 - 1)  # that torch takes
 _STEPS_OF_TWO = 4_000  # without a limit: a few thousand are usual (docs/gan.md)
 
 
+@checked(
+    {
+        "objective": "Of a model and a guide write fit(STL_ELBO()(model, guide), data); of a family, "
+        "fit(MaximumLikelihood(family), data)."
+    }
+)
 def fit(
     objective: nn.Module,
     data: Any = (),
@@ -165,7 +172,7 @@ def _checked_validation(validation: Any) -> float | tuple[Any, ...] | None:
 
 
 def _refuse_no_objective(objective: nn.Module, data: Any) -> None:
-    if callable(data) or not isinstance(objective, nn.Module):
+    if callable(data):
         raise TypeError(
             f"fit: expected an objective and its data, got {type(objective).__name__} and {type(data).__name__}. Of a model "
             "and a guide write fit(STL_ELBO()(model, guide), data); of a family, fit(MaximumLikelihood(family), data)."
