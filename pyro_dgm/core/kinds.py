@@ -39,7 +39,9 @@ class _UnfitError(Exception):
     """A value that is not of a kind."""
 
 
-def checked(advice: Mapping[str, str] | None = None, /, **bounds: float) -> Callable[[F], F]:
+def checked(
+    advice: Mapping[str, str] | None = None, /, *, only: Sequence[str] = (), **bounds: float
+) -> Callable[[F], F]:
     """Refuse arguments that are not what the annotations say, and numbers below their bound, in one line that names them.
 
     Whole numbers of numpy become Python's, sequences may be of any kind, and NaN is no number. What is annotated as a tensor
@@ -48,6 +50,7 @@ def checked(advice: Mapping[str, str] | None = None, /, **bounds: float) -> Call
 
     Args:
         advice: what to write instead, for arguments that are often another thing.
+        only: names of the arguments to look at; none for all.
         bounds: the least value of a number, or of the entries of a sequence; ``Above(0)`` excludes the bound itself.
 
     Raises:
@@ -72,7 +75,8 @@ def checked(advice: Mapping[str, str] | None = None, /, **bounds: float) -> Call
         @functools.wraps(function)
         def door(*args: Any, **kwargs: Any) -> Any:
             if not kinds:
-                kinds.update(_kinds_of(function, signature))
+                found = _kinds_of(function, signature)
+                kinds.update({k: v for k, v in found.items() if not only or k in only})
             who = _owner(function, args[0]) if method and args else function.__name__
             try:
                 bound = signature.bind(*args, **kwargs)

@@ -35,8 +35,8 @@ from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import from_arrays
 from pyro_dgm.core.warn import plain_errors, warn_user
 from pyro_dgm.model.sites import Site, latent_sites, sample_sites, subsampled
+from pyro_dgm.model.terms import parameters_of
 from pyro_dgm.objectives.agreement import Pair
-from pyro_dgm.objectives.leaves import parameters_of
 from pyro_dgm.objectives.particles import Frames, ParticleELBO, Terms, is_local, scale_of, stray_plates, units_of
 from pyro_dgm.objectives.path_gradient import rescored, with_densities, with_values
 

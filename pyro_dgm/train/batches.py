@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_dgm.core.data import Fingerprints
@@ -22,6 +22,7 @@ __all__ = [
     "described",
     "first_rows",
     "held_out_split",
+    "largest_of",
     "named_tensors",
     "non_finite",
     "row_count",
@@ -46,7 +47,7 @@ class Batches:
         self.args = () if self.loader else as_args(data)
         self.rows = None if self.loader or batch_size is None else _rows(self.args)
         self.args = self.args if self.rows else to_device(self.args, device)
-        self.batch_size: int = batch_size or 0
+        self.batch_size = int(batch_size or 0)
         if self.rows is not None:
             _refuse_non_finite(self.args)
         self.epoch = self._epoch()
@@ -141,6 +142,16 @@ def _detached(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_detached(v) for v in value)
     return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+
+def largest_of(objective: nn.Module, batches: Batches) -> int:
+    """About how many entries the largest tensor of a step has: rows, or draws, times the widest layer, or times the data."""
+    widest = max((max(p.shape, default=1) for p in objective.parameters()), default=1)
+    tensors = [t for _, t in named_tensors(batches.example())]
+    rows = max((len(t) for t in tensors if t.dim()), default=1)
+    entries = max((t.numel() for t in tensors), default=1)
+    draws = getattr(getattr(objective, "elbo", objective), "num_particles", 1)
+    return max(rows * widest, draws * widest, draws * entries)
 
 
 def described(data: Any) -> Any:
