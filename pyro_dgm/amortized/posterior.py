@@ -18,6 +18,7 @@ from pyro_dgm.amortized.units import Units
 from pyro_dgm.core import compose, zuko
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.pace import few_threads
 from pyro_dgm.core.shapes import as_shape
 from pyro_dgm.guides.autoflow import as_pyro
 from pyro_dgm.guides.vector import VectorGuide
@@ -109,7 +110,8 @@ class ConditionedGuide(nn.Module):
             UserWarning: where k-hat is 0.7 or more.
         """
         self._refuse_many("refined")
-        with seeded(seed):
+        entries = num_samples * sum(v.numel() for v in self.data.values() if isinstance(v, Tensor))
+        with seeded(seed), few_threads(entries):
             return refined(self, num_samples, proposals or 4 * num_samples, steps)
 
     def transport(self) -> Transport:

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["few_threads", "seconds_left", "show", "steps", "took", "within", "working"]
+__all__ = ["few_threads", "moved", "seconds_left", "show", "steps", "took", "within", "working"]
 
-# Entries of the largest tensor of a step, from which it keeps torch's threads. A step of Adam on three layers, rows x width:
-# one thread is faster, or as fast, up to here on 2 idle cores; with 4 busy processes beside it two threads are slower throughout.
-# ``docs/howto/time.md`` has the table.
+# Entries of the largest tensor of a step (rows x width), from which it keeps torch's threads. Measured by steps of Adam on
+# three layers, on 2 cores with 4 busy processes beside: two threads take 25 times as long as one at 4,000 entries, 6 to 14 times
+# at 200,000, and twice as long at 4 million. With the cores to itself a step gains from the second thread from 60,000 on, at
+# most a factor of 2. ``docs/howto/time.md`` has the table.
 SMALL = 200_000
 
 _PYRO_TELLS = "pyro.infer.elbo"  # its "Guessed max_plate_nesting" would break the bar
@@ -68,10 +69,10 @@ class _Quiet(logging.Filter):
 
 
 @contextmanager
-def within(share: float) -> Iterator[None]:
-    """Within the context work has this share of the seconds that are left."""
+def within(seconds: float) -> Iterator[None]:
+    """Within the context work has so many seconds, if so many are left."""
     pace = _PACE.get()
-    token = _PACE.set(replace(pace, deadline=time.perf_counter() + share * seconds_left()))
+    token = _PACE.set(replace(pace, deadline=min(pace.deadline, time.perf_counter() + seconds)))
     try:
         yield
     finally:
@@ -105,6 +106,13 @@ def steps(name: str, total: int, share: float = 1.0) -> Iterator[tuple[int, floa
         yield i, max(i / total, min(used, 1.0) if seconds < math.inf else 0.0)
         if bar is not None:
             bar.update()
+
+
+def moved() -> None:
+    """Move the bar by one."""
+    bar = _PACE.get().bar
+    if bar is not None and bar.n < (bar.total or math.inf):
+        bar.update()
 
 
 def took(stage: tuple[str, int, float, float]) -> None:

@@ -121,7 +121,7 @@ def _starts(log_joint: LogJoint) -> Gaussians:
         "optimised from zero": (climbed[1], 0.1 * ones),
         "prior median": (median, 0.1 * scale),
     }
-    with within(_SHARES[_NAMES[1]]):
+    with within(_SHARES[_NAMES[1]] * seconds_left()):
         others = other_modes(log_joint, climbed[0], u, name=_NAMES[1])
     for i, end in enumerate(others):
         starts[f"other basin {i + 1}"] = (end, 0.1 * scale)

@@ -24,7 +24,6 @@ from pyro_dgm.train.batches import BatchStream
 from pyro_dgm.train.history import Checkpoint, History
 
 __all__ = [
-    "SHARE",
     "Limits",
     "Schedule",
     "Stages",
@@ -48,7 +47,7 @@ _ROUNDS = 3
 _WARM_UP = 30  # steps
 _FLOOR = 0.01  # of a round's rate, at its end
 _LOWER = 0.2  # by which each round's rate is lower than that of the round before, as a share of the first
-SHARE = 0.5  # of the seconds that are left, for one stage before the first step.
+_SHARE = 0.5  # of the seconds that are left, for one stage before the first step.
 _SHOWN = 50  # losses in the means of a stage's first and last loss, as in a History's plot
 
 
@@ -244,7 +243,7 @@ class Stages:
 
     def seconds(self) -> float | None:
         """What one stage, or what comes before it, may take; None without a limit."""
-        return None if self.limits.max_seconds is None else SHARE * max(self.limits.left(), 0.0)
+        return None if self.limits.max_seconds is None else _SHARE * max(self.limits.left(), 0.0)
 
     def _keep(self, module: nn.Module, optimizer: Optimizer) -> None:
         if self.checkpoint.path is None:

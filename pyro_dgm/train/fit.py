@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -19,7 +20,7 @@ from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import few_threads, within, working
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.train.batches import Batches, as_args, described, held_out_split, largest_of, row_count
-from pyro_dgm.train.descend import SHARE, Limits, Stages
+from pyro_dgm.train.descend import Limits, Stages
 from pyro_dgm.train.history import Checkpoint, FitDiverged, History
 from pyro_dgm.train.hooks import Alternating, Preparing, Recipe, Recommending, Settling, Startable, settings
 from pyro_dgm.train.loop import Loop
@@ -133,7 +134,7 @@ def fit(
         limits = _limits(objective, batches, recipe, max_steps, max_epochs, clock)
         history = History()
         with (
-            tqdm(unit="step", disable=not progress, mininterval=0.5) as bar,
+            tqdm(desc="prepare", unit="step", disable=not progress, mininterval=0.5, miniters=1) as bar,
             few_threads(largest_of(objective, batches)),
             working(clock.left_of_all(), bar, history),
         ):
@@ -223,8 +224,9 @@ def _prepare(objective: nn.Module, batches: Batches, stages: Stages, saved: dict
     stages.ended = [] if saved is None else saved["stages"]
     stages.stream = stream = iter(batches)
     for module in objective.modules():
+        seconds = stages.seconds()
         if isinstance(module, Startable):
-            with within(SHARE):
+            with within(math.inf if seconds is None else seconds):
                 module.warm_start(*batches.example())
         if isinstance(module, Preparing):
             module.prepare(stream, stages)
