@@ -50,7 +50,7 @@ def stack_loss(x, loss=None):
 
 
 def by_nuts(model, data, draws):
-    mcmc = MCMC(NUTS(model), num_samples=draws, warmup_steps=draws // 4, num_chains=2, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples=draws, warmup_steps=draws // 4, num_chains=2)
     mcmc.run(*data)
     return mcmc.get_samples()
 

@@ -59,7 +59,7 @@ def posteriors(learned, x, steps, draws):
         guide = dgm.AutoFlow(hierarchy)
         dgm.fit(dgm.STL_ELBO()(hierarchy, guide), (likelihood, x), max_steps=steps, seed=0)
         found[f"{name}, flow guide"] = guide.draws(4000, likelihood, x)
-    chain = MCMC(NUTS(hierarchy), num_samples=draws, warmup_steps=draws // 2, disable_progbar=True)
+    chain = MCMC(NUTS(hierarchy), num_samples=draws, warmup_steps=draws // 2)
     chain.run(learned["likelihood"], x)
     return found | {"likelihood, NUTS": chain.get_samples()}
 

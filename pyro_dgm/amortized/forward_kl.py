@@ -20,6 +20,7 @@ from pyro_dgm.amortized.group import Turn
 from pyro_dgm.amortized.guide import AmortizedGuide
 from pyro_dgm.cnf.matching import FlowMatching
 from pyro_dgm.core.devices import device_of, to_device
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
@@ -77,6 +78,7 @@ class ForwardKL(nn.Module):
         (True, True)
     """
 
+    @checked()
     def __init__(
         self, guide: nn.Module, batch_size: int = 256, inputs: Callable[[int], Mapping[str, Any]] | None = None
     ) -> None:

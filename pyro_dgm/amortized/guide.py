@@ -28,6 +28,7 @@ from pyro_dgm.amortized.structure import Site, moving_supports, read
 from pyro_dgm.amortized.unbounded import Unbounded, rewritten
 from pyro_dgm.amortized.units import Moments, PriorUnits
 from pyro_dgm.core.devices import device_of, fork_rng, to_device
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.flows.mixture_chain import MixtureChain
 
 __all__ = ["AmortizedGuide"]
@@ -85,6 +86,7 @@ class AmortizedGuide(nn.Module):
         {'mu': (100,), 'theta': (100, 8)}
     """
 
+    @checked()
     def __init__(
         self,
         model: Callable[..., Any],
@@ -122,6 +124,7 @@ class AmortizedGuide(nn.Module):
         """The model that the guide was made from."""
         return self.arguments.model if self.unbounded is None else self.unbounded.model
 
+    @checked()
     def condition(self, *, mask: Mapping[str, Tensor] | None = None, **data: Tensor) -> ConditionedGuide:
         """The posterior given ``{observed site: value}`` and covariates; plates may have any size.
 

@@ -17,6 +17,9 @@ from pyro_dgm.amortized.refine import Refined, refined
 from pyro_dgm.amortized.units import Units
 from pyro_dgm.core import compose, zuko
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.pace import few_threads
+from pyro_dgm.core.shapes import as_shape
 from pyro_dgm.guides.autoflow import as_pyro
 from pyro_dgm.guides.vector import VectorGuide
 
@@ -56,12 +59,13 @@ class ConditionedGuide(nn.Module):
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> dict[str, Tensor]:
         """Draws ``{site: (*sample_shape, *lead, *site)}``; never outside a prior's support."""
-        shape = Size(sample_shape)
+        shape = as_shape(sample_shape, "sample_shape", least=0)
         draws = self.guide.draw(self.data, self.lead, shape)
         if self.guide.unbounded is None:
             return draws
         return self.guide.unbounded.to_sites(draws, self.data, self.lead + len(shape))
 
+    @checked()
     def log_prob(self, values: dict[str, Tensor]) -> Tensor:
         """Log density (nats) of draws ``{site: (*sample_shape, *lead, *site)}``, shape ``(*sample_shape, *lead)``.
 
@@ -76,6 +80,7 @@ class ConditionedGuide(nn.Module):
             raise ValueError(f"log_prob: latent sites {missing} are missing; got {sorted(values)}.")
         return self.guide.log_prob(values, self.data, self.lead) - log_det
 
+    @checked()
     def refine(
         self,
         num_samples: int = 1000,
@@ -105,7 +110,8 @@ class ConditionedGuide(nn.Module):
             UserWarning: where k-hat is 0.7 or more.
         """
         self._refuse_many("refined")
-        with seeded(seed):
+        entries = num_samples * sum(v.numel() for v in self.data.values() if isinstance(v, Tensor))
+        with seeded(seed), few_threads(entries):
             return refined(self, num_samples, proposals or 4 * num_samples, steps)
 
     def transport(self) -> Transport:

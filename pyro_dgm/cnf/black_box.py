@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.cnf.field import NOTHING_KNOWN, Motion, Plan, Rates, VectorField
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_number
 
 __all__ = ["BlackBoxField", "SumField", "check_trace"]
@@ -46,6 +47,7 @@ class BlackBoxField(VectorField):
         exponential is biased, so neither importance weights nor chains may use it.
     """
 
+    @checked()
     def __init__(
         self, module: nn.Module, features: int, context_features: int = 0, trace: str = "exact", probes: int = 1
     ) -> None:
@@ -121,6 +123,7 @@ class SumField(VectorField):
 
     fields: Any
 
+    @checked()
     def __init__(self, *fields: VectorField) -> None:
         if len({(f.features, f.context_features) for f in fields}) != 1:
             raise ValueError(

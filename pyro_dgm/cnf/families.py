@@ -19,6 +19,7 @@ from pyro_dgm.cnf.field import COSTS, Plan, PotentialField, TwoLayerField, Vecto
 from pyro_dgm.cnf.solver import FIXED, MOST, FlowMap, Solver
 from pyro_dgm.core import zuko
 from pyro_dgm.core.devices import fork_rng, same_bits
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import check_context
 from pyro_dgm.flows.base import NormalizingFlow
@@ -285,6 +286,7 @@ class FFJORD(ContinuousFlow):
         (torch.Size([4, 5, 2]), torch.Size([4, 5]), 32)
     """
 
+    @checked()
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -341,6 +343,7 @@ class OTFlow(ContinuousFlow):
         torch.Size([4])
     """
 
+    @checked()
     def __init__(
         self,
         event_shape: int | Iterable[int],

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
 from pyro_dgm.core import MLP
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.core.upstream import PyroABCMeta
 
@@ -184,6 +185,7 @@ class TwoLayerField(VectorField):
         True
     """
 
+    @checked()
     def __init__(self, features: int, context_features: int = 0, hidden_features: int = 64) -> None:
         super().__init__(features, context_features)
         check_number("TwoLayerField", "hidden_features", hidden_features, least=1, whole=True)
@@ -274,6 +276,7 @@ class PotentialField(VectorField):
         True
     """
 
+    @checked()
     def __init__(
         self, features: int, context_features: int = 0, hidden_features: int = 256, rank: int | None = None
     ) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch
 from pyro_dgm.flows.base import NormalizingFlow
 from pyro_dgm.train.batches import first_rows
@@ -58,6 +59,7 @@ class FlowMatching(nn.Module):
         torch.Size([512])
     """
 
+    @checked()
     def __init__(self, cnf: DistributionModule, path: str = "linear", coupling: str = "auto") -> None:
         super().__init__()
         name = type(cnf).__name__

@@ -20,6 +20,7 @@ from torch.distributions import Distribution
 from torch.distributions.transforms import AffineTransform, Transform, _InverseTransform
 from torch.distributions.utils import lazy_property
 
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
 
 __all__ = ["Dequantize", "Fingerprints", "Standardize"]
@@ -43,6 +44,7 @@ class Standardize(nn.Module):
     loc: Tensor
     scale: Tensor
 
+    @checked()
     def __init__(self, features: int) -> None:
         super().__init__()
         self.register_buffer("loc", torch.zeros(features))
@@ -92,6 +94,9 @@ class Standardize(nn.Module):
         return self._answer
 
     def forward(self, x: Tensor) -> Tensor:
+        x = as_tensor_like("Standardize", "data", x, self.loc)
+        if x.shape[-1:] != self.loc.shape:
+            raise ValueError(f"Standardize: data has shape {tuple(x.shape)}, expected (..., {len(self.loc)}).")
         return (x - self.loc) / self.scale
 
     def transform(self) -> AffineTransform:
@@ -122,6 +127,7 @@ class Dequantize(nn.Module):
         (tensor([0., 1., 3.]), True)
     """
 
+    @checked()
     def __init__(self, levels: int = 256) -> None:
         super().__init__()
         if levels < 2:
@@ -147,6 +153,7 @@ class Dequantize(nn.Module):
 
     def inverse(self, y: Tensor) -> Tensor:
         """The integers, as floats: ``floor(K y)``; values outside [0, 1) go to the nearest level."""
+        y = as_tensor_like("Dequantize", "y", y, None)
         return (y * self.levels).floor().clamp(0, self.levels - 1)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_dgm.core.shapes import check_number
+
 __all__ = [
     "device_of",
     "fork_rng",
@@ -52,6 +54,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
+    check_number("seeded", "seed", seed, least=-(2**63), whole=True)
     with fork_rng(seed):
         yield
 
@@ -118,6 +121,9 @@ def frozen(*tensors: Tensor) -> Iterator[None]:
     >>> torch.autograd.grad(y, [x, w], allow_unused=True)
     (tensor(2.), None)
     """
+    for t in tensors:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"frozen: got a {type(t).__name__}, expected tensors, such as *module.parameters().")
     live = [t for t in tensors if t.requires_grad]
     for t in live:
         t.requires_grad_(False)

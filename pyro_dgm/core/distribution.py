@@ -6,7 +6,7 @@ support like any distribution of Pyro. An :class:`ImplicitDistribution` :math:`x
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from pyro_dgm.core.shapes import (
     as_shape,
     as_tensor_like,
     broadcast_batch,
+    check_context,
     check_support,
     check_value_shape,
     is_moderate,
@@ -86,8 +87,10 @@ class LearnedDistribution(TorchDistribution):
     def __init__(
         self, family: DistributionModule, context: Tensor | None = None, weights: dict[str, Tensor] | None = None
     ) -> None:
+        if not hasattr(family, "checked_build"):
+            raise TypeError(f"LearnedDistribution: family is a {type(family).__name__}, expected a DistributionModule.")
         self._family = family
-        self._context = context
+        self._context = check_context(family, context)
         self._weights = weights or {}
         self._last: _Remembered | None = None
         self._frozen = False
@@ -149,7 +152,7 @@ class LearnedDistribution(TorchDistribution):
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> LearnedDistribution:
         """A new distribution with independent draws over ``batch_shape``; networks still run once per context."""
-        batch_shape = Size(batch_shape)
+        batch_shape = as_shape(batch_shape, "batch_shape", least=0)
         if not _expands_to(self.batch_shape, batch_shape):
             raise ValueError(f"{self._name}: cannot expand {tuple(self.batch_shape)} to {tuple(batch_shape)}.")
         return self._copy(batch_shape)
@@ -194,7 +197,7 @@ class LearnedDistribution(TorchDistribution):
         return self._joint_draw(self._expanded_base(), sample_shape)
 
     def _joint_draw(self, base: Any, sample_shape: Any) -> tuple[Tensor, Tensor]:
-        shape = _as_sample_shape(sample_shape)
+        shape = as_shape(sample_shape, "sample_shape", least=0)
         if 0 in shape + self.batch_shape:
             batch = shape + self.batch_shape
             return self._empty(batch + self.event_shape), self._empty(batch)
@@ -237,7 +240,7 @@ class LearnedDistribution(TorchDistribution):
     def _draw(self, sample_shape: Any) -> tuple[Tensor, Tensor]:
         """A draw of the event, and the draw of the base (of a flow, that of its own base) that it was made from."""
         base = self._expanded_base()
-        shape = _as_sample_shape(sample_shape)
+        shape = as_shape(sample_shape, "sample_shape", least=0)
         if 0 in shape + self.batch_shape:
             nothing = self._empty(shape + self.batch_shape + self.event_shape)
             return nothing, nothing
@@ -305,10 +308,6 @@ def _expands_to(old: Size, new: Size) -> bool:
     return len(new) >= len(old) and all(o in (1, n) for o, n in zip(reversed(old), reversed(new), strict=False))
 
 
-def _as_sample_shape(shape: int | Iterable[int]) -> Size:
-    return as_shape(shape, "sample_shape", least=0)
-
-
 def _draw_of(base: Any, shape: Size) -> Tensor:
     """A draw of what a family built; of a flow, one of its base."""
     source = base.base if isinstance(base, zuko.distributions.NormalizingFlow) else base
@@ -351,6 +350,10 @@ class ImplicitDistribution(TorchDistribution):
         support: constraints.Constraint | None = None,
         name: str = "ImplicitDistribution",
     ) -> None:
+        if not callable(push) or not isinstance(base, Distribution):
+            raise TypeError(
+                f"{name}: push is a {type(push).__name__}, base a {type(base).__name__}; expected a function, a distribution."
+            )
         self._push = push
         self._base = base
         self._name = name
@@ -366,13 +369,13 @@ class ImplicitDistribution(TorchDistribution):
         return self._support
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> ImplicitDistribution:
-        base = self._base.expand(Size(batch_shape))
+        base = self._base.expand(as_shape(batch_shape, "batch_shape", least=0))
         new = ImplicitDistribution(self._push, base, tuple(self.event_shape), support=self._support, name=self._name)
         new.has_rsample = self.has_rsample
         return new
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        x = self._push(self._base.rsample(_as_sample_shape(sample_shape)))
+        x = self._push(self._base.rsample(as_shape(sample_shape, "sample_shape", least=0)))
         check_value_shape(self._name, x, self.event_shape)
         return x
 

@@ -15,7 +15,8 @@ from torch.distributions import Distribution, Transform, biject_to, constraints
 from torch.distributions.transforms import IndependentTransform, ReshapeTransform
 
 from pyro_dgm.core.distribution import LearnedDistribution
-from pyro_dgm.core.shapes import ShapeAttribute, as_count, check_built, check_context, of_entries
+from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.shapes import ShapeAttribute, as_count, check_built, of_entries
 from pyro_dgm.core.upstream import PyroABCMeta, drop_weak_references, zuko
 
 __all__ = ["DistributionModule", "compose", "resize_to_saved", "tensors_of", "values_of", "whole_event"]
@@ -66,6 +67,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
 
     event_shape = ShapeAttribute()
 
+    @checked()
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -83,7 +85,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         """The distribution of the (unconstrained) event for a context of shape ``(*batch, context_features)``."""
 
     def forward(self, context: Tensor | None = None) -> LearnedDistribution:
-        return LearnedDistribution(self, check_context(self, context), self.sampled_weights())
+        return LearnedDistribution(self, context, self.sampled_weights())
 
     def start_at_identity(self) -> DistributionModule:
         """Become the base distribution, where the family can (flows do); returns the family itself."""
@@ -132,10 +134,24 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         return sum(map(_version_of, tensors_of(self)))
 
     def checked_build(self, context: Tensor | None) -> Distribution:
-        built = self.build(context)
+        try:
+            built = self.build(context)
+        except ValueError as error:
+            raise self._unbuilt(context, error) from error
         if self._support is not None or built.event_shape != self.event_shape:
             check_built(self, built.event_shape, self.unconstrained_shape)
         return built
+
+    def _unbuilt(self, context: Tensor | None, error: ValueError) -> ValueError:
+        """Why the context makes no distribution: torch answers with all its numbers."""
+        if not str(error).startswith("Expected parameter"):
+            return error
+        largest = 0.0 if context is None or not context.numel() else float(context.abs().max())
+        name = str(error).split()[2]
+        return ValueError(
+            f"{type(self).__name__}: the parameter {name} of its distribution is out of bounds or not finite, for contexts up to "
+            f"{largest:.3g}. Bring what the network reads to the unit scale (Standardize), or look at its parameters."
+        )
 
     def bijection(self, built: Distribution) -> Transform | None:
         """The map from what ``build`` returns to the event, or None where they are the same."""
@@ -212,6 +228,7 @@ def values_of(module: nn.Module, *, buffers: bool = False) -> Tensor:
     return torch._utils._flatten_dense_tensors(tensors) if tensors else torch.zeros(0)
 
 
+@checked()
 def compose(parts: list[Transform]) -> Any:
     """One transform out of many, with its log-determinant in the same pass (``call_and_ladj``); None out of none."""
     if not parts:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
+from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.shapes import as_tensor_like, check_value_shape
 from pyro_dgm.core.upstream import zuko
 
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "broadcast_cat", "refuse_batch_norm", "soft_clip"]
@@ -24,6 +26,7 @@ class MLP(nn.Sequential):
         torch.Size([7, 5, 2])
     """
 
+    @checked(in_features=0)
     def __init__(
         self,
         in_features: int,
@@ -49,6 +52,7 @@ class ConvEncoder(nn.Module):
         torch.Size([3, 5, 10])
     """
 
+    @checked()
     def __init__(self, image_shape: Sequence[int], out_features: int, channels: int = 16) -> None:
         super().__init__()
         self.image_shape = _checked_image(image_shape)
@@ -78,6 +82,7 @@ class ConvDecoder(nn.Module):
         torch.Size([3, 5, 784])
     """
 
+    @checked()
     def __init__(self, in_features: int, image_shape: Sequence[int], channels: int = 16) -> None:
         super().__init__()
         c, h, w = _checked_image(image_shape)
@@ -91,6 +96,8 @@ class ConvDecoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, z: Tensor) -> Tensor:
+        z = as_tensor_like("ConvDecoder", "latent", z, self.first.weight)
+        check_value_shape("ConvDecoder", z, Size((self.first.in_features,)))
         small = self.first(z).reshape(-1, *self.small)
         return self.convolutions(small).reshape(*z.shape[:-1], -1)
 
@@ -107,9 +114,15 @@ def broadcast_cat(*parts: Tensor | None) -> Tensor:
     >>> broadcast_cat(torch.zeros(4, 1, 2), torch.ones(3, 5), None).shape
     torch.Size([4, 3, 7])
     """
-    given = [p for p in parts if p is not None]
-    batch = torch.broadcast_shapes(*(p.shape[:-1] for p in given))
-    return torch.cat([p.expand(*batch, p.shape[-1]) for p in given], -1) if len(given) > 1 else given[0]
+    given = [as_tensor_like("broadcast_cat", "a part", p, None) for p in parts if p is not None]
+    try:
+        batch = torch.broadcast_shapes(*(p.shape[:-1] for p in given))
+        return torch.cat([p.expand(*batch, p.shape[-1]) for p in given], -1) if len(given) > 1 else given[0]
+    except (RuntimeError, IndexError) as error:
+        shapes = ", ".join(str(tuple(p.shape)) for p in given) or "none"
+        raise ValueError(
+            f"broadcast_cat: parts of the shapes {shapes}, expected vectors whose dimensions before the last broadcast."
+        ) from error
 
 
 def soft_clip(raw: Tensor, bound: float) -> Tensor:

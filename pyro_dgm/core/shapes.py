@@ -29,6 +29,7 @@ __all__ = [
     "check_number",
     "check_support",
     "check_value_shape",
+    "from_arrays",
     "is_moderate",
     "is_real",
     "of_entries",
@@ -52,11 +53,33 @@ def as_tensor_like(who: str, what: str, value: Any, like: Tensor | None) -> Tens
     tensor([[1., 2.]])
     """
     if isinstance(value, Tensor) and value.layout is torch.strided:
-        if not value.is_complex() if like is None else value.dtype is like.dtype and value.device == like.device:
+        if like is None:
+            fits = not (value.is_complex() or value.is_meta)
+        else:
+            fits = value.dtype is like.dtype and value.device == like.device
+        if fits:
             return value
     tensor = value if isinstance(value, Tensor) else _from_array(who, what, value)
     _refuse_other_kinds(who, what, tensor)
     return tensor if like is None else tensor.to(dtype=like.dtype, device=like.device)
+
+
+def from_arrays(who: str, value: Any) -> Any:
+    """Data with the arrays of numpy and pandas in them, also in containers, as tensors; floats in torch's default precision.
+
+    Integers and booleans stay what they are: a model may count with them. Tensors, lists of numbers and the rest stay.
+
+    >>> from_arrays("fit", {"x": np.zeros(2), "n": 3})
+    {'x': tensor([0., 0.]), 'n': 3}
+    """
+    if isinstance(value, dict):
+        return {k: from_arrays(who, v) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(from_arrays(who, v) for v in value)
+    if isinstance(value, Tensor | np.generic | type) or not hasattr(value, "__array__"):
+        return value
+    tensor = _from_array(who, "data", value)
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
 def _from_array(who: str, what: str, value: Any) -> Tensor:
@@ -94,8 +117,10 @@ def _refuse_other_kinds(who: str, what: str, tensor: Tensor) -> None:
         line = "torch.nested.to_padded_tensor(x, 0.0)" if tensor.is_nested else "x.to_dense()"
     elif tensor.is_quantized:
         line = "x.dequantize()"
+    elif tensor.is_meta:
+        line = "torch.zeros_like(x, device='cpu')"
     if line:
-        kind = "nested" if tensor.is_nested else f"{tensor.dtype} in the layout {tensor.layout}"
+        kind = "nested" if tensor.is_nested else f"{tensor.dtype} in the layout {tensor.layout}, on {tensor.device}"
         raise TypeError(f"{who}: {what} is a tensor ({kind}), expected real numbers, dense. Convert it, as by {line}.")
 
 
@@ -274,7 +299,15 @@ def check_batch(
             f"{'no' if context is None else 'a'} context. Pass (x, context) for a conditional family, (x,) otherwise."
         )
     refuse_non_finite(name, x)
-    return x, None if context is None else as_tensor_like(name, "context", context, like)
+    if context is None:
+        return x, None
+    context = as_tensor_like(name, "context", context, like)
+    if context.dim() != 2 or len(context) != len(x):
+        raise ValueError(
+            f"{name}: the context has shape {tuple(context.shape)}, expected ({len(x)}, {family.context_features}): one row "
+            "for each event."
+        )
+    return x, context
 
 
 def refuse_non_finite(who: str, rows: Tensor, what: str = "rows") -> None:

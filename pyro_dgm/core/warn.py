@@ -1,17 +1,20 @@
-"""Warnings that point at the user's line, however deep in this package they arise."""
+"""Warnings that point at the user's line, however deep in this package they arise, and errors without Pyro's page of shapes."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 
 import pyro
 import torch
 
-__all__ = ["warn_user"]
+__all__ = ["plain", "plain_errors", "warn_user"]
 
 _HERE = pathlib.Path(__file__).parents[1]
 _INSIDE = tuple(
@@ -26,3 +29,47 @@ def warn_user(message: str) -> None:
         if frame.f_back is None or not frame.f_code.co_filename.startswith(_INSIDE):
             break
     warnings.warn(message, stacklevel=level + 1)
+
+
+_AT_SITE = re.compile(r"""(?:Error while .*? at site '(.+?)':\s*|at site "(.+?)", )""")
+_LONGEST = 500  # characters of what Pyro says of a site
+
+
+def plain(error: Exception) -> Exception:
+    """An error in one line that came through Pyro, which adds a page of shapes to it; others as they are.
+
+    Raise it ``from error``: Pyro's page is then shown above it.
+    """
+    first = error
+    while first.__cause__ is not None and str(first.__cause__) in str(first) and isinstance(first.__cause__, Exception):
+        first = first.__cause__
+    found = _AT_SITE.match(str(error))
+    if _is_ours(first):
+        if first is error and not found:
+            return error
+        site = f"Site '{found[1] or found[2]}': " if found else ""
+        return type(first)(f"{site}{first}")
+    if not found:
+        return error
+    line = " ".join(str(error)[found.end() :].split("Trace Shapes:")[0].split())[:_LONGEST]
+    return ValueError(f"Site '{found[1] or found[2]}' does not fit its value or its plates: {line}")
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether it was raised in this package."""
+    end = error.__traceback__
+    while end is not None and end.tb_next is not None:
+        end = end.tb_next
+    return end is not None and end.tb_frame.f_code.co_filename.startswith(_INSIDE[0])
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Within the context errors that came through Pyro are raised in one line."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        said = plain(error)
+        if said is error:
+            raise
+        raise said from error

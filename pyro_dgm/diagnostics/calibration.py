@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from typing_extensions import Unpack
 
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.weights import arviz_major
 from pyro_dgm.diagnostics.containers import build
 from pyro_dgm.diagnostics.options import EXPERIMENT, ExperimentOptions, with_defaults
@@ -111,6 +112,7 @@ class Calibration:
         return "draws are too narrow" if spread > 0 else "draws are too wide"
 
 
+@checked()
 def sbc(model: Model | None, posterior: Any, *args: Any, **options: Unpack[ExperimentOptions]) -> Calibration:
     r"""Simulation-based calibration: ranks of every parameter, tested for uniformity by chi-square.
 
@@ -159,6 +161,7 @@ def sbc(model: Model | None, posterior: Any, *args: Any, **options: Unpack[Exper
     return Calibration("sbc", pit, p_values, complete["num_draws"])
 
 
+@checked()
 def coverage(model: Model | None, posterior: Any, *args: Any, **options: Unpack[ExperimentOptions]) -> Calibration:
     """Coverage of highest-density regions of the joint posterior: one number per simulation, whatever the dimension.
 
@@ -192,6 +195,7 @@ def coverage(model: Model | None, posterior: Any, *args: Any, **options: Unpack[
     return Calibration("coverage", {"credibility": credibility}, p_values, complete["num_draws"])
 
 
+@checked()
 def tarp(
     model: Model | None,
     posterior: Any,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.weights import K_LIMIT
 from pyro_dgm.diagnostics.containers import group, has_group
 from pyro_dgm.diagnostics.khat import KHat, khat
@@ -100,6 +101,7 @@ class Report:
         figure.savefig(path, dpi=110)
 
 
+@checked()
 def check(idata: Any) -> Report:
     """One page about a posterior: verdict of the weights, corrected loo, predictive check, and what to do next.
 

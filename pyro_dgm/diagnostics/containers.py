@@ -31,6 +31,7 @@ Arrays = dict[str, dict[str, np.ndarray]]
 Names = dict[str, list[str]]  # dimensions of "variable" in every group, or of "group/variable" in one
 DATA_GROUPS = ("observed_data", "constant_data", "predictions_constant_data")  # they have no draws
 RESERVED = ("chain", "draw")  # ArviZ loses variables and dimensions of these names
+_PARTS = ("groups", "dims", "coords", "attrs")  # of a container of dictionaries
 _PAIRED = ("posterior", "sample_stats", "log_likelihood", "log_prior", "posterior_predictive", "predictions")
 
 
@@ -126,9 +127,39 @@ def _take_draws(data: Any, index: np.ndarray) -> Any:
 
 
 def _group_names(container: Any) -> list[str]:
+    refuse_no_container(container)
     if isinstance(container, dict):
         return list(container["groups"])
     return list(container.children) if _is_tree(container) else list(container.groups())
+
+
+def refuse_no_container(container: Any) -> None:
+    """Refuse what is neither a container of ArviZ nor one of dictionaries with all its parts."""
+    if isinstance(container, dict):
+        wrong = [k for k in _PARTS if not isinstance(container.get(k), dict)]
+        wrong += [k for k in container if k not in _PARTS]
+        groups = {} if wrong else container["groups"]
+        wrong += [f"groups/{k}" for k, v in groups.items() if not isinstance(v, dict)]
+        wrong += [
+            f"groups/{k}/{n}"
+            for k, v in groups.items()
+            if isinstance(v, dict)
+            for n, x in v.items()
+            if not _is_array(x)
+        ]
+        if wrong:
+            raise ValueError(
+                f"The container has missing or unknown parts: {wrong}; expected the dictionaries {list(_PARTS)}, of arrays in "
+                "groups. Make it with pyro_dgm.from_svi(model, guide, ..., container='dict')."
+            )
+    elif isinstance(container, type) or not (_is_tree(container) or hasattr(container, "groups")):
+        raise TypeError(
+            f"Expected a container, got a {type(container).__name__}. Make it with pyro_dgm.from_svi(model, guide, ...)."
+        )
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, np.ndarray) and x.dtype.kind in "biuf"
 
 
 def _dataset(container: Any, name: str) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.diagnostics.containers import RESERVED, add_groups, coords_of, group
 from pyro_dgm.diagnostics.groups import (
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 
+@checked()
 def from_pyro_mcmc(mcmc: MCMC, *args: Any, **options: Unpack[ContainerOptions]) -> Any:
     """The chains of ``pyro.infer.MCMC`` as a container, with the groups of :func:`~pyro_dgm.from_svi`.
 
@@ -115,6 +117,7 @@ def _diverging(mcmc: MCMC, chains: int, draws: int) -> np.ndarray:
     return diverging.reshape(-1)
 
 
+@checked()
 def from_posterior_samples(
     model: Model,
     samples: dict[str, Any],
@@ -194,6 +197,7 @@ def groups_of_samples(
 # --- Groups added afterwards ---
 
 
+@checked()
 def compute_log_likelihood(
     idata: Any, model: Model, *args: Any, extend: bool = True, **options: Unpack[RunOptions]
 ) -> Any:
@@ -225,6 +229,7 @@ def compute_log_likelihood(
     return stored.extended(program, groups, extend)
 
 
+@checked()
 def compute_log_prior(idata: Any, model: Model, *args: Any, extend: bool = True, **options: Unpack[RunOptions]) -> Any:
     """Log prior density of every latent in a container, given the sites before it, in nats; ``az.psens`` reads it.
 
@@ -243,6 +248,7 @@ def compute_log_prior(idata: Any, model: Model, *args: Any, extend: bool = True,
     return stored.extended(program, groups, extend)
 
 
+@checked()
 def sample_posterior_predictive(
     idata: Any,
     model: Model,

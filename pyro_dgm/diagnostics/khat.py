@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.weights import K_LIMIT, LEAST_DRAWS, k_threshold, log_mean, psis, stratified
 from pyro_dgm.diagnostics.containers import group, group_attrs, resampled
 
@@ -147,6 +148,7 @@ class KHat(Exploration):
         )
 
 
+@checked()
 def khat(idata: Any) -> KHat:
     """The verdict on the draws of :func:`~pyro_dgm.from_svi`.
 
@@ -243,6 +245,7 @@ class ErrorBounds:
         return f"error bounds: {self.verdict} (D2 <= {self.d2:.3g} nats). Means are off by at most: {worst}."
 
 
+@checked()
 def error_bounds(idata: Any) -> ErrorBounds:
     r"""Bounds on the errors of posterior means and standard deviations of a guide's draws.
 
@@ -296,6 +299,7 @@ def _size_of(d2: float) -> str:
 # --- Resampling ---
 
 
+@checked()
 def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = None) -> Any:
     r"""A container whose draws are picked in proportion to :math:`w = p(x, \theta) / q(\theta)`, Pareto-smoothed.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.weights import arviz_major, k_threshold, log_mean, psis
 from pyro_dgm.diagnostics.containers import build, group, group_attrs
 from pyro_dgm.diagnostics.khat import KHat, judge
@@ -21,6 +22,7 @@ __all__ = ["compare", "elpd_of", "loo"]
 _SMALL = 4.0  # nats; below it a difference of elpd is small and its error unreliable (Sivula et al. 2020)
 
 
+@checked()
 def loo(idata: Any, var_name: str | None = None, *, correct: bool = True) -> Any:
     r"""Expected log predictive density by leave-one-out, in nats, as ArviZ's own ``ELPDData``.
 
@@ -167,6 +169,7 @@ def _elpd_data(container: Any, name: str, ll: np.ndarray, elpd: np.ndarray, k: n
     return ELPDData(data=list(values.values()), index=list(values))
 
 
+@checked()
 def compare(containers: dict[str, Any], var_name: str | None = None) -> Any:
     """``az.compare`` of models by their corrected :func:`loo`: a table ranked by elpd, in nats.
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.diagnostics.posteriors import observed_names
 from pyro_dgm.simulation.store import Simulations
@@ -68,6 +69,7 @@ class Misspecification:
         return f"{head}: outside; no single number is unusual, their combination is."
 
 
+@checked()
 def misspecification(
     simulations: Mapping[str, Tensor],
     *,

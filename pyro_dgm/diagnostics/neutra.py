@@ -18,7 +18,9 @@ from typing_extensions import Unpack
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import whole_event
+from pyro_dgm.core.pace import few_threads
 from pyro_dgm.diagnostics.converters import groups_of_samples
 from pyro_dgm.diagnostics.groups import container_of
 from pyro_dgm.diagnostics.options import CONTAINER, ContainerOptions, with_defaults
@@ -29,6 +31,7 @@ from pyro_dgm.model.runs import Draws
 __all__ = ["neutra"]
 
 
+@checked()
 def neutra(
     model: Model,
     guide: AutoContinuous,
@@ -81,7 +84,8 @@ def neutra(
     refuse_guides_as_models("neutra", model)
     with seeded(complete["seed"]), frozen(*guide.parameters()):
         guide.get_transform(*args, **kwargs)
-        draws, diverging = _run_chains(model, guide, args, kwargs, num_samples, warmup_steps, num_chains, progress)
+        with few_threads(0):  # a chain moves one point
+            draws, diverging = _run_chains(model, guide, args, kwargs, num_samples, warmup_steps, num_chains, progress)
         program, groups = groups_of_samples("neutra", model, draws, args, complete)
     groups.arrays["sample_stats"]["diverging"] = diverging
     return container_of(program, groups, complete, {"guide": type(guide).__name__}, num_chains, "neutra")

@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.diagnostics.options import ExperimentOptions
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws
@@ -41,6 +42,7 @@ class Refit:
         torch.Size([3])
     """
 
+    @checked()
     def __init__(self, model: Model, train: Callable[..., Model], *args: Any) -> None:
         self.model = model
         self.train = train

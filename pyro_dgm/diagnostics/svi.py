@@ -18,6 +18,7 @@ from torch.distributions import biject_to
 from typing_extensions import Unpack
 
 from pyro_dgm.core.devices import seed_everywhere, seeded
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.weights import psis
 from pyro_dgm.diagnostics.explore import explore
 from pyro_dgm.diagnostics.groups import Groups, all_groups, container_of
@@ -30,6 +31,7 @@ from pyro_dgm.model.sites import Site, innermost_distribution, is_data, is_impli
 __all__ = ["from_fits", "from_svi"]
 
 
+@checked()
 def from_svi(
     model: Model,
     guide: Model,
@@ -99,6 +101,7 @@ def from_svi(
     return _from_guides("from_svi", model, [guide], args, n, complete, chains=num_chains, check=check)
 
 
+@checked()
 def from_fits(
     guides: Sequence[Model],
     model: Model,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.evaluate.score import JudgedScore, same_rows
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _PATIENCE = (
 )
 
 
+@checked()
 def c2st(
     x: ArrayLike, y: ArrayLike, *, classifier: ClassifierMixin | None = None, seed: int | None = None
 ) -> JudgedScore:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_dgm.core.data import Dequantize
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.evaluate.score import Score, mean_score, random_source
 
@@ -22,6 +23,7 @@ __all__ = ["bits_per_dim", "held_out_score", "kl_divergence"]
 _BATCH = 4096  # rows scored at once; not measured, chosen by hand
 
 
+@checked()
 def held_out_score(q: Distribution, x: ArrayLike, *, unit: Literal["nats", "bits/dim"] = "nats") -> Score:
     r"""Mean negative log density of held-out data, :math:`-\mathbb{E}_{x \sim p} \log q(x)`, with its standard error.
 
@@ -60,6 +62,7 @@ def held_out_score(q: Distribution, x: ArrayLike, *, unit: Literal["nats", "bits
     return mean_score(nats if unit == "nats" else nats / (q.event_shape.numel() * math.log(2.0)))
 
 
+@checked()
 def bits_per_dim(
     q: Distribution, x: ArrayLike, *, levels: int = 256, num_samples: int = 1, seed: int | None = None
 ) -> Score:
@@ -107,6 +110,7 @@ def bits_per_dim(
     return mean_score((-per_row / q.event_shape.numel() - noisy.log_scale) / math.log(2.0))
 
 
+@checked()
 def kl_divergence(p: Distribution, q: Distribution, *, num_samples: int = 10_000) -> Score:
     r"""Kullback-Leibler divergence :math:`\mathrm{KL}(p \| q) = \mathbb{E}_p[\log p - \log q]` between known densities.
 

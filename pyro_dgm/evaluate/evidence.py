@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, check_batch
 from pyro_dgm.core.weights import log_mean_exp, psis
 from pyro_dgm.evaluate.score import Score, mean_score
@@ -70,6 +71,7 @@ class AIS(NamedTuple):
         return mean_score(self.upper - self.value)
 
 
+@checked()
 @torch.no_grad()
 def evidence_bound(
     vae: VAE,
@@ -138,6 +140,7 @@ def _log_weights(
     return torch.cat(parts)
 
 
+@checked()
 def ais(
     vae: VAE | Generator,
     x: Tensor,

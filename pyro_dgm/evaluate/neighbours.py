@@ -8,6 +8,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.evaluate.score import (
     CHUNK,
@@ -38,6 +39,7 @@ class NeighbourCoverage(NamedTuple):
     coverage: Score
 
 
+@checked()
 def precision_recall_density_coverage(real: ArrayLike, draws: ArrayLike, *, neighbours: int = 5) -> NeighbourCoverage:
     r"""Shares of rows that lie in the k-nearest-neighbour balls of the other sample.
 
@@ -122,6 +124,7 @@ class ModeCoverage(NamedTuple):
     imbalance: Score
 
 
+@checked()
 def mode_coverage(
     draws: ArrayLike,
     centres: ArrayLike,
@@ -188,6 +191,7 @@ def _modes(share: Tensor, mass: Tensor) -> Tensor:
     return torch.stack([covered, quality, imbalance], -1)
 
 
+@checked()
 def memorization(
     draws: ArrayLike,
     train: ArrayLike,

@@ -10,6 +10,7 @@ from torch.distributions import Distribution
 
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.distribution import NoDensityError
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.evaluate.c2st import c2st
 from pyro_dgm.evaluate.density import held_out_score
 from pyro_dgm.evaluate.neighbours import memorization, precision_recall_density_coverage
@@ -20,6 +21,7 @@ from pyro_dgm.evaluate.two_sample import energy_distance, mmd, sliced_wasserstei
 __all__ = ["report", "table"]
 
 
+@checked()
 def report(
     model: Distribution | Callable[[int], Tensor],
     data: Tensor,
@@ -111,6 +113,7 @@ def _representation(
     }
 
 
+@checked()
 def table(reports: Mapping[str, Mapping[str, Score | str]]) -> str:
     """Reports of several models as a table in Markdown, one column a model; "-" where a model lacks a row.
 

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.evaluate.score import CHUNK, Score, as_rows, jackknife, mean_score
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["active_units", "aggregated_posterior_gap", "linear_probe", "mutual_information_gap"]
 
 
+@checked()
 def linear_probe(codes: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: int = 0) -> Score:
     r"""How well a linear model reads labels off the codes, cross-validated: accuracy for integers, R^2 for reals.
 
@@ -90,6 +92,7 @@ def _predictions(codes: np.ndarray, y: Tensor, folds: int, seed: int) -> np.ndar
     return cross_val_predict(model, codes, y.numpy(), cv=split)
 
 
+@checked()
 def active_units(codes: ArrayLike, *, threshold: float = 0.01) -> Score:
     r"""Number of latent units whose posterior mean moves with the data: :math:`\mathrm{Var}_x(\mathbb{E}[z_j|x]) > 0.01`.
 
@@ -122,6 +125,7 @@ def active_units(codes: ArrayLike, *, threshold: float = 0.01) -> Score:
     return Score(float((variance > threshold).sum()), float((active * (1.0 - active)).sum().sqrt()))
 
 
+@checked()
 def aggregated_posterior_gap(posterior: Distribution, prior: Distribution) -> Score:
     r""":math:`\mathrm{KL}(\bar q(z) \| p(z))` of the mixture :math:`\bar q = \frac1N \sum_i q(z | x_i)` from the prior.
 
@@ -169,6 +173,7 @@ def aggregated_posterior_gap(posterior: Distribution, prior: Distribution) -> Sc
         return mean_score(mixture - math.log(n) - prior.log_prob(z).double())
 
 
+@checked()
 def mutual_information_gap(codes: ArrayLike, factors: ArrayLike, *, bins: int = 20) -> Score:
     r"""MIG: how much more the best code tells of a factor than the second best, averaged over factors; 0 to 1.
 

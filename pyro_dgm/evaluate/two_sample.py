@@ -18,6 +18,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.evaluate.score import (
     CHUNK,
     Features,
@@ -36,6 +37,7 @@ __all__ = ["energy_distance", "frechet_distance", "kernel_distance", "kernel_tes
 _MEDIAN_ROWS = 1_000  # whose pairs give the bandwidth of the MMD; not measured, chosen by hand
 
 
+@checked()
 def mmd(
     x: ArrayLike, y: ArrayLike, *, bandwidth: float | None = None, num_permutations: int = 200, seed: int | None = None
 ) -> JudgedScore:
@@ -84,6 +86,7 @@ def mmd(
     )
 
 
+@checked()
 def energy_distance(x: ArrayLike, y: ArrayLike, *, num_permutations: int = 200, seed: int | None = None) -> JudgedScore:
     r"""Energy distance :math:`2\mathbb{E}\|x-y\| - \mathbb{E}\|x-x'\| - \mathbb{E}\|y-y'\|`: unbiased, with a test.
 
@@ -170,6 +173,7 @@ def _median_distance(rows: Tensor, generator: torch.Generator | None) -> float:
     return float(torch.nn.functional.pdist(some).median())
 
 
+@checked()
 def sliced_wasserstein(
     x: ArrayLike,
     y: ArrayLike,
@@ -244,6 +248,7 @@ def _bootstrap_weights(n: int, m: int, count: int, generator: torch.Generator | 
     return torch.cat([parts[0], -parts[1]], -1)
 
 
+@checked()
 def frechet_distance(x: ArrayLike, y: ArrayLike, *, features: Features | None = None) -> Score:
     r"""Squared Wasserstein-2 distance of the Gaussians with the samples' moments (the FID, if features are Inception's).
 
@@ -298,6 +303,7 @@ def _root(rows: Tensor) -> Tensor:
     return torch.linalg.qr(rows - rows.mean(0), mode="r").R / (len(rows) - 1) ** 0.5
 
 
+@checked()
 def kernel_distance(
     x: ArrayLike,
     y: ArrayLike,

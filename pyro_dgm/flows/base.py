@@ -16,7 +16,14 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from pyro_dgm.core import DistributionModule, Standardize, compose, zuko
-from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape, reference, refuse_non_finite
+from pyro_dgm.core.shapes import (
+    as_tensor_like,
+    broadcast_batch,
+    check_context,
+    check_value_shape,
+    reference,
+    refuse_non_finite,
+)
 from pyro_dgm.flows.autoregressive import sequential
 
 __all__ = ["Direction", "NormalizingFlow", "StandardNormalBase", "directed", "features_of", "standard_normal"]
@@ -133,6 +140,7 @@ class NormalizingFlow(DistributionModule):
         """
         x = self._events(x, self.event_shape)
         built = self._with_transform(context)
+        broadcast_batch(type(self).__name__, x.shape[: x.dim() - len(self.event_shape)], built.batch_shape)
         to_event = self.bijection(built)
         return built.transform(x if to_event is None else to_event.inv(x))
 
@@ -140,6 +148,7 @@ class NormalizingFlow(DistributionModule):
         """Events :math:`x = g(z; c)` of latents ``(*batch, D)``: what :meth:`encode` undoes."""
         z = self._events(z, Size((self.features,)))
         built = self._with_transform(context)
+        broadcast_batch(type(self).__name__, z.shape[:-1], built.batch_shape)
         to_event = self.bijection(built)
         u = built.transform.inv(z)
         return u if to_event is None else to_event(u)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyro_dgm.core import zuko
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.flows.autoregressive import sequential
 from pyro_dgm.flows.base import Direction, NormalizingFlow, directed, features_of
 from pyro_dgm.flows.spline import RationalQuadratic
@@ -41,6 +42,7 @@ class RealNVP(NormalizingFlow):
         torch.Size([3])
     """
 
+    @checked()
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -86,6 +88,7 @@ class MAF(NormalizingFlow):
         torch.Size([5, 3])
     """
 
+    @checked()
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -130,6 +133,7 @@ class NSF(NormalizingFlow):
         True
     """
 
+    @checked()
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -181,6 +185,7 @@ class ZukoFlow(NormalizingFlow):
         (2, torch.Size([2, 3]))
     """
 
+    @checked()
     def __init__(
         self,
         zuko_flow: zuko.lazy.LazyDistribution,

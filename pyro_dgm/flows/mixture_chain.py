@@ -26,6 +26,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
 from pyro_dgm.core import DistributionModule, zuko
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import soft_clip
 from pyro_dgm.flows.autoregressive import Run, schedule
 
@@ -258,6 +259,7 @@ class MixtureChain(DistributionModule):
     low: Tensor
     high: Tensor
 
+    @checked()
     def __init__(
         self,
         event_shape: int | Iterable[int],

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, frozen
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, check_batch, check_number, reference
 from pyro_dgm.flows.base import NormalizingFlow
-from pyro_dgm.gan.critic import Critic
+from pyro_dgm.gan.critic import LOSSES, Critic, gradient_norms
 from pyro_dgm.gan.distillation import distil
 from pyro_dgm.gan.generator import Generator
-from pyro_dgm.gan.losses import LOSSES, gradient_norms
 from pyro_dgm.train.batches import first_rows
 from pyro_dgm.train.descend import Stages
 
@@ -91,6 +91,7 @@ class Adversarial(nn.Module):
         True
     """
 
+    @checked()
     def __init__(
         self,
         generator: DistributionModule,

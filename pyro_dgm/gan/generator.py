@@ -20,6 +20,7 @@ from torch.distributions import Distribution, biject_to, constraints
 from torch.distributions.transforms import ReshapeTransform
 
 from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, broadcast_cat, compose
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape
 from pyro_dgm.vae.latents import StandardNormal
@@ -72,6 +73,7 @@ class Generator(DistributionModule):
         (torch.Size([3, 8, 8]), torch.Size([7]))
     """
 
+    @checked()
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -121,7 +123,7 @@ class Generator(DistributionModule):
     def location(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """What the network makes of latents, flat and in standard units: shape ``(*batch, D)``."""
         z = as_tensor_like("Generator", "latent", z, self.standard.loc)
-        flat = z.reshape(*z.shape[: z.dim() - len(self.base.event_shape)], -1)
+        flat = z.reshape(*z.shape[: z.dim() - len(self.base.event_shape)], self.base.event_shape.numel())
         inputs = flat if context is None else broadcast_cat(flat, context)
         u = self.network(inputs)
         return u if u.shape == (*inputs.shape[:-1], self.features) else self._flat(u, inputs)

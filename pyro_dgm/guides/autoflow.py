@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.flows.base import StandardNormalBase
@@ -76,6 +77,7 @@ class AutoFlow(VectorGuide):
 
     lost_by_pickle = (*VectorGuide.lost_by_pickle, "_make_family")
 
+    @checked()
     def __init__(
         self,
         model: Callable[..., Any],
@@ -85,6 +87,10 @@ class AutoFlow(VectorGuide):
         init_scale: float = 0.1,
         reparam: Any = None,
     ) -> None:
+        if reparam is not None and not (callable(reparam) or isinstance(reparam, dict)):
+            raise TypeError(
+                f"AutoFlow: reparam is a {type(reparam).__name__}, expected reparametrisations by site, or a function."
+            )
         model = model if reparam is None else poutine.reparam(model, config=reparam)
         super().__init__(model, init_loc_fn=init_loc_fn)
         check_number("AutoFlow", "init_scale", init_scale, above=0)

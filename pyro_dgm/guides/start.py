@@ -14,17 +14,26 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_dgm.core.pace import seconds_left, steps, within
 from pyro_dgm.model.log_joint import LogJoint, barrier, other_modes, prior_draws, spread
 
 __all__ = ["Gaussians", "find_start"]
 
 _WIDE = 50  # dimensions from which many starts compete by their diagonals, and only the winner gets a covariance
 _WIDEST = 400  # dimensions from which it gets none: a covariance costs D^3 a step; the flow has to bend the rest
+
+
+# The parts of a start, and what each may take of the seconds that are left, where they are limited: chosen by hand.
+_NAMES = [f"start {i}/5: {what}" for i, what in enumerate(("climb", "other modes", "Gaussians", "best", "modes"), 1)]
+_SHARES = dict(zip(_NAMES, (0.15, 0.15, 0.4, 0.6, 0.9), strict=True))
 
 
 @dataclass
@@ -65,13 +74,15 @@ def find_start(log_joint: LogJoint) -> Gaussians:
     budget, size = (100, 16) if log_joint.vectorized else (30, 4), log_joint.dim
     wide, full = size > _WIDE, size <= _WIDEST and log_joint.vectorized
     q = _starts(log_joint)
-    q = _natural_gradient(log_joint, q, budget[0], budget[1], (0.3, 0.1), temper="tempered", diagonal=wide)
+    q = _natural_gradient(log_joint, q, _NAMES[2], budget[0], budget[1], (0.3, 0.1), temper="tempered", diagonal=wide)
     q = q.pick(list(dict.fromkeys([*q.best(1 if wide else 3), *_modes(log_joint, q, within=20.0)])))
     rate, enough = ((0.3, 0.03), 2 * size) if wide and full else ((0.1, 0.03), 0)
-    q = _natural_gradient(log_joint, q, budget[0], max(2 * budget[1], enough), rate, diagonal=wide and not full)
+    q = _natural_gradient(
+        log_joint, q, _NAMES[3], budget[0], max(2 * budget[1], enough), rate, diagonal=wide and not full
+    )
     q = q.pick(_modes(log_joint, q, within=6.0))
     last = max(8 * budget[1], 2 * enough)
-    q = _natural_gradient(log_joint, q, budget[0] // 2, last, (0.03, 0.02), diagonal=wide and not full)
+    q = _natural_gradient(log_joint, q, _NAMES[4], budget[0] // 2, last, (0.03, 0.02), diagonal=wide and not full)
     if not q.elbo.isfinite().any():
         raise ValueError(
             "AutoFlow: the model's log density is not finite at any of the starting points (prior draws, prior median, "
@@ -99,48 +110,67 @@ def _starts(log_joint: LogJoint) -> Gaussians:
     top = u[density.argsort(descending=True)[:2]]
     median, scale = u.median(0).values, spread(u)
     ones, zero = torch.ones_like(median), torch.zeros_like(median)
+    climbed = _climb(log_joint, [top[0], zero])
     starts = {
         "prior": (median, scale),
         "tempered": (median, scale),
         "zero": (zero, 0.3 * ones),
         "prior draw 1": (top[0], 0.1 * scale),
         "prior draw 2": (top[-1], 0.1 * scale),
-        "optimised from prior": (_climb(log_joint, top[0]), 0.1 * ones),
-        "optimised from zero": (_climb(log_joint, zero), 0.1 * ones),
+        "optimised from prior": (climbed[0], 0.1 * ones),
+        "optimised from zero": (climbed[1], 0.1 * ones),
         "prior median": (median, 0.1 * scale),
     }
-    for i, end in enumerate(other_modes(log_joint, starts["optimised from prior"][0], u)):
+    with within(_SHARES[_NAMES[1]] * seconds_left()):
+        others = other_modes(log_joint, climbed[0], u, name=_NAMES[1])
+    for i, end in enumerate(others):
         starts[f"other basin {i + 1}"] = (end, 0.1 * scale)
     loc, sd = (torch.stack(column) for column in zip(*starts.values(), strict=True))
     return Gaussians(loc, torch.diag_embed(sd), loc.new_full((len(loc),), -torch.inf), list(starts))
 
 
-def _climb(log_joint: LogJoint, start: Tensor, iterations: int = 200) -> Tensor:
-    """The end of an L-BFGS path; the start where that path is lost."""
+class _OutOfTimeError(Exception):
+    """Ends a climb."""
+
+
+def _climb(log_joint: LogJoint, starts: list[Tensor], iterations: int = 200) -> list[Tensor]:
+    """The ends of L-BFGS paths; a start where its path is lost."""
+    climbing = steps(_NAMES[0], 5 * iterations // 4 * len(starts), _SHARES[_NAMES[0]])
+    next(climbing)
+    return [_climbed(log_joint, start, iterations, climbing) for start in starts]
+
+
+def _climbed(log_joint: LogJoint, start: Tensor, iterations: int, climbing: Iterator[Any]) -> Tensor:
     u = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([u], max_iter=iterations, line_search_fn="strong_wolfe")
+    calls = 0
 
     def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 1 and next(climbing, None) is None and seconds_left() < math.inf:
+            raise _OutOfTimeError
         value, grad = log_joint.value_and_grad(u[None])
         u.grad = -grad[0]
         return -value[0]
 
     if torch.isfinite(log_joint(start[None]).detach()).all():
-        optimizer.step(closure)
+        with suppress(_OutOfTimeError):
+            optimizer.step(closure)
     end = u.detach()
-    return end if end.isfinite().all() and end.abs().max() < 1e8 else start
+    fine = end.isfinite().all() and end.abs().max() < 1e8
+    return end if fine and (calls < 2 or log_joint(end[None]).isfinite().all()) else start
 
 
 @torch.no_grad()
 def _natural_gradient(
-    log_joint: LogJoint, q: Gaussians, steps: int, draws: int, rate: tuple[float, float], *, temper: str = "",
+    log_joint: LogJoint, q: Gaussians, name: str, most: int, draws: int, rate: tuple[float, float], *, temper: str = "",
     diagonal: bool = False,
 ) -> Gaussians:  # fmt: skip
     """Step all Gaussians together; the rate stays for 30 % of the steps, then decays geometrically."""
     m, L = q.loc.clone(), q.scale_tril.clone()
     tempered = torch.tensor([name == temper for name in q.names])
-    for i in range(steps):
-        progress = i / steps
+    for _, progress in steps(name, most, _SHARES[name]):
         rho = rate[0] * (rate[1] / rate[0]) ** max(0.0, (progress - 0.3) / 0.7)
         beta = torch.where(tempered, min(1.0, 0.01 + 2.0 * progress), 1.0).to(m)
         m, L = (_diagonal_step if diagonal else _step)(m, L, *_residuals(log_joint, m, L, draws, beta), rho)

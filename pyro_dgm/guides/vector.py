@@ -187,7 +187,7 @@ class VectorGuide(AutoContinuous):
         if not self.coordinates.circular:
             return
         u = prior_draws(log_joint, 256 if log_joint.vectorized else 32)
-        ends = ascend(log_joint, u[log_joint(u).argsort(descending=True)[:32]], spread(u))
+        ends = ascend(log_joint, u[log_joint(u).argsort(descending=True)[:32]], spread(u), "circles")
         best = ends[log_joint(ends).argmax()]
         values, _ = log_joint.constrain(best[None])
         self._centre_at({k: v[0] for k, v in values.items()})

@@ -22,6 +22,7 @@ from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.pace import steps
 from pyro_dgm.model.coordinates import Constrain, Coordinates, HasCoordinates
 from pyro_dgm.model.runs import Runs, rounds_of
 from pyro_dgm.model.sites import is_enumerable, latent_sites
@@ -242,11 +243,13 @@ def spread(u: Tensor) -> Tensor:
     return (u.quantile(0.84, 0) - u.quantile(0.16, 0)).div(2).clamp(1e-3, 1e3)
 
 
-def other_modes(log_joint: LogJoint, best: Tensor, u: Tensor, limit: int = 3) -> list[Tensor]:
+def other_modes(
+    log_joint: LogJoint, best: Tensor, u: Tensor, limit: int = 3, name: str = "other modes"
+) -> list[Tensor]:
     """Other modes: ends of gradient ascent from prior draws, at least 1 nat apart from ``best`` and from one another."""
     if not log_joint.vectorized:
         return []
-    ends = ascend(log_joint, u[:32], spread(u))
+    ends = ascend(log_joint, u[:32], spread(u), name)
     found = [best]
     for i in log_joint(ends).detach().argsort(descending=True).tolist():
         if len(found) <= limit and all(barrier(log_joint, ends[i], known) > 1.0 for known in found):
@@ -254,11 +257,11 @@ def other_modes(log_joint: LogJoint, best: Tensor, u: Tensor, limit: int = 3) ->
     return found[1:]
 
 
-def ascend(log_joint: LogJoint, u: Tensor, scale: Tensor, steps: int = 60) -> Tensor:
+def ascend(log_joint: LogJoint, u: Tensor, scale: Tensor, name: str, most: int = 60) -> Tensor:
     """Points after some steps of Adam uphill, each on its own, in units of ``scale``."""
     v = (u / scale).clone().requires_grad_()
     optimizer = torch.optim.Adam([v], lr=0.15)
-    for _ in range(steps):
+    for _ in steps(name, most):
         v.grad = -log_joint.value_and_grad(v.detach() * scale)[1] * scale
         optimizer.step()
     return v.detach() * scale

@@ -8,7 +8,7 @@ Masks and scales are those of :mod:`pyro_dgm.model.handlers`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from opt_einsum import shared_intermediates
 from pyro import poutine
 from pyro.infer.traceenum_elbo import _get_common_scale
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_dgm.model.handlers import factor_of, is_enumerated
 from pyro_dgm.model.sites import (
@@ -31,6 +31,7 @@ from pyro_dgm.model.sites import (
     subsampled,
     with_shape,
 )
+from pyro_dgm.model.supports import simple_parts
 from pyro_dgm.model.vectorize import DRAWS
 
 __all__ = ["Term", "is_scored", "merge_terms", "plain_term", "terms_of", "total"]
@@ -180,3 +181,51 @@ def total(terms: Iterable[Term], n: int) -> Tensor:
     """Sum of the terms by draw, in float64, shape ``(n,)``."""
     rows = [t.joint.double().reshape(n, -1).sum(-1) for t in terms]
     return torch.stack(rows).sum(0) if rows else torch.zeros(n, dtype=torch.float64)
+
+
+def parameters_of(guide: Any, trace: poutine.Trace) -> list[Tensor]:
+    """The leaf tensors behind a guide's draws and their densities, which the trace holds, and those of the module.
+
+    Nets that are not registered anywhere (in a closure, or with an encoder's output as an argument) are found by the
+    graph of the draws.
+    """
+    sites = [n for n in trace.nodes.values() if n["type"] == "sample"]
+    ends = [s[k] for s in sites for k in ("value", "log_prob") if isinstance(s.get(k), Tensor)]
+    found = {id(p): p for p in [*registered_in(guide, trace), *leaves_behind(ends)]}
+    return list(found.values())
+
+
+def registered_in(guide: Any, trace: poutine.Trace) -> list[Tensor]:
+    """The leaf tensors of ``pyro.param`` statements and of the guide, where that is a module."""
+    params = [n["value"] for n in trace.nodes.values() if n["type"] == "param"]
+    leaves = [p.unconstrained() if hasattr(p, "unconstrained") else p for p in params]
+    inner = poutine.unwrap(guide)
+    return leaves + (list(inner.parameters()) if isinstance(inner, nn.Module) else [])
+
+
+def leaves_behind(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The leaves that require grad in the graphs of some tensors; one may come twice."""
+    nodes: list[Any] = []
+    for tensor in tensors:
+        if tensor.grad_fn is not None:
+            nodes.append(tensor.grad_fn)
+        elif tensor.requires_grad:
+            yield tensor
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not node.next_functions and isinstance(getattr(node, "variable", None), Tensor):
+            yield node.variable
+        nodes.extend(n for n, _ in node.next_functions if n is not None)
+
+
+def forget_inverses(fn: Any) -> None:
+    """Drop what the transforms of a distribution remember of their last values."""
+    while fn is not None:
+        for t in simple_parts(getattr(fn, "transforms", ())):
+            if hasattr(t, "clear_cache"):
+                t.clear_cache()
+        fn = getattr(fn, "base_dist", None)

@@ -31,10 +31,12 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 
-from pyro_dgm.core.warn import warn_user
+from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.shapes import from_arrays
+from pyro_dgm.core.warn import plain_errors, warn_user
 from pyro_dgm.model.sites import Site, latent_sites, sample_sites, subsampled
+from pyro_dgm.model.terms import parameters_of
 from pyro_dgm.objectives.agreement import Pair
-from pyro_dgm.objectives.leaves import parameters_of
 from pyro_dgm.objectives.particles import Frames, ParticleELBO, Terms, is_local, scale_of, stray_plates, units_of
 from pyro_dgm.objectives.path_gradient import rescored, with_densities, with_values
 
@@ -84,6 +86,7 @@ class IWAE_ELBO(ParticleELBO):
     without_path = "Enumerate it in the model, or use pyro.infer.ReweightedWakeSleep."
     plain_instead = "The whole bound gets the plain gradient, as with gradient='standard'."
 
+    @checked()
     def __init__(
         self,
         num_particles: int = 16,
@@ -119,8 +122,9 @@ class IWAE_ELBO(ParticleELBO):
         super()._forget()
         self._shared = None
 
+    @plain_errors()
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        weights = self._weights(Pair(model, guide, args, kwargs))
+        weights = self._weights(Pair(model, guide, from_arrays("the bound", args), kwargs))
         if weights.strays:
             return -(weights.shared + weights.scale * weights.local.mean(0).sum())
         log_mean = weights.local.logsumexp(0) - math.log(len(weights.local))
@@ -134,7 +138,7 @@ class IWAE_ELBO(ParticleELBO):
 
     def log_weights(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         r""":math:`\log w_{ik}`, in nats: shape ``(num_particles, *units)`` with one entry for each unit of the plates."""
-        weights = self._weights(Pair(model, guide, args, kwargs))
+        weights = self._weights(Pair(model, guide, from_arrays("the bound", args), kwargs))
         return weights.local.expand(self.num_particles, *weights.local.shape[1:])
 
     def _weights(self, pair: Pair) -> _Weights:

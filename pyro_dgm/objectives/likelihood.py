@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.cnf.matching import FlowMatching, standardize_once
 from pyro_dgm.core import DistributionModule
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch, check_number
 from pyro_dgm.train.descend import Stages, adam, cosine, warm_up
 
@@ -62,6 +63,7 @@ class MaximumLikelihood(nn.Module):
         True
     """
 
+    @checked()
     def __init__(
         self,
         family: DistributionModule,
@@ -131,6 +133,7 @@ class Transformed(nn.Module):
         True
     """
 
+    @checked()
     def __init__(self, objective: nn.Module, transform: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.objective = objective

@@ -22,6 +22,7 @@ from pyro.util import check_model_guide_match, warn_if_nan
 from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng, random_states
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import (
     Frame,
@@ -149,6 +150,7 @@ class ParticleELBO(Trace_ELBO):
     without_path = ""  # and what to do about it
     plain_instead = ""  # what is done where a score cannot be left out
 
+    @checked()
     def __init__(
         self,
         num_particles: int = 128,

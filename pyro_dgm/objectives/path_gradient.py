@@ -48,7 +48,7 @@ from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import Site, is_factor, latent_sites, sample_sites
 from pyro_dgm.model.supports import declares_support, holds_grad, same_ends, simple_parts, unwrapped
-from pyro_dgm.objectives.leaves import forget_inverses, parameters_of, registered_in
+from pyro_dgm.model.terms import forget_inverses, parameters_of, registered_in
 
 __all__ = [
     "PathGradient",

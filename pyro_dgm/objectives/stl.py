@@ -20,6 +20,8 @@ from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
 from pyro_dgm.core import LearnedDistribution
+from pyro_dgm.core.shapes import from_arrays
+from pyro_dgm.core.warn import plain_errors
 from pyro_dgm.core.weights import psis
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.objectives.agreement import Pair
@@ -76,9 +78,10 @@ class STL_ELBO(ParticleELBO):
     def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
         return _STLModule(model, guide, self)
 
+    @plain_errors()
     def log_weights(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         r""":math:`\log p(x, \theta) - \log q(\theta)` of every particle, shape ``(num_particles,)``, with path gradients."""
-        pair = Pair(model, guide, args, kwargs)
+        pair = Pair(model, guide, from_arrays("the bound", args), kwargs)
         self._meet(pair)
         q = _learned_posterior(pair) if self.vectorize_particles else None
         if q is not None:

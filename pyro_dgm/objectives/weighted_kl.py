@@ -20,7 +20,9 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_number
+from pyro_dgm.core.warn import plain_errors
 from pyro_dgm.model.sites import latent_sites, plate_frames, sample_sites
 
 __all__ = ["WeightedKL_ELBO"]
@@ -58,6 +60,7 @@ class WeightedKL_ELBO(Trace_ELBO):
         True
     """
 
+    @checked()
     def __init__(self, beta: float = 1.0, *, warmup_steps: int = 0, free_nats: float = 0.0) -> None:
         check_number("WeightedKL_ELBO", "beta", beta, least=0)
         check_number("WeightedKL_ELBO", "warmup_steps", warmup_steps, least=0, whole=True)
@@ -70,6 +73,7 @@ class WeightedKL_ELBO(Trace_ELBO):
     def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
         return _WeightedModule(model, guide, self)
 
+    @plain_errors()
     def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, list[tuple[Tensor, float]]]:
         """The expected log likelihood, and for each latent site its KL (both scaled) with the rows that it stands for."""
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)

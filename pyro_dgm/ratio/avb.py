@@ -18,13 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.pace import seconds_left, steps, took
 from pyro_dgm.core.shapes import check_number
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.core.weights import psis
 from pyro_dgm.model.log_joint import LogJoint, uncovered
 from pyro_dgm.ratio.contrast import Contrast, Diagnosis, diagnosed
 from pyro_dgm.ratio.guide import ImplicitGuide
 from pyro_dgm.ratio.ratio import DensityRatio
-from pyro_dgm.train.descend import Stages, descend
+from pyro_dgm.train.descend import Stages, descend, mean_loss
 from pyro_dgm.train.players import Average
 
 __all__ = ["Adversarial_ELBO"]
@@ -84,6 +87,7 @@ class Adversarial_ELBO(nn.Module):
     )
     _joint: LogJoint
 
+    @checked()
     def __init__(
         self,
         model: Callable[..., Any],
@@ -207,12 +211,25 @@ class Adversarial_ELBO(nn.Module):
     def finish(self, *args: Any, **kwargs: Any) -> None:
         """Give the guide its averaged parameters, weigh its modes anew, and warn of modes that it misses."""
         self._averaged().give()
-        self._critic_steps(_LAST, *args, **kwargs)
+        self._last_steps(*args, **kwargs)
         if len(self.guide.log_weight()) > 1:
             self._weigh()
+        if not seconds_left():
+            warn_user(
+                "Adversarial_ELBO: no seconds were left to look for missed modes: call missed(), or give the fit more."
+            )
+            return
         lost = self.missed(*args, **kwargs)
         if lost:
             warnings.warn(_lost(lost), stacklevel=4)
+
+    @torch.enable_grad()
+    def _last_steps(self, *args: Any, **kwargs: Any) -> None:
+        """Steps of the classifier against the guide as it stays, in half of the seconds that are left."""
+        losses: list[Tensor] = []
+        for _ in steps("last classifier", _LAST, 0.5):
+            losses += descend(self.critic_optimizer, lambda: self._critic_loss(*args, **kwargs), 1)
+        took(("last classifier", len(losses), mean_loss(losses[:50]), mean_loss(losses[-50:])))
 
     def _log_q(self, theta: Tensor) -> Tensor:
         return self.contrast.log_q(theta, self._joint(theta))

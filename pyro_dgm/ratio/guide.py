@@ -18,12 +18,13 @@ import torch
 from pyro.distributions import MultivariateNormal, Normal
 from pyro.infer.autoguide import init_to_median
 from pyro.params.param_store import param_with_module_name
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_dgm.core import MLP, ImplicitDistribution
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import resize_to_saved, values_of
-from pyro_dgm.core.shapes import check_number
+from pyro_dgm.core.shapes import as_shape, check_number
 from pyro_dgm.guides.modes import fitted_log_weights
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
@@ -68,6 +69,7 @@ class ImplicitGuide(VectorGuide):
 
     lost_by_pickle = (*VectorGuide.lost_by_pickle, "_make_network", "_scored_by")
 
+    @checked()
     def __init__(
         self,
         model: Callable[..., Any],
@@ -182,7 +184,7 @@ class EstimatedDensity(ImplicitDistribution):
         self._log_density = log_density
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> EstimatedDensity:
-        base = self._base.expand(Size(batch_shape))
+        base = self._base.expand(as_shape(batch_shape, "batch_shape", least=0))
         return EstimatedDensity(self._push, base, self.event_shape.numel(), self._log_density)
 
     def log_prob(self, value: Tensor) -> Tensor:

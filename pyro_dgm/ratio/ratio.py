@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
 from pyro_dgm.core.data import Standardize
 from pyro_dgm.core.devices import frozen
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import MLP, broadcast_cat
 from pyro_dgm.core.shapes import as_count, as_shape, as_tensor_like, check_value_shape, refuse_non_finite
 from pyro_dgm.train.descend import Stages, adam, cosine, descend
@@ -115,6 +117,7 @@ class DensityRatio(nn.Module):
 
     calibrated: Tensor
 
+    @checked()
     def __init__(
         self, event_shape: int | Sequence[int], context_features: int = 0, network: nn.Module | None = None
     ) -> None:
@@ -158,8 +161,11 @@ class DensityRatio(nn.Module):
                 f"DensityRatio: context has {'no' if context is None else context.shape[-1]} features, expected "
                 f"{self.context_features}. Build it with DensityRatio(..., context_features=...)."
             )
-        rows = x.reshape(*x.shape[: x.dim() - len(self.event_shape)], -1)
-        return broadcast_cat(rows, context)
+        rows = x.reshape(*x.shape[: x.dim() - len(self.event_shape)], self.event_shape.numel())
+        inputs = broadcast_cat(rows, context)
+        if Distribution._validate_args:
+            refuse_non_finite("DensityRatio", inputs.reshape(-1, self.features))
+        return inputs
 
     @torch.no_grad()
     def check(self, x: Tensor, context: Tensor | None = None) -> RatioCheck:
@@ -169,10 +175,22 @@ class DensityRatio(nn.Module):
     @torch.no_grad()
     def calibrate(self, of_p: Tensor, of_r: Tensor) -> None:
         """Fit slope and offset of the logit to held-out logits of both samples (Platt scaling), by Newton's method."""
+        of_p = _logits("of_p", of_p, self.calibrated)
+        of_r = _logits("of_r", of_r, self.calibrated)
         logit = torch.cat([of_p, of_r]).double()
         label = torch.cat([torch.ones_like(of_p), torch.zeros_like(of_r)]).double()
         weight = torch.cat([torch.full_like(of_p, 1 / len(of_p)), torch.full_like(of_r, 1 / len(of_r))]).double()
         self.calibrated.copy_(_platt(logit, label, weight))
+
+
+def _logits(name: str, value: Tensor, like: Tensor) -> Tensor:
+    value = as_tensor_like("DensityRatio.calibrate", name, value, like)
+    if value.dim() != 1 or not len(value):
+        raise ValueError(
+            f"DensityRatio.calibrate: {name} has shape {tuple(value.shape)}, expected (N,) logits, N >= 1."
+        )
+    refuse_non_finite("DensityRatio.calibrate", value, "logits")
+    return value
 
 
 def _platt(logit: Tensor, label: Tensor, weight: Tensor) -> Tensor:
@@ -308,6 +326,7 @@ class LogisticRegression(nn.Module):
         True
     """
 
+    @checked()
     def __init__(self, ratio: DensityRatio, *, shuffles: int = 4) -> None:
         super().__init__()
         if not isinstance(ratio, DensityRatio):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.weights import stratified
 from pyro_dgm.gan.generator import Generator
 from pyro_dgm.ratio.ratio import DensityRatio, RatioCheck, learn_ratio
@@ -49,6 +50,7 @@ class CorrectedDraws(NamedTuple):
         return f"CorrectedDraws({len(self.draws)} draws by {self.method}, {what} {self.acceptance:.2f}; {self.check})"
 
 
+@checked()
 def refine(
     generator: DistributionModule,
     data: Tensor,

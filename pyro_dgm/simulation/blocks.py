@@ -22,6 +22,7 @@ from pyro.util import get_rng_state, set_rng_state
 from torch import Size, Tensor
 
 from pyro_dgm.core.devices import fork_rng, seed_everywhere
+from pyro_dgm.core.pace import moved
 from pyro_dgm.model.handlers import Redraw
 from pyro_dgm.model.sites import is_drawn
 from pyro_dgm.model.supports import unwrapped
@@ -137,6 +138,7 @@ def _one_by_one(blocks: Blocks, first: int, n: int, seed: int, given: dict[str, 
     for i in range(n):
         if n > 1:
             _set_state(seed, first + i)
+            moved()
         row, fault = _single(blocks, {k: v[i] for k, v in given.items()})
         faults |= {first + i: fault} if fault else {}
         for k in values:

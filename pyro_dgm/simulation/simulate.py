@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import pickle
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_dgm.core.data import Fingerprints
+from pyro_dgm.core.pace import few_threads, working
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_drawn, is_factor, is_subsample, observed_sites
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, plate_nesting
@@ -98,12 +100,16 @@ def simulate(
         jobs = _jobs(store.missing().tolist(), max(size, blocks.block), n, blocks.block)
         if jobs:
             settings.refuse_non_finite_prior(seed)
-        with tqdm(desc="simulate", total=n, disable=not progress, mininterval=0.5) as bar:
-            bar.update(n - len(store.missing()))
+        entries = blocks.block * sum(math.prod(shape) for shape in blocks.shapes.values())
+        bar = tqdm(desc="simulate", total=n, disable=not progress, mininterval=0.5, miniters=1)
+        with bar, few_threads(entries), working(None, bar):
+            done = n - len(store.missing())
+            bar.update(done)
             with closing(_parts(blocks, jobs, seed, executor)) as parts:
                 for part in parts:
                     store.write(part)
-                    bar.update(part.count)
+                    done += part.count
+                    bar.update(done - bar.n)  # some of it has moved already
         return _finished(store, settings.observed, args, seed)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.simulation.blocks import Part
 from pyro_dgm.simulation.folder import Kind, allocate, larger, mapped, no_room
 from pyro_dgm.train.history import load_checkpoint, save_checkpoint
@@ -53,6 +54,7 @@ class Simulations(Mapping[str, Tensor]):
         (2, torch.Size([2, 3]))
     """
 
+    @checked()
     def __init__(self, values: Mapping[str, Tensor], observed: Any, *, mask: Mapping[str, Tensor] | None = None,
                  failed: Tensor | None = None, reasons: Mapping[str, int] | None = None, args: tuple[Any, ...] = (),
                  seed: int | None = None, acceptance: float | None = None) -> None:  # fmt: skip
@@ -141,6 +143,7 @@ class Simulations(Mapping[str, Tensor]):
         accepted = "" if self.acceptance is None else f"; {self.acceptance:.2g} of the prior accepted"
         return f"Simulations({len(self):,}: {', '.join(parts)}{left_out}{accepted})"
 
+    @checked()
     def save(self, path: str | Path) -> None:
         """Write everything but the model's arguments to one file, whole or not at all."""
         state = {"values": {k: v.clone() for k, v in self._values.items()}, "mask": self.mask, "failed": self.failed}
@@ -148,6 +151,7 @@ class Simulations(Mapping[str, Tensor]):
         save_checkpoint(path, state | {"acceptance": self.acceptance})
 
     @classmethod
+    @checked()
     def load(cls, path: str | Path) -> Simulations:
         """Read what :meth:`save` wrote (with ``weights_only=True``).
 

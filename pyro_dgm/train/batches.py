@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_dgm.core.data import Fingerprints
 from pyro_dgm.core.devices import put_random_states, random_states, to_device
-from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.core.shapes import as_tensor_like, from_arrays
 
 __all__ = [
     "BatchStream",
@@ -22,6 +22,7 @@ __all__ = [
     "described",
     "first_rows",
     "held_out_split",
+    "largest_of",
     "named_tensors",
     "non_finite",
     "row_count",
@@ -46,7 +47,7 @@ class Batches:
         self.args = () if self.loader else as_args(data)
         self.rows = None if self.loader or batch_size is None else _rows(self.args)
         self.args = self.args if self.rows else to_device(self.args, device)
-        self.batch_size: int = batch_size or 0
+        self.batch_size = int(batch_size or 0)
         if self.rows is not None:
             _refuse_non_finite(self.args)
         self.epoch = self._epoch()
@@ -131,6 +132,7 @@ def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[A
 def as_args(data: Any) -> tuple[Any, ...]:
     """The objective's arguments that data stand for, apart from the graph that made them: a fit goes through it many times."""
     args = tuple(data) if isinstance(data, tuple | list) else (data,)
+    args = from_arrays("fit", args)
     return tuple(_detached(_as_dict(a) if isinstance(a, Mapping) else a) for a in args)
 
 
@@ -140,6 +142,16 @@ def _detached(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_detached(v) for v in value)
     return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+
+def largest_of(objective: nn.Module, batches: Batches) -> int:
+    """About how many entries the largest tensor of a step has: rows, or draws, times the widest layer, or times the data."""
+    widest = max((max(p.shape, default=1) for p in objective.parameters()), default=1)
+    tensors = [t for _, t in named_tensors(batches.example())]
+    rows = max((len(t) for t in tensors if t.dim()), default=1)
+    entries = max((t.numel() for t in tensors), default=1)
+    draws = getattr(getattr(objective, "elbo", objective), "num_particles", 1)
+    return max(rows * widest, draws * widest, draws * entries)
 
 
 def described(data: Any) -> Any:
@@ -219,7 +231,7 @@ def non_finite(args: tuple[Any, ...]) -> str:
     bad = [
         f"{name} (shape {tuple(a.shape)}) holds {int((~a.isfinite()).sum())} NaN or infinite entries"
         for name, a in named_tensors(args)
-        if a.is_floating_point() and not a.isfinite().all()
+        if a.is_floating_point() and a.layout is torch.strided and not a.is_meta and not a.isfinite().all()
     ]
     return "; ".join(bad)
 

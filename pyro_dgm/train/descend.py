@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from pyro_dgm.core.pace import show
 from pyro_dgm.train.batches import BatchStream
 from pyro_dgm.train.history import Checkpoint, History
 
@@ -30,6 +31,7 @@ __all__ = [
     "constant",
     "cosine",
     "descend",
+    "mean_loss",
     "rate_at",
     "round_length",
     "set_rates",
@@ -71,6 +73,10 @@ class Limits:
     def left(self) -> float:
         """Seconds until steps have to end; infinity without such a limit."""
         return math.inf if self.max_seconds is None else self.max_seconds - self.reserved - self.seconds()
+
+    def left_of_all(self) -> float | None:
+        """Seconds until everything has to end; None without such a limit."""
+        return None if self.max_seconds is None else max(0.0, self.max_seconds - self.seconds())
 
     @property
     def open(self) -> bool:
@@ -228,12 +234,11 @@ class Stages:
         if done < len(self.ended):
             self._take(self.ended[done], module, optimizer)
             return
-        self.bar.reset(total=steps)
-        self.bar.set_description(name)
+        show(self.bar, name, steps)
         losses = descend(
             optimizer, loss, steps, schedule, seconds=self.seconds(), clip=clip, after=lambda _: self.bar.update()
         )
-        self.history.stages.append((name, len(losses), _mean(losses[:_SHOWN]), _mean(losses[-_SHOWN:])))
+        self.history.stages.append((name, len(losses), mean_loss(losses[:_SHOWN]), mean_loss(losses[-_SHOWN:])))
         self._keep(module, optimizer)
 
     def seconds(self) -> float | None:
@@ -258,5 +263,6 @@ class Stages:
             self.stream.resume(stage["stream"])
 
 
-def _mean(losses: list[Tensor]) -> float:
+def mean_loss(losses: list[Tensor]) -> float:
+    """The mean of losses; NaN of none."""
     return float(torch.stack(losses).mean()) if losses else math.nan

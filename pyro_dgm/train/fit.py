@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -15,8 +16,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pyro_dgm.core.devices import device_of, fork_rng, seeded, to_device
+from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.pace import few_threads, within, working
 from pyro_dgm.core.shapes import check_number
-from pyro_dgm.train.batches import Batches, as_args, described, held_out_split, row_count
+from pyro_dgm.train.batches import Batches, as_args, described, held_out_split, largest_of, row_count
 from pyro_dgm.train.descend import Limits, Stages
 from pyro_dgm.train.history import Checkpoint, FitDiverged, History
 from pyro_dgm.train.hooks import Alternating, Preparing, Recipe, Recommending, Settling, Startable, settings
@@ -28,9 +31,14 @@ __all__ = ["FitDiverged", "fit"]
 _PATIENCE = 10  # checks, with validation. Not measured; chosen by hand.
 _MOST_SETTLING = 10.0  # seconds that are left for what settles
 _SEEDS = (-(2**63), 2**64 - 1)  # that torch takes
+_ADVICE = "Of a model and a guide write fit(STL_ELBO()(model, guide), data); of a family, fit(MaximumLikelihood(family), data)."
 _STEPS_OF_TWO = 4_000  # without a limit: a few thousand are usual (docs/gan.md)
 
 
+@checked(
+    {"objective": _ADVICE},
+    only=("objective", "optimizer", "resume", "progress"),
+)
 def fit(
     objective: nn.Module,
     data: Any = (),
@@ -124,8 +132,13 @@ def fit(
         batches = Batches(data, batch_size, device_of(objective))
         held_out = to_device(held_out, batches.device)
         limits = _limits(objective, batches, recipe, max_steps, max_epochs, clock)
-        with tqdm(desc="warm start", unit="step", disable=not progress, mininterval=0.5) as bar:
-            stages = Stages(limits=limits, bar=bar, checkpoint=file)
+        history = History()
+        with (
+            tqdm(desc="prepare", unit="step", disable=not progress, mininterval=0.5, miniters=1) as bar,
+            few_threads(largest_of(objective, batches)),
+            working(clock.left_of_all(), bar, history),
+        ):
+            stages = Stages(history=history, limits=limits, bar=bar, checkpoint=file)
             with _owned_parameters(
                 objective, batches.example(), lambda: _prepare(objective, batches, stages, saved)
             ) as parameters:
@@ -165,11 +178,9 @@ def _checked_validation(validation: Any) -> float | tuple[Any, ...] | None:
 
 
 def _refuse_no_objective(objective: nn.Module, data: Any) -> None:
-    if callable(data) or not isinstance(objective, nn.Module):
-        raise TypeError(
-            f"fit: expected an objective and its data, got {type(objective).__name__} and {type(data).__name__}. Of a model "
-            "and a guide write fit(STL_ELBO()(model, guide), data); of a family, fit(MaximumLikelihood(family), data)."
-        )
+    if callable(data):
+        got = f"{type(objective).__name__} and {type(data).__name__}"
+        raise TypeError(f"fit: expected an objective and its data, got {got}. {_ADVICE}")
     if not torch.is_grad_enabled():
         raise RuntimeError(
             "fit: gradients are switched off, so nothing can be trained. Call it outside torch.no_grad()."
@@ -213,8 +224,10 @@ def _prepare(objective: nn.Module, batches: Batches, stages: Stages, saved: dict
     stages.ended = [] if saved is None else saved["stages"]
     stages.stream = stream = iter(batches)
     for module in objective.modules():
+        seconds = stages.seconds()
         if isinstance(module, Startable):
-            module.warm_start(*batches.example())
+            with within(math.inf if seconds is None else seconds):
+                module.warm_start(*batches.example())
         if isinstance(module, Preparing):
             module.prepare(stream, stages)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.pace import show
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.train.batches import Batches, named_tensors, non_finite
 from pyro_dgm.train.descend import Stages, rate_at, round_length, set_rates
@@ -133,8 +134,7 @@ class Loop:
         )
 
     def _steps(self) -> None:
-        self.bar.reset(total=self.limits.max_steps or (round_length(0) if self.limits.open else None))
-        self.bar.set_description("fit", refresh=False)
+        show(self.bar, "fit", self.limits.max_steps or (round_length(0) if self.limits.open else None))
         while not self._done():
             epoch_one = self.history.steps < (self.batches.epoch or 0)
             with pyro.validation_enabled(epoch_one and __debug__):
@@ -166,9 +166,16 @@ class Loop:
         self.standing.lost = 0 if taken else self.standing.lost + 1
         if not taken:
             history.skipped.append(history.steps)
+        if self.limits.max_seconds is not None and self.limits.max_steps is None:
+            self.bar.total = self._foreseen()
         self.bar.update()
         if history.steps % 10 == 0 and not self.bar.disable:
             self.bar.set_postfix(self.players.postfix(history), refresh=False)
+
+    def _foreseen(self) -> int:
+        """Steps at the end of the seconds, at the speed so far."""
+        steps = self.history.steps
+        return max(steps, round(steps / max(self.limits.progress(steps), 1e-3)))
 
     def _check(self) -> None:
         """Judge the averaged parameters; keep them if no earlier ones are better by more than the noise; save."""
@@ -305,7 +312,7 @@ class Loop:
         self.players.average.restore(saved["average"])
         for optimizer, state in zip(self.players.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        self.history = History.resumed(saved["history"])
+        vars(self.history).update(vars(History.resumed(saved["history"])))
         self.standing = Standing(**saved["standing"])
         self.best = saved["best"]
         self.stream.resume(saved["stream"])

@@ -235,14 +235,15 @@ class TwoPlayers:
 
     def postfix(self, history: History) -> dict[str, str]:
         """What the progress bar shows."""
-        energy, coverage = history.quality[-1][1:] if history.quality else (math.nan, math.nan)
-        return {
+        shown = {
             "generator": f"{history.loss[-1]:.3g}",
             "critic": f"{history.critic_loss[-1]:.3g}",
             "accuracy": f"{history.critic_accuracy[-1]:.2f}",
-            "energy": f"{energy:.2g}",
-            "coverage": f"{coverage:.2f}",
         }
+        if history.quality:
+            _, energy, coverage = history.quality[-1]
+            shown |= {"energy": f"{energy:.2g}", "coverage": f"{coverage:.2f}"}
+        return shown
 
 
 Players = OnePlayer | TwoPlayers

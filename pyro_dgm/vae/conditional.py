@@ -15,6 +15,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
 
 from pyro_dgm.core import MLP, DistributionModule, LearnedDistribution, broadcast_cat
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.vae.likelihoods import arguments_of
 
 __all__ = ["Chain", "Conditional", "Encoded"]
@@ -46,6 +47,7 @@ class Conditional(DistributionModule):
         torch.Size([5, 28, 28])
     """
 
+    @checked()
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -135,6 +137,7 @@ class Encoded(DistributionModule):
         torch.Size([5, 4])
     """
 
+    @checked()
     def __init__(self, network: nn.Module, family: DistributionModule, context_features: int) -> None:
         super().__init__(family.event_shape, context_features)
         if not family.context_features:
@@ -172,6 +175,7 @@ class Chain(DistributionModule):
         torch.Size([4, 5])
     """
 
+    @checked()
     def __init__(self, *families: DistributionModule, context_features: int = 0) -> None:
         super().__init__(sum(f.features for f in families), context_features)
         known = context_features

@@ -8,6 +8,7 @@ from torch.distributions import Categorical, Distribution
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.train.descend import cosine, descend
 from pyro_dgm.vae.conditional import Conditional, Encoded
 from pyro_dgm.vae.latents import FullRank
@@ -16,6 +17,7 @@ from pyro_dgm.vae.model import VAE, as_data
 __all__ = ["impute", "refine"]
 
 
+@checked()
 def refine(
     vae: VAE,
     x: Tensor,
@@ -70,6 +72,7 @@ def refine(
         return family.from_output(output.detach())
 
 
+@checked()
 @torch.no_grad()
 def impute(
     vae: VAE,

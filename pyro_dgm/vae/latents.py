@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, MixtureSameFamily
 
 from pyro_dgm.core import MLP, DistributionModule
+from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.shapes import as_count, as_tensor_like, reference, refuse_non_finite
 from pyro_dgm.core.upstream import VectorToLowerCholesky
 
 __all__ = ["FullRank", "StandardNormal", "VampPrior"]
@@ -28,6 +30,7 @@ class StandardNormal(DistributionModule):
 
     zero: Tensor
 
+    @checked()
     def __init__(self, features: int) -> None:
         super().__init__(features)
         self.register_buffer("zero", torch.zeros(self.event_shape))
@@ -38,6 +41,7 @@ class StandardNormal(DistributionModule):
 
     def draw(self, rows: int) -> Tensor:
         """Draws ``(rows, *event_shape)`` without the cost of building a distribution."""
+        rows = as_count("StandardNormal", "rows", rows)
         return self.zero.new_empty(rows, *self.event_shape).normal_()
 
 
@@ -63,6 +67,7 @@ class VampPrior(DistributionModule):
         torch.Size([4])
     """
 
+    @checked()
     def __init__(self, posterior: DistributionModule, pseudo_inputs: Tensor) -> None:
         super().__init__(posterior.event_shape)
         if pseudo_inputs.dim() != 2 or pseudo_inputs.shape[-1] != posterior.context_features:
@@ -71,6 +76,8 @@ class VampPrior(DistributionModule):
                 f"{posterior.context_features}), such as 10 flat rows of the data."
             )
         self.posterior = posterior
+        pseudo_inputs = as_tensor_like("VampPrior", "pseudo_inputs", pseudo_inputs, reference(posterior))
+        refuse_non_finite("VampPrior", pseudo_inputs)
         self.inputs = nn.Parameter(pseudo_inputs.detach().clone())
         self.logits = nn.Parameter(torch.zeros(len(pseudo_inputs)))
 
@@ -94,6 +101,7 @@ class FullRank(DistributionModule):
         torch.Size([7, 3])
     """
 
+    @checked()
     def __init__(
         self,
         features: int,
@@ -113,4 +121,5 @@ class FullRank(DistributionModule):
     def from_output(self, output: Tensor) -> Distribution:
         """The Gaussian for an output of the network: its mean, then the rows of L with logarithms on the diagonal."""
         lower = VectorToLowerCholesky()(output[..., self.features :])
-        return dist.MultivariateNormal(output[..., : self.features], scale_tril=lower)
+        validate = None if output.numel() else False  # torch cannot look at no rows
+        return dist.MultivariateNormal(output[..., : self.features], scale_tril=lower, validate_args=validate)

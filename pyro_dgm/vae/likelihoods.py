@@ -5,8 +5,10 @@ Each takes unconstrained tensors and says in its arguments how they are read. An
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import pyro.distributions as dist
 import torch
@@ -14,6 +16,9 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
+
+from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.shapes import as_tensor_like, broadcast_batch, check_number
 
 __all__ = [
     "DiscretizedLogistic",
@@ -31,41 +36,81 @@ __all__ = [
 ]
 
 
+Make = TypeVar("Make", bound=Callable[..., TorchDistribution])
+
+
 def arguments_of(make: Callable[..., TorchDistribution]) -> list[str]:
     """The names of the raw tensors that an entry function takes."""
     return list(getattr(make, "arguments", None) or inspect.signature(make).parameters)
 
 
+def _entries(make: Make) -> Make:
+    """An entry function that converts arguments which are no tensors, and refuses in one line those that do not fit."""
+    names = list(inspect.signature(make).parameters)
+
+    @functools.wraps(make)
+    def door(*args: Any, **kwargs: Any) -> TorchDistribution:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if not all(isinstance(v, Tensor) and v.is_floating_point() for v in given.values()):
+            given = {k: _as_float(make.__name__, k, v) for k, v in given.items()}
+        try:
+            return make(**given)
+        except (ValueError, RuntimeError) as error:
+            shapes = ", ".join(f"{k} {tuple(v.shape)} up to {_largest(v):.3g}" for k, v in given.items())
+            raise ValueError(
+                f"{make.__name__}: no distribution has these arguments: {shapes}. Their shapes must broadcast, and no "
+                "exponential may overflow: bring what a network reads to the unit scale (Standardize)."
+            ) from error
+
+    return cast(Make, door)
+
+
+def _as_float(who: str, name: str, value: Any) -> Tensor:
+    value = as_tensor_like(who, name, value, None)
+    return value if value.is_floating_point() else value.to(torch.get_default_dtype())
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.detach().abs().max()) if x.numel() else 0.0
+
+
+@_entries
 def bernoulli(logits: Tensor) -> TorchDistribution:
     """Binary entries. Grey levels are refused: binarise them anew at each step (``Transformed(bound, torch.bernoulli)``)."""
     return dist.Bernoulli(logits=logits)
 
 
+@_entries
 def continuous_bernoulli(logits: Tensor) -> TorchDistribution:
     """Grey levels in [0, 1], with the normalising constant that cross-entropy on grey levels lacks."""
     return dist.ContinuousBernoulli(logits=logits)
 
 
+@_entries
 def normal(loc: Tensor, log_scale: Tensor) -> TorchDistribution:
     """Real entries; put ``shared=("log_scale",)`` for one learned scale per entry instead of one per entry and datum."""
     return dist.Normal(loc, log_scale.exp())
 
 
+@_entries
 def poisson(log_rate: Tensor) -> TorchDistribution:
     """Counts."""
     return dist.Poisson(log_rate.exp())
 
 
+@_entries
 def negative_binomial(log_mean: Tensor, log_dispersion: Tensor) -> TorchDistribution:
     r"""Overdispersed counts with mean :math:`\mu` and variance :math:`\mu + \mu^2 / r`, :math:`r` = exp(log_dispersion)."""
     return dist.NegativeBinomial(log_dispersion.exp(), logits=log_mean - log_dispersion)
 
 
+@_entries
 def zero_inflated_poisson(log_rate: Tensor, gate_logits: Tensor) -> TorchDistribution:
     """Counts with additional zeros, which have probability sigmoid(gate_logits)."""
     return dist.ZeroInflatedPoisson(log_rate.exp(), gate_logits=gate_logits)
 
 
+@_entries
 def zero_inflated_negative_binomial(log_mean: Tensor, log_dispersion: Tensor, gate_logits: Tensor) -> TorchDistribution:
     """Overdispersed counts with additional zeros, which have probability sigmoid(gate_logits)."""
     return dist.ZeroInflatedNegativeBinomial(
@@ -80,6 +125,7 @@ class categorical:
     torch.Size([5])
     """
 
+    @checked()
     def __init__(self, classes: int) -> None:
         self.arguments = [f"logit_{k}" for k in range(classes)]
 
@@ -96,6 +142,7 @@ class discretized_logistic:
 
     arguments = ("loc", "log_scale")
 
+    @checked()
     def __init__(self, levels: int = 256) -> None:
         self.levels = levels
 
@@ -128,6 +175,10 @@ class DiscretizedLogistic(TorchDistribution):
     arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
 
     def __init__(self, loc: Tensor, scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
+        check_number("DiscretizedLogistic", "levels", levels, least=2, whole=True)
+        loc = _as_float("DiscretizedLogistic", "loc", loc)
+        scale = _as_float("DiscretizedLogistic", "scale", scale)
+        broadcast_batch("DiscretizedLogistic", loc.shape, scale.shape)
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
         self.levels = levels
         super().__init__(self.loc.shape, validate_args=validate_args)
@@ -151,6 +202,7 @@ class DiscretizedLogistic(TorchDistribution):
         return (self.loc + self.scale * torch.logit(u, eps=tiny)).round().clamp(0.0, self.levels - 1.0)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        value = as_tensor_like("DiscretizedLogistic", "value", value, self.loc)
         if self._validate_args:
             self._validate_sample(value)
         above = (value + 0.5 - self.loc) / self.scale
@@ -173,6 +225,7 @@ class columns:
     torch.Size([5, 3])
     """
 
+    @checked()
     def __init__(self, kinds: Sequence[Callable[..., TorchDistribution]]) -> None:
         self.kinds = [
             (kind, arguments_of(kind), [i for i, k in enumerate(kinds) if k is kind]) for kind in dict.fromkeys(kinds)

@@ -21,6 +21,7 @@ from torch.distributions import Distribution, constraints
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, broadcast_cat
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import refuse_batch_norm
 from pyro_dgm.core.shapes import as_tensor_like, of_entries, reference
 from pyro_dgm.vae.conditional import Conditional
@@ -72,6 +73,7 @@ class VAE(nn.Module):
         (torch.Size([3, 5]), torch.Size([100, 2]))
     """
 
+    @checked()
     def __init__(
         self,
         prior: DistributionModule,

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.shapes import as_shape, as_tensor_like, reference, refuse_non_finite
 from pyro_dgm.vae.model import VAE, mean_of
 
 if TYPE_CHECKING:
@@ -18,6 +20,21 @@ if TYPE_CHECKING:
 __all__ = ["interpolation", "plot_embedding", "plot_images", "plot_reconstructions", "traversal"]
 
 
+def _axes(who: str, ax: Axes | None) -> Axes | None:
+    if ax is not None and not hasattr(ax, "imshow"):
+        raise TypeError(f"{who}: ax is a {type(ax).__name__}, expected axes of matplotlib, or None.")
+    return ax
+
+
+def _as_read_by(decode: Callable[[Tensor], Tensor], who: str, name: str, latent: Tensor) -> Tensor:
+    """A latent in the decoder's precision."""
+    like = reference(decode) if isinstance(decode, nn.Module) else None
+    latent = as_tensor_like(who, name, latent, torch.zeros(()) if like is None else like)
+    refuse_non_finite(who, latent.reshape(1, -1), "latents")
+    return latent
+
+
+@checked()
 def plot_images(images: Tensor, columns: int = 10, ax: Axes | None = None) -> Axes:
     """A grid of grey images of shape ``(N, H, W)``, row by row; returns the axes.
 
@@ -34,21 +51,27 @@ def plot_images(images: Tensor, columns: int = 10, ax: Axes | None = None) -> Ax
     whole = torch.cat([images, images.new_zeros(rows * columns - n, h, w)]).cpu()
     tiles = torch.nn.functional.pad(whole, (0, gap, 0, gap)).reshape(rows, columns, h + gap, w + gap)
     grid = tiles.permute(0, 2, 1, 3).reshape(rows * (h + gap), columns * (w + gap))
-    if ax is None:
-        ax = plt.subplots(figsize=(0.5 * columns, 0.5 * rows * h / w), layout="constrained")[1]
+    ax = _axes("plot_images", ax) or plt.subplots(figsize=(0.5 * columns, 0.5 * rows * h / w), layout="constrained")[1]
     ax.imshow(grid.numpy(), cmap="gray_r", vmin=0.0, vmax=1.0, interpolation="nearest")
     ax.axis("off")
     return ax
 
 
+@checked()
 def plot_reconstructions(vae: VAE, x: Tensor, image_shape: Sequence[int], ax: Axes | None = None) -> Axes:
     """Data above their reconstructions, the likelihood's mean at the posterior mean; returns the axes."""
     with torch.no_grad():
         means = mean_of(vae.decode(vae.embed(x)), draws=64)
+    shape = as_shape(image_shape, "image_shape")
+    if len(shape) != 2 or shape.numel() * len(x) != x.numel():
+        raise ValueError(
+            f"plot_reconstructions: image_shape={tuple(shape)}, expected (H, W) of the rows of x, of shape {tuple(x.shape)}."
+        )
     pairs = torch.cat([x.reshape(-1, *image_shape), means.reshape(-1, *image_shape)])
     return plot_images(pairs, len(x), ax)
 
 
+@checked()
 def plot_embedding(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes | None = None) -> Axes:
     """Posterior means in the plane of their two leading principal components (as they are, in two dimensions)."""
     import matplotlib.pyplot as plt
@@ -57,8 +80,7 @@ def plot_embedding(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes |
     if z.shape[-1] > 2:
         centred = z - z.mean(0)
         z = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T
-    if ax is None:
-        ax = plt.subplots(figsize=(5, 4), layout="constrained")[1]
+    ax = _axes("plot_embedding", ax) or plt.subplots(figsize=(5, 4), layout="constrained")[1]
     colours = None if labels is None else labels.cpu().numpy()
     first, second = z.T.cpu().numpy()
     dots = ax.scatter(first, second, c=colours, s=4, cmap="tab10", linewidths=0)
@@ -68,6 +90,7 @@ def plot_embedding(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes |
     return ax
 
 
+@checked()
 def traversal(
     decode: Callable[[Tensor], Tensor],
     start: Tensor,
@@ -97,8 +120,9 @@ def traversal(
         >>> len(figure.axes)
         6
     """
-    rows = range(start.shape[-1]) if units is None else units
-    if start.dim() != 1 or not all(0 <= u < len(start) for u in rows):
+    start = _as_read_by(decode, "traversal", "start", start)
+    rows = range(start.numel()) if units is None else units
+    if start.dim() != 1 or not len(rows) or not all(0 <= u < len(start) for u in rows):
         raise ValueError(
             f"traversal: start has shape {tuple(start.shape)} and units are {list(rows)}; expected a vector and its indices."
         )
@@ -108,6 +132,7 @@ def traversal(
     return _grid("traversal", decode, z, [f"z[{u}]" for u in rows])
 
 
+@checked()
 def interpolation(
     decode: Callable[[Tensor], Tensor],
     first: Tensor,
@@ -140,7 +165,9 @@ def interpolation(
         >>> len(figure.axes)
         5
     """
-    if first.shape != last.shape or first.dim() not in (1, 2):
+    first = _as_read_by(decode, "interpolation", "first", first)
+    last = _as_read_by(decode, "interpolation", "last", last)
+    if first.shape != last.shape or not first.numel() or first.dim() not in (1, 2):
         raise ValueError(
             f"interpolation: ends of shape {tuple(first.shape)} and {tuple(last.shape)}, expected one shape, (L,) or (rows, L)."
         )

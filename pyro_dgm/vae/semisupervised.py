@@ -21,8 +21,10 @@ from torch.distributions import Distribution
 from torch.nn.functional import one_hot
 
 from pyro_dgm.core import DistributionModule, broadcast_cat
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import refuse_batch_norm
 from pyro_dgm.core.shapes import as_tensor_like, reference
+from pyro_dgm.core.warn import plain_errors
 from pyro_dgm.vae.model import plate, refuse_outside, refuse_width, register
 
 __all__ = ["SemiSupervised", "SemiSupervisedVAE"]
@@ -62,6 +64,7 @@ class SemiSupervisedVAE(nn.Module):
         torch.Size([4, 3])
     """
 
+    @checked()
     def __init__(
         self,
         prior: DistributionModule,
@@ -85,8 +88,11 @@ class SemiSupervisedVAE(nn.Module):
 
 
 def _rows(family: DistributionModule, x: Tensor) -> Tensor:
-    """Data as a tensor of the family's kind."""
-    return as_tensor_like("SemiSupervisedVAE", "x", x, reference(family))
+    """Data as a tensor of the family's kind, one event a row."""
+    x = as_tensor_like("SemiSupervisedVAE", "x", x, reference(family))
+    if x.dim() < 2 or not x.numel():
+        raise ValueError(f"SemiSupervisedVAE: x has shape {tuple(x.shape)}, expected (N, *event): one row or more.")
+    return x
 
 
 class Classification(nn.Module):
@@ -179,12 +185,14 @@ class SemiSupervised(nn.Module):
         torch.Size([])
     """
 
+    @checked()
     def __init__(self, vae: SemiSupervisedVAE, weight: float, num_particles: int = 1) -> None:
         super().__init__()
         self.vae = vae
         self.weight = weight
         self.elbo = TraceEnum_ELBO(num_particles, vectorize_particles=num_particles > 1, max_plate_nesting=1)
 
+    @plain_errors()
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         pair = (self.vae.model, self.vae.guide)
         if not torch.is_grad_enabled():  # where TraceEnum_ELBO's differentiable loss refuses to run

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
 from pyro_dgm.core import LearnedDistribution
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.vae.model import VAE, prior_given
 
 __all__ = ["LatentMMD", "Penalised", "TotalCorrelation"]
@@ -44,6 +45,7 @@ class Penalised(nn.Module):
         (9.0, 66.0)
     """
 
+    @checked()
     def __init__(self, objective: nn.Module, *terms: tuple[float, nn.Module]) -> None:
         super().__init__()
         self.objective = objective
@@ -80,6 +82,7 @@ class LatentMMD(nn.Module):
         torch.Size([])
     """
 
+    @checked()
     def __init__(self, vae: VAE) -> None:
         super().__init__()
         self.vae = vae
@@ -128,6 +131,7 @@ class TotalCorrelation(nn.Module):
         torch.Size([])
     """
 
+    @checked()
     def __init__(self, vae: VAE, size: int) -> None:
         super().__init__()
         self.vae = vae

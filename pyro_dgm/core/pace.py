@@ -1,0 +1,177 @@
+"""Time, progress and threads: what runs inside a fit keeps to its seconds, shows on its bar, and uses threads that pay.
+
+Work that no descent knows of (a search for where to start, what settles at the end) asks :func:`steps` for the numbers of its
+steps. Outside a fit these are plain numbers; inside they move the fit's bar under a name, and end when their time does.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+__all__ = ["few_threads", "moved", "seconds_left", "show", "steps", "took", "within", "working"]
+
+# Entries of the largest tensor of a step (rows x width), from which it keeps torch's threads. Measured by steps of Adam on
+# three layers, on 2 cores with 4 busy processes beside: two threads take 25 times as long as one at 4,000 entries, 6 to 14 times
+# at 200,000, and twice as long at 4 million. With the cores to itself a step gains from the second thread from 60,000 on, at
+# most a factor of 2. ``docs/howto/time.md`` has the table.
+SMALL = 200_000
+
+_PYRO_TELLS = "pyro.infer.elbo"  # its "Guessed max_plate_nesting" would break the bar
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Whose time it is: until when, by ``time.perf_counter``, and the bar that shows it."""
+
+    deadline: float = math.inf
+    bar: Any = None
+    history: Any = None  # of the fit, where :func:`took` notes trainings
+
+
+_NONE = Pace()
+_PACE: ContextVar[Pace] = ContextVar("pace", default=_NONE)
+
+
+@contextmanager
+def working(seconds: float | None, bar: Any, history: Any = None) -> Iterator[None]:
+    """Within the context work has so many seconds from now, shows on this bar, and Pyro prints nothing into it."""
+    deadline = math.inf if seconds is None else time.perf_counter() + seconds
+    token = _PACE.set(Pace(deadline, bar, history))
+    logger = logging.getLogger(_PYRO_TELLS)
+    quiet = _Quiet(threading.get_ident())
+    logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        logger.removeFilter(quiet)
+        _PACE.reset(token)
+
+
+class _Quiet(logging.Filter):
+    """Leaves out what one thread tells below a warning."""
+
+    def __init__(self, thread: int) -> None:
+        super().__init__()
+        self.thread = thread
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or threading.get_ident() != self.thread
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Within the context work has so many seconds, if so many are left."""
+    pace = _PACE.get()
+    token = _PACE.set(replace(pace, deadline=min(pace.deadline, time.perf_counter() + seconds)))
+    try:
+        yield
+    finally:
+        _PACE.reset(token)
+
+
+def seconds_left() -> float:
+    """Seconds until the work at hand has to end: not below 0; infinity without a limit.
+
+    >>> seconds_left()
+    inf
+    """
+    return max(0.0, _PACE.get().deadline - time.perf_counter())
+
+
+def steps(name: str, total: int, share: float = 1.0) -> Iterator[tuple[int, float]]:
+    """Numbers and shares of the way of at most ``total`` steps, one at least; their time is a share of what is left.
+
+    >>> list(steps("walk", 2))
+    [(0, 0.0), (1, 0.5)]
+    """
+    bar = _PACE.get().bar
+    began = time.perf_counter()
+    seconds = share * seconds_left()
+    if bar is not None:
+        show(bar, name, total)
+    for i in range(total):
+        used = (time.perf_counter() - began) / seconds if seconds else 1.0
+        if i and used >= 1.0:
+            return
+        yield i, max(i / total, min(used, 1.0) if seconds < math.inf else 0.0)
+        if bar is not None:
+            bar.update()
+
+
+def moved() -> None:
+    """Move the bar by one."""
+    bar = _PACE.get().bar
+    if bar is not None and bar.n < (bar.total or math.inf):
+        bar.update()
+
+
+def took(stage: tuple[str, int, float, float]) -> None:
+    """Note a training by name, steps, first and last loss in the history of the fit that is at work."""
+    history = _PACE.get().history
+    if history is not None:
+        history.stages.append(stage)
+
+
+def show(bar: Any, name: str, total: int | None) -> None:
+    """Begin a named piece of work on a bar."""
+    bar.set_description_str(name, refresh=False)
+    bar.set_postfix_str("", refresh=False)
+    bar.reset(total=total)
+
+
+_LOCK = threading.Lock()
+_DEPTH = threading.local()
+_users = 0
+_before = 1
+
+
+@contextmanager
+def few_threads(entries: float) -> Iterator[None]:
+    """Within the context torch has one thread where a step's largest tensor has few entries; then as many as before.
+
+    Contexts may be nested, also in several threads of Python at once: the last that leaves finds what the first one found.
+
+    >>> before = torch.get_num_threads()
+    >>> with few_threads(100):
+    ...     torch.get_num_threads()
+    1
+    >>> torch.get_num_threads() == before
+    True
+    """
+    depth = getattr(_DEPTH, "value", 0)
+    if depth or entries >= SMALL:
+        yield
+        return
+    _enter()
+    _DEPTH.value = 1
+    try:
+        yield
+    finally:
+        _DEPTH.value = 0
+        _leave()
+
+
+def _enter() -> None:
+    global _users, _before
+    with _LOCK:
+        if not _users:
+            _before = torch.get_num_threads()
+        _users += 1
+        torch.set_num_threads(1)  # of this thread of Python, and of those that begin
+
+
+def _leave() -> None:
+    global _users
+    with _LOCK:
+        _users -= 1
+        torch.set_num_threads(_before)
