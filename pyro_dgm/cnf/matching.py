@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.shapes import check_batch
 from pyro_dgm.flows.base import NormalizingFlow
-from pyro_dgm.train.batches import first_rows
+from pyro_dgm.flows.few_rows import LEAST_ROWS, MOST_COLUMNS, StandIn
+from pyro_dgm.train.batches import few_rows, first_rows
 from pyro_dgm.train.descend import Stages
 
-__all__ = ["FlowMatching", "standardize_once", "velocity_error"]
+__all__ = ["FlowMatching", "standardize_once", "start_from_few", "velocity_error"]
 
 _BLOCK = 64  # rows among which noise is matched to data; the cost of a match grows with their cube
 
@@ -113,6 +115,26 @@ def _matched(noise: Tensor, data: Tensor) -> Tensor:
         cost = torch.cdist(there.detach(), some).square().cpu().numpy()
         blocks.append(some[torch.as_tensor(linear_sum_assignment(cost)[1], device=noise.device)])
     return torch.cat(blocks)
+
+
+@torch.no_grad()
+def start_from_few(family: NormalizingFlow, batches: Iterator[tuple[Any, ...]]) -> StandIn | None:
+    """Where rows are few: start a standardised flow at their normal law, and give what stands in for the rows beyond that.
+
+    None where the rows are many, or say no more than that law does, or depend on a context.
+    """
+    rows = few_rows(batches)
+    if rows is None or len(rows[0]) < LEAST_ROWS or family.features > MOST_COLUMNS or not family.has_normal_base():
+        return None
+    x, context = rows if len(rows) > 1 else (rows[0], None)
+    before = deepcopy(family.state_dict())
+    score = family(context).log_prob(x).mean()
+    family.decorrelate.fit(family.flow_units(x))
+    family.start_at_identity()
+    if not family(context).log_prob(x).mean() > score:  # a mixture, say, which has no identity
+        family.load_state_dict(before)
+    stand_in = StandIn(family.flow_units(x)) if context is None else None
+    return stand_in if stand_in is not None and stand_in.worth_while else None
 
 
 def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ...]]) -> bool:

@@ -301,7 +301,7 @@ def test_amounts_that_are_none_are_refused(name, value):
     ({"validation": True}, TypeError, "validation=True, expected a finite number"),
     ({"validation": 1}, ValueError, "validation=1, expected a share"),
     ({"validation": 1.5}, ValueError, "validation=1.5, expected a share"),
-    ({"validation": 0.0}, ValueError, "validation=0.0, expected a finite number > 0"),
+    ({"validation": -0.1}, ValueError, "validation=-0.1, expected a finite number >= 0"),
     ({"validation": math.nan}, ValueError, "validation=nan"),
 ])  # fmt: skip
 def test_seeds_and_shares_that_are_none_are_refused(options, error, match):
