@@ -24,9 +24,25 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.train.batches import FEW
+from pyro_dgm.train.hooks import Recipe
 
-__all__ = ["LEAST_ROWS", "MOST_COLUMNS", "Decorrelate", "StandIn"]
+__all__ = [
+    "DRAWS",
+    "FEW_ROWS",
+    "FEW_ROWS_ALONE",
+    "LEAST_ROWS",
+    "MOST_COLUMNS",
+    "Decorrelate",
+    "Pairs",
+    "StandIn",
+    "are_few",
+]
 
+# How a density of few rows is trained. Measured on the simulated tables of docs/benchmarks/small.md.
+FEW_ROWS = Recipe(lr=5e-4, max_steps=1000, validation=0.2, patience=8, averaging=0.95)  # after draws of the stand-in
+FEW_ROWS_ALONE = Recipe(lr=3e-3, max_steps=1000, validation=0.2, patience=8, averaging=0.95)  # without them
+DRAWS = 512  # of the stand-in, a step
 MOST_COLUMNS = 100  # above which neither is done: a covariance has too many entries. Not measured; chosen by hand
 LEAST_ROWS = 10  # below which neither is done. Not measured; chosen by hand
 
@@ -46,7 +62,13 @@ _ITERATIONS = 60  # of a mixture's EM at most
 _TOLERANCE = 1e-3  # nats a row, that an iteration has to bring
 _RIDGE = 1e-4  # in the common covariance: a spike of equal rows has a width of .01
 _LEAST_GAIN = 0.02  # nats a row above the normal law, for the stand-in to be worth while. Not measured; chosen by hand
+_SNAPPED = 0.1  # of the rows: the most values of a context's column that counts as one of classes. Not measured
 _NEGLIGIBLE = 0.01  # weight of a candidate that is left out
+
+
+def are_few(rows: int | None) -> bool:
+    """Whether so many rows are few, and enough for anything at all."""
+    return rows is not None and LEAST_ROWS <= rows <= FEW
 
 
 class Decorrelate(nn.Module):
@@ -243,6 +265,49 @@ class StandIn:
         counts = torch.multinomial(self.weights, n, replacement=True).bincount(minlength=len(self.parts))
         draws = torch.cat([part.sample(int(count)) for part, count in zip(self.parts, counts, strict=True)])
         return draws[torch.randperm(n)].float()
+
+
+class Pairs:
+    """What stands in for events in a flow's units ``(N, D)`` together with their contexts ``(N, C)``, or for events alone.
+
+    Events and contexts have a joint stand-in, in units of their own. Drawn contexts of a column with few values take the nearest
+    of these.
+    """
+
+    def __init__(self, u: Tensor, context: Tensor | None) -> None:
+        self.columns = u.shape[1]
+        self.context = context
+        self.like = u
+        if context is not None:
+            self.loc = context.mean(0)
+            sd = context.std(0)
+            self.scale = torch.where(sd > 0, sd, 1.0)
+            u = torch.cat([u, (context - self.loc) / self.scale], 1)
+            self.units = Decorrelate().to(u).fit(u)
+            u = self.units.transform().inv(u)
+        self.stand_in = StandIn(u)
+
+    @property
+    def worth_while(self) -> bool:
+        """Whether a normal law that ignores the context says less."""
+        return self.context is not None or self.stand_in.worth_while
+
+    def sample(self, n: int) -> tuple[Tensor, ...]:
+        """Draws: events in the flow's units, and contexts where there are any."""
+        u = self.stand_in.sample(n).to(self.like)
+        if self.context is None:
+            return (u,)
+        u, context = self.units.transform()(u).split([self.columns, self.context.shape[1]], 1)
+        return u, _snapped(self.loc + self.scale * context, self.context)
+
+
+def _snapped(drawn: Tensor, seen: Tensor) -> Tensor:
+    """Drawn columns at the nearest of the values that were seen, where these are few."""
+    columns = []
+    for some, values in zip(drawn.T, (column.unique() for column in seen.T), strict=True):
+        few = len(values) <= _SNAPPED * len(seen)
+        columns.append(values[(some[:, None] - values).abs().argmin(1)] if few else some)
+    return torch.stack(columns, 1)
 
 
 def _candidates(rows: int, columns: int) -> list[_Candidate]:

@@ -11,26 +11,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
-from pyro_dgm.cnf.matching import FlowMatching, standardize_once, start_from_few
+from pyro_dgm.cnf.matching import FlowMatching, match, recipe_of_few, standardize_once, start_from_few
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.shapes import check_batch, check_number
-from pyro_dgm.flows.few_rows import LEAST_ROWS
-from pyro_dgm.train.batches import FEW, few_rows
-from pyro_dgm.train.descend import Stages, adam, cosine, warm_up
+from pyro_dgm.flows.few_rows import are_few
+from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
 
 __all__ = ["MaximumLikelihood", "Transformed"]
 
 _KINETIC = 0.02  # weight of a continuous flow's kinetic cost, unless given (docs/benchmarks/cnf.md)
 _MATCHING_STEPS = 2000  # of flow matching before the first step (docs/benchmarks/cnf.md)
-_MATCHING_RATE = 5e-3  # not measured; chosen by hand
-_MATCHING_FLOOR = 0.1  # of that rate, at the end; not measured; chosen by hand
-
-# Few rows (train.batches.FEW at most): measured on the simulated tables of docs/benchmarks/small.md.
-_FEW_ROWS = Recipe(lr=5e-4, max_steps=1000, validation=0.2, patience=8, averaging=0.95)
-_DRAWS = 512  # of the stand-in, a step
-_STAND_IN_STEPS = 500  # of likelihood; of a continuous flow 1500 of flow matching
-_STAND_IN_MATCHING = 1500
+_STAND_IN_STEPS = 500  # of likelihood on draws of what stands in for few rows (docs/benchmarks/small.md)
+_STAND_IN_MATCHING = 1500  # of flow matching on them
 
 
 class MaximumLikelihood(nn.Module):
@@ -109,30 +102,19 @@ class MaximumLikelihood(nn.Module):
 
     def recipe(self, rows: int | None) -> Recipe:
         """Few rows are in part held out."""
-        return _FEW_ROWS if rows is not None and LEAST_ROWS <= rows <= FEW else Recipe()
+        return recipe_of_few(self.family) if are_few(rows) else Recipe()
 
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take the units from the data and match the flow, unless the family was trained before."""
         family = self.family
+        stages = stages or Stages()
         if not self.steps or not standardize_once(family, batches):
             return
-        few = few_rows(batches) is not None
-        stand_in = start_from_few(family, batches) if few else None
-        if few and stand_in is None or not few and not isinstance(family, ContinuousFlow):
-            return
-        matching = isinstance(family, ContinuousFlow)
-        objective = FlowMatching(family) if matching else self
-        name = "flow matching" if matching else "likelihood of a stand-in"
-        steps = min(self.steps, _STAND_IN_MATCHING if matching else _STAND_IN_STEPS)
-        draw = (lambda: (family.from_units(stand_in.sample(_DRAWS)),)) if stand_in else lambda: next(batches)
-        (stages or Stages()).descend(
-            name,
-            family,
-            adam([p for p in family.parameters() if p.requires_grad], _MATCHING_RATE),
-            lambda: objective(*draw()),
-            steps if stand_in else self.steps,
-            lambda step, progress: warm_up(step) * cosine(progress, _MATCHING_FLOOR),
-        )
+        continuous = isinstance(family, ContinuousFlow)
+        cheap = FlowMatching(family) if continuous else self
+        steps = min(self.steps, _STAND_IN_MATCHING if continuous else _STAND_IN_STEPS)
+        if not start_from_few(family, cheap, batches, stages, steps) and continuous:
+            match("flow matching", family, lambda: cheap(*next(batches)), self.steps, stages)
 
     def _refuse_hjb_without_potential(self) -> None:
         if "hjb" in self.weights:
