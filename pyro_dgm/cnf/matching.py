@@ -27,9 +27,9 @@ from pyro_dgm.train.hooks import Recipe
 
 __all__ = ["FlowMatching", "match", "recipe_of_few", "standardize_once", "start_from_few", "velocity_error"]
 
-RATE = 5e-3  # of a flow before its first step by likelihood; not measured; chosen by hand
-FLOOR = 0.1  # of that rate, at the end; not measured; chosen by hand
-_STEPS = 1500  # of flow matching on draws of what stands in for few rows
+RATE = 5e-3  # of flow matching before a flow's first step; not measured; chosen by hand
+_FLOOR = 0.1  # of a rate before the first step, at the end; not measured; chosen by hand
+FEW_STEPS = 1500  # of flow matching on draws of what stands in for few rows (docs/benchmarks/small.md)
 _BLOCK = 64  # rows among which noise is matched to data; the cost of a match grows with their cube
 
 
@@ -93,7 +93,7 @@ class FlowMatching(nn.Module):
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take the flow's units from the data, unless it has some; few rows are first matched by what stands in for them."""
         if standardize_once(self.cnf, batches):
-            start_from_few(self.cnf, self, batches, stages or Stages(), _STEPS)
+            start_from_few(self.cnf, self, batches, stages or Stages(), FEW_STEPS, RATE)
 
     def recipe(self, rows: int | None) -> Recipe:
         """Few rows are in part held out."""
@@ -134,7 +134,12 @@ def recipe_of_few(family: DistributionModule) -> Recipe:
 
 
 def start_from_few(
-    family: NormalizingFlow, objective: nn.Module, batches: Iterator[tuple[Any, ...]], stages: Stages, steps: int
+    family: NormalizingFlow,
+    objective: nn.Module,
+    batches: Iterator[tuple[Any, ...]],
+    stages: Stages,
+    steps: int,
+    rate: float,
 ) -> bool:
     """Start a standardised flow at the normal law of few rows, and take so many steps on draws of what stands in for them.
 
@@ -151,7 +156,7 @@ def start_from_few(
     if pairs.worth_while:
         before = deepcopy(family.state_dict())
         score = _score(family, x, context)
-        match("draws of a smooth density", family, lambda: objective(*_events(family, pairs)), steps, stages)
+        match("draws of a smooth density", family, lambda: objective(*_events(family, pairs)), stages, steps, rate)
         if not _score(family, x, context) > score:
             family.load_state_dict(before)
     return True
@@ -178,10 +183,14 @@ def _score(family: NormalizingFlow, x: Tensor, context: Tensor | None) -> float:
     return float(family(context).log_prob(x).mean())
 
 
-def match(name: str, family: nn.Module, loss: Callable[[], Tensor], steps: int, stages: Stages) -> None:
+def match(
+    name: str, family: nn.Module, loss: Callable[[], Tensor], stages: Stages, steps: int, rate: float = RATE
+) -> None:
     """A stage of all parameters before the first step, at a rate that falls."""
-    optimizer = adam([p for p in family.parameters() if p.requires_grad], RATE)
-    stages.descend(name, family, optimizer, loss, steps, lambda step, progress: warm_up(step) * cosine(progress, FLOOR))
+    optimizer = adam([p for p in family.parameters() if p.requires_grad], rate)
+    stages.descend(
+        name, family, optimizer, loss, steps, lambda step, progress: warm_up(step) * cosine(progress, _FLOOR)
+    )
 
 
 def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ...]]) -> bool:

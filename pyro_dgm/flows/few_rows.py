@@ -40,8 +40,8 @@ __all__ = [
 ]
 
 # How a density of few rows is trained. Measured on the simulated tables of docs/benchmarks/small.md.
-FEW_ROWS = Recipe(lr=5e-4, max_steps=1000, validation=0.2, patience=8, averaging=0.95)  # after draws of the stand-in
-FEW_ROWS_ALONE = Recipe(lr=3e-3, max_steps=1000, validation=0.2, patience=8, averaging=0.95)  # without them
+FEW_ROWS = Recipe(lr=5e-4, max_steps=1000, validation=0.1, patience=8, averaging=0.95)  # after draws of the stand-in
+FEW_ROWS_ALONE = Recipe(lr=3e-3, max_steps=1000, validation=0.1, patience=8, averaging=0.95)  # without them
 DRAWS = 512  # of the stand-in, a step
 MOST_COLUMNS = 100  # above which neither is done: a covariance has too many entries. Not measured; chosen by hand
 LEAST_ROWS = 10  # below which neither is done. Not measured; chosen by hand
@@ -263,7 +263,8 @@ class StandIn:
     def sample(self, n: int) -> Tensor:
         """Independent draws ``(n, D)``."""
         counts = torch.multinomial(self.weights, n, replacement=True).bincount(minlength=len(self.parts))
-        draws = torch.cat([part.sample(int(count)) for part, count in zip(self.parts, counts, strict=True)])
+        drawn = [part.sample(count) for part, count in zip(self.parts, counts.tolist(), strict=True) if count]
+        draws = torch.cat(drawn)
         return draws[torch.randperm(n)].float()
 
 

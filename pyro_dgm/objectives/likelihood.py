@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
-from pyro_dgm.cnf.matching import FlowMatching, match, recipe_of_few, standardize_once, start_from_few
+from pyro_dgm.cnf.matching import FEW_STEPS, RATE, FlowMatching, match, recipe_of_few, standardize_once, start_from_few
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.shapes import check_batch, check_number
 from pyro_dgm.flows.few_rows import are_few
@@ -22,8 +22,8 @@ __all__ = ["MaximumLikelihood", "Transformed"]
 
 _KINETIC = 0.02  # weight of a continuous flow's kinetic cost, unless given (docs/benchmarks/cnf.md)
 _MATCHING_STEPS = 2000  # of flow matching before the first step (docs/benchmarks/cnf.md)
-_STAND_IN_STEPS = 500  # of likelihood on draws of what stands in for few rows (docs/benchmarks/small.md)
-_STAND_IN_MATCHING = 1500  # of flow matching on them
+_FEW_STEPS = 800  # of likelihood on draws of what stands in for few rows (docs/benchmarks/small.md)
+_FEW_RATE = 1e-2  # of these
 
 
 class MaximumLikelihood(nn.Module):
@@ -112,9 +112,10 @@ class MaximumLikelihood(nn.Module):
             return
         continuous = isinstance(family, ContinuousFlow)
         cheap = FlowMatching(family) if continuous else self
-        steps = min(self.steps, _STAND_IN_MATCHING if continuous else _STAND_IN_STEPS)
-        if not start_from_few(family, cheap, batches, stages, steps) and continuous:
-            match("flow matching", family, lambda: cheap(*next(batches)), self.steps, stages)
+        steps = min(self.steps, FEW_STEPS if continuous else _FEW_STEPS)
+        few = start_from_few(family, cheap, batches, stages, steps, RATE if continuous else _FEW_RATE)
+        if continuous and not few:
+            match("flow matching", family, lambda: cheap(*next(batches)), stages, self.steps)
 
     def _refuse_hjb_without_potential(self) -> None:
         if "hjb" in self.weights:

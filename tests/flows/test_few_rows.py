@@ -128,7 +128,7 @@ def test_a_hundred_rows_of_clusters(family):
     with torch.no_grad():
         gap = truth - flow().log_prob(test).mean()
     assert gap < 0.6 and truth - normal > 1.2
-    assert history.held_out == "20 of 100 rows, at random" and "held_out='20 of 100 rows" in repr(history)
+    assert history.held_out == "10 of 100 rows, at random" and "held_out='10 of 100 rows" in repr(history)
     assert history.validation[0][0] == 0 and history.best_loss <= history.validation[0][1]
 
 
