@@ -126,13 +126,6 @@ class ContinuousFlow(NormalizingFlow):
         r""":math:`v(t, u; c)` for times ``(*batch, 1)`` and points ``(*batch, D)``, in the flow's units."""
         return self.field.velocity(time, u, context)
 
-    def flow_units(self, x: Tensor) -> Tensor:
-        """Events as flat vectors in the unconstrained, standardised units that the flow moves in."""
-        x = self._events(x, self.event_shape)
-        zero = next(self.field.parameters()).new_zeros(self.context_features)
-        to_event = self.bijection(self.build(zero if self.context_features else None))
-        return x if to_event is None else to_event.inv(x)
-
     def score_and_costs(self, x: Tensor, context: Tensor | None, costs: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Log density of events ``(*batch,)`` and the costs of their paths ``(*batch, k)``, in one solve.
 

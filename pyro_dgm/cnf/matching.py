@@ -8,7 +8,8 @@ The minimiser carries :math:`N(0, I)` at time 0 to the data at time 1 (Lipman et
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -16,14 +17,20 @@ from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
+from pyro_dgm.core.data import warn_of_ties
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch
 from pyro_dgm.flows.base import NormalizingFlow
-from pyro_dgm.train.batches import first_rows
-from pyro_dgm.train.descend import Stages
+from pyro_dgm.flows.few_rows import DRAWS, FEW_ROWS, FEW_ROWS_ALONE, LEAST_ROWS, MOST_COLUMNS, Pairs, are_few
+from pyro_dgm.train.batches import few_rows, first_rows
+from pyro_dgm.train.descend import Stages, adam, cosine, warm_up
+from pyro_dgm.train.hooks import Recipe
 
-__all__ = ["FlowMatching", "standardize_once", "velocity_error"]
+__all__ = ["FlowMatching", "match", "recipe_of_few", "standardize_once", "start_from_few", "velocity_error"]
 
+RATE = 5e-3  # of flow matching before a flow's first step; not measured; chosen by hand
+_FLOOR = 0.1  # of a rate before the first step, at the end; not measured; chosen by hand
+FEW_STEPS = 1500  # of flow matching on draws of what stands in for few rows (docs/benchmarks/small.md)
 _BLOCK = 64  # rows among which noise is matched to data; the cost of a match grows with their cube
 
 
@@ -86,8 +93,13 @@ class FlowMatching(nn.Module):
         return velocity_error(self.cnf, self.path, noise, data, context)
 
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
-        """Take the flow's units from the data, unless it has some."""
-        standardize_once(self.cnf, batches)
+        """Take the flow's units from the data, unless it has some; few rows are first matched by what stands in for them."""
+        if standardize_once(self.cnf, batches):
+            start_from_few(self.cnf, self, batches, stages or Stages(), FEW_STEPS, RATE)
+
+    def recipe(self, rows: int | None) -> Recipe:
+        """Few rows are in part held out."""
+        return recipe_of_few(self.cnf) if are_few(rows) else Recipe()
 
 
 def velocity_error(cnf: ContinuousFlow, path: str, noise: Tensor, data: Tensor, context: Tensor | None) -> Tensor:
@@ -117,6 +129,72 @@ def _matched(noise: Tensor, data: Tensor) -> Tensor:
     return torch.cat(blocks)
 
 
+def recipe_of_few(family: DistributionModule) -> Recipe:
+    """How a density of few rows is trained: gently, where draws of what stands in for them come first."""
+    new = isinstance(family, NormalizingFlow) and family.standard.is_identity()
+    return FEW_ROWS if new else FEW_ROWS_ALONE
+
+
+def start_from_few(
+    family: NormalizingFlow,
+    objective: nn.Module,
+    batches: Iterator[tuple[Any, ...]],
+    stages: Stages,
+    steps: int,
+    rate: float,
+) -> bool:
+    """Start a standardised flow at the normal law of few rows, and take so many steps on draws of what stands in for them.
+
+    The answer is whether the rows are few. Steps that leave their likelihood lower than the normal law's are undone.
+    """
+    rows = few_rows(batches)
+    if rows is None:
+        return False
+    x, context = check_batch(type(family).__name__, family, rows[0], rows[1] if len(rows) > 1 else None)
+    if len(x) < LEAST_ROWS or family.features > MOST_COLUMNS or not family.has_normal_base():
+        return True
+    _start_at_normal(family, x, context)
+    pairs = Pairs(family.flow_units(x), context)
+    if pairs.worth_while:
+        before = deepcopy(family.state_dict())
+        score = _score(family, x, context)
+        match("draws of a smooth density", family, lambda: objective(*_events(family, pairs)), stages, steps, rate)
+        if not _score(family, x, context) > score:
+            family.load_state_dict(before)
+    return True
+
+
+def _events(family: NormalizingFlow, pairs: Pairs) -> tuple[Tensor, ...]:
+    u, *context = pairs.sample(DRAWS)
+    return family.from_units(u), *context
+
+
+@torch.no_grad()
+def _start_at_normal(family: NormalizingFlow, x: Tensor, context: Tensor | None) -> None:
+    """Make the flow the identity in units that take out correlations, unless that is no normal law."""
+    before = deepcopy(family.state_dict())
+    score = _score(family, x, context)
+    family.decorrelate.fit(family.flow_units(x))
+    family.start_at_identity()
+    if not _score(family, x, context) > score:
+        family.load_state_dict(before)
+
+
+@torch.no_grad()
+def _score(family: NormalizingFlow, x: Tensor, context: Tensor | None) -> float:
+    return float(family(context).log_prob(x).mean())
+
+
+def match(
+    name: str, family: nn.Module, loss: Callable[[], Tensor], stages: Stages, steps: int, rate: float = RATE
+) -> None:
+    """A stage of all parameters before the first step, at a rate that falls."""
+    optimizer = adam([p for p in family.parameters() if p.requires_grad], rate)
+    stages.descend(
+        name, family, optimizer, loss, steps, lambda step, progress: warm_up(step) * cosine(progress, _FLOOR)
+    )
+
+
 def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ...]]) -> bool:
     """Take a flow's units from the data, and say whether that was done.
 
@@ -129,6 +207,7 @@ def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ..
         before = family(context).log_prob(x).mean()
         family.standardize(x)
         if family(context).log_prob(x).mean() > before - 0.5:
+            warn_of_ties(type(family).__name__, (few_rows(batches) or (x,))[0])
             return True
         family.standard.forget()
     return False

@@ -22,8 +22,13 @@ from torch.distributions.utils import lazy_property
 
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
+from pyro_dgm.core.warn import warn_user
 
-__all__ = ["Dequantize", "Fingerprints", "Standardize"]
+__all__ = ["Dequantize", "Fingerprints", "Standardize", "warn_of_ties"]
+
+# Of columns whose values come again. Not measured; chosen by hand.
+_TIED = 0.5  # of the rows, that have fewer values
+_COARSE = 0.05  # sd between values, from which on it matters
 
 
 class Standardize(nn.Module):
@@ -155,6 +160,29 @@ class Dequantize(nn.Module):
         """The integers, as floats: ``floor(K y)``; values outside [0, 1) go to the nearest level."""
         y = as_tensor_like("Dequantize", "y", y, None)
         return (y * self.levels).floor().clamp(0, self.levels - 1)
+
+
+def warn_of_ties(name: str, x: Any) -> None:
+    """Tell of columns of events ``(N, *event)`` whose values come again: a density can grow there without limit."""
+    rows = torch.as_tensor(x).detach().reshape(len(x), -1)
+    tied = [j for j, column in enumerate(rows.T) if _is_tied(column)]
+    if not tied:
+        return
+    named = ", ".join(map(str, tied[:5])) + (", ..." if len(tied) > 5 else "")
+    values = rows[:, tied[0]].unique()
+    step = float(values.diff().min())
+    warn_user(
+        f"{name}: values come again in column {named} (column {tied[0]}: {len(values)} values in {len(rows)} rows, {step:.2g} "
+        "apart). A density of real numbers can grow there without limit, and held-out rows do not show it. Add noise as wide as "
+        f"the rounding, x + {step:.2g} * (torch.rand_like(x) - 0.5) in that column; for integers, Dequantize."
+    )
+
+
+def _is_tied(column: Tensor) -> bool:
+    values = column.unique()
+    if not 1 < len(values) < _TIED * len(column):
+        return False
+    return bool(values.double().diff().median() > _COARSE * column.double().std())
 
 
 _LIBRARIES = tuple({sysconfig.get_path(k) for k in ("stdlib", "platstdlib", "purelib", "platlib")})

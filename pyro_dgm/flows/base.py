@@ -25,6 +25,7 @@ from pyro_dgm.core.shapes import (
     refuse_non_finite,
 )
 from pyro_dgm.flows.autoregressive import sequential
+from pyro_dgm.flows.few_rows import Decorrelate
 
 __all__ = ["Direction", "NormalizingFlow", "StandardNormalBase", "directed", "features_of", "standard_normal"]
 
@@ -93,6 +94,7 @@ class NormalizingFlow(DistributionModule):
     ) -> None:
         super().__init__(event_shape, context_features, support=support)
         self.standard = Standardize(self.features)
+        self.decorrelate = Decorrelate()  # the identity, unless a fit finds few rows
         self._known_support: constraints.Constraint | None = None
 
     def build(self, context: Tensor | None) -> Distribution:
@@ -105,9 +107,8 @@ class NormalizingFlow(DistributionModule):
 
     def bijection(self, built: Distribution) -> Transform | None:
         rest = super().bijection(built)
-        if self.standard.is_identity():
-            return rest
-        return compose([self.standard.transform()] + ([] if rest is None else [rest]))
+        parts = [units.transform() for units in (self.decorrelate, self.standard) if not units.is_identity()]
+        return compose(parts + ([] if rest is None else [rest])) if parts else rest
 
     @torch.no_grad()
     def standardize(self, x: Tensor) -> NormalizingFlow:
@@ -117,9 +118,34 @@ class NormalizingFlow(DistributionModule):
         """
         x = self._events(x, self.event_shape)
         self.standard.forget()
+        self.decorrelate.forget()
         to_event = self.bijection(self.build(None if not self.context_features else x.new_zeros(self.context_features)))
         self.standard.fit((x if to_event is None else to_event.inv(x)).reshape(-1, self.features))
         return self
+
+    def has_normal_base(self) -> bool:
+        """Whether the identity would be a normal law: not so of a flow on circles, nor of a mixture."""
+        base = getattr(self._built(), "base", None)
+        return isinstance(base, StandardNormalBase | zuko.distributions.DiagNormal)
+
+    def flow_units(self, x: Tensor) -> Tensor:
+        """Events as flat vectors in the unconstrained, standardised units in which the flow begins."""
+        x = self._events(x, self.event_shape)
+        to_event = self._to_event()
+        return x if to_event is None else to_event.inv(x)
+
+    def from_units(self, u: Tensor) -> Tensor:
+        """Events of vectors in the flow's units: what :meth:`flow_units` undoes."""
+        u = self._events(u, Size((self.features,)))
+        to_event = self._to_event()
+        return u if to_event is None else to_event(u)
+
+    def _to_event(self) -> Transform | None:
+        return self.bijection(self._built())
+
+    def _built(self) -> Distribution:
+        """For a context of zeros, where any will do."""
+        return self.build(self.values().new_zeros(self.context_features) if self.context_features else None)
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Latents :math:`z = g^{-1}(x; c)` of events ``(*batch, *event_shape)``, shape ``(*batch, D)``.

@@ -11,18 +11,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
-from pyro_dgm.cnf.matching import FlowMatching, standardize_once
+from pyro_dgm.cnf.matching import FEW_STEPS, RATE, FlowMatching, match, recipe_of_few, standardize_once, start_from_few
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch, check_number
-from pyro_dgm.train.descend import Stages, adam, cosine, warm_up
+from pyro_dgm.flows.few_rows import are_few
+from pyro_dgm.train.descend import Stages
+from pyro_dgm.train.hooks import Recipe
 
 __all__ = ["MaximumLikelihood", "Transformed"]
 
 _KINETIC = 0.02  # weight of a continuous flow's kinetic cost, unless given (docs/benchmarks/cnf.md)
 _MATCHING_STEPS = 2000  # of flow matching before the first step (docs/benchmarks/cnf.md)
-_MATCHING_RATE = 5e-3  # not measured; chosen by hand
-_MATCHING_FLOOR = 0.1  # of that rate, at the end; not measured; chosen by hand
+_FEW_STEPS = 800  # of likelihood on draws of what stands in for few rows (docs/benchmarks/small.md)
+_FEW_RATE = 1e-2  # of these
 
 
 class MaximumLikelihood(nn.Module):
@@ -100,20 +102,22 @@ class MaximumLikelihood(nn.Module):
         score, costs = self.family.score_and_costs(x, context, list(self.weights))
         return -score.mean() + costs.mean(0) @ costs.new_tensor(list(self.weights.values()))
 
+    def recipe(self, rows: int | None) -> Recipe:
+        """Few rows are in part held out."""
+        return recipe_of_few(self.family) if are_few(rows) else Recipe()
+
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take the units from the data and match the flow, unless the family was trained before."""
         family = self.family
-        if not self.steps or not standardize_once(family, batches) or not isinstance(family, ContinuousFlow):
+        stages = stages or Stages()
+        if not self.steps or not standardize_once(family, batches):
             return
-        matching = FlowMatching(family)
-        (stages or Stages()).descend(
-            "flow matching",
-            family,
-            adam([p for p in family.parameters() if p.requires_grad], _MATCHING_RATE),
-            lambda: matching(*next(batches)),
-            self.steps,
-            lambda step, progress: warm_up(step) * cosine(progress, _MATCHING_FLOOR),
-        )
+        continuous = isinstance(family, ContinuousFlow)
+        cheap = FlowMatching(family) if continuous else self
+        steps = min(self.steps, FEW_STEPS if continuous else _FEW_STEPS)
+        few = start_from_few(family, cheap, batches, stages, steps, RATE if continuous else _FEW_RATE)
+        if continuous and not few:
+            match("flow matching", family, lambda: cheap(*next(batches)), stages, self.steps)
 
     def _refuse_hjb_without_potential(self) -> None:
         if "hjb" in self.weights:

@@ -17,9 +17,11 @@ from pyro_dgm.core.shapes import as_tensor_like, from_arrays
 
 __all__ = [
     "BatchStream",
+    "FEW",
     "Batches",
     "as_args",
     "described",
+    "few_rows",
     "first_rows",
     "held_out_split",
     "largest_of",
@@ -28,6 +30,7 @@ __all__ = [
     "row_count",
 ]
 
+FEW = 3_000  # rows up to which a density is fitted with care for them (docs/benchmarks/small.md)
 _FIRST_ROWS = 10_000  # from which units are taken. Not measured; chosen by hand
 
 
@@ -234,6 +237,14 @@ def non_finite(args: tuple[Any, ...]) -> str:
         if a.is_floating_point() and a.layout is torch.strided and not a.is_meta and not a.isfinite().all()
     ]
     return "; ".join(bad)
+
+
+def few_rows(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...] | None:
+    """All rows behind the batches of a fit, each once, where they are few; None where they are many, or not known."""
+    if not isinstance(batches, BatchStream) or batches.batches.loader is not None:
+        return None
+    rows = row_count(batches.batches.args)
+    return batches.batches.args if rows is not None and rows <= FEW else None
 
 
 def first_rows(

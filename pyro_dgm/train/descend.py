@@ -24,6 +24,7 @@ from pyro_dgm.train.batches import BatchStream
 from pyro_dgm.train.history import Checkpoint, History
 
 __all__ = [
+    "OPEN_STEPS",
     "Limits",
     "Schedule",
     "Stages",
@@ -99,6 +100,9 @@ class Limits:
 def round_length(index: int) -> int | None:
     """Length of the ``index``-th round of an open fit; None after the last."""
     return _FIRST_ROUND * 2**index if index < _ROUNDS else None
+
+
+OPEN_STEPS = sum(round_length(i) or 0 for i in range(_ROUNDS))  # of an open fit, at most
 
 
 def constant(step: int, progress: float) -> float:

@@ -23,12 +23,11 @@ from pyro_dgm.train.batches import Batches, as_args, described, held_out_split, 
 from pyro_dgm.train.descend import Limits, Stages
 from pyro_dgm.train.history import Checkpoint, FitDiverged, History
 from pyro_dgm.train.hooks import Alternating, Preparing, Recipe, Recommending, Settling, Startable, settings
-from pyro_dgm.train.loop import Loop
+from pyro_dgm.train.loop import Loop, Patience
 from pyro_dgm.train.players import MakeOptimizer, OnePlayer, Players, TwoPlayers
 
 __all__ = ["FitDiverged", "fit"]
 
-_PATIENCE = 10  # checks, with validation. Not measured; chosen by hand.
 _MOST_SETTLING = 10.0  # seconds that are left for what settles
 _SEEDS = (-(2**63), 2**64 - 1)  # that torch takes
 _ADVICE = "Of a model and a guide write fit(STL_ELBO()(model, guide), data); of a family, fit(MaximumLikelihood(family), data)."
@@ -84,8 +83,12 @@ def fit(
             start, a step or a last check that has begun is not cut short.
         batch_size: rows per minibatch, taken from the first dimension of all tensors; None for full batches.
         validation: held-out arguments, given as ``data`` are, or the fraction of rows to hold out; the best parameters are
-            then those with the lowest held-out loss.
-        patience: checks (each 50 steps, or each epoch) without improvement before the fit stops; 10 with validation.
+            then those with the lowest held-out loss, the first ones included. Held-out losses are taken with the same
+            random numbers each time, and as the mean of several draws where the objective is random. 0 holds nothing out;
+            None leaves it to the objective: :class:`~pyro_dgm.MaximumLikelihood` holds rows out where they are few.
+        patience: checks without improvement before the fit stops. A check is made each 50 steps; with minibatches each epoch, or
+            each few of them where an epoch has less than 25 steps. None with validation for 500 steps, and at least a
+            quarter of the way to the limit.
         checkpoint: a file to save the state to, every few seconds. It belongs to one fit: data, seed, rates and settings
             have to agree at a resume, limits may be longer. If it cannot be saved, a warning says so and training goes on.
         resume: continue from that file where it exists, on any device; on the CPU the result is the same as without a stop.
@@ -121,8 +124,10 @@ def fit(
     data = data if isinstance(data, DataLoader) else as_args(data)
     held_out = _checked_validation(validation)
     with seeded(seed):
-        recipe = objective.recipe(row_count(data)) if isinstance(objective, Recommending) else Recipe()
+        rows = row_count(data)
+        recipe = objective.recipe(rows) if isinstance(objective, Recommending) else Recipe()
         held_out = recipe.validation if held_out is None else held_out
+        held_out = None if isinstance(held_out, float) and not held_out else held_out
         batch_size = batch_size or recipe.batch_size
         about = {"data": data, "validation": held_out, "batch_size": batch_size, "seed": seed}
         file = Checkpoint(checkpoint, lambda: settings(objective) | {k: described(v) for k, v in about.items()}, resume)
@@ -130,9 +135,9 @@ def fit(
         if isinstance(held_out, float):
             data, held_out = held_out_split(data, held_out)
         batches = Batches(data, batch_size, device_of(objective))
+        history = History(held_out=_told(held_out, rows, about["validation"]))
         held_out = to_device(held_out, batches.device)
         limits = _limits(objective, batches, recipe, max_steps, max_epochs, clock)
-        history = History()
         with (
             tqdm(desc="prepare", unit="step", disable=not progress, mininterval=0.5, miniters=1) as bar,
             few_threads(largest_of(objective, batches)),
@@ -147,8 +152,9 @@ def fit(
                     players = TwoPlayers(objective, batches, held_out, optimizer, lr, limits.max_steps)
                 else:
                     players = OnePlayer(objective, batches, held_out, optimizer, lr, recipe, parameters)
-                    patience = patience or recipe.patience or (None if held_out is None else _PATIENCE)
-                return Loop(objective, parameters, players, batches, stages, held_out, patience).run(saved)
+                judged = held_out is not None and not players.keeps_last
+                waits = Patience.of(patience or recipe.patience, players.every, judged)
+                return Loop(objective, parameters, players, batches, stages, held_out, waits).run(saved)
 
 
 def _refuse_bad_numbers(counts: dict[str, Any], amounts: dict[str, Any], seed: Any) -> None:
@@ -166,15 +172,25 @@ def _refuse_bad_numbers(counts: dict[str, Any], amounts: dict[str, Any], seed: A
 
 
 def _checked_validation(validation: Any) -> float | tuple[Any, ...] | None:
-    """A share of the rows, or the arguments of the objective that held-out data stand for."""
+    """A share of the rows (0: none), or the arguments of the objective that held-out data stand for."""
     if isinstance(validation, Real):
-        check_number("fit", "validation", validation, above=0)
+        check_number("fit", "validation", validation, least=0)
         if float(validation) >= 1.0:
             raise ValueError(
                 f"fit: validation={validation!r}, expected a share of the rows between 0 and 1, or held-out data."
             )
         return float(validation)
     return None if validation is None else as_args(validation)
+
+
+def _told(held_out: Any, rows: int | None, asked: Any) -> str:
+    """Which data are held out, in words."""
+    if held_out is None:
+        return ""
+    count = row_count(held_out)
+    if isinstance(asked, float):
+        return f"{count} of {rows} rows, at random"
+    return "given data" if count is None else f"{count} given rows"
 
 
 def _refuse_no_objective(objective: nn.Module, data: Any) -> None:
@@ -204,6 +220,7 @@ def _limits(
     timed = clock.max_seconds is not None
     if max_steps is None and max_epochs is None and not timed:
         max_epochs = recipe.max_epochs
+        max_steps = recipe.max_steps
     if max_epochs is not None:
         steps = max_epochs * (batches.epoch or 1)
         max_steps = steps if max_steps is None else min(max_steps, steps)

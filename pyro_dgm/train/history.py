@@ -33,6 +33,7 @@ class History:
         best_step: the step whose parameters were kept; their own loss was finite when they were.
         best_loss: the held-out loss there; without held-out data the mean of the last 50 finite losses up to there.
         stopped: why the fit ended.
+        held_out: which data the fit did not train on, but judged its parameters by; empty where none were.
         seconds: time since the call, preparation and settling included; of a fit that resumed, with the time before.
         critic_loss: the critic's loss of each step, where two players are trained; ``loss`` is then the generator's.
         critic_accuracy: share of pairs of a datum and a draw that the critic ranks rightly, of each step.
@@ -49,6 +50,7 @@ class History:
     best_step: int = 0
     best_loss: float = float("inf")
     stopped: str = ""
+    held_out: str = ""
     seconds: float = 0.0
     critic_loss: list[float] = field(default_factory=list)
     critic_accuracy: list[float] = field(default_factory=list)
@@ -73,7 +75,7 @@ class History:
     def __repr__(self) -> str:
         return (
             f"History(steps={self.steps}, best_loss={self.best_loss:.4g} at step {self.best_step}, "
-            f"skipped={len(self.skipped)}, seconds={self.seconds:.1f}, stopped={self.stopped!r})"
+            f"held_out={self.held_out!r}, skipped={len(self.skipped)}, seconds={self.seconds:.1f}, stopped={self.stopped!r})"
         )
 
     def plot(self, ax: Any = None) -> Any:

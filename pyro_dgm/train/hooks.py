@@ -121,6 +121,8 @@ class Recipe:
 
     Attributes:
         lr: peak learning rate.
+        max_epochs, max_steps: limits, where the user gives none.
+        validation: share of the rows to hold out.
         weight_decay: of AdamW; 0 for Adam.
         averaging: decay of the running average of the weights, which is what is validated and kept; 0 for none.
     """
@@ -128,6 +130,7 @@ class Recipe:
     lr: float = 5e-3
     batch_size: int | None = None
     max_epochs: int | None = None
+    max_steps: int | None = None
     validation: float | None = None
     patience: int | None = None
     weight_decay: float = 0.0

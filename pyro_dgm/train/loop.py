@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -16,18 +16,36 @@ from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.pace import show
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.train.batches import Batches, named_tensors, non_finite
-from pyro_dgm.train.descend import Stages, rate_at, round_length, set_rates
+from pyro_dgm.train.descend import OPEN_STEPS, Stages, rate_at, round_length, set_rates
 from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.hooks import Convergent, Finishing
 from pyro_dgm.train.players import Players, finite_loss, loss_of, smoothed
 
-__all__ = ["Interruption", "Loop"]
+__all__ = ["Interruption", "Loop", "Patience"]
 
 # Not measured; chosen by hand.
 _LARGEST_ERROR = 0.05  # nats, of a smoothed loss that may stop a fit; subsampled data or a poor fit have more
 _LEAST_GAIN = 1e-2  # nats that a round has to bring
 _MAX_SKIPPED = 20  # consecutive non-finite steps before a fit gives up
 _SAVE_EVERY = 5.0  # seconds
+_PATIENCE = (
+    500,
+    0.25,
+)  # steps without a lower held-out loss, and share of the whole way: a rate that falls brings gains late
+
+
+class Patience(NamedTuple):
+    """How long a fit goes on without improvement: so many checks, and so much of the whole way."""
+
+    checks: int
+    share: float
+
+    @classmethod
+    def of(cls, checks: int | None, every: int, held_out: bool) -> Patience | None:
+        """What was asked for; otherwise the usual where data are held out, and none where they are not."""
+        if checks is not None:
+            return cls(checks, 0.0)
+        return cls(-(-_PATIENCE[0] // every), _PATIENCE[1]) if held_out else None
 
 
 @dataclass
@@ -38,6 +56,7 @@ class Standing:
         round, round_began: the round's index and first step.
         round_best, previous_best: the lowest score in the round, and in the one before.
         stale: checks in a row without improvement.
+        stale_from: share of the whole way at the last improvement.
         lost: steps in a row that were not finite.
         checked_at: the step of the last check.
         lowest: the lowest score of all checks; the state that is kept may be a later one, within the noise.
@@ -48,6 +67,7 @@ class Standing:
     round_best: float = math.inf
     previous_best: float = math.inf
     stale: int = 0
+    stale_from: float = 0.0
     lost: int = 0
     checked_at: int = 0
     lowest: float = math.inf
@@ -64,7 +84,7 @@ class Loop:
         batches: Batches,
         stages: Stages,
         validation: tuple[Any, ...] | None,
-        patience: int | None,
+        patience: Patience | None,
     ) -> None:
         self.objective = objective
         self.players = players
@@ -93,6 +113,8 @@ class Loop:
             if self.validation is not None:
                 self._refuse_bad_start("held-out loss", self.validation)
         self._begin()
+        if self.validation is not None and not self.players.keeps_last and not self.history.steps:
+            self._check()  # the start is a candidate too
         try:
             with self.interruption:
                 self._train()
@@ -185,7 +207,11 @@ class Loop:
         with self.players.average.in_place():
             score, error = self.players.check(history, self.limits.progress(history.steps))
             known = math.isfinite(score)
-            standing.stale = 0 if known and score < standing.lowest else standing.stale + 1
+            if known and score < standing.lowest:
+                standing.stale = 0
+                standing.stale_from = self._way()
+            else:
+                standing.stale += 1
             if known and (self.players.keeps_last or score <= standing.lowest + 3.0 * error):
                 self._keep(score)
             if known:
@@ -203,13 +229,24 @@ class Loop:
         history = self.history
         if self.interruption.asked:
             history.stopped = "interrupted"
-        elif self.patience and self.standing.stale >= self.patience:
+        elif self._out_of_patience():
             history.stopped = f"no improvement in {self.standing.stale} checks"
         elif not self.limits.open and self.limits.progress(history.steps) >= 1.0:
             history.stopped = "limit reached"
         elif self.limits.open and self._progress() >= 1.0:
             self._next_round()
         return bool(history.stopped)
+
+    def _out_of_patience(self) -> bool:
+        standing = self.standing
+        if self.patience is None or standing.stale < self.patience.checks:
+            return False
+        return self._way() - standing.stale_from >= self.patience.share
+
+    def _way(self) -> float:
+        """Share of the whole way, over all rounds."""
+        steps = self.history.steps
+        return steps / OPEN_STEPS if self.limits.open else self.limits.progress(steps)
 
     def _next_round(self) -> None:
         """End an open fit that has converged or gains nothing; otherwise begin a longer round at a lower rate."""
@@ -254,7 +291,8 @@ class Loop:
             self.history.stopped = "interrupted"
         finally:
             self._restore(self.best)
-        if self.history.steps and not self.history.best_step and stopped not in ("", "diverged"):
+        found = [loss for step, loss in self.history.validation if step and math.isfinite(loss)]
+        if self.history.steps and not (self.history.best_step or found) and stopped not in ("", "diverged"):
             warn_user(
                 f"fit: no check in {self.history.steps} steps found a finite loss, so the parameters are those from before the "
                 "first step. Usual causes: a learning rate that is too large, held-out data outside the likelihood's support."

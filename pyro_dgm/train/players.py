@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.train.batches import Batches, BatchStream, first_rows
+from pyro_dgm.train.batches import Batches, BatchStream, first_rows, row_count
 from pyro_dgm.train.descend import adam, take_step
 from pyro_dgm.train.history import History
 from pyro_dgm.train.hooks import Alternating, Paced, Recipe
@@ -38,6 +38,9 @@ __all__ = [
 
 # Not measured; chosen by hand.
 _WINDOW = 50  # steps in a smoothed loss, and between checks of data without epochs
+_SHORTEST = 25  # steps between checks of minibatches: whole epochs, of which there may be many
+_HELD_OUT_ROWS = 2_000  # times draws, in a held-out loss that is drawn at random: its own noise is .02 of a row's
+_MOST_DRAWS = 16  # of such a loss
 _CLIP = 10.0  # norm of one player's gradient
 _CHECKS = 10  # of two players in a fit
 _TRIES = 3  # of a loss that is drawn at random, before parameters count as bad
@@ -137,7 +140,8 @@ class OnePlayer:
         self.optimizers = [made]
         self.average = Average(parameters, recipe.averaging)
         self.validation = validation
-        self.every = batches.epoch or _WINDOW
+        self.every = batches.epoch * -(-_SHORTEST // batches.epoch) if batches.epoch else _WINDOW
+        self.draws: int | None = None  # of the held-out loss; found at the first check
         self.batch: tuple[Any, ...] = ()
 
     def step(self, stream: BatchStream, history: History) -> tuple[float, bool]:
@@ -157,10 +161,23 @@ class OnePlayer:
         if self.validation is None:
             own = finite_loss(self.objective, self.batch)
             return smoothed(history) if math.isfinite(own) else (own, 0.0)
-        with torch.no_grad(), fork_rng(0), pyro.validation_enabled(False):
-            loss = float(loss_of(self.objective, self.validation))
+        loss = self._held_out_loss()
         history.validation.append((history.steps, loss))
         return loss, 0.0
+
+    def _held_out_loss(self) -> float:
+        """With the same random numbers at each check: one draw where they do not matter, otherwise the mean of enough."""
+        first = self._held_out_draw(0)
+        if self.draws is None:
+            rows = row_count(self.validation) or 1
+            varies = self._held_out_draw(1) != first
+            self.draws = min(_MOST_DRAWS, -(-_HELD_OUT_ROWS // rows)) if varies else 1
+        return (first + sum(self._held_out_draw(i) for i in range(1, self.draws))) / self.draws
+
+    @torch.no_grad()
+    def _held_out_draw(self, seed: int) -> float:
+        with fork_rng(seed), pyro.validation_enabled(False):
+            return float(loss_of(self.objective, self.validation))
 
     def postfix(self, history: History) -> dict[str, str]:
         """What the progress bar shows."""

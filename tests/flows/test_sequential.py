@@ -10,7 +10,7 @@ from torch import nn
 
 import pyro_dgm as dgm
 from pyro_dgm.core import zuko
-from pyro_dgm.flows.spline import RationalQuadratic
+from pyro_dgm.flows.families import RationalQuadratic
 
 D, C = 5, 3
 Zukos = zuko.transforms.AutoregressiveTransform

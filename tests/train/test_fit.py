@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_dgm as dgm
+from pyro_dgm.train.hooks import Recipe
 
 X = torch.linspace(-1.0, 3.0, 40)
 
@@ -60,6 +61,64 @@ def test_patience_stops_on_held_out_loss_and_keeps_the_best():
                       max_steps=3_000, progress=False)  # fmt: skip
     assert history.stopped == "no improvement in 3 checks"
     assert abs(objective.w - 1.0) < 1.0 and history.best_loss == min(loss for _, loss in history.validation)
+
+
+def test_short_epochs_do_not_use_up_the_patience():
+    """Epochs of four steps; the held-out loss rises for some 300 steps before it falls. Planted fault: ten checks of an epoch."""
+
+    class Late(Distance):
+        def forward(self, x, *_):
+            judged = not torch.is_grad_enabled()
+            return 5.0 + self.w if judged and self.w < 0.8 else super().forward(x)
+
+    objective = Late()
+    history = dgm.fit(objective, X, lr=0.003, batch_size=8, validation=0.2, max_steps=1600, progress=False, seed=0)
+    assert objective.w > 0.8 and history.best_step > 200
+    checks = [step for step, _ in history.validation]
+    assert all(b - a >= 25 for a, b in zip(checks[:-2], checks[1:-1], strict=True))
+
+
+def test_a_held_out_loss_at_random_is_a_mean_of_draws_that_are_always_the_same():
+    """Planted fault: one draw a check (an sd of .3 between seeds), or new ones at each (the loss of one state changes)."""
+
+    class Noisy(Distance):
+        def forward(self, x, *_):
+            return super().forward(x) + torch.randn(len(x)).mean() + 0.0 * self.w
+
+    def losses(seed):
+        options = {"lr": 1e-12, "validation": (X[:10],), "max_steps": 150, "progress": False, "seed": seed}
+        return [loss for _, loss in dgm.fit(Noisy(), X, **options).validation]
+
+    found = losses(0)
+    assert max(found) - min(found) < 1e-5 and losses(1) == found
+    assert abs(found[0] - X[:10].square().mean()) < 4.0 / (16 * 10) ** 0.5
+
+
+def test_the_start_is_kept_where_no_step_is_better():
+    objective = Distance()
+    history = dgm.fit(objective, X + 5.0, validation=(torch.zeros(10),), max_steps=100, progress=False)
+    assert objective.w == 0.0 and history.best_step == 0 and history.validation[0] == (0, 0.0)
+
+
+@pytest.mark.parametrize("options, told", [
+    ({"validation": 0.25}, "10 of 40 rows, at random"),
+    ({"validation": (X[:7],)}, "7 given rows"),
+    ({"validation": 0}, ""),
+    ({}, ""),
+], ids=str)  # fmt: skip
+def test_the_history_says_what_was_held_out(options, told):
+    history = dgm.fit(Distance(), X, max_steps=20, progress=False, **options)
+    assert history.held_out == told and f"held_out={told!r}" in repr(history)
+    assert bool(history.validation) == bool(told)
+
+
+def test_zero_holds_nothing_out_where_the_objective_would():
+    class Careful(Distance):
+        def recipe(self, rows):
+            return Recipe(validation=0.5)
+
+    assert dgm.fit(Careful(), X, max_steps=20, progress=False).held_out == "20 of 40 rows, at random"
+    assert dgm.fit(Careful(), X, max_steps=20, validation=0.0, progress=False).held_out == ""
 
 
 def test_a_seed_makes_it_reproducible_and_leaves_the_global_state_alone():
@@ -301,7 +360,7 @@ def test_amounts_that_are_none_are_refused(name, value):
     ({"validation": True}, TypeError, "validation=True, expected a finite number"),
     ({"validation": 1}, ValueError, "validation=1, expected a share"),
     ({"validation": 1.5}, ValueError, "validation=1.5, expected a share"),
-    ({"validation": 0.0}, ValueError, "validation=0.0, expected a finite number > 0"),
+    ({"validation": -0.1}, ValueError, "validation=-0.1, expected a finite number >= 0"),
     ({"validation": math.nan}, ValueError, "validation=nan"),
 ])  # fmt: skip
 def test_seeds_and_shares_that_are_none_are_refused(options, error, match):

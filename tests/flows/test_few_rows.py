@@ -1,0 +1,198 @@
+"""Densities of few rows: units that take out correlations, the stand-in of smooth densities, and fits that use both."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal, Normal, constraints
+
+import pyro_dgm as dgm
+from pyro_dgm.core import zuko
+from pyro_dgm.flows.few_rows import Decorrelate, Pairs, StandIn
+
+
+def correlated(n, seed=0):
+    """Rows of a normal law with a correlation of .995 in scales that differ, and that law."""
+    torch.manual_seed(seed)
+    factor = torch.tensor([[1.0, 0.0, 0.0], [9.95, 1.0, 0.0], [0.01, 0.0, 0.05]])
+    law = MultivariateNormal(torch.tensor([5.0, -3.0, 0.0]), scale_tril=factor)
+    return law.sample((n,)), law
+
+
+def clustered(n, seed=0):
+    """Rows of three clusters in four dimensions, and their log density."""
+    torch.manual_seed(seed)
+    centres = torch.tensor([[3.0, 0.0, 0.0, 1.0], [-3.0, 2.0, 0.0, 0.0], [0.0, -3.0, 2.0, 0.0]])
+
+    def log_prob(x):
+        return Normal(centres, 0.6).log_prob(x[:, None]).sum(-1).logsumexp(-1) - math.log(3.0)
+
+    return centres[torch.randint(3, (n,))] + 0.6 * torch.randn(n, 4), log_prob
+
+
+def fitted(family, *data, **options):
+    history = dgm.fit(dgm.MaximumLikelihood(family), data, batch_size=512, progress=False, seed=0, **options)
+    return history
+
+
+@pytest.mark.parametrize("support", [None, constraints.positive], ids=["real", "positive"])
+def test_units_without_correlations_keep_the_density_exact(support):
+    """A flow at the identity has the density of the normal law of its units. Planted fault: no log-determinant of L."""
+    x, _ = correlated(200)
+    flow = dgm.MAF(3, support=support)
+    flow.standardize(x if support is None else x.exp())
+    flow.decorrelate.fit(flow.flow_units(x if support is None else x.exp()))
+    flow.start_at_identity()
+    tril = torch.diag(flow.standard.scale) @ flow.decorrelate.tril
+    law = MultivariateNormal(flow.standard.loc, scale_tril=tril)
+    if support is None:
+        assert torch.allclose(flow().log_prob(x), law.log_prob(x), atol=1e-3)
+    else:
+        assert torch.allclose(flow().log_prob(x.exp()), law.log_prob(x) - x.sum(1), atol=1e-3)
+    event = flow().sample((50,))
+    assert torch.allclose(flow.decode(flow.encode(event)), event, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(flow.from_units(flow.flow_units(event)), event, rtol=1e-3, atol=1e-3)
+
+
+def test_units_are_in_the_state_and_older_states_load():
+    x, _ = correlated(100)
+    flow = dgm.MAF(3)
+    old = {k: v.clone() for k, v in flow.state_dict().items() if "decorrelate" not in k}
+    flow.standardize(x)
+    flow.decorrelate.fit(flow.flow_units(x))
+    again = dgm.MAF(3)
+    again.load_state_dict(flow.state_dict())
+    assert torch.equal(again().log_prob(x), flow().log_prob(x))
+    again.load_state_dict(old)
+    assert again.decorrelate.is_identity() and again().log_prob(x).isfinite().all()
+    assert flow.standardize(x).decorrelate.is_identity()
+
+
+def test_shrinkage_follows_the_number_of_rows():
+    """Left-out rows of independent columns lose less with it. Planted fault: shrinkage by the rows that R is of (always 0)."""
+    torch.manual_seed(0)
+    fresh = torch.randn(2000, 20)
+    for rows, worst in ((30, 0.06), (1000, 0.02)):
+        x = torch.randn(rows, 20)
+        tril = Decorrelate().fit(x).tril
+        loss = Normal(0.0, 1.0).log_prob(fresh).sum(1) - MultivariateNormal(torch.zeros(20), scale_tril=tril).log_prob(
+            fresh
+        )
+        assert loss.mean() / 20 < worst
+
+
+def test_a_constant_column_and_a_copy_do_not_stop_the_units():
+    x = torch.randn(50, 1)
+    units = Decorrelate().fit(torch.cat([x, x, torch.zeros(50, 1)], 1))
+    assert units.tril.isfinite().all() and units.transform().inv(torch.ones(3)).isfinite().all()
+
+
+def test_the_stand_in_is_a_density_and_draws_from_it():
+    """It integrates to one, and draws fall where it says. Planted fault: kernels drawn at half their width."""
+    torch.manual_seed(0)
+    rows = torch.cat([0.3 * torch.randn(60, 1) - 1.0, 0.3 * torch.randn(60, 1) + 1.0])
+    both = StandIn(rows)
+    grid = torch.linspace(-6.0, 6.0, 4001)[:, None]
+    mass = both.log_prob(grid).exp() * (grid[1] - grid[0])
+    assert abs(mass.sum() - 1.0) < 1e-3
+    n = 20_000
+    below = (both.sample(n)[:, 0][:, None] < torch.tensor([-1.5, -1.0, -0.5, 0.0, 1.5])).float().mean(0)
+    expected = torch.stack([mass[grid[:, 0] < edge].sum() for edge in (-1.5, -1.0, -0.5, 0.0, 1.5)])
+    assert (below - expected).abs().max() < 4.0 * 0.5 / n**0.5 + 2e-3
+
+
+def test_the_stand_in_of_a_normal_law_is_that_law():
+    torch.manual_seed(0)
+    assert StandIn(torch.randn(200, 5)).gain < 0.05
+
+
+def test_drawn_classes_are_classes():
+    """Planted fault: contexts as they are drawn, between the classes."""
+    torch.manual_seed(0)
+    classes = torch.randint(3, (200, 1)).float()
+    u, context = Pairs(torch.randn(200, 2) + classes, torch.cat([classes, torch.randn(200, 1)], 1)).sample(100)
+    assert set(context[:, 0].tolist()) <= {0.0, 1.0, 2.0} and u.shape == (100, 2)
+    assert len(context[:, 1].unique()) == 100
+
+
+@pytest.mark.parametrize("family", [dgm.NSF, dgm.MAF, dgm.RealNVP, dgm.FFJORD])
+def test_a_hundred_rows_of_clusters(family):
+    """Within .6 nats of the truth, where a normal law is 2 off; 100 steps suffice. Planted fault: rows in the place of draws."""
+    x, _ = clustered(100)
+    test, log_prob = clustered(2000, seed=1)
+    truth = log_prob(test).mean()
+    normal = MultivariateNormal(x.mean(0), torch.cov(x.T)).log_prob(test).mean()
+    torch.manual_seed(0)
+    flow = family(4)
+    history = fitted(flow, x, max_steps=100 if family is not dgm.FFJORD else 20)
+    with torch.no_grad():
+        gap = truth - flow().log_prob(test).mean()
+    assert gap < 0.6 and truth - normal > 1.2
+    assert history.held_out == "10 of 100 rows, at random" and "held_out='10 of 100 rows" in repr(history)
+    assert history.validation[0][0] == 0 and history.best_loss <= history.validation[0][1]
+
+
+def test_a_normal_law_of_correlated_columns_is_found_at_once():
+    """Its shrunk estimate is the start, and no step makes it worse. Planted fault: the start is no candidate."""
+    x, law = correlated(60)
+    test, _ = correlated(2000, seed=1)
+    flow = dgm.RealNVP(3)
+    history = fitted(flow, x)
+    with torch.no_grad():
+        assert law.log_prob(test).mean() - flow().log_prob(test).mean() < 0.2
+    assert history.stages == [] and history.stopped.startswith("no improvement")
+
+
+def test_few_rows_with_a_context():
+    """A location that follows a number and a class; a regression line is 1 nat off."""
+    torch.manual_seed(0)
+
+    def rows(n):
+        number = torch.randn(n, 1)
+        of_class = torch.randint(2, (n, 1)).float()
+        law = Normal((2.0 * number).sin() + 3.0 * of_class, 0.3)
+        return law.sample(), torch.cat([number, of_class], 1), law
+
+    x, context, _ = rows(200)
+    test, at, law = rows(2000)
+    flow = dgm.NSF(1, 2)
+    fitted(flow, x, context)
+    with torch.no_grad():
+        assert law.log_prob(test).mean() - flow(at).log_prob(test).mean() < 0.45
+
+
+def test_nothing_is_held_out_where_that_is_asked_for_or_rows_are_many():
+    x, _ = correlated(100)
+    assert fitted(dgm.MAF(3), x, max_steps=5, validation=0).held_out == ""
+    many, _ = correlated(4000)
+    history = fitted(dgm.MAF(3), many, max_steps=5)
+    assert history.held_out == "" and not history.validation
+
+
+@pytest.mark.parametrize("flow", [zuko.flows.NCSF(2), zuko.mixtures.GMM(2, components=3), zuko.flows.BPF(2)], ids=str)
+def test_families_without_a_normal_base_are_fitted_too(flow):
+    torch.manual_seed(0)
+    family = dgm.ZukoFlow(flow)
+    x = torch.randn(50, 2)
+    fitted(family, x, max_steps=5)
+    assert family().log_prob(x).isfinite().all()
+
+
+def test_flow_matching_of_few_rows_is_held_out_too():
+    x, _ = clustered(100)
+    flow = dgm.FFJORD(4)
+    history = dgm.fit(dgm.FlowMatching(flow), (x,), batch_size=512, max_steps=50, progress=False, seed=0)
+    assert history.held_out and [name for name, *_ in history.stages] == ["draws of a smooth density"]
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_values_that_come_again_are_told(rounded, recwarn):
+    """A column rounded to .2; not so one of another scale, nor continuous ones."""
+    torch.manual_seed(0)
+    x = torch.randn(100, 3) * torch.tensor([1.0, 1.0, 100.0])
+    if rounded:
+        x[:, 1] = (x[:, 1] * 5.0).round() / 5.0
+    fitted(dgm.MAF(3), x, max_steps=1)
+    found = [str(w.message) for w in recwarn if "come again" in str(w.message)]
+    assert len(found) == rounded
+    assert not rounded or ("column 1 " in found[0] and "0.2 " in found[0] and "Dequantize" in found[0])
