@@ -1,5 +1,6 @@
 """Is the posterior right? Export to ArviZ, and verdicts."""
 
+from pyro_dgm.diagnostics.bounds import ErrorBounds, error_bounds, resample
 from pyro_dgm.diagnostics.calibration import Calibration, coverage, sbc, tarp
 from pyro_dgm.diagnostics.check import Report, check
 from pyro_dgm.diagnostics.converters import (
@@ -9,11 +10,12 @@ from pyro_dgm.diagnostics.converters import (
     from_pyro_mcmc,
     sample_posterior_predictive,
 )
-from pyro_dgm.diagnostics.khat import ErrorBounds, KHat, error_bounds, khat, resample
+from pyro_dgm.diagnostics.explore import neutra
+from pyro_dgm.diagnostics.khat import KHat, Rows, khat
 from pyro_dgm.diagnostics.loo import compare, loo
 from pyro_dgm.diagnostics.misspecification import Misspecification, misspecification
-from pyro_dgm.diagnostics.neutra import neutra
 from pyro_dgm.diagnostics.posteriors import Refit
+from pyro_dgm.diagnostics.sharpness import Sharpness
 from pyro_dgm.diagnostics.svi import from_fits, from_svi
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "Misspecification",
     "Refit",
     "Report",
+    "Rows",
+    "Sharpness",
     "check",
     "compare",
     "compute_log_likelihood",

@@ -12,7 +12,7 @@ import numpy as np
 
 from pyro_dgm.core.weights import K_LIMIT
 from pyro_dgm.diagnostics.containers import group, has_group
-from pyro_dgm.diagnostics.khat import KHat, khat
+from pyro_dgm.diagnostics.khat import KHat, Rows, khat
 from pyro_dgm.diagnostics.loo import elpd_of, loo
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Report:
             "1. The posterior": [
                 str(self.verdict or "Draws without importance weights: read R-hat, ESS and divergences.")
             ],
-            "2. Prediction, leave-one-out": self._prediction() or ["No log_likelihood."],
+            "2. Prediction, leave-one-out": self._prediction() or [self._no_prediction()],
             "3. Does the model give such data?": self._predictive_check() or ["No posterior_predictive."],
             "4. What to do next": [self._advice()],
         }
@@ -68,6 +68,11 @@ class Report:
         ]
         return [*values, *self.warnings]
 
+    def _no_prediction(self) -> str:
+        if self.verdict is None or not self.verdict.independent:
+            return "No log_likelihood."
+        return "Rows share no latent, so that what is left out is predicted by the prior alone: its elpd is the log evidence."
+
     def _predictive_check(self) -> list[str]:
         lines = []
         for name in dict.fromkeys(site for site, _ in self.predictive):
@@ -76,16 +81,17 @@ class Report:
         return lines
 
     def _advice(self) -> str:
-        status = "" if self.verdict is None else self.verdict.status
-        if status == "bad":
-            return "First the posterior: train longer, reparameterise, or neutra. Nothing else on this page can be trusted."
-        if status == "usable":
-            return "resample(idata) and read this page again, or train longer."
+        verdict = self.verdict
+        if verdict is not None and verdict.status == "bad":
+            return f"First the posterior. {verdict.next_step} Nothing else on this page can be trusted."
+        if verdict is not None and verdict.status == "usable":
+            return f"{verdict.next_step} Then read this page again."
         if self.misfits:
             return f"The posterior is fine, the model is not: it does not give the {', '.join(self.misfits)}. Change the model."
         if any(k > K_LIMIT for *_, k in self.elpd.values()):
             return (
-                "Some data are very influential: look at az.plot_khat(loo(idata)), and at a heavier-tailed likelihood."
+                "Some data are very influential, which no better guide changes: look at az.plot_khat(loo(idata)), leave them out "
+                "once, and try a likelihood with heavier tails."
             )
         return "Use it. A fault that the model shares with its data, or a mode nobody saw, is not on this page."
 
@@ -123,9 +129,10 @@ def check(idata: Any) -> Report:
     """
     weighted = has_group(idata, "sample_stats") and "log_weight" in group(idata, "sample_stats")
     verdict = khat(idata) if weighted else None
+    independent = verdict is not None and verdict.independent
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        results = _loo_by_variable(idata) if has_group(idata, "log_likelihood") else {}
+        results = _loo_by_variable(idata) if has_group(idata, "log_likelihood") and not independent else {}
     predictive = _predictive(idata) if has_group(idata, "posterior_predictive") else {}
     if verdict is None and not results and not predictive:
         raise ValueError(
@@ -171,21 +178,36 @@ def _weights(report: Report, ax: Axes) -> None:
     v = report.verdict
     if v is None:
         return _empty(ax, "no importance weights")
+    if v.rows is not None and v.independent:
+        return _row_khats(v.rows, v, ax)
     lw = group(report.idata, "sample_stats")["log_weight"].ravel()
     low = np.quantile(lw, 0.01) - 3.0  # a few draws far below the rest would be all that is seen
     ax.hist(np.clip(lw, low, None) - lw.mean(), 60, color="C0", alpha=0.7)
     ax.set(title=f"log p - log q: {v.status}", xlabel="log weight - mean (nats)", ylabel="draws", yscale="log")
     text = f"k-hat {v.k:.2f} ({v.threshold:.2f})\nESS {v.ess:.0f} of {v.draws}"
+    if v.rows is not None:
+        text += f"\nrows given {v.rows.given}:\n{v.rows.fine:.0%} good"
     ax.text(0.03, 0.95, text, transform=ax.transAxes, va="top")
+
+
+def _row_khats(rows: Rows, v: KHat, ax: Axes) -> None:
+    """Rows have weights of their own; those of all rows together are never of use."""
+    ax.hist(np.clip(np.asarray(rows.k), -1.0, 2.0), 40, color="C0", alpha=0.7)
+    ax.axvline(v.threshold, color="k", lw=0.8, ls="--")
+    ax.set(title=f"rows of {rows.plate}: {v.status}", xlabel="k-hat of a row, clipped to (-1, 2)", ylabel="rows")
+    shares = f"{rows.fine:.0%} good\n{rows.share('usable') - rows.fine:.0%} usable\n{1 - rows.share('usable'):.0%} bad"
+    ax.text(0.03, 0.95, shares, transform=ax.transAxes, va="top")
 
 
 def _evidence(report: Report, ax: Axes) -> None:
     v = report.verdict
     if v is None:
         return _empty(ax, "no evidence without weights")
-    errors = [2 * v.elbo_error, 2 * v.log_evidence_error]
+    known = np.isfinite(v.log_evidence_error)
+    errors = [2 * v.elbo_error, 2 * v.log_evidence_error if known else 0.0]
     ax.errorbar([v.elbo, v.log_evidence], [1, 0], xerr=errors, fmt="o", color="C1", capsize=4)
-    ax.set(yticks=[1, 0], yticklabels=["ELBO", "log evidence"], ylim=(-0.6, 1.6))
+    name = "log evidence" if known else "log evidence,\nat least"
+    ax.set(yticks=[1, 0], yticklabels=["ELBO", name], ylim=(-0.6, 1.6))
     ax.set(xlabel="nats (bars: 2 standard errors)", title=f"gap {v.gap:.3f} nats: an estimate of KL(q||p)")
     ax.locator_params(axis="x", nbins=4)
 
