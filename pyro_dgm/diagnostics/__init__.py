@@ -1,8 +1,8 @@
 """Is the posterior right? Export to ArviZ, and verdicts."""
 
-from pyro_dgm.diagnostics.bounds import ErrorBounds, error_bounds, resample
 from pyro_dgm.diagnostics.calibration import Calibration, coverage, sbc, tarp
-from pyro_dgm.diagnostics.check import Report, check
+from pyro_dgm.diagnostics.check import ErrorBounds, Report, check, error_bounds, resample
+from pyro_dgm.diagnostics.conditionals import Conditionals, conditionals
 from pyro_dgm.diagnostics.converters import (
     compute_log_likelihood,
     compute_log_prior,
@@ -20,6 +20,7 @@ from pyro_dgm.diagnostics.svi import from_fits, from_svi
 
 __all__ = [
     "Calibration",
+    "Conditionals",
     "ErrorBounds",
     "KHat",
     "Misspecification",
@@ -31,6 +32,7 @@ __all__ = [
     "compare",
     "compute_log_likelihood",
     "compute_log_prior",
+    "conditionals",
     "coverage",
     "error_bounds",
     "from_fits",

@@ -6,6 +6,7 @@ the truth among the draws is uniform, for any function of parameters and data.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = ["Calibration", "coverage", "sbc", "tarp"]
 
 _LEVEL = 0.01  # of the test of uniformity; a convention
 _PANELS = 16  # of the picture; chosen by hand
+_LETTERS = 16  # in an inch of the picture's title; chosen by hand
 _BINS = 10  # of the chi-square test, fewer where one would expect less than 15 ranks in each; chosen by hand
 _IN_A_BIN = 15
 
@@ -79,7 +81,7 @@ class Calibration:
         return build(groups, {}, {}, attrs, kind)
 
     def picture(self, path: str | Path) -> None:
-        """ECDF of the ranks minus that of uniform ranks, with simultaneous 95 % bands, drawn by ArviZ."""
+        """ECDF of the ranks minus that of uniform ranks, with simultaneous 95 % bands, drawn by ArviZ, and the sharpness."""
         import arviz as az
         import matplotlib.pyplot as plt
 
@@ -87,7 +89,9 @@ class Calibration:
             figure = _ecdfs(self.method, self.pit)
         else:
             figure = az.plot_ecdf_pit(self.container(), group="prior_sbc").viz["figure"].item()
-        figure.savefig(path, dpi=120)
+        if self.sharpness is not None:
+            figure.suptitle(textwrap.fill(str(self.sharpness), int(_LETTERS * figure.get_figwidth())), fontsize=8)
+        figure.savefig(path, dpi=120, bbox_inches="tight")
         plt.close(figure)
 
     def __str__(self) -> str:
