@@ -28,7 +28,7 @@ from torch import Size, Tensor
 from pyro_dgm.amortized.units import Units
 from pyro_dgm.core.devices import device_of
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.core.weights import K_LIMIT, log_mean_exp, psis, stratified
+from pyro_dgm.core.weights import K_LIMIT, evidence_error, log_mean, psis, stratified
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Refined:
         khat: Pareto k of the guide's importance weights; 0.7 and more is bad.
         ess: effective number among the ``proposed`` draws of the guide.
         log_evidence: estimate of log p(x), nats.
-        log_evidence_error: its standard error; not to be believed where k-hat is bad.
+        log_evidence_error: its standard error; infinite where k-hat is bad.
         acceptance: share of accepted steps of the chains, of fresh draws and of differences; empty without chains.
         moved: share of the chains that left their starting point.
     """
@@ -109,13 +109,14 @@ def _refined(joint: Joint, n: int, proposals: int, steps: int) -> Refined:
     log_w = torch.where(finite, log_p - log_q, -torch.inf).double()
     smooth, k = _smoothed(log_w.cpu())
     ess = float(1.0 / np.square(smooth).sum())
-    evidence, error = log_mean_exp(log_w)
+    error = evidence_error(log_w.cpu().numpy(), np.log(smooth, where=smooth > 0, out=np.full_like(smooth, -np.inf)), k)
     index = _picked(smooth, n)
     chains = _Chains(u[index], log_p[index].double())
     accepted = _run(chains, joint, steps) if steps and n > 3 else {}
     moved = float((chains.u != u[index]).any(-1).double().mean())
     _warn(k, ess, proposals, steps, accepted)
-    return Refined(joint.unpack(chains.u), k, ess, proposals, float(evidence), float(error), accepted, moved)
+    evidence = float(log_mean(log_w.cpu().numpy()))
+    return Refined(joint.unpack(chains.u), k, ess, proposals, evidence, error, accepted, moved)
 
 
 @dataclass

@@ -15,11 +15,33 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["K_LIMIT", "LEAST_DRAWS", "arviz_major", "k_threshold", "log_mean", "log_mean_exp", "psis", "stratified"]
+__all__ = [
+    "K_LIMIT",
+    "LEAST_DRAWS",
+    "arviz_major",
+    "evidence_error",
+    "k_threshold",
+    "log_mean",
+    "log_mean_exp",
+    "psis",
+    "stratified",
+]
 
 K_LIMIT = 0.7  # Pareto k above which weights do not help, however many draws: Vehtari et al. (2024), JMLR 25(72)
 LEAST_DRAWS = 25  # the tail is the largest fifth, and ArviZ fits no fewer than five
 _CONSTANT = 1e-6  # nats: log weights within this range count as constant; not measured, chosen by hand
+
+# Of the error of a log mean. Set on 200 repetitions of 140 cases with known evidence: guides too narrow, too wide, shifted,
+# skewed, without the target's tail, in 1 to 20 dimensions, with 1,000 and 4,000 draws. Mean coverage of 1.96 errors at k-hat
+# below 0.4, to 0.55 and to 0.7: 97.6, 98.1 and 96.8 %; by the variance of the smoothed weights alone 94.0, 87.2 and 73.2 %.
+_HEAVY = 0.5  # Pareto k at which the error is twice that by the central limit theorem
+_BEYOND = 0.75  # of the largest weight above the tail's threshold: what a tail without a draw may hold
+_WORST = 0.8  # k above which the error no longer grows: it is met where the weights are all but equal
+NEARLY_EQUAL = 0.95  # ESS as a share of the draws, above which k from 0.7 on is let pass: 4 instead of 7 false alarms
+_WIDE = 3.0  # nats: sd of a few log weights above which their log mean has no error; chosen on the same ground as _FEW
+_FEW = (
+    8.0  # nats^2; at 16 log weights that are normal with sd 0.3, 1 and 2 the coverage of 1.96 errors is 95, 95 and 95 %
+)
 
 
 @functools.cache
@@ -80,13 +102,61 @@ def log_mean(log_weights: np.ndarray) -> np.ndarray:
     return np.logaddexp.reduce(log_weights, axis=0) - math.log(max(len(log_weights), 1))
 
 
+def evidence_error(log_weights: np.ndarray, smoothed: np.ndarray, k: float) -> float:
+    r"""Standard error of the log of the mean weight, in nats, such that 1.96 of it cover in 95 % of repetitions.
+
+    The larger of the central limit theorem's error by raw and by smoothed weights, :math:`\sqrt{1/\mathrm{ESS} - 1/S}`, times
+    :math:`1 + (\hat k / 0.5)^3`, since with heavy tails most repetitions hold no draw of the tail and do not know it; and what
+    a tail beyond the largest weight may hold.
+
+    Args:
+        log_weights: of S draws, unnormalised.
+        smoothed, k: of :func:`psis`.
+
+    Returns:
+        The error; infinite where k-hat is 0.7 or more, unless all weights are nearly equal: the log mean is then probably too
+        low, by an unknown amount.
+
+    >>> lw = np.random.default_rng(0).normal(-0.005, 0.1, 1000)
+    >>> bool(0.1 / 1000**0.5 < evidence_error(lw, *psis(lw)) < 0.15 / 1000**0.5)
+    True
+    """
+    n = len(log_weights)
+    if not math.isfinite(k):
+        return 0.0 if k < 0 else math.inf
+    raw = np.exp(log_weights - np.logaddexp.reduce(log_weights))
+    equal = float(np.exp(-np.logaddexp.reduce(2.0 * smoothed))) / n
+    if k >= K_LIMIT and equal <= NEARLY_EQUAL:
+        return math.inf
+    by_smoothed = math.sqrt(max(0.0, 1.0 / equal - 1.0) / n)
+    by_raw = float(raw.std()) * math.sqrt(n)
+    tail = int(min(0.2 * n, 3.0 * math.sqrt(n)))
+    excess = float(raw.max() - np.partition(raw, -tail - 1)[-tail - 1])
+    heavy = (min(max(k, 0.0), _WORST) / _HEAVY) ** 3
+    return max(by_smoothed, by_raw) * (1.0 + heavy) + _BEYOND * excess
+
+
 def log_mean_exp(log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Log of the mean weight over the first dimension, and its standard error by the delta method."""
+    r"""Log of the mean weight over the first dimension, and a standard error for few draws, in nats.
+
+    The larger of two errors: by the delta method, and by that of a log-normal mean, :math:`\sqrt{v/n + v^2/(2n - 2)}` with v
+    the variance of the n log weights, which also covers what a few of them miss; times Student's quantile over the normal one,
+    and growing with v. Infinite where their sd is above 3.
+
+    >>> import torch
+    >>> log_mean_exp(torch.tensor([-10.0, 0.0, 0.0]))[1]
+    tensor(inf, dtype=torch.float64)
+    """
+    from scipy.stats import t
+
     n = len(log_weights)
     log_w = log_weights.double()
     log_of_mean = log_w.logsumexp(0) - math.log(n)
-    relative = (log_w - log_of_mean).exp()
-    return log_of_mean, relative.std(0) / math.sqrt(n)
+    delta = (log_w - log_of_mean).exp().std(0) / math.sqrt(n)
+    v = log_w.var(0)
+    log_normal = (v / n + v.square() / (2.0 * max(n - 1, 1))).sqrt()
+    error = delta.maximum(log_normal) * (1.0 + v / _FEW) * float(t.ppf(0.975, max(n - 1, 1)) / 1.96)
+    return log_of_mean, error.where(v <= _WIDE**2, error.new_tensor(math.inf))
 
 
 def stratified(weights: np.ndarray, n: int, uniforms: np.ndarray | float) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Is the posterior right? Export to ArviZ, and verdicts."""
 
 from pyro_dgm.diagnostics.calibration import Calibration, coverage, sbc, tarp
-from pyro_dgm.diagnostics.check import Report, check
+from pyro_dgm.diagnostics.check import ErrorBounds, Report, check, error_bounds, resample
+from pyro_dgm.diagnostics.conditionals import Conditionals, conditionals
 from pyro_dgm.diagnostics.converters import (
     compute_log_likelihood,
     compute_log_prior,
@@ -9,24 +10,29 @@ from pyro_dgm.diagnostics.converters import (
     from_pyro_mcmc,
     sample_posterior_predictive,
 )
-from pyro_dgm.diagnostics.khat import ErrorBounds, KHat, error_bounds, khat, resample
+from pyro_dgm.diagnostics.explore import neutra
+from pyro_dgm.diagnostics.khat import KHat, Rows, khat
 from pyro_dgm.diagnostics.loo import compare, loo
 from pyro_dgm.diagnostics.misspecification import Misspecification, misspecification
-from pyro_dgm.diagnostics.neutra import neutra
 from pyro_dgm.diagnostics.posteriors import Refit
+from pyro_dgm.diagnostics.sharpness import Sharpness
 from pyro_dgm.diagnostics.svi import from_fits, from_svi
 
 __all__ = [
     "Calibration",
+    "Conditionals",
     "ErrorBounds",
     "KHat",
     "Misspecification",
     "Refit",
     "Report",
+    "Rows",
+    "Sharpness",
     "check",
     "compare",
     "compute_log_likelihood",
     "compute_log_prior",
+    "conditionals",
     "coverage",
     "error_bounds",
     "from_fits",

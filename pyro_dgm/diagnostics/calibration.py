@@ -6,6 +6,7 @@ the truth among the draws is uniform, for any function of parameters and data.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,8 @@ from typing_extensions import Unpack
 
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.weights import arviz_major
-from pyro_dgm.diagnostics.containers import build
-from pyro_dgm.diagnostics.options import EXPERIMENT, ExperimentOptions, with_defaults
-from pyro_dgm.diagnostics.posteriors import Experiment, experiment
+from pyro_dgm.diagnostics.containers import build, with_defaults
+from pyro_dgm.diagnostics.posteriors import EXPERIMENT, Experiment, ExperimentOptions, Sharpness, experiment
 from pyro_dgm.model.program import Model
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = ["Calibration", "coverage", "sbc", "tarp"]
 
 _LEVEL = 0.01  # of the test of uniformity; a convention
 _PANELS = 16  # of the picture; chosen by hand
+_LETTERS = 16  # in an inch of the picture's title; chosen by hand
 _BINS = 10  # of the chi-square test, fewer where one would expect less than 15 ranks in each; chosen by hand
 _IN_A_BIN = 15
 
@@ -41,12 +42,14 @@ class Calibration:
         pit: rank divided by its largest value, in (0, 1), ``{variable: (M, *site)}``.
         p_values: of uniformity, ``{variable: (*site)}``.
         draws: posterior draws of each of the M simulations.
+        sharpness: what the ranks do not see: a posterior equal to the prior, or too wide for the data, has uniform ranks.
     """
 
     method: str
     pit: dict[str, np.ndarray]
     p_values: dict[str, np.ndarray] = field(repr=False)
     draws: int
+    sharpness: Sharpness | None = field(default=None, repr=False)
 
     @property
     def p_value(self) -> float:
@@ -79,7 +82,7 @@ class Calibration:
         return build(groups, {}, {}, attrs, kind)
 
     def picture(self, path: str | Path) -> None:
-        """ECDF of the ranks minus that of uniform ranks, with simultaneous 95 % bands, drawn by ArviZ."""
+        """ECDF of the ranks minus that of uniform ranks, with simultaneous 95 % bands, drawn by ArviZ, and the sharpness."""
         import arviz as az
         import matplotlib.pyplot as plt
 
@@ -87,10 +90,15 @@ class Calibration:
             figure = _ecdfs(self.method, self.pit)
         else:
             figure = az.plot_ecdf_pit(self.container(), group="prior_sbc").viz["figure"].item()
-        figure.savefig(path, dpi=120)
+        if self.sharpness is not None:
+            figure.suptitle(textwrap.fill(str(self.sharpness), int(_LETTERS * figure.get_figwidth())), fontsize=8)
+        figure.savefig(path, dpi=120, bbox_inches="tight")
         plt.close(figure)
 
     def __str__(self) -> str:
+        return f"{self._of_ranks()} {self.sharpness or ''}".strip()
+
+    def _of_ranks(self) -> str:
         m = len(next(iter(self.pit.values())))
         head = f"{self.method}: {m} simulations x {self.draws} draws, p = {self.p_value:.2g}."
         if self.calibrated:
@@ -136,8 +144,8 @@ def sbc(model: Model | None, posterior: Any, *args: Any, **options: Unpack[Exper
 
     Note:
         It tests the average over the prior: a posterior may be right on average and wrong for your data. And it tests
-        the marginals: a posterior equal to the prior passes (its coverage by :func:`coverage` does too). At M = 300 a
-        standard deviation that is 15 % off is often missed.
+        the marginals: a posterior equal to the prior has uniform ranks (and coverage), so read ``sharpness`` beside the
+        p-value. At M = 300 a standard deviation that is 15 % off is often missed.
 
     References:
         | Talts et al. (2018), "Validating Bayesian inference algorithms with simulation-based calibration", arXiv 1804.06788.
@@ -151,14 +159,14 @@ def sbc(model: Model | None, posterior: Any, *args: Any, **options: Unpack[Exper
         True
         >>> narrow = lambda data: {"mu": data["x"] / 2 + 0.3 * torch.randn(199)}
         >>> print(sbc(model, narrow, observed=["x"], seed=0))  # doctest: +ELLIPSIS
-        sbc: 300 simulations x 199 draws, p = ... Not calibrated; worst is 'mu': draws are too narrow.
+        sbc: 300 simulations x 199 draws, p = ... Not calibrated; worst is 'mu': draws are too narrow. Sharpness: ...
     """
     complete: ExperimentOptions = with_defaults(sbc, options, EXPERIMENT)
     trials = experiment(model, posterior, args, complete)
     rng = np.random.default_rng(complete["seed"])
     pit = {k: _ranks(trials.draws[k], truth, rng) for k, truth in trials.truth.items()}
     p_values = {k: _uniform_by_chi2(v) for k, v in pit.items()}
-    return Calibration("sbc", pit, p_values, complete["num_draws"])
+    return Calibration("sbc", pit, p_values, complete["num_draws"], trials.sharpness)
 
 
 @checked()
@@ -189,10 +197,11 @@ def coverage(model: Model | None, posterior: Any, *args: Any, **options: Unpack[
         (False, True)
     """
     complete: ExperimentOptions = with_defaults(coverage, options, EXPERIMENT)
-    of_draws, of_truth = experiment(model, posterior, args, complete, density=True).densities
+    trials = experiment(model, posterior, args, complete, density=True)
+    of_draws, of_truth = trials.densities
     credibility = 1.0 - _ranks(of_draws, of_truth, np.random.default_rng(complete["seed"]))
     p_values = {"credibility": _uniform_by_ks(credibility)}
-    return Calibration("coverage", {"credibility": credibility}, p_values, complete["num_draws"])
+    return Calibration("coverage", {"credibility": credibility}, p_values, complete["num_draws"], trials.sharpness)
 
 
 @checked()
@@ -241,7 +250,8 @@ def tarp(
         )
     distances = np.linalg.norm(draws - points[:, None], axis=-1)
     pit = {"ball": _ranks(distances, np.linalg.norm(truth - points, axis=-1), rng)}
-    return Calibration("tarp", pit, {"ball": _uniform_by_ks(pit["ball"])}, complete["num_draws"])
+    p_values = {"ball": _uniform_by_ks(pit["ball"])}
+    return Calibration("tarp", pit, p_values, complete["num_draws"], trials.sharpness)
 
 
 def _ecdfs(method: str, pit: dict[str, np.ndarray]) -> Figure:

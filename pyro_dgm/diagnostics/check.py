@@ -1,7 +1,15 @@
-"""``check``: one page in words and one picture about a posterior, from its container alone."""
+r"""What a container alone gives: one page and one picture (``check``), bounds of errors, and draws picked by weight.
+
+**Error bounds.** With :math:`D_2 = \log E_q[(p/q)^2]` the chi-square divergence is :math:`e^{D_2} - 1`. By Cauchy and Schwarz
+:math:`|E_p f - E_q f| \le \mathrm{sd}_q(f) \sqrt{e^{D_2} - 1}`, and the Wasserstein distance of a coordinate is
+:math:`W_2 \le 2\, E_q[(\theta - m)^4]^{1/4} (e^{D_2} - 1)^{1/4}`, which bounds the difference of standard deviations.
+
+**Resampling** picks draws in proportion to w: draws of the posterior, as far as the weights carry.
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,18 +19,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.weights import K_LIMIT
-from pyro_dgm.diagnostics.containers import group, has_group
-from pyro_dgm.diagnostics.khat import KHat, khat
+from pyro_dgm.core.weights import K_LIMIT, log_mean, psis, stratified
+from pyro_dgm.diagnostics.containers import group, has_group, log_weights_of, resampled
+from pyro_dgm.diagnostics.khat import KHat, Rows, khat
 from pyro_dgm.diagnostics.loo import elpd_of, loo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Report", "check"]
+__all__ = ["ErrorBounds", "Report", "check", "error_bounds", "resample"]
 
 _STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "sd": np.std, "least": np.min, "largest": np.max}
 _RARE = 0.01  # share of predictive data sets, on either side, below which data are unusual; chosen by hand
+_D2_SMALL = 0.1  # nats; this and the next as in viabel, the package of Huggins et al. (2020)
+_D2_LARGE = 4.6  # nats
 _SHOWN = 2000  # data of a variable in the picture; chosen by hand
 
 
@@ -56,7 +66,7 @@ class Report:
             "1. The posterior": [
                 str(self.verdict or "Draws without importance weights: read R-hat, ESS and divergences.")
             ],
-            "2. Prediction, leave-one-out": self._prediction() or ["No log_likelihood."],
+            "2. Prediction, leave-one-out": self._prediction() or [self._no_prediction()],
             "3. Does the model give such data?": self._predictive_check() or ["No posterior_predictive."],
             "4. What to do next": [self._advice()],
         }
@@ -69,6 +79,11 @@ class Report:
         ]
         return [*values, *self.warnings]
 
+    def _no_prediction(self) -> str:
+        if self.verdict is None or not self.verdict.independent:
+            return "No log_likelihood."
+        return "Rows share no latent, so that what is left out is predicted by the prior alone: its elpd is the log evidence."
+
     def _predictive_check(self) -> list[str]:
         lines = []
         for name in dict.fromkeys(site for site, _ in self.predictive):
@@ -77,16 +92,17 @@ class Report:
         return lines
 
     def _advice(self) -> str:
-        status = "" if self.verdict is None else self.verdict.status
-        if status == "bad":
-            return "First the posterior: train longer, reparameterise, or neutra. Nothing else on this page can be trusted."
-        if status == "usable":
-            return "resample(idata) and read this page again, or train longer."
+        verdict = self.verdict
+        if verdict is not None and verdict.status == "bad":
+            return f"First the posterior. {verdict.next_step} Nothing else on this page can be trusted."
+        if verdict is not None and verdict.status == "usable":
+            return f"{verdict.next_step} Then read this page again."
         if self.misfits:
             return f"The posterior is fine, the model is not: it does not give the {', '.join(self.misfits)}. Change the model."
         if any(k > K_LIMIT for *_, k in self.elpd.values()):
             return (
-                "Some data are very influential: look at az.plot_khat(loo(idata)), and at a heavier-tailed likelihood."
+                "Some data are very influential, which no better guide changes: look at az.plot_khat(loo(idata)), leave them out "
+                "once, and try a likelihood with heavier tails."
             )
         return "Use it. A fault that the model shares with its data, or a mode nobody saw, is not on this page."
 
@@ -125,9 +141,10 @@ def check(idata: Any) -> Report:
     """
     weighted = has_group(idata, "sample_stats") and "log_weight" in group(idata, "sample_stats")
     verdict = khat(idata) if weighted else None
+    independent = verdict is not None and verdict.independent
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        results = _loo_by_variable(idata) if has_group(idata, "log_likelihood") else {}
+        results = _loo_by_variable(idata) if has_group(idata, "log_likelihood") and not independent else {}
     predictive = _predictive(idata) if has_group(idata, "posterior_predictive") else {}
     if verdict is None and not results and not predictive:
         raise ValueError(
@@ -173,26 +190,50 @@ def _weights(report: Report, ax: Axes) -> None:
     v = report.verdict
     if v is None:
         return _empty(ax, "no importance weights")
+    if v.rows is not None and v.independent:
+        return _row_khats(v.rows, v, ax)
     lw = group(report.idata, "sample_stats")["log_weight"].ravel()
     low = np.quantile(lw, 0.01) - 3.0  # a few draws far below the rest would be all that is seen
     ax.hist(np.clip(lw, low, None) - lw.mean(), 60, color="C0", alpha=0.7)
     ax.set(title=f"log p - log q: {v.status}", xlabel="log weight - mean (nats)", ylabel="draws", yscale="log")
     text = f"k-hat {v.k:.2f} ({v.threshold:.2f})\nESS {v.ess:.0f} of {v.draws}"
+    if v.rows is not None:
+        text += f"\nrows given {v.rows.given}:\n{v.rows.fine:.0%} good"
     ax.text(0.03, 0.95, text, transform=ax.transAxes, va="top")
+
+
+def _row_khats(rows: Rows, v: KHat, ax: Axes) -> None:
+    """Rows have weights of their own; those of all rows together are never of use."""
+    ax.hist(np.clip(np.asarray(rows.k), -1.0, 2.0), 40, color="C0", alpha=0.7)
+    ax.axvline(v.threshold, color="k", lw=0.8, ls="--")
+    ax.set(
+        title=f"{rows.total} rows of plate '{rows.plate}': {v.status}",
+        xlabel="k-hat of a row, clipped to (-1, 2)",
+        ylabel="rows",
+    )
+    shares = f"{rows.fine:.0%} good\n{rows.share('usable') - rows.fine:.0%} usable\n{1 - rows.share('usable'):.0%} bad"
+    ax.text(0.03, 0.95, shares, transform=ax.transAxes, va="top")
 
 
 def _evidence(report: Report, ax: Axes) -> None:
     v = report.verdict
     if v is None:
         return _empty(ax, "no evidence without weights")
-    errors = [2 * v.elbo_error, 2 * v.log_evidence_error]
+    known = np.isfinite(v.log_evidence_error)
+    errors = [2 * v.elbo_error, 2 * v.log_evidence_error if known else 0.0]
     ax.errorbar([v.elbo, v.log_evidence], [1, 0], xerr=errors, fmt="o", color="C1", capsize=4)
-    ax.set(yticks=[1, 0], yticklabels=["ELBO", "log evidence"], ylim=(-0.6, 1.6))
+    name = "log evidence" if known else "log evidence,\nat least"
+    ax.set(yticks=[1, 0], yticklabels=["ELBO", name], ylim=(-0.6, 1.6))
     ax.set(xlabel="nats (bars: 2 standard errors)", title=f"gap {v.gap:.3f} nats: an estimate of KL(q||p)")
     ax.locator_params(axis="x", nbins=4)
 
 
 def _influence(report: Report, ax: Axes) -> None:
+    v = report.verdict
+    if v is not None and v.rows is not None and v.independent:
+        ax.plot(np.asarray(v.rows.gap), ".")
+        ax.set(title="gap of each row that was looked at", xlabel="row", ylabel="KL(q||p) (nats)")
+        return None
     if not report.elpd:
         return _empty(ax, "no log_likelihood")
     for name, (elpd, error, _) in report.elpd.items():
@@ -216,3 +257,125 @@ def _statistics(report: Report, ax: Axes) -> None:
 def _empty(ax: Axes, text: str) -> None:
     ax.text(0.5, 0.5, text, ha="center", transform=ax.transAxes)
     ax.set_axis_off()
+
+
+# --- Error bounds ---
+
+
+@dataclass(frozen=True)
+class ErrorBounds:
+    r"""Bounds by variable, in the variable's units; infinite where they cannot be had.
+
+    Attributes:
+        d2: the bound :math:`2 (\mathrm{CUBO}_2 - \mathrm{ELBO}) \ge D_2(p \| q)`, in nats.
+        mean: bounds on the error of posterior means, ``{variable: array}``.
+        sd: bounds on the error of posterior standard deviations.
+        khat: Pareto k of the weights.
+        verdict: "small", "use weights", "very large" or "unknown".
+    """
+
+    d2: float
+    mean: dict[str, np.ndarray]
+    sd: dict[str, np.ndarray]
+    khat: float
+    verdict: str
+
+    def __str__(self) -> str:
+        if self.verdict == "unknown":
+            return f"error bounds: unknown, since k-hat {self.khat:.2f} is above 0.7 and no second moment can be estimated."
+        worst = ", ".join(f"{k} {np.max(v):.3g}" for k, v in self.mean.items())
+        return f"error bounds: {self.verdict} (D2 <= {self.d2:.3g} nats). Means are off by at most: {worst}."
+
+
+@checked()
+def error_bounds(idata: Any) -> ErrorBounds:
+    r"""Bounds on the errors of posterior means and standard deviations of a guide's draws.
+
+    They are bounds: the errors themselves are usually far smaller. They rest on estimates of :math:`E_q w^2` and of the
+    ELBO, so they hold up to those estimates' error, and nothing is said where Pareto k is above 0.7.
+
+    Args:
+        idata: a container of :func:`~pyro_dgm.from_svi`.
+
+    Raises:
+        ValueError: if the container has no importance weights.
+
+    References:
+        | Huggins, Kasprzak, Campbell & Broderick (2020), "Validated variational inference via practical posterior error
+          bounds", AISTATS sections 3-4; their package viabel has the same bounds, over all coordinates
+          together. The bound of the mean here is half of theirs.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.random.default_rng(0).normal(size=(1, 20_000))  # q = N(0, 1), p = N(0.1, 1)
+        >>> groups = {"posterior": {"x": x}, "sample_stats": {"log_weight": 0.1 * x - 0.005}}
+        >>> bounds = error_bounds({"groups": groups})
+        >>> bool(0.1 < bounds.mean["x"] < 0.15), bounds.verdict  # the mean is off by 0.1
+        (True, 'small')
+    """
+    lw = log_weights_of("error_bounds", idata)
+    k = psis(lw)[1]
+    d2 = math.inf
+    if k <= K_LIMIT:
+        upper = 0.5 * float(log_mean(2.0 * lw))  # CUBO_2, in nats: an upper bound on the log evidence
+        d2 = max(0.0, 2.0 * (upper - float(lw.mean())))
+    chi2 = math.expm1(d2) if d2 < 700.0 else math.inf  # float64 ends at exp(709)
+    mean = {}
+    sd = {}
+    for name, values in group(idata, "posterior").items():
+        x = values.reshape(-1, *values.shape[2:]).astype(np.float64)
+        centred = x - x.mean(0)
+        mean[name] = centred.std(0) * np.sqrt(chi2)
+        sd[name] = 2.0 * (centred**4).mean(0) ** 0.25 * chi2**0.25
+    return ErrorBounds(d2, mean, sd, k, _size_of(d2))
+
+
+def _size_of(d2: float) -> str:
+    if d2 == math.inf:
+        return "unknown"
+    if d2 > _D2_LARGE:
+        return "very large"
+    return "use weights" if d2 > _D2_SMALL else "small"
+
+
+# --- Resampling ---
+
+
+@checked()
+def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = None) -> Any:
+    r"""A container whose draws are picked in proportion to :math:`w = p(x, \theta) / q(\theta)`, Pareto-smoothed.
+
+    Stratified resampling, in random order. All groups of the posterior are picked together; ``log_weight`` is dropped,
+    since it is spent, and the attribute ``resampled`` is set. What is repeated counts once: about ``ess`` draws of
+    :func:`~pyro_dgm.khat` are distinct information, so ask for no more than you need.
+
+    Args:
+        idata: a container of :func:`~pyro_dgm.from_svi`.
+        num_samples: number of draws; None for as many as there are.
+        seed: makes the choice reproducible.
+
+    Raises:
+        ValueError: if the container has no importance weights.
+
+    Warns:
+        UserWarning: if Pareto k is 0.7 or more: the weights then cannot repair the draws.
+
+    References:
+        | Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.linspace(-2.0, 2.0, 400)[None]
+        >>> draws = {"posterior": {"x": x}, "sample_stats": {"log_weight": x}}  # q is uniform, p grows with x
+        >>> bool(resample({"groups": draws}, seed=0)["groups"]["posterior"]["x"].mean() > 0.8)
+        True
+    """
+    log_weight, k = psis(log_weights_of("resample", idata))
+    if k >= K_LIMIT:
+        warnings.warn(
+            f"resample: k-hat is {k:.2f}; above {K_LIMIT} importance weights do not repair the draws. See khat(idata).",
+            stacklevel=2,
+        )
+    n = num_samples or len(log_weight)
+    rng = np.random.default_rng(seed)
+    return resampled(idata, rng.permutation(stratified(np.exp(log_weight), n, rng.random(n))))

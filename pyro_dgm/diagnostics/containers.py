@@ -1,4 +1,4 @@
-"""ArviZ 0.x and 1.x behind one door: containers, their groups and their draws.
+"""ArviZ 0.x and 1.x behind one door: containers, the options that make them, their groups and their draws.
 
 Groups are nested dictionaries ``{group: {variable: array (chain, draw, ...)}}``. ArviZ is imported only where a container of
 its own is asked for; its two lines are told apart by version, since each accepts the other's calls in silence. Nothing here
@@ -7,7 +7,9 @@ needs torch.
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -15,16 +17,22 @@ from pyro_dgm.core.weights import arviz_major
 
 __all__ = [
     "Arrays",
+    "CONTAINER",
+    "ContainerOptions",
     "DATA_GROUPS",
     "Names",
     "RESERVED",
+    "RUN",
+    "RunOptions",
     "add_groups",
     "build",
     "coords_of",
     "group",
     "group_attrs",
     "has_group",
+    "log_weights_of",
     "resampled",
+    "with_defaults",
 ]
 
 Arrays = dict[str, dict[str, np.ndarray]]
@@ -198,3 +206,72 @@ def coords_of(container: Any) -> dict[str, Any]:
         return container["coords"]
     data = [_dataset(container, g) for g in _group_names(container)]
     return {str(k): np.asarray(v) for d in data for k, v in d.coords.items() if k not in RESERVED}
+
+
+def log_weights_of(who: str, idata: Any) -> np.ndarray:
+    """All log weights of a container, chains one after another."""
+    stats = group(idata, "sample_stats")
+    if "log_weight" not in stats:
+        raise ValueError(
+            f"{who}: sample_stats has no log_weight (log p - log q). Make the container with from_svi, of a guide with a "
+            "density, and resample it once at most; an implicit one is judged by Adversarial_ELBO(...).diagnose()."
+        )
+    return np.asarray(stats["log_weight"], dtype=np.float64).ravel()
+
+
+# --- Options that several functions share: names and defaults once, a wrong name refused with the known ones ---
+
+
+class RunOptions(TypedDict, total=False):
+    """How a model is run for many draws; :func:`~pyro_dgm.from_svi` says what each option does."""
+
+    model_kwargs: dict[str, Any] | None
+    parallel: bool | str
+    batch_size: int | None
+    seed: int | None
+
+
+class ContainerOptions(RunOptions, total=False):
+    """What a container holds besides; :func:`~pyro_dgm.from_svi` says what each option does."""
+
+    log_likelihood: bool
+    log_prior: bool
+    posterior_predictive: bool
+    prior: int
+    predictions: tuple[Any, ...] | None
+    constant_data: dict[str, Any] | None
+    sites: Sequence[str] | None
+    coords: dict[str, Any] | None
+    dims: dict[str, list[str]] | None
+    extra_event_dims: dict[str, list[str]] | None
+    container: str
+
+
+# None is the default where nothing else is said.
+RUN: dict[str, Any] = dict.fromkeys(RunOptions.__annotations__) | {"parallel": "auto"}
+CONTAINER: dict[str, Any] = (
+    dict.fromkeys(ContainerOptions.__annotations__)
+    | RUN
+    | {
+        "log_likelihood": True,
+        "log_prior": False,
+        "posterior_predictive": True,
+        "prior": 500,
+        "container": "auto",
+    }
+)
+
+
+def with_defaults(function: Callable[..., Any], options: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
+    """All options, those that were not given at their defaults.
+
+    Raises:
+        TypeError: for a name that the function does not take.
+    """
+    unknown = sorted(set(options) - set(defaults))
+    if unknown:
+        own = [k for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        raise TypeError(
+            f"{function.__name__}: got the unknown options {unknown}, expected some of {own + list(defaults)}."
+        )
+    return {**defaults, **options}

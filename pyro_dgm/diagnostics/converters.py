@@ -15,7 +15,17 @@ from typing_extensions import Unpack
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like
-from pyro_dgm.diagnostics.containers import RESERVED, add_groups, coords_of, group
+from pyro_dgm.diagnostics.containers import (
+    CONTAINER,
+    RESERVED,
+    RUN,
+    ContainerOptions,
+    RunOptions,
+    add_groups,
+    coords_of,
+    group,
+    with_defaults,
+)
 from pyro_dgm.diagnostics.groups import (
     Groups,
     all_groups,
@@ -29,7 +39,6 @@ from pyro_dgm.diagnostics.groups import (
     renamed,
 )
 from pyro_dgm.diagnostics.khat import judge
-from pyro_dgm.diagnostics.options import CONTAINER, RUN, ContainerOptions, RunOptions, with_defaults
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws
 from pyro_dgm.model.sites import Site, is_subsample

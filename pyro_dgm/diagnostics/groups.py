@@ -17,8 +17,7 @@ import pyro
 from torch import Tensor
 
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.diagnostics.containers import DATA_GROUPS, RESERVED, Arrays, Names, build
-from pyro_dgm.diagnostics.options import ContainerOptions
+from pyro_dgm.diagnostics.containers import DATA_GROUPS, RESERVED, Arrays, ContainerOptions, Names, build
 from pyro_dgm.model.handlers import Undrawn
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws, Table

@@ -19,6 +19,7 @@ from pyro_dgm.diagnostics.khat import KHat, judge
 
 __all__ = ["compare", "elpd_of", "loo"]
 
+_CLEAN = 0.5  # k-hat of the guide below which its weights have a finite variance: what is heavy then are the data
 _SMALL = 4.0  # nats; below it a difference of elpd is small and its error unreliable (Sivula et al. 2020)
 
 
@@ -122,13 +123,19 @@ def _pointwise(ll: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.n
 
 def _warn_of_unreliable(k: np.ndarray, verdict: KHat) -> None:
     good = verdict.threshold
-    if (k > good).any():
-        fault = f"Pareto k of {int((k > good).sum())} of {len(k)} data is above {good:.2f} (largest {k.max():.2f})"
-    elif verdict.status == "bad":
+    if verdict.status == "bad":
         fault = f"the guide is far from the posterior (ESS {verdict.ess:.0f} of {verdict.draws}, gap {verdict.gap:.2f} nats)"
+        advice = verdict.next_step
+    elif (k > good).any():
+        fault = f"Pareto k of {int((k > good).sum())} of {len(k)} data is above {good:.2f} (largest {k.max():.2f})"
+        advice = (
+            f"The guide is not the cause (its own k-hat is {verdict.k:.2f}): these data move the posterior, and it must be "
+            "fitted without them (K-fold cross-validation), or their likelihood needs heavier tails."
+        )
+        if verdict.k >= _CLEAN:
+            advice = f"The guide has a part in it (its own k-hat is {verdict.k:.2f}): {verdict.next_step}"
     else:
         return
-    advice = "A better guide helps, or resample(idata), or neutra."
     warnings.warn(f"loo: {fault}; the estimate is not reliable. {advice}", stacklevel=3)
 
 

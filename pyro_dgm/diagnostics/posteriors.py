@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyro
@@ -14,12 +15,29 @@ from torch import Tensor
 
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.diagnostics.options import ExperimentOptions
+from pyro_dgm.diagnostics.sharpness import Sharpness, sharpness_of
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws
 from pyro_dgm.simulation.store import Simulations
 
-__all__ = ["Experiment", "Refit", "experiment", "observed_names"]
+__all__ = ["EXPERIMENT", "Experiment", "ExperimentOptions", "Refit", "experiment", "observed_names"]
+
+
+class ExperimentOptions(TypedDict, total=False):
+    """Simulations and draws of a calibration; :func:`~pyro_dgm.sbc` says what each option does."""
+
+    observed: Sequence[str] | None
+    num_simulations: int
+    num_draws: int
+    simulations: Mapping[str, Tensor] | None
+    model_kwargs: dict[str, Any] | None
+    seed: int | None
+
+
+EXPERIMENT: dict[str, Any] = dict.fromkeys(ExperimentOptions.__annotations__) | {
+    "num_simulations": 300,
+    "num_draws": 199,
+}
 
 
 class Refit:
@@ -70,6 +88,9 @@ class _Fitted:
         return {k: values[k] for k in program.sites("latent")}
 
 
+_HOW: dict[str, bool | str] = {"plate": True, "loop": False, "vmap": "auto"}
+_JUDGED = 100  # simulations whose joint density is asked, 10 ms each. Not measured further
+
 Densities = tuple[np.ndarray, ...]  # of the draws, (M, S), and of the truths, (M,), in nats; empty where not known
 
 
@@ -81,11 +102,13 @@ class Experiment:
         truth: ``{site: (M, *site)}``, drawn from the prior.
         draws: ``{site: (M, S, *site)}``, drawn from the posterior of the data that each truth gave.
         densities: log densities of the draws ``(M, S)`` and of the truths ``(M,)``; empty where not asked for.
+        sharpness: how near to the truths the draws are.
     """
 
     truth: dict[str, np.ndarray]
     draws: dict[str, np.ndarray]
-    densities: Densities = ()
+    densities: Densities
+    sharpness: Sharpness
 
 
 def experiment(
@@ -123,10 +146,16 @@ def experiment(
             )
         truth = {k: rows[k] for k in sites}
         draws = {k: drawn.draws[k].reshape(*drawn.draws[k].shape[:2], *truth[k].shape[1:]) for k in sites}
-        densities: Densities = ()
-        if density:
-            densities = drawn.densities(truth) or _joint_densities(program, drawn.draws, truth, data)
-    return Experiment(_arrays(truth), _arrays(draws), densities)
+        densities = drawn.densities(truth) if density or set(drawn.draws) <= set(truth) else ()
+        joint: Densities = ()
+        of_others = None
+        if len(densities and densities[1]) > 1:
+            of_others = drawn.at_truth({k: v.roll(1, 0) for k, v in truth.items()})
+            joint = _joint_if_known(program, posterior, draws, truth, data)
+        sharpness = sharpness_of(_arrays(draws), _arrays(truth), densities, of_others, joint)
+        if density and not densities:
+            densities = _joint_densities(program, drawn.draws, truth, data)
+    return Experiment(_arrays(truth), _arrays(draws), densities, sharpness)
 
 
 def _is_amortised(posterior: Any) -> bool:
@@ -192,15 +221,23 @@ class _Drawn:
 
     def densities(self, truth: Draws) -> Densities:
         """Log densities of the draws and of the truth by the posteriors, if they have any."""
-        truth = {k: truth[k] for k in self.draws}
         if self.together is not None:
+            if not callable(getattr(self.together, "log_prob", None)):
+                return ()
             draws = self.together.log_prob({k: v.transpose(0, 1) for k, v in self.draws.items()})
-            return _array(draws.T), _array(self.together.log_prob({k: v[None] for k, v in truth.items()})[0])
+            return _array(draws.T), self.at_truth(truth)
         if not callable(getattr(self.each[0], "log_prob", None)):
             return ()
         of_draws = [q.log_prob({k: v[i] for k, v in self.draws.items()}) for i, q in enumerate(self.each)]
-        of_truth = [q.log_prob({k: v[None, i] for k, v in truth.items()})[0] for i, q in enumerate(self.each)]
-        return _array(torch.stack(of_draws)), _array(torch.stack(of_truth))
+        return _array(torch.stack(of_draws)), self.at_truth(truth)
+
+    def at_truth(self, truth: Draws) -> np.ndarray:
+        """Log densities of one value for each data set, ``(M,)``."""
+        truth = {k: truth[k] for k in self.draws}
+        if self.together is not None:
+            return _array(self.together.log_prob({k: v[None] for k, v in truth.items()})[0])
+        rows = [q.log_prob({k: v[None, i] for k, v in truth.items()})[0] for i, q in enumerate(self.each)]
+        return _array(torch.stack(rows))
 
 
 def _draw_at_once(posterior: Any, data: Draws, n: int) -> _Drawn | None:
@@ -239,17 +276,36 @@ def _draw_each(posterior: Any, data: Draws, n: int) -> _Drawn:
     return _Drawn(stacked, each=posteriors)
 
 
-def _joint_densities(program: Program | None, draws: Draws, truth: Draws, data: Draws) -> Densities:
-    """Log densities of the draws and of the truth by the model, for posteriors without a density."""
-    if program is None:
+def _joint_densities(
+    program: Program | None, draws: Draws, truth: Draws, data: Draws, posterior: Any = None
+) -> Densities:
+    """Log joint densities of the draws and of the truth by the model; by the posterior's own where none was given."""
+    if program is None and not _is_amortised(posterior):
         raise ValueError("coverage: the posterior has no log_prob, so it needs the model's density: pass the model.")
-    how: dict[str, bool | str] = {"plate": True, "loop": False, "vmap": "auto"}
     totals = []
     for i in range(len(next(iter(data.values())))):
         rows = {k: torch.cat([draws[k][i].reshape(-1, *v.shape[1:]), v[None, i]]) for k, v in truth.items()}
         n = len(next(iter(rows.values())))
-        conditioned = poutine.condition(program.model, data={k: v[i] for k, v in data.items()})
-        one = Program(conditioned, None, program.args, program.kwargs, how[program.runs.how], draws=rows)
+        row = {k: v[i] for k, v in data.items()}
+        if program is not None:
+            conditioned = poutine.condition(program.model, data=row)
+            how = _HOW[program.runs.how]
+            one = Program(conditioned, None, program.args, program.kwargs, how, draws=rows)
+        else:
+            one = Program(posterior.condition(**row).model, None, (), {}, draws=rows)
+        if not one.has_density:
+            raise ValueError("The model has no density.")
         totals.append(one.scored(rows, n).total(n))
     joint = _array(torch.stack(totals))
     return joint[:, :-1], joint[:, -1]
+
+
+def _joint_if_known(program: Program | None, posterior: Any, draws: Draws, truth: Draws, data: Draws) -> Densities:
+    """Of the first simulations; empty where the joint density is not known."""
+    drawn, true, given = ({k: v[:_JUDGED] for k, v in each.items()} for each in (draws, truth, data))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _joint_densities(program, drawn, true, given, posterior)
+    except Exception:  # a model without a density, a posterior of some of its latents: whatever they say
+        return ()

@@ -5,8 +5,9 @@ Guides that put a latent on a point are refused: they have no density there, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,21 +15,33 @@ import pyro
 import torch
 from pyro.distributions import Delta
 from pyro.infer.autoguide import AutoDelta, AutoGuide
+from torch import Tensor
 from torch.distributions import biject_to
 from typing_extensions import Unpack
 
 from pyro_dgm.core.devices import seed_everywhere, seeded
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.weights import psis
-from pyro_dgm.diagnostics.explore import explore
+from pyro_dgm.diagnostics.containers import CONTAINER, ContainerOptions, with_defaults
+from pyro_dgm.diagnostics.explore import explore, never_fitted
 from pyro_dgm.diagnostics.groups import Groups, all_groups, container_of
-from pyro_dgm.diagnostics.khat import Exploration, judge
-from pyro_dgm.diagnostics.options import CONTAINER, ContainerOptions, with_defaults
+from pyro_dgm.diagnostics.khat import Exploration, correction, judge, judge_rows
 from pyro_dgm.model.program import Model, Program, refuse_guides_as_models
 from pyro_dgm.model.runs import Table
-from pyro_dgm.model.sites import Site, innermost_distribution, is_data, is_implicit, latent_sites, sample_sites
+from pyro_dgm.model.sites import (
+    Site,
+    innermost_distribution,
+    is_computed,
+    is_data,
+    is_implicit,
+    latent_sites,
+    sample_sites,
+)
 
 __all__ = ["from_fits", "from_svi"]
+
+_DRAWS = 1000  # the error of k-hat is then 0.2; a convention
+_CHAINS = 4  # ArviZ compares chains, and says NaN of one; a convention
+_SAME = 1e-4  # nats by which a term differs between draws that share all it depends on: of float32; chosen by hand
 
 
 @checked()
@@ -36,8 +49,8 @@ def from_svi(
     model: Model,
     guide: Model,
     *args: Any,
-    num_samples: int = 1000,
-    num_chains: int = 1,
+    num_samples: int | None = None,
+    num_chains: int | None = None,
     check: bool = True,
     **options: Unpack[ContainerOptions],
 ) -> Any:
@@ -56,8 +69,9 @@ def from_svi(
     Args:
         model, guide: Pyro programs.
         args: their arguments, data included.
-        num_samples: posterior draws, in each chain.
-        num_chains: into how many chains the draws are split. They are independent anyway: R-hat is one.
+        num_samples: posterior draws, in each chain; None for 1,000 in all.
+        num_chains: into how many chains the draws are split; None for one where ``num_samples`` is given and for four
+            where it is not. They are independent anyway, so R-hat is one; of a single chain ArviZ has no R-hat.
         check: look around the draws by short Hamiltonian chains and for modes that they miss (autoguides over one vector;
             some 160 batched gradients of the model). :func:`~pyro_dgm.khat` uses what is found.
         model_kwargs: further arguments of the programs, by name.
@@ -97,8 +111,9 @@ def from_svi(
         ('chain', 'draw', 'item')
     """
     complete: ContainerOptions = with_defaults(from_svi, options, CONTAINER)
-    n = num_samples * num_chains
-    return _from_guides("from_svi", model, [guide], args, n, complete, chains=num_chains, check=check)
+    chains = num_chains or (_CHAINS if num_samples is None else 1)
+    n = chains * (num_samples or _DRAWS // chains)
+    return _from_guides("from_svi", model, [guide], args, n, complete, chains=chains, check=check)
 
 
 @checked()
@@ -164,8 +179,10 @@ def _from_guides(
     seed = options["seed"]
     store = pyro.get_param_store()
     with seeded(seed), store.scope(store.get_state()):  # reading a guide leaves the user's store as it was
+        unfitted = never_fitted(guides[0])
         for guide in guides:
             guide(*args, **kwargs)  # lazy guides find their structure, by draws of their own
+        unfitted = unfitted or never_fitted(guides[0])
         if seed is not None:
             seed_everywhere(seed)
         programs = [Program(model, guide, args, kwargs, options["parallel"], who=who) for guide in guides]
@@ -178,11 +195,16 @@ def _from_guides(
         groups = all_groups(programs[0], draws, total, scored, options)
         log_weight = groups.weigh(_log_q(programs, drawn, scored, n))
         explored = Exploration(unseen="it was not asked for")
-        if check and log_weight is not None:
-            explored = explore(model, guides[0], args, kwargs, how=programs[0].density_how)
+        by_rows = None
+        if log_weight is not None:
+            if check:
+                explored = explore(model, guides[0], args, kwargs, how=programs[0].density_how)
+            explored = replace(explored, unfitted=unfitted)
+            if len(guides) == 1:
+                by_rows = _by_rows(programs[0], drawn[0], scored, log_weight, check)
     attrs: dict[str, Any] = {"guide": type(guides[0]).__name__}
     if log_weight is not None:
-        attrs |= _verdict(groups, log_weight, explored, len(guides))
+        attrs |= _verdict(groups, log_weight, explored, len(guides), by_rows)
     return container_of(programs[0], groups, options, attrs, chains, "svi")
 
 
@@ -193,22 +215,106 @@ def _log_q(programs: list[Program], drawn: list[Table], scored: Table, n: int) -
     return np.concatenate(known) if len(known) == len(rows) else None
 
 
-def _verdict(groups: Groups, log_weight: np.ndarray, explored: Exploration, fits: int) -> dict[str, Any]:
-    explored = replace(explored, correction=_correction(groups.arrays["posterior"], log_weight))
-    attrs = judge(log_weight, explored).attrs()
+def _verdict(
+    groups: Groups, log_weight: np.ndarray, explored: Exploration, fits: int, by_rows: _ByRows | None
+) -> dict[str, Any]:
+    if by_rows is not None:
+        of_rows = judge_rows(by_rows.log_weight, by_rows.draws, explored, by_rows.plate, by_rows.given)
+        if of_rows.independent:
+            return of_rows.attrs()
+    posterior = [v.reshape(len(v), -1).astype(np.float64) for v in groups.arrays["posterior"].values()]
+    draws = np.concatenate(posterior, -1) if posterior else np.zeros((len(log_weight), 0))
+    verdict = judge(log_weight, replace(explored, correction=correction(draws, log_weight)))
+    attrs = replace(verdict, rows=of_rows.rows if by_rows is not None else None).attrs()
     if fits > 1:
         attrs["khat_by_chain"] = [judge(w).k for w in np.split(log_weight, fits)]
     return attrs
 
 
-def _correction(posterior: dict[str, np.ndarray], log_weight: np.ndarray) -> float:
-    """Largest change of a mean when the draws are importance-weighted, in standard deviations of the draws."""
-    if len(log_weight) < 25 or not posterior:
-        return 0.0
-    draws = np.concatenate([v.reshape(len(v), -1) for v in posterior.values()], -1).astype(np.float64)
-    sd = draws.std(0)
-    change = np.abs(np.exp(psis(log_weight)[0]) @ draws - draws.mean(0))
-    return float((change[sd > 0] / sd[sd > 0]).max(initial=0.0))
+# --- Rows of a plate, each with weights of its own ---
+
+
+@dataclass(frozen=True)
+class _ByRows:
+    """Log weights ``(n, N)`` and latents ``(n, N, F)`` of the N rows of a plate, the latents outside of it held fixed."""
+
+    plate: str
+    given: list[str]
+    log_weight: np.ndarray
+    draws: np.ndarray
+
+
+def _by_rows(program: Program, guided: Table, scored: Table, log_weight: np.ndarray, check: bool) -> _ByRows | None:
+    """Weights row by row where model and guide are products over a plate; None where they are not.
+
+    Latents outside of the plate are held at the draw of the median weight, and the others drawn anew: one more run of both.
+    """
+    latents = {k: program.runs.layouts[k].axes for k in program.sites("latent")}
+    if not latents or any(not bool(m.all()) for k, m in scored.masks.items() if k in latents):
+        return None
+    plates = [p for p in next(iter(latents.values())) if all(p in axes for axes in latents.values())]
+    if plates:
+        return _split(program, guided, scored, plates, [])
+    plate = _plate_of_most(program, latents)
+    if plate is None or not check or program.runs.how == "loop" or not _draws_in(program, plate):
+        return None
+    n = len(log_weight)
+    held = int(np.argsort(log_weight)[n // 2])
+    layouts = program.guide_runs.layouts  # type: ignore[union-attr]
+    fixed = {k: v[held].expand(n, *v.shape[1:]) for k, v in guided.values.items() if plate not in layouts[k].axes}
+    again = program.guide_runs.run(n, fixed, score=True)  # type: ignore[union-attr]
+    anew = {k: again.values[k] for k in latents}
+    given = [k for k, axes in latents.items() if plate not in axes]
+    if any(bool((anew[k] == anew[k][:1]).all()) for k in latents if k not in given):
+        return None
+    return _split(program, again, program.scored(anew, n), [plate], given)
+
+
+def _plate_of_most(program: Program, latents: dict[str, dict[str, int]]) -> str | None:
+    """The plate that holds most entries of latents."""
+    held = {
+        p: sum(program.prototype.nodes[k]["value"].numel() for k, axes in latents.items() if p in axes)
+        for axes in latents.values()
+        for p in axes
+    }
+    return max(held, key=held.__getitem__, default=None)
+
+
+def _draws_in(program: Program, plate: str) -> bool:
+    """Whether the guide has a draw of its own in the plate, and no joint one for all rows."""
+    runs = program.guide_runs
+    nodes = runs.prototype.nodes  # type: ignore[union-attr]
+    return any(
+        plate in layout.axes and not is_computed(nodes[k]) and not isinstance(innermost_distribution(nodes[k]), Delta)
+        for k, layout in runs.layouts.items()  # type: ignore[union-attr]
+    )
+
+
+def _split(program: Program, guided: Table, scored: Table, plates: list[str], given: list[str]) -> _ByRows | None:
+    """The terms of both densities by row; None where a term outside of the plates depends on what is drawn inside."""
+    local = {k: v for k, v in program.runs.layouts.items() if k in program.sites("latent") and k not in given}
+    sizes = [next(f.full_size or f.size for f in next(iter(local.values())).plates if f.name == p) for p in plates]
+    total = math.prod(sizes)
+    n = len(next(iter(guided.values.values())))
+    rows = torch.zeros(n, total, dtype=torch.float64)
+    for sign, terms in ((1.0, scored.terms), (-1.0, guided.terms)):
+        for term in terms.values():
+            joint = term.joint.double().cpu()
+            if all(p in term.axes for p in plates):
+                rows += sign * _in_rows(joint, term.axes, plates, total).sum(-1)
+                continue
+            outside = joint.reshape(n, -1).sum(-1)
+            if outside.numel() and float(outside.max() - outside.min()) > _SAME * max(1.0, float(outside.abs().max())):
+                return None
+            if not given:
+                rows += sign * outside.mean() / total
+    values = [_in_rows(guided.values[k].double().cpu(), layout.axes, plates, total) for k, layout in local.items()]
+    return _ByRows(", ".join(plates), given, rows.numpy(), torch.cat(values, -1).numpy())
+
+
+def _in_rows(values: Tensor, axes: dict[str, int], plates: list[str], total: int) -> Tensor:
+    """``(n, N, rest)`` of ``(n, *plates, *others)``."""
+    return values.movedim([axes[p] for p in plates], list(range(1, 1 + len(plates)))).reshape(len(values), total, -1)
 
 
 # --- Guides that are point estimates ---

@@ -56,6 +56,12 @@ class VectorGuide(AutoContinuous):
         values = values_of(learned, buffers=True)
         return same_bits(values, self._untouched.to(values))
 
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has changed the parameters since they were made; a copy of a guide does not know and says no."""
+        learned = [m for m in self.children() if self._is_untouched(m)]
+        return bool(learned)
+
     def __getstate__(self) -> dict[str, Any]:
         drop_weak_references(self)
         return {**self.__dict__, **dict.fromkeys(self.lost_by_pickle)}

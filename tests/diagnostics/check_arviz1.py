@@ -75,8 +75,9 @@ def laid_out(container):
 
 def containers(az):
     """A1, A2, E1: groups, dims and dtypes; labels; groups added, replaced and resampled."""
+    from pyro_dgm.diagnostics.check import resample
     from pyro_dgm.diagnostics.containers import add_groups, build, coords_of, group, has_group
-    from pyro_dgm.diagnostics.khat import judge, khat, resample
+    from pyro_dgm.diagnostics.khat import judge, khat
 
     groups = example()
     verdict = judge(groups["sample_stats"]["log_weight"])
@@ -120,8 +121,7 @@ def verdicts():
 
 def prediction(az, tree, again):
     """Corrected loo equals the closed form and ArviZ's own; draws of the posterior are not corrected; compare, bounds, page."""
-    from pyro_dgm.diagnostics.check import check
-    from pyro_dgm.diagnostics.khat import error_bounds
+    from pyro_dgm.diagnostics.check import check, error_bounds
     from pyro_dgm.diagnostics.loo import _pointwise, compare, loo
 
     stats = tree["sample_stats"]

@@ -44,9 +44,9 @@ class Conditioned:
         return self.q.log_prob(values["t"])
 
 
-def draws_only(posterior):
+def draws_only(posterior, n=199):
     """The same posterior as a plain function, without a density."""
-    return lambda data: posterior.condition(**data).sample((199,))
+    return lambda data: posterior.condition(**data).sample((n,))
 
 
 def test_e2_sbc():
@@ -62,7 +62,9 @@ def test_e2_sbc():
 def test_sbc_keeps_its_level():
     """40 runs of 60 simulations with the exact posterior: about 1 % are rejected; a test that rejects half would be seen."""
     rejected = [
-        not dgm.sbc(model, Amortised(), observed=["x"], num_simulations=60, num_draws=39, seed=i).calibrated
+        not dgm.sbc(
+            model, draws_only(Amortised(), 39), observed=["x"], num_simulations=60, num_draws=39, seed=i
+        ).calibrated
         for i in range(40)
     ]
     assert sum(rejected) <= 3
@@ -127,6 +129,95 @@ def test_ranks_go_into_a_container():
     made = result.container()
     assert has_group(made, "prior_sbc") and group(made, "prior_sbc")["t"].shape == (1, 30, 2)
     assert made["prior_sbc"].attrs["num_draws"] == 19
+
+
+# --- Sharpness: what uniform ranks do not show -----------------------------------------------------------------------
+
+
+class Prior(Amortised):
+    """Planted: blind to the data."""
+
+    def condition(self, x):
+        return Conditioned(dist.MultivariateNormal(torch.zeros(2), PRIOR))
+
+
+class HalfBlind(Amortised):
+    """Planted: the exact posterior given the first datum alone."""
+
+    def condition(self, x):
+        gain = PRIOR[:, :1] / (PRIOR[0, 0] + 0.5)
+        return Conditioned(dist.MultivariateNormal(gain[:, 0] * x[0], PRIOR - gain @ PRIOR[:1]))
+
+
+class Wandering(Amortised):
+    """Planted: the exact posterior, moved by 0.8 sd in a direction that follows the data as a sign does."""
+
+    def condition(self, x):
+        loc = POSTERIOR @ (2.0 * x) + 0.8 * torch.sin(40.0 * x).sign() * POSTERIOR.diagonal().sqrt()
+        return Conditioned(dist.MultivariateNormal(loc, POSTERIOR))
+
+
+def test_a_posterior_that_is_right_on_average_and_not_sharp_is_named():
+    """Ranks of the first two are uniform: only sharpness sees them. KL by the normals' formula."""
+    off = 0.32 * (torch.linalg.inv(POSTERIOR).diagonal() * POSTERIOR.diagonal()).sum()
+    gain = 0.5 * torch.logdet(PRIOR) - 0.5 * torch.logdet(POSTERIOR)
+    half = PRIOR - PRIOR[:, :1] @ PRIOR[:1] / (PRIOR[0, 0] + 0.5)
+    gain_of_half = 0.5 * torch.logdet(half) - 0.5 * torch.logdet(POSTERIOR)
+    for posterior, kl in ((Prior(), float(gain)), (HalfBlind(), float(gain_of_half)), (Wandering(), float(off))):
+        for check in (dgm.sbc, dgm.coverage):
+            result = check(model, posterior, observed=["x"], seed=0)
+            lost = result.sharpness.lost
+            assert result.calibrated or isinstance(posterior, Wandering)
+            assert lost.value > 4 * lost.standard_error and lost.value < kl + 4 * lost.standard_error
+            assert lost.value > 0.5 * kl and "Fault: the exact posterior is sharper by" in str(result)
+    blind = dgm.sbc(model, Prior(), observed=["x"], seed=1).sharpness
+    assert blind.read.value == pytest.approx(
+        0.0, abs=4 * blind.read.standard_error
+    ) and "no more than the prior" in str(blind)
+    assert abs(blind.removed.value) < 4 * blind.removed.standard_error
+
+
+def test_the_exact_posterior_has_no_fault_in_its_sharpness():
+    """Its log score is minus its entropy, and nothing is lost; 40 seeds raise no false alarm."""
+    exact = dgm.sbc(model, Amortised(), observed=["x"], seed=0).sharpness
+    entropy = float(dist.MultivariateNormal(torch.zeros(2), POSTERIOR).entropy())
+    assert abs(exact.log_q.value + entropy) < 4 * exact.log_q.standard_error
+    assert abs(exact.lost.value) < 1e-4 and not exact.faults and exact.removed.value > 0.3
+    options = {"num_simulations": 60, "num_draws": 49, "observed": ["x"]}
+    near = Amortised(1.03)
+    assert not any(dgm.sbc(model, near, seed=i, **options).sharpness.faults for i in range(15))
+
+
+def test_draws_without_a_density_have_a_score_too():
+    results = [dgm.sbc(model, draws_only(p), observed=["x"], seed=0).sharpness for p in (Amortised(), Prior())]
+    assert results[0].log_q is None and results[0].lost is None and not results[0].faults
+    assert results[0].removed.value > 0.3 and "no more than the prior" in str(results[1])
+
+
+def test_data_that_say_nothing_are_no_fault_of_an_exact_posterior():
+    def mute(x=None):
+        pyro.sample("t", dist.MultivariateNormal(torch.zeros(2), PRIOR))
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x)
+
+    assert not dgm.sbc(mute, Prior(), observed=["x"], seed=0).sharpness.faults
+
+
+def test_simulations_without_the_model_still_tell_a_blind_posterior():
+    torch.manual_seed(0)
+    t = dist.MultivariateNormal(torch.zeros(2), PRIOR).sample((300,))
+    simulations = {"t": t, "x": t + 0.5**0.5 * torch.randn(300, 2)}
+    made = {
+        p: dgm.sbc(None, p, simulations=simulations, observed=["x"], seed=0).sharpness for p in (Amortised(), Prior())
+    }
+    exact, blind = made.values()
+    assert exact.lost is None and not exact.faults and exact.read.value > 4 * exact.read.standard_error
+    assert blind.faults and "does not read the data" in blind.faults[0]
+
+
+def test_the_picture_says_the_sharpness(tmp_path):
+    result = dgm.sbc(model, Prior(), observed=["x"], num_simulations=60, num_draws=49, seed=0)
+    result.picture(tmp_path / "with.png")
+    assert (tmp_path / "with.png").stat().st_size > 10_000
 
 
 # --- Bounds ------------------------------------------------------------------------------------------------------------
