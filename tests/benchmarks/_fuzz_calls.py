@@ -21,8 +21,8 @@ from torch.distributions import Independent, Normal
 
 import pyro_dgm as dgm
 from pyro_dgm import cnf, core, diagnostics, evaluate, flows, objectives, vae
-from pyro_dgm.diagnostics.containers import CONTAINER
-from pyro_dgm.diagnostics.posteriors import EXPERIMENT, RUN
+from pyro_dgm.diagnostics.containers import CONTAINER, RUN
+from pyro_dgm.diagnostics.posteriors import EXPERIMENT
 
 ROWS = 12
 SMALL = {"hidden_features": (4,)}
