@@ -186,6 +186,8 @@ def _fitted(who: str, name: str, kind: Any, value: Any) -> Any:
             issubclass(value, typing.get_args(kind)) if isinstance(value, type) else not isinstance(value, nn.Module)
         )
         return _if(callable(value) and other, value)  # also what makes one, as functools.partial does
+    if kind == Callable[..., Any]:
+        return _if(callable(value) and not isinstance(value, type), value)  # a program: a class makes one
     if origin is not None:
         kind = origin
     return _fitted_single(who, name, kind, value)

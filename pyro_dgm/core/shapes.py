@@ -35,6 +35,7 @@ __all__ = [
     "of_entries",
     "reference",
     "refuse_non_finite",
+    "refuse_two_precisions",
 ]
 
 _NUMBERS = "biuf"  # numpy's kinds that become tensors: booleans, integers with and without a sign, floats
@@ -76,6 +77,8 @@ def from_arrays(who: str, value: Any) -> Any:
         return {k: from_arrays(who, v) for k, v in value.items()}
     if type(value) in (tuple, list):
         return type(value)(from_arrays(who, v) for v in value)
+    if isinstance(value, Tensor) and value.is_meta:
+        raise TypeError(f"{who}: data are on the meta device, which has no numbers. Pass the tensors themselves.")
     if isinstance(value, Tensor | np.generic | type) or not hasattr(value, "__array__"):
         return value
     tensor = _from_array(who, "data", value)
@@ -135,6 +138,15 @@ def reference(module: nn.Module) -> Tensor | None:
                 return tensor
         waiting += each._modules.values()
     return None
+
+
+def refuse_two_precisions(who: str, module: nn.Module) -> None:
+    """Refuse parts whose parameters have different dtypes: no product of them is defined."""
+    found = sorted({str(p.dtype) for p in module.parameters() if p.is_floating_point()})
+    if len(found) > 1:
+        raise TypeError(
+            f"{who}: its parts have parameters of {' and '.join(found)}. Bring them to one: module.float()."
+        )
 
 
 def as_shape(shape: int | Iterable[int], what: str = "event_shape", least: int = 1) -> Size:
@@ -222,9 +234,18 @@ def check_context(family: DistributionModule, context: Tensor | None) -> Tensor 
             f"{name}: context has {got} features, expected {expected} (context shape {tuple(context.shape)}). Build "
             f"it with {name}(..., context_features={got}) or pass the columns you trained on."
         )
-    if Distribution._validate_args:
+    if Distribution._validate_args and not _is_moderate_anyhow(context):
         refuse_non_finite(name, context.reshape(-1, expected), "contexts")
+        raise ValueError(
+            f"{name}: the context holds numbers up to {float(context.abs().max()):.3g}, whose squares overflow. Bring it to the "
+            "unit scale (Standardize)."
+        )
     return context
+
+
+def _is_moderate_anyhow(value: Tensor) -> bool:
+    """Inside of vmap and its like no number may be looked at."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(value) or is_moderate(value)
 
 
 def check_built(family: DistributionModule, event_shape: Size, expected: Size) -> None:
@@ -302,11 +323,12 @@ def check_batch(
     if context is None:
         return x, None
     context = as_tensor_like(name, "context", context, like)
-    if context.dim() != 2 or len(context) != len(x):
+    if context.dim() != 2 or context.shape != (len(x), family.context_features):
         raise ValueError(
             f"{name}: the context has shape {tuple(context.shape)}, expected ({len(x)}, {family.context_features}): one row "
             "for each event."
         )
+    refuse_non_finite(name, context, "contexts")
     return x, context
 
 

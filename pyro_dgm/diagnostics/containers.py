@@ -138,6 +138,10 @@ def refuse_no_container(container: Any) -> None:
     if isinstance(container, dict):
         wrong = [k for k in _PARTS if not isinstance(container.get(k), dict)]
         wrong += [k for k in container if k not in _PARTS]
+        dims = {} if wrong else container["dims"]
+        wrong += [
+            f"dims/{k}" for k, v in dims.items() if not (isinstance(v, list) and all(isinstance(d, str) for d in v))
+        ]
         groups = {} if wrong else container["groups"]
         wrong += [f"groups/{k}" for k, v in groups.items() if not isinstance(v, dict)]
         wrong += [

@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.distribution import NoDensityError
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.evaluate.c2st import c2st
 from pyro_dgm.evaluate.density import held_out_score
 from pyro_dgm.evaluate.neighbours import memorization, precision_recall_density_coverage
@@ -64,6 +65,7 @@ def report(
     """
     with seeded(seed), torch.no_grad():
         draws = model.sample((len(data),)) if isinstance(model, Distribution) else model(len(data))
+        draws = as_tensor_like("report", "draws", draws, None)
         if draws.shape != data.shape:
             raise ValueError(
                 f"report: draws have shape {tuple(draws.shape)}, data {tuple(data.shape)}; expected the same. A function "

@@ -259,7 +259,7 @@ class MixtureChain(DistributionModule):
     low: Tensor
     high: Tensor
 
-    @checked()
+    @checked(components=1, hidden_features=1, dropout=0)
     def __init__(
         self,
         event_shape: int | Iterable[int],

@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.infer.autoguide.guides import AutoCallable, AutoGuide, AutoGuideList
 
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.shapes import from_arrays
 from pyro_dgm.model.coordinates import HasCoordinates
 from pyro_dgm.model.handlers import Given, Undrawn, warn_of_masked_sums
 from pyro_dgm.model.runs import Draws, Runs, Table, rounds_of, stacked
@@ -91,8 +92,8 @@ class Program:
         self.who = who
         self.model = model
         self.guide = guide
-        self.args = args
-        self.kwargs = kwargs
+        self.args = from_arrays(who, tuple(args))
+        self.kwargs = from_arrays(who, dict(kwargs))
         guided = self._trace(guide) if guide is not None else None
         known = _values(guided) if guided else {k: v[0] for k, v in (draws or {}).items()}
         self.density_how: How | None = None

@@ -167,6 +167,8 @@ def layout_of(site: Site) -> Layout:
     if site["infer"].get("_deterministic"):
         return _deterministic(site["value"].shape, frames)
     event_dim = site["fn"].event_dim
+    if not isinstance(site["value"], Tensor):
+        raise TypeError(f"Site '{site['name']}' has a {type(site['value']).__name__} as its value, expected a tensor.")
     shape = torch.broadcast_shapes(site["value"].shape, site["fn"].shape())
     batch, event = shape[: len(shape) - event_dim], shape[len(shape) - event_dim :]
     owned = {f.dim: f for f in frames}

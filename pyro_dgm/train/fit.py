@@ -256,7 +256,7 @@ def _owned_parameters(
     outer = store.get_state()
     with store.scope():
         with torch.no_grad(), fork_rng():
-            objective(*example)
+            _run_once(objective, example)
         _continue_from(outer, objective)
         prepare()
         parameters: list[Tensor] = [p for p in objective.parameters() if p.requires_grad]
@@ -270,6 +270,18 @@ def _owned_parameters(
     for key in ("params", "constraints"):
         outer[key].update(inner[key])
     store.set_state(outer)
+
+
+def _run_once(objective: nn.Module, example: tuple[Any, ...]) -> None:
+    try:
+        objective(*example)
+    except TypeError as error:
+        if "positional argument" not in str(error):
+            raise
+        raise TypeError(
+            f"fit: the data are {len(example)} arguments of the objective, which do not fit it ({error}). A list or tuple holds "
+            "one entry for each argument; rows in a list are one tensor: torch.stack(rows)."
+        ) from error
 
 
 def _continue_from(outer: dict[str, Any], objective: nn.Module) -> None:

@@ -131,7 +131,7 @@ class TotalCorrelation(nn.Module):
         torch.Size([])
     """
 
-    @checked()
+    @checked(size=1)
     def __init__(self, vae: VAE, size: int) -> None:
         super().__init__()
         self.vae = vae
