@@ -34,6 +34,7 @@ __all__ = [
     "is_real",
     "of_entries",
     "reference",
+    "refuse_immoderate",
     "refuse_non_finite",
     "refuse_two_precisions",
 ]
@@ -77,8 +78,8 @@ def from_arrays(who: str, value: Any) -> Any:
         return {k: from_arrays(who, v) for k, v in value.items()}
     if type(value) in (tuple, list):
         return type(value)(from_arrays(who, v) for v in value)
-    if isinstance(value, Tensor) and value.is_meta:
-        raise TypeError(f"{who}: data are on the meta device, which has no numbers. Pass the tensors themselves.")
+    if isinstance(value, Tensor) and (value.is_meta or value.is_complex()):
+        _refuse_other_kinds(who, "data", value)
     if isinstance(value, Tensor | np.generic | type) or not hasattr(value, "__array__"):
         return value
     tensor = _from_array(who, "data", value)
@@ -234,18 +235,9 @@ def check_context(family: DistributionModule, context: Tensor | None) -> Tensor 
             f"{name}: context has {got} features, expected {expected} (context shape {tuple(context.shape)}). Build "
             f"it with {name}(..., context_features={got}) or pass the columns you trained on."
         )
-    if Distribution._validate_args and not _is_moderate_anyhow(context):
-        refuse_non_finite(name, context.reshape(-1, expected), "contexts")
-        raise ValueError(
-            f"{name}: the context holds numbers up to {float(context.abs().max()):.3g}, whose squares overflow. Bring it to the "
-            "unit scale (Standardize)."
-        )
+    if Distribution._validate_args:
+        refuse_immoderate(name, context.reshape(-1, expected), "contexts")
     return context
-
-
-def _is_moderate_anyhow(value: Tensor) -> bool:
-    """Inside of vmap and its like no number may be looked at."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(value) or is_moderate(value)
 
 
 def check_built(family: DistributionModule, event_shape: Size, expected: Size) -> None:
@@ -338,6 +330,17 @@ def refuse_non_finite(who: str, rows: Tensor, what: str = "rows") -> None:
         return
     bad = int((~rows.isfinite()).reshape(len(rows), -1).any(-1).sum())
     raise ValueError(f"{who}: {bad} of {len(rows)} {what} hold NaN or infinity. Clean the data.")
+
+
+def refuse_immoderate(who: str, rows: Tensor, what: str = "rows") -> None:
+    """Refuse ``(N, ...)`` that hold NaN, infinity, or numbers whose squares overflow."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(rows) or is_moderate(rows):
+        return
+    refuse_non_finite(who, rows, what)
+    raise ValueError(
+        f"{who}: {what} hold numbers up to {float(rows.abs().max()):.3g}, whose squares overflow in {rows.dtype}. Bring them to "
+        "the unit scale (Standardize)."
+    )
 
 
 def check_number(

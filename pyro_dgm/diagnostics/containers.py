@@ -49,7 +49,10 @@ def build(
         raise ValueError(f"container={container!r}: expected one of {offered}.")
     if container == "dict" or major is None:
         return {"groups": groups, "dims": dims, "coords": coords, "attrs": attrs}
-    datasets = {g: _dataset_of(g, v, dims, coords, attrs.get(g)) for g, v in groups.items() if v}
+    try:
+        datasets = {g: _dataset_of(g, v, dims, coords, attrs.get(g)) for g, v in groups.items() if v}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"The container's dimensions and coordinates do not fit its arrays: {error}") from error
     root = attrs.get("/", {})
     if major == 0:
         import arviz as az

@@ -31,7 +31,7 @@ from pyro_dgm.model.runs import Draws
 __all__ = ["neutra"]
 
 
-@checked()
+@checked(num_samples=1, num_chains=1, warmup_steps=0, batch_size=1)
 def neutra(
     model: Model,
     guide: AutoContinuous,

@@ -31,7 +31,7 @@ from pyro_dgm.model.sites import Site, innermost_distribution, is_data, is_impli
 __all__ = ["from_fits", "from_svi"]
 
 
-@checked(num_samples=1, num_chains=1)
+@checked(num_samples=1, num_chains=1, batch_size=1)
 def from_svi(
     model: Model,
     guide: Model,
@@ -101,7 +101,7 @@ def from_svi(
     return _from_guides("from_svi", model, [guide], args, n, complete, chains=num_chains, check=check)
 
 
-@checked(num_samples=1)
+@checked(num_samples=1, batch_size=1)
 def from_fits(
     guides: Sequence[Model],
     model: Model,

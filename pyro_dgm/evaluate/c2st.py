@@ -24,7 +24,7 @@ _PATIENCE = (
 )
 
 
-@checked()
+@checked(seed=0)
 def c2st(
     x: ArrayLike, y: ArrayLike, *, classifier: ClassifierMixin | None = None, seed: int | None = None
 ) -> JudgedScore:
