@@ -46,6 +46,11 @@ def _refuse_no_simulations(batch: Any) -> None:
     wrong = {k: type(v).__name__ for k, v in batch.items() if not isinstance(v, Tensor | Mapping)}
     if wrong:
         raise TypeError(f"ForwardKL: the simulations hold {wrong}, expected tensors (n, *site): torch.as_tensor(x).")
+    rows = {k: tuple(v.shape[:1]) for k, v in batch.items() if isinstance(v, Tensor)}
+    if len(set(rows.values())) > 1 or () in rows.values():
+        raise ValueError(
+            f"ForwardKL: the simulations have first dimensions {rows}, expected one number n of simulations."
+        )
 
 
 class ForwardKL(nn.Module):
@@ -117,6 +122,8 @@ class ForwardKL(nn.Module):
             return
         found: list[Mapping[str, Any]] = []
         for args in itertools.islice(batches, 1 + _UNIT_ROWS):
+            for simulations in args:
+                _refuse_no_simulations(simulations)
             found.append(args[0] if args else self._fresh())
             if sum(_length(b) for b in found) >= _UNIT_ROWS:
                 break

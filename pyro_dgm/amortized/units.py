@@ -145,7 +145,7 @@ class Units(nn.Module):
             batch = value.shape[: value.dim() - len(site.event_shape)]
             x = onto.inv(value)
             total = total - _per_row(onto.log_abs_det_jacobian(x, value), len(batch))
-            parts.append(x.reshape(*batch, -1))
+            parts.append(x.reshape(*batch, x.shape[len(batch) :].numel()))
         return self.standard(torch.cat(parts, -1)), total
 
     def unflatten(self, u: Tensor, prior: Moments | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -276,7 +276,7 @@ class PotentialField(VectorField):
         True
     """
 
-    @checked(features=1, hidden_features=1)
+    @checked(features=1, hidden_features=1, rank=1)
     def __init__(
         self, features: int, context_features: int = 0, hidden_features: int = 256, rank: int | None = None
     ) -> None:

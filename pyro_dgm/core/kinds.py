@@ -158,7 +158,7 @@ def _message(who: str, name: str, kind: Any, value: Any, bound: float | None, ad
 def _of_numbers(kind: Any) -> bool:
     """Whether it is a number, or None, or a sequence of numbers."""
     kinds = typing.get_args(kind) or (kind,)
-    return {int, float} & set(kinds) != set() and set(kinds) <= {int, float, type(None)}
+    return all(k in (int, float, type(None)) for k in kinds) and any(k in (int, float) for k in kinds)
 
 
 def _within(number: float, bound: float | None) -> bool:
@@ -262,7 +262,7 @@ def _fitted_sequence(who: str, name: str, origin: Any, kinds: tuple[Any, ...], v
 
 def _fitted_mapping(who: str, name: str, kinds: tuple[Any, ...], value: Any) -> Any:
     _if(isinstance(value, Mapping), value)
-    if not kinds or kinds[1] in (Any, Tensor) or not isinstance(value, dict):
+    if not kinds or kinds[1] is Any or not isinstance(value, dict):
         return value
     entries = {k: _fitted(who, f"{name}[{k!r}]", kinds[1], v) for k, v in value.items()}
     return value if all(entries[k] is v for k, v in value.items()) else entries

@@ -145,6 +145,8 @@ def refuse_no_container(container: Any) -> None:
         wrong += [
             f"dims/{k}" for k, v in dims.items() if not (isinstance(v, list) and all(isinstance(d, str) for d in v))
         ]
+        attrs = {} if wrong else container["attrs"]
+        wrong += [f"attrs/{k}" for k, v in attrs.items() if not isinstance(v, dict)]
         groups = {} if wrong else container["groups"]
         wrong += [f"groups/{k}" for k, v in groups.items() if not isinstance(v, dict)]
         wrong += [

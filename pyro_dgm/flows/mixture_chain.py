@@ -272,6 +272,8 @@ class MixtureChain(DistributionModule):
         shared_features: int | None = None,
         dropout: float | None = None,
     ) -> None:
+        if dropout is not None and dropout > 1.0:
+            raise ValueError(f"MixtureChain: dropout={dropout}, expected a share between 0 and 1.")
         super().__init__(event_shape, context_features, support=support)
         size = self.features
         seen = max(1, context_features)  # without a context one zero takes its place

@@ -92,8 +92,10 @@ class Program:
         self.who = who
         self.model = model
         self.guide = guide
-        self.args = from_arrays(who, tuple(args))
-        self.kwargs = from_arrays(who, dict(kwargs))
+        args = from_arrays(who, tuple(args))
+        kwargs = from_arrays(who, dict(kwargs))
+        self.args = args
+        self.kwargs = kwargs
         guided = self._trace(guide) if guide is not None else None
         known = _values(guided) if guided else {k: v[0] for k, v in (draws or {}).items()}
         self.density_how: How | None = None

@@ -54,12 +54,12 @@ class Simulations(Mapping[str, Tensor]):
         (2, torch.Size([2, 3]))
     """
 
-    @checked()
+    @checked(only=("mask", "failed", "reasons", "args", "seed", "acceptance"))
     def __init__(self, values: Mapping[str, Tensor], observed: Any, *, mask: Mapping[str, Tensor] | None = None,
                  failed: Tensor | None = None, reasons: Mapping[str, int] | None = None, args: tuple[Any, ...] = (),
                  seed: int | None = None, acceptance: float | None = None) -> None:  # fmt: skip
         self._values = dict(values)
-        if not isinstance(observed, Iterable):
+        if not isinstance(observed, Iterable) or not all(isinstance(name, str) for name in observed):
             raise TypeError(f"Simulations: observed is {shown(observed)}, expected a list of names.")
         self.observed = (observed,) if isinstance(observed, str) else tuple(observed)
         self.mask = dict(mask or {})

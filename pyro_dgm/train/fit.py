@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_dgm.core.devices import device_of, fork_rng, seeded, to_device
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.module import DistributionModule
 from pyro_dgm.core.pace import few_threads, within, working
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.train.batches import Batches, as_args, described, held_out_split, largest_of, row_count
@@ -178,6 +179,8 @@ def _checked_validation(validation: Any) -> float | tuple[Any, ...] | None:
 
 
 def _refuse_no_objective(objective: nn.Module, data: Any) -> None:
+    if isinstance(objective, DistributionModule):
+        raise TypeError(f"fit: {type(objective).__name__} is a family, expected an objective. {_ADVICE}")
     if callable(data):
         got = f"{type(objective).__name__} and {type(data).__name__}"
         raise TypeError(f"fit: expected an objective and its data, got {got}. {_ADVICE}")

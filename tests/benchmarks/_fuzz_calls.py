@@ -103,6 +103,10 @@ def user_simulator(x=None):
         return pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
 
 
+def user_push(z):
+    return torch.cat([z, z[..., :1]], -1)
+
+
 def user_decode(z):
     return (z @ torch.ones(2, 4)).reshape(-1, 2, 2)
 
@@ -306,7 +310,7 @@ def _():
 def _():
     return Call(
         lambda sample_shape, **k: dgm.ImplicitDistribution(**k).sample(sample_shape),
-        {"push": nn.Linear(2, 3), "base": dist.Normal(torch.zeros(2), 1.0).to_event(1), "event_shape": 3,
+        {"push": user_push, "base": dist.Normal(torch.zeros(2), 1.0).to_event(1), "event_shape": 3,
          "sample_shape": (4,)},
         {"support": None, "name": "mine"},
     )  # fmt: skip
@@ -631,7 +635,7 @@ def _(name):
     def do(x, **k):
         return vae.Conditional(2, 2, make, **SMALL)(torch.zeros(ROWS, 2)).log_prob(x), make(**k).sample()
 
-    return Call(do, {"x": x} | {n: x2() for n in names}, allows=("nan",))
+    return Call(do, {"x": x} | {n: x2() for n in names}, dtype=None, allows=("nan",))
 
 
 @call("categorical", "discretized_logistic")
@@ -908,6 +912,8 @@ def _():
         lambda values, observed, index, **k: dict(dgm.Simulations(values, observed, **k)[index]),
         {"values": {"mu": torch.randn(6), "x": torch.randn(6, 4)}, "observed": ["x"], "index": slice(0, 3)},
         options_of(dgm.Simulations),
+        dtype=None,
+        allows=("nan",),  # what it was given
     )
 
 

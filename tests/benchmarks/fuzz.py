@@ -348,9 +348,9 @@ def _of_error(error):
         ),
         default=-1,
     )
-    if user > ours:
-        return "theirs", ""
     text = str(error)
+    if user > ours or text.startswith("user_"):
+        return "theirs", ""
     last, line = frames[-1]
     where = f"{pathlib.Path(last.f_code.co_filename).name}:{line}"
     place = f"{pathlib.Path(files[ours]).relative_to(HERE)}:{frames[ours][1]}" if ours >= 0 else where
