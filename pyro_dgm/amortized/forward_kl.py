@@ -20,7 +20,7 @@ from pyro_dgm.amortized.group import Turn
 from pyro_dgm.amortized.guide import AmortizedGuide
 from pyro_dgm.cnf.matching import FlowMatching
 from pyro_dgm.core.devices import device_of, to_device
-from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
@@ -36,6 +36,21 @@ _SHORTEST = 40  # epochs, of many latents; not measured by itself
 _WEIGHT_DECAY = 0.02  # for each latent, up to ten; not measured by itself
 _AVERAGING = 0.998  # of the weights; not measured by itself
 _FRESH_RATE = 3e-3  # with simulations drawn afresh; not measured, chosen by hand
+
+
+def _refuse_no_simulations(batch: Any) -> None:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"ForwardKL: the simulations are {shown(batch)}, expected tensors by site, as simulate gives them."
+        )
+    wrong = {k: type(v).__name__ for k, v in batch.items() if not isinstance(v, Tensor | Mapping)}
+    if wrong:
+        raise TypeError(f"ForwardKL: the simulations hold {wrong}, expected tensors (n, *site): torch.as_tensor(x).")
+    rows = {k: tuple(v.shape[:1]) for k, v in batch.items() if isinstance(v, Tensor)}
+    if len(set(rows.values())) > 1 or () in rows.values():
+        raise ValueError(
+            f"ForwardKL: the simulations have first dimensions {rows}, expected one number n of simulations."
+        )
 
 
 class ForwardKL(nn.Module):
@@ -95,6 +110,8 @@ class ForwardKL(nn.Module):
     def forward(self, batch: Mapping[str, Any] | None = None) -> Tensor:
         """The loss of simulations ``{site: (n, *site)}``; None simulates."""
         step = batch is not None and torch.is_grad_enabled() and self.guide.training
+        if batch is not None:
+            _refuse_no_simulations(batch)
         batch = self.guide.with_real_numbers(self._fresh() if batch is None else batch)
         with _training(self._families() if step else []):
             return -self.guide.log_prob(batch, batch, 1, _term).mean()
@@ -105,6 +122,8 @@ class ForwardKL(nn.Module):
             return
         found: list[Mapping[str, Any]] = []
         for args in itertools.islice(batches, 1 + _UNIT_ROWS):
+            for simulations in args:
+                _refuse_no_simulations(simulations)
             found.append(args[0] if args else self._fresh())
             if sum(_length(b) for b in found) >= _UNIT_ROWS:
                 break

@@ -144,8 +144,8 @@ class Units(nn.Module):
                 total = total - _summed(site, scale.log().expand(value.shape))
             batch = value.shape[: value.dim() - len(site.event_shape)]
             x = onto.inv(value)
-            total = total - onto.log_abs_det_jacobian(x, value).reshape(*batch, -1).sum(-1)
-            parts.append(x.reshape(*batch, -1))
+            total = total - _per_row(onto.log_abs_det_jacobian(x, value), len(batch))
+            parts.append(x.reshape(*batch, x.shape[len(batch) :].numel()))
         return self.standard(torch.cat(parts, -1)), total
 
     def unflatten(self, u: Tensor, prior: Moments | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -157,7 +157,7 @@ class Units(nn.Module):
         for site, onto, part, log_scale in zip(self.sites, self.maps, parts, scales, strict=True):
             x = part.reshape([*u.shape[:-1], *onto.inverse_shape(site.event_shape)])
             value = onto(x)
-            log_det = onto.log_abs_det_jacobian(x, value).reshape(*u.shape[:-1], -1).sum(-1)
+            log_det = _per_row(onto.log_abs_det_jacobian(x, value), u.dim() - 1)
             if prior and site.name in prior:
                 loc, scale = prior[site.name]
                 value = loc + scale * value
@@ -175,6 +175,11 @@ class Units(nn.Module):
         kept = self.box()[1].isfinite()
         self.standard.loc[kept] = 0.0
         self.standard.scale[kept] = 1.0
+
+
+def _per_row(terms: Tensor, batch: int) -> Tensor:
+    """The sum over all but the first ``batch`` dimensions, of no rows too."""
+    return terms.reshape(*terms.shape[:batch], terms.shape[batch:].numel()).sum(-1)
 
 
 def _summed(site: Site, terms: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.cnf.field import NOTHING_KNOWN, Motion, Plan, Rates, VectorField
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import check_number
+from pyro_dgm.core.shapes import check_number, reference, refuse_two_precisions
 
 __all__ = ["BlackBoxField", "SumField", "check_trace"]
 
@@ -56,7 +56,8 @@ class BlackBoxField(VectorField):
         self.module = module
         self.trace = trace
         self.probes = probes
-        self.scale = nn.Parameter(torch.ones(()))
+        like = reference(module)
+        self.scale = nn.Parameter(torch.ones((), dtype=None if like is None else like.dtype))
         _warn_of_kinks(module)
 
     def bind(self, context: Tensor | None, plan: Plan = NOTHING_KNOWN) -> Motion:
@@ -132,6 +133,7 @@ class SumField(VectorField):
             )
         super().__init__(fields[0].features, fields[0].context_features)
         self.fields = nn.ModuleList(fields)
+        refuse_two_precisions("SumField", self)
 
     def bind(self, context: Tensor | None, plan: Plan = NOTHING_KNOWN) -> Motion:
         motions = [f.bind(context, plan) for f in self.fields]

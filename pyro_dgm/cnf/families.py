@@ -21,7 +21,7 @@ from pyro_dgm.core import zuko
 from pyro_dgm.core.devices import fork_rng, same_bits
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import values_of
-from pyro_dgm.core.shapes import check_context
+from pyro_dgm.core.shapes import check_context, reference
 from pyro_dgm.flows.base import NormalizingFlow
 
 __all__ = ["FFJORD", "ContinuousFlow", "OTFlow"]
@@ -279,7 +279,7 @@ class FFJORD(ContinuousFlow):
         (torch.Size([4, 5, 2]), torch.Size([4, 5]), 32)
     """
 
-    @checked()
+    @checked(only=("support", "field"))
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -304,6 +304,9 @@ class FFJORD(ContinuousFlow):
         elif not isinstance(field, VectorField):
             field = BlackBoxField(field, self.features, context_features, trace, probes)
         self.field = _fitting(self, field)
+        like = reference(self.field)
+        if like is not None:
+            self.to(like.dtype)
 
 
 class OTFlow(ContinuousFlow):
@@ -336,7 +339,7 @@ class OTFlow(ContinuousFlow):
         torch.Size([4])
     """
 
-    @checked()
+    @checked(only=("support", "field"))
     def __init__(
         self,
         event_shape: int | Iterable[int],

@@ -185,7 +185,7 @@ class TwoLayerField(VectorField):
         True
     """
 
-    @checked()
+    @checked(features=1, hidden_features=1)
     def __init__(self, features: int, context_features: int = 0, hidden_features: int = 64) -> None:
         super().__init__(features, context_features)
         check_number("TwoLayerField", "hidden_features", hidden_features, least=1, whole=True)
@@ -276,7 +276,7 @@ class PotentialField(VectorField):
         True
     """
 
-    @checked()
+    @checked(features=1, hidden_features=1, rank=1)
     def __init__(
         self, features: int, context_features: int = 0, hidden_features: int = 256, rank: int | None = None
     ) -> None:

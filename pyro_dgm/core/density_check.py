@@ -18,7 +18,7 @@ from pyro_dgm.core.kinds import checked
 __all__ = ["assert_density"]
 
 
-@checked()
+@checked(num_samples=1)
 def assert_density(q: Distribution, *, num_samples: int = 20_000, tolerance: float = 1e-3) -> tuple[float, float]:
     r"""Raise unless ``q`` is a density: it integrates to one, its map inverts, its log-determinant is autograd's.
 

@@ -23,7 +23,7 @@ __all__ = ["Above", "checked", "shown"]
 
 _LONGEST = 60  # characters of a value in a message
 _WORDS = {
-    int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None", Tensor: "a tensor",
+    int: "a whole number", float: "a finite number", bool: "True or False", str: "a text", type(None): "None", Tensor: "a tensor",
     nn.Module: "a torch module", os.PathLike: "a path", Callable: "a function",
 }  # fmt: skip
 _NAMES = {"DistributionModule": "a family", "LazyDistribution": "a lazy zuko flow"}
@@ -44,7 +44,7 @@ def checked(
 ) -> Callable[[F], F]:
     """Refuse arguments that are not what the annotations say, and numbers below their bound, in one line that names them.
 
-    Whole numbers of numpy become Python's, sequences may be of any kind, and NaN is no number. What is annotated as a tensor
+    Whole numbers of numpy become Python's, sequences may be of any kind. What is annotated as a tensor
     is converted, as by :func:`~pyro_dgm.core.shapes.as_tensor_like`. It costs some microseconds a call: constructors and
     entries only, no densities.
 
@@ -64,7 +64,7 @@ def checked(
     2
     >>> walk(2.5)
     Traceback (most recent call last):
-    TypeError: walk: steps is 2.5, expected a whole number >= 1.
+    TypeError: walk: steps=2.5, expected a whole number >= 1.
     """
 
     def decorate(function: F) -> F:
@@ -109,7 +109,7 @@ def _kinds_of(function: Callable[..., Any], signature: inspect.Signature) -> dic
                 kind = eval(kind, inspect.unwrap(function).__globals__)
             except NameError:
                 continue
-        if kind not in (parameter.empty, Any, *_SHAPES):
+        if kind not in (parameter.empty, Any, *_SHAPES) and name != "context_features":  # as_count has its own words
             found[name] = kind
     return found
 
@@ -151,12 +151,17 @@ def _checked_value(who: str, name: str, kind: Any, value: Any, bound: float | No
 
 
 def _message(who: str, name: str, kind: Any, value: Any, bound: float | None, advice: str) -> str:
-    return f"{who}: {name} is {shown(value)}, expected {_words(kind)}{_limit(bound)}. {advice}".rstrip()
+    verb = "=" if _of_numbers(kind) else " is "
+    return f"{who}: {name}{verb}{shown(value)}, expected {_words(kind)}{_limit(bound)}. {advice}".rstrip()
+
+
+def _of_numbers(kind: Any) -> bool:
+    """Whether it is a number, or None, or a sequence of numbers."""
+    kinds = typing.get_args(kind) or (kind,)
+    return all(k in (int, float, type(None)) for k in kinds) and any(k in (int, float) for k in kinds)
 
 
 def _within(number: float, bound: float | None) -> bool:
-    if math.isnan(number):
-        return False
     if bound is None:
         return True
     return math.isfinite(number) and (number > bound if isinstance(bound, Above) else number >= bound)
@@ -186,6 +191,8 @@ def _fitted(who: str, name: str, kind: Any, value: Any) -> Any:
             issubclass(value, typing.get_args(kind)) if isinstance(value, type) else not isinstance(value, nn.Module)
         )
         return _if(callable(value) and other, value)  # also what makes one, as functools.partial does
+    if kind == Callable[..., Any]:
+        return _if(callable(value) and not isinstance(value, type), value)  # a program: a class makes one
     if origin is not None:
         kind = origin
     return _fitted_single(who, name, kind, value)
@@ -255,7 +262,7 @@ def _fitted_sequence(who: str, name: str, origin: Any, kinds: tuple[Any, ...], v
 
 def _fitted_mapping(who: str, name: str, kinds: tuple[Any, ...], value: Any) -> Any:
     _if(isinstance(value, Mapping), value)
-    if not kinds or kinds[1] in (Any, Tensor) or not isinstance(value, dict):
+    if not kinds or kinds[1] is Any or not isinstance(value, dict):
         return value
     entries = {k: _fitted(who, f"{name}[{k!r}]", kinds[1], v) for k, v in value.items()}
     return value if all(entries[k] is v for k, v in value.items()) else entries

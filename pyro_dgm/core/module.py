@@ -137,6 +137,8 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         try:
             built = self.build(context)
         except ValueError as error:
+            if not str(error).startswith("Expected parameter"):
+                raise
             raise self._unbuilt(context, error) from error
         if self._support is not None or built.event_shape != self.event_shape:
             check_built(self, built.event_shape, self.unconstrained_shape)
@@ -144,8 +146,6 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
 
     def _unbuilt(self, context: Tensor | None, error: ValueError) -> ValueError:
         """Why the context makes no distribution: torch answers with all its numbers."""
-        if not str(error).startswith("Expected parameter"):
-            return error
         largest = 0.0 if context is None or not context.numel() else float(context.abs().max())
         name = str(error).split()[2]
         return ValueError(

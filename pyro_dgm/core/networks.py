@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,7 @@ class MLP(nn.Sequential):
         torch.Size([7, 5, 2])
     """
 
-    @checked(in_features=0)
+    @checked(in_features=0, out_features=1, hidden_features=1)
     def __init__(
         self,
         in_features: int,
@@ -52,7 +53,7 @@ class ConvEncoder(nn.Module):
         torch.Size([3, 5, 10])
     """
 
-    @checked()
+    @checked(out_features=1, channels=1)
     def __init__(self, image_shape: Sequence[int], out_features: int, channels: int = 16) -> None:
         super().__init__()
         self.image_shape = _checked_image(image_shape)
@@ -65,8 +66,10 @@ class ConvEncoder(nn.Module):
         self.last = nn.Linear(2 * channels * (h // 4) * (w // 4), out_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = as_tensor_like("ConvEncoder", "images", x, self.last.weight)
+        check_value_shape("ConvEncoder", x, Size((math.prod(self.image_shape),)))
         images = x.reshape(-1, *self.image_shape)
-        return self.last(self.convolutions(images)).reshape(*x.shape[:-1], -1)
+        return self.last(self.convolutions(images)).reshape(*x.shape[:-1], self.last.out_features)
 
 
 class ConvDecoder(nn.Module):
@@ -82,7 +85,7 @@ class ConvDecoder(nn.Module):
         torch.Size([3, 5, 784])
     """
 
-    @checked()
+    @checked(in_features=1, channels=1)
     def __init__(self, in_features: int, image_shape: Sequence[int], channels: int = 16) -> None:
         super().__init__()
         c, h, w = _checked_image(image_shape)

@@ -34,7 +34,9 @@ __all__ = [
     "is_real",
     "of_entries",
     "reference",
+    "refuse_immoderate",
     "refuse_non_finite",
+    "refuse_two_precisions",
 ]
 
 _NUMBERS = "biuf"  # numpy's kinds that become tensors: booleans, integers with and without a sign, floats
@@ -76,6 +78,8 @@ def from_arrays(who: str, value: Any) -> Any:
         return {k: from_arrays(who, v) for k, v in value.items()}
     if type(value) in (tuple, list):
         return type(value)(from_arrays(who, v) for v in value)
+    if isinstance(value, Tensor) and (value.is_meta or value.is_complex()):
+        _refuse_other_kinds(who, "data", value)
     if isinstance(value, Tensor | np.generic | type) or not hasattr(value, "__array__"):
         return value
     tensor = _from_array(who, "data", value)
@@ -135,6 +139,15 @@ def reference(module: nn.Module) -> Tensor | None:
                 return tensor
         waiting += each._modules.values()
     return None
+
+
+def refuse_two_precisions(who: str, module: nn.Module) -> None:
+    """Refuse parts whose parameters have different dtypes: no product of them is defined."""
+    found = sorted({str(p.dtype) for p in module.parameters() if p.is_floating_point()})
+    if len(found) > 1:
+        raise TypeError(
+            f"{who}: its parts have parameters of {' and '.join(found)}. Bring them to one: module.float()."
+        )
 
 
 def as_shape(shape: int | Iterable[int], what: str = "event_shape", least: int = 1) -> Size:
@@ -223,7 +236,7 @@ def check_context(family: DistributionModule, context: Tensor | None) -> Tensor 
             f"it with {name}(..., context_features={got}) or pass the columns you trained on."
         )
     if Distribution._validate_args:
-        refuse_non_finite(name, context.reshape(-1, expected), "contexts")
+        refuse_immoderate(name, context.reshape(-1, expected), "contexts")
     return context
 
 
@@ -302,11 +315,12 @@ def check_batch(
     if context is None:
         return x, None
     context = as_tensor_like(name, "context", context, like)
-    if context.dim() != 2 or len(context) != len(x):
+    if context.dim() != 2 or context.shape != (len(x), family.context_features):
         raise ValueError(
             f"{name}: the context has shape {tuple(context.shape)}, expected ({len(x)}, {family.context_features}): one row "
             "for each event."
         )
+    refuse_non_finite(name, context, "contexts")
     return x, context
 
 
@@ -316,6 +330,17 @@ def refuse_non_finite(who: str, rows: Tensor, what: str = "rows") -> None:
         return
     bad = int((~rows.isfinite()).reshape(len(rows), -1).any(-1).sum())
     raise ValueError(f"{who}: {bad} of {len(rows)} {what} hold NaN or infinity. Clean the data.")
+
+
+def refuse_immoderate(who: str, rows: Tensor, what: str = "rows") -> None:
+    """Refuse ``(N, ...)`` that hold NaN, infinity, or numbers whose squares overflow."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(rows) or is_moderate(rows):
+        return
+    refuse_non_finite(who, rows, what)
+    raise ValueError(
+        f"{who}: {what} hold numbers up to {float(rows.abs().max()):.3g}, whose squares overflow in {rows.dtype}. Bring them to "
+        "the unit scale (Standardize)."
+    )
 
 
 def check_number(

@@ -41,18 +41,29 @@ def plain(error: Exception) -> Exception:
     Raise it ``from error``: Pyro's page is then shown above it.
     """
     first = error
-    while first.__cause__ is not None and str(first.__cause__) in str(first) and isinstance(first.__cause__, Exception):
+    while isinstance(first.__cause__, Exception) and str(first.__cause__) in str(first) and _is_pyros(first):
         first = first.__cause__
     found = _AT_SITE.match(str(error))
+    if first is error and (not found or _is_ours(error)):
+        return error
     if _is_ours(first):
-        if first is error and not found:
-            return error
-        site = f"Site '{found[1] or found[2]}': " if found else ""
-        return type(first)(f"{site}{first}")
+        return _again(first, f"Site '{found[1] or found[2]}': {first}" if found else str(first))
     if not found:
         return error
     line = " ".join(str(error)[found.end() :].split("Trace Shapes:")[0].split())[:_LONGEST]
     return ValueError(f"Site '{found[1] or found[2]}' does not fit its value or its plates: {line}")
+
+
+def _is_pyros(error: Exception) -> bool:
+    """Whether Pyro added to it; its traceback is then still that of the error before."""
+    return "Trace Shapes:" in str(error) or bool(_AT_SITE.match(str(error)))
+
+
+def _again(error: Exception, message: str) -> Exception:
+    try:
+        return type(error)(message)
+    except TypeError:  # one that is made of more than a message
+        return ValueError(message)
 
 
 def _is_ours(error: Exception) -> bool:

@@ -57,7 +57,10 @@ def build(
         raise ValueError(f"container={container!r}: expected one of {offered}.")
     if container == "dict" or major is None:
         return {"groups": groups, "dims": dims, "coords": coords, "attrs": attrs}
-    datasets = {g: _dataset_of(g, v, dims, coords, attrs.get(g)) for g, v in groups.items() if v}
+    try:
+        datasets = {g: _dataset_of(g, v, dims, coords, attrs.get(g)) for g, v in groups.items() if v}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"The container's dimensions and coordinates do not fit its arrays: {error}") from error
     root = attrs.get("/", {})
     if major == 0:
         import arviz as az
@@ -146,6 +149,12 @@ def refuse_no_container(container: Any) -> None:
     if isinstance(container, dict):
         wrong = [k for k in _PARTS if not isinstance(container.get(k), dict)]
         wrong += [k for k in container if k not in _PARTS]
+        dims = {} if wrong else container["dims"]
+        wrong += [
+            f"dims/{k}" for k, v in dims.items() if not (isinstance(v, list) and all(isinstance(d, str) for d in v))
+        ]
+        attrs = {} if wrong else container["attrs"]
+        wrong += [f"attrs/{k}" for k, v in attrs.items() if not isinstance(v, dict)]
         groups = {} if wrong else container["groups"]
         wrong += [f"groups/{k}" for k, v in groups.items() if not isinstance(v, dict)]
         wrong += [

@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 
-@checked()
+@checked(batch_size=1, num_chains=1)
 def from_pyro_mcmc(mcmc: MCMC, *args: Any, **options: Unpack[ContainerOptions]) -> Any:
     """The chains of ``pyro.infer.MCMC`` as a container, with the groups of :func:`~pyro_dgm.from_svi`.
 
@@ -126,7 +126,7 @@ def _diverging(mcmc: MCMC, chains: int, draws: int) -> np.ndarray:
     return diverging.reshape(-1)
 
 
-@checked()
+@checked(batch_size=1, num_chains=1)
 def from_posterior_samples(
     model: Model,
     samples: dict[str, Any],
@@ -206,7 +206,7 @@ def groups_of_samples(
 # --- Groups added afterwards ---
 
 
-@checked()
+@checked(batch_size=1, num_chains=1)
 def compute_log_likelihood(
     idata: Any, model: Model, *args: Any, extend: bool = True, **options: Unpack[RunOptions]
 ) -> Any:
@@ -238,7 +238,7 @@ def compute_log_likelihood(
     return stored.extended(program, groups, extend)
 
 
-@checked()
+@checked(batch_size=1, num_chains=1)
 def compute_log_prior(idata: Any, model: Model, *args: Any, extend: bool = True, **options: Unpack[RunOptions]) -> Any:
     """Log prior density of every latent in a container, given the sites before it, in nats; ``az.psens`` reads it.
 
@@ -257,7 +257,7 @@ def compute_log_prior(idata: Any, model: Model, *args: Any, extend: bool = True,
     return stored.extended(program, groups, extend)
 
 
-@checked()
+@checked(batch_size=1, num_chains=1)
 def sample_posterior_predictive(
     idata: Any,
     model: Model,

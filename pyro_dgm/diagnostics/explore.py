@@ -166,7 +166,7 @@ def never_fitted(guide: Any) -> str:
 # --- Long chains ---
 
 
-@checked()
+@checked(num_samples=1, num_chains=1, warmup_steps=0, batch_size=1)
 def neutra(
     model: Model,
     guide: AutoContinuous,
@@ -240,6 +240,11 @@ def _run_nuts(
     transform = whole_event(guide.get_transform(*args, **kwargs), 1)
     joint = LogJoint(guide, model, args, kwargs, whole=True)  # NUTS needs one density: all rows of subsampled plates
     density = pulled_back(joint, transform)
+    if not bool(joint(guide.get_posterior(*args, **kwargs).sample((8,))).isfinite().any()):
+        raise ValueError(
+            "neutra: the model's log density is not finite at 8 draws of the guide. Usual causes: NaN in the data, or a guide "
+            "that was not fitted to them."
+        )
     starts = transform.inv(guide.get_posterior(*args, **kwargs).sample((chains,))).detach()
 
     def potential(values: dict[str, Tensor]) -> Tensor:

@@ -44,7 +44,7 @@ _CHAINS = 4  # ArviZ compares chains, and says NaN of one; a convention
 _SAME = 1e-4  # nats by which a term differs between draws that share all it depends on: of float32; chosen by hand
 
 
-@checked()
+@checked(num_samples=1, num_chains=1, batch_size=1)
 def from_svi(
     model: Model,
     guide: Model,
@@ -116,7 +116,7 @@ def from_svi(
     return _from_guides("from_svi", model, [guide], args, n, complete, chains=chains, check=check)
 
 
-@checked()
+@checked(num_samples=1, batch_size=1)
 def from_fits(
     guides: Sequence[Model],
     model: Model,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.evaluate.score import JudgedScore, same_rows
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _PATIENCE = (
 )
 
 
-@checked()
+@checked(seed=0)
 def c2st(
     x: ArrayLike, y: ArrayLike, *, classifier: ClassifierMixin | None = None, seed: int | None = None
 ) -> JudgedScore:
@@ -88,6 +88,8 @@ def _classifier(given: ClassifierMixin | None, n: int, rng: np.random.Generator)
     except ImportError as error:
         raise ImportError("c2st needs scikit-learn: pip install 'pyro_dgm[evaluate]'.") from error
     if given is not None:
+        if isinstance(given, type) or not (hasattr(given, "fit") and hasattr(given, "predict")):
+            raise TypeError(f"c2st: classifier is {shown(given)}, expected a classifier of scikit-learn, or None.")
         return clone(given)
     epochs = max(10, _PATIENCE // max(1, n // 200))  # of n rows in batches of 200
     network = MLPClassifier(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.distribution import NoDensityError
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.shapes import as_tensor_like, reference
 from pyro_dgm.evaluate.c2st import c2st
 from pyro_dgm.evaluate.density import held_out_score
 from pyro_dgm.evaluate.neighbours import memorization, precision_recall_density_coverage
@@ -64,6 +65,7 @@ def report(
     """
     with seeded(seed), torch.no_grad():
         draws = model.sample((len(data),)) if isinstance(model, Distribution) else model(len(data))
+        draws = as_tensor_like("report", "draws", draws, None)
         if draws.shape != data.shape:
             raise ValueError(
                 f"report: draws have shape {tuple(draws.shape)}, data {tuple(data.shape)}; expected the same. A function "
@@ -106,7 +108,8 @@ def _representation(
 ) -> dict[str, Score | str]:
     if encode is None:
         return {"linear probe": "no codes", "active units": "no codes"}
-    codes = encode(data)
+    like = reference(encode) if isinstance(encode, nn.Module) else None
+    codes = encode(as_tensor_like("report", "data", data, like))
     return {
         "linear probe": "no labels" if labels is None else linear_probe(codes, labels),
         "active units": active_units(codes),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.core.shapes import as_tensor_like, refuse_immoderate
 from pyro_dgm.evaluate.score import CHUNK, Score, as_rows, jackknife, mean_score
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def _predictions(codes: np.ndarray, y: Tensor, folds: int, seed: int) -> np.ndar
     except ImportError as error:
         raise ImportError("linear_probe needs scikit-learn: pip install 'pyro_dgm[evaluate]'.") from error
     real = y.is_floating_point()
+    refuse_immoderate("linear_probe", y.reshape(len(y), -1), "labels")
     smallest = len(y) if real else int(y.unique(return_counts=True)[1].min())
     if not 2 <= folds <= smallest:
         raise ValueError(

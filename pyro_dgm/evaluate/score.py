@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
+from pyro_dgm.core.shapes import as_tensor_like, refuse_immoderate
 
 __all__ = [
     "CHUNK",
@@ -142,7 +142,7 @@ def as_rows(who: str, what: str, x: ArrayLike) -> Tensor:
     rows = rows.reshape(len(rows), -1)
     if rows.dtype not in (torch.float32, torch.float64):
         rows = rows.float()
-    refuse_non_finite(who, rows, f"rows of {what}")
+    refuse_immoderate(who, rows, f"rows of {what}")
     return rows
 
 

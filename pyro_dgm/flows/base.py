@@ -22,7 +22,7 @@ from pyro_dgm.core.shapes import (
     check_context,
     check_value_shape,
     reference,
-    refuse_non_finite,
+    refuse_immoderate,
 )
 from pyro_dgm.flows.autoregressive import sequential
 from pyro_dgm.flows.few_rows import Decorrelate
@@ -185,7 +185,7 @@ class NormalizingFlow(DistributionModule):
         x = as_tensor_like(name, "value", x, reference(self))
         check_value_shape(name, x, shape)
         if Distribution._validate_args:
-            refuse_non_finite(name, x.reshape(-1, max(1, shape.numel())))
+            refuse_immoderate(name, x.reshape(-1, max(1, shape.numel())))
         return x
 
     def _with_transform(self, context: Tensor | None) -> Any:

@@ -21,6 +21,7 @@ from torch.distributions import Transform, constraints
 from pyro_dgm.core import zuko
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import soft_clip
+from pyro_dgm.core.shapes import reference
 from pyro_dgm.flows.autoregressive import sequential
 from pyro_dgm.flows.base import Direction, NormalizingFlow, directed, features_of
 
@@ -53,7 +54,7 @@ class RealNVP(NormalizingFlow):
         torch.Size([3])
     """
 
-    @checked()
+    @checked(transforms=1, bins=2, hidden_features=1)
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -99,7 +100,7 @@ class MAF(NormalizingFlow):
         torch.Size([5, 3])
     """
 
-    @checked()
+    @checked(transforms=1, bins=2, hidden_features=1)
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -144,7 +145,7 @@ class NSF(NormalizingFlow):
         True
     """
 
-    @checked()
+    @checked(transforms=1, bins=2, hidden_features=1)
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -214,6 +215,9 @@ class ZukoFlow(NormalizingFlow):
                 f"{tuple(self.event_shape)} with support {support} needs {self.features}."
             )
         self.flow = sequential(zuko_flow)
+        like = reference(zuko_flow)
+        if like is not None:
+            self.to(like.dtype)
 
 
 class _Piece(NamedTuple):

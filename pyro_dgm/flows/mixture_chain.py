@@ -259,7 +259,7 @@ class MixtureChain(DistributionModule):
     low: Tensor
     high: Tensor
 
-    @checked()
+    @checked(components=1, hidden_features=1, dropout=0)
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -272,6 +272,8 @@ class MixtureChain(DistributionModule):
         shared_features: int | None = None,
         dropout: float | None = None,
     ) -> None:
+        if dropout is not None and dropout > 1.0:
+            raise ValueError(f"MixtureChain: dropout={dropout}, expected a share between 0 and 1.")
         super().__init__(event_shape, context_features, support=support)
         size = self.features
         seen = max(1, context_features)  # without a context one zero takes its place

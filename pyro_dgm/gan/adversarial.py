@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, frozen
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_tensor_like, check_batch, check_number, reference
+from pyro_dgm.core.shapes import as_tensor_like, check_batch, check_number, reference, refuse_two_precisions
 from pyro_dgm.flows.base import NormalizingFlow
 from pyro_dgm.gan.critic import LOSSES, Critic, gradient_norms
 from pyro_dgm.gan.distillation import distil
@@ -112,6 +112,7 @@ class Adversarial(nn.Module):
         usual = LOSSES[loss]
         size = generator.event_shape.numel()
         self.loss = usual
+        refuse_two_precisions("Adversarial", nn.ModuleList([generator, critic]))
         self.steps = _usual_pretraining(size) if pretrain is None else pretrain
         self.fewer_for_few_rows = pretrain is None
         self.r1 = usual.r1 * float(size) ** 2 if r1 is None else r1

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.functional import relu, softplus
 
 from pyro_dgm.core import MLP, Standardize, broadcast_cat
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import refuse_batch_norm
-from pyro_dgm.core.shapes import as_count, as_shape, as_tensor_like, check_value_shape
+from pyro_dgm.core.shapes import as_count, as_shape, as_tensor_like, check_value_shape, refuse_immoderate
 
 __all__ = ["LOSSES", "Critic", "Loss", "gradient_norms"]
 
@@ -89,6 +90,8 @@ class Critic(nn.Module):
         """Logits of vectors in the critic's units."""
         if context is not None:
             context = as_tensor_like("Critic", "context", context, self.standard.loc)
+            if Distribution._validate_args:
+                refuse_immoderate("Critic", context, "contexts")
         self._check_context(context)
         inputs = u if context is None else broadcast_cat(u, context)
         logits = self.network(inputs)

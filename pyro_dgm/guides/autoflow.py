@@ -100,7 +100,12 @@ class AutoFlow(VectorGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        family = self._make_family[0](self.latent_dim).start_at_identity()
+        family = self._make_family[0](self.latent_dim)
+        if not isinstance(family, DistributionModule):
+            raise TypeError(
+                f"AutoFlow: family({self.latent_dim}) is a {type(family).__name__}, expected a family, as dgm.NSF makes one."
+            )
+        family = family.start_at_identity()
         self.posterior = Modes(WhitenedPosterior(family, self._init_loc().detach(), self.init_scale))
         self._untouched = values_of(self._posterior, buffers=True)
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from pyro_dgm.core.devices import fork_rng, same_bits
+from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.module import values_of
+from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.core.upstream import drop_weak_references
 from pyro_dgm.model.coordinates import Constrain, Coordinates
 from pyro_dgm.model.log_joint import LogJoint, ascend, prior_draws, spread
@@ -32,6 +34,9 @@ __all__ = ["VectorGuide"]
 def _hidden(site: dict[str, Any]) -> bool:
     """What the guide leaves to the model: data, subsamples and sites that are summed out."""
     return prototype_hide_fn(site) or is_enumerable(site)
+
+
+_MAKERS = ("_make_family", "_make_network")  # what makes the parameters at a guide's first call
 
 
 class VectorGuide(AutoContinuous):
@@ -70,7 +75,7 @@ class VectorGuide(AutoContinuous):
         """A copy with the same model; a pickle has none."""
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        kept = {k: self.__dict__[k] for k in ("_model", "_plain_model")}
+        kept = {k: self.__dict__[k] for k in ("_model", "_plain_model", *_MAKERS) if k in self.__dict__}
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         new.__dict__.update(kept)
         return new
@@ -208,9 +213,12 @@ class VectorGuide(AutoContinuous):
         The Monte-Carlo error of a median is about 0.0125 posterior standard deviations. Elementwise medians of a
         simplex need not sum to one.
         """
+        levels = as_tensor_like("quantiles", "quantiles", quantiles, torch.zeros(()))
+        if levels.dim() > 1 or not bool(((levels >= 0) & (levels <= 1)).all()):
+            raise ValueError(f"quantiles: expected a list of numbers between 0 and 1, got {shown(quantiles)}.")
         with fork_rng(0):
             draws = self.draws(10_000, *args, **kwargs)
-        return {k: self._quantiles_of(k, v, torch.as_tensor(quantiles).to(v)) for k, v in draws.items()}
+        return {k: self._quantiles_of(k, v, levels.to(v)) for k, v in draws.items()}
 
     def _quantiles_of(self, name: str, draws: Tensor, levels: Tensor) -> Tensor:
         """Of an angle along its circle, which is cut open opposite to the centre."""

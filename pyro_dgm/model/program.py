@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.infer.autoguide.guides import AutoCallable, AutoGuide, AutoGuideList
 
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.shapes import from_arrays
 from pyro_dgm.model.coordinates import HasCoordinates
 from pyro_dgm.model.handlers import Given, Undrawn, warn_of_masked_sums
 from pyro_dgm.model.runs import Draws, Runs, Table, rounds_of, stacked
@@ -91,6 +92,8 @@ class Program:
         self.who = who
         self.model = model
         self.guide = guide
+        args = from_arrays(who, tuple(args))
+        kwargs = from_arrays(who, dict(kwargs))
         self.args = args
         self.kwargs = kwargs
         guided = self._trace(guide) if guide is not None else None

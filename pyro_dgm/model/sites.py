@@ -167,7 +167,15 @@ def layout_of(site: Site) -> Layout:
     if site["infer"].get("_deterministic"):
         return _deterministic(site["value"].shape, frames)
     event_dim = site["fn"].event_dim
-    shape = torch.broadcast_shapes(site["value"].shape, site["fn"].shape())
+    if not isinstance(site["value"], Tensor):
+        raise TypeError(f"Site '{site['name']}' has a {type(site['value']).__name__} as its value, expected a tensor.")
+    try:
+        shape = torch.broadcast_shapes(site["value"].shape, site["fn"].shape())
+    except RuntimeError as error:
+        raise ValueError(
+            f"Site '{site['name']}': its value has shape {tuple(site['value'].shape)}, its distribution "
+            f"{tuple(site['fn'].shape())}; they have to broadcast."
+        ) from error
     batch, event = shape[: len(shape) - event_dim], shape[len(shape) - event_dim :]
     owned = {f.dim: f for f in frames}
     kept = [d for d in range(-len(batch), 0) if batch[d] != 1 or d in owned]

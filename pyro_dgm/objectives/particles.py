@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import pyro
@@ -180,6 +180,10 @@ class ParticleELBO(Trace_ELBO):
         self._how = ""
         self._asked: dict[str, Any] = {}  # the options that were changed for the pair at hand
         self._path = PathGradient(type(self).__name__, self.plain_instead)
+
+    @checked()
+    def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> Any:
+        return super().__call__(model, guide)
 
     @abstractmethod
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:

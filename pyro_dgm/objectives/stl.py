@@ -11,15 +11,17 @@ the rule, and its derivation, are in :mod:`pyro_dgm.objectives.path_gradient`.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.infer.elbo import ELBOModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_dgm.core import LearnedDistribution
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import from_arrays
 from pyro_dgm.core.warn import plain_errors
 from pyro_dgm.core.weights import psis
@@ -75,7 +77,8 @@ class STL_ELBO(ParticleELBO):
         super()._forget()
         self._joint = None
 
-    def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
+    @checked()
+    def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> ELBOModule:
         return _STLModule(model, guide, self)
 
     @plain_errors()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pyro.poutine as poutine
@@ -17,7 +18,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.elbo import ELBOModule
 from pyro.poutine.util import prune_subsample_sites
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_dgm.core.kinds import checked
@@ -70,7 +71,8 @@ class WeightedKL_ELBO(Trace_ELBO):
         self.warmup_steps = warmup_steps
         self.free_nats = free_nats
 
-    def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
+    @checked()
+    def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> ELBOModule:
         return _WeightedModule(model, guide, self)
 
     @plain_errors()

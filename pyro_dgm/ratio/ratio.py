@@ -27,7 +27,14 @@ from pyro_dgm.core.data import Standardize
 from pyro_dgm.core.devices import frozen
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import MLP, broadcast_cat
-from pyro_dgm.core.shapes import as_count, as_shape, as_tensor_like, check_value_shape, refuse_non_finite
+from pyro_dgm.core.shapes import (
+    as_count,
+    as_shape,
+    as_tensor_like,
+    check_value_shape,
+    refuse_immoderate,
+    refuse_non_finite,
+)
 from pyro_dgm.train.descend import Stages, adam, cosine, descend
 
 __all__ = ["DensityRatio", "LogisticRegression", "RatioCheck", "calibration", "learn_ratio", "logistic_loss"]
@@ -164,7 +171,7 @@ class DensityRatio(nn.Module):
         rows = x.reshape(*x.shape[: x.dim() - len(self.event_shape)], self.event_shape.numel())
         inputs = broadcast_cat(rows, context)
         if Distribution._validate_args:
-            refuse_non_finite("DensityRatio", inputs.reshape(-1, self.features))
+            refuse_immoderate("DensityRatio", inputs.reshape(-1, self.features))
         return inputs
 
     @torch.no_grad()
@@ -339,6 +346,8 @@ class LogisticRegression(nn.Module):
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         """The loss of draws of p and of r, or of pairs of events and contexts."""
         x, other = _checked_rows(self.ratio, x, other)
+        if not len(x) or not len(other):
+            raise ValueError(f"LogisticRegression: {len(x)} and {len(other)} rows, expected one or more of each.")
         if not self.ratio.context_features:
             return logistic_loss(self.ratio(x), self.ratio(other))
         if len(x) != len(other) or len(x) < 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import pickle
 import sys
 import warnings
@@ -89,7 +90,7 @@ def simulate(
     n = _whole("num_simulations", num_simulations, 1)
     size = 1 if batch_size is None else _whole("batch_size", batch_size, 1)
     seed = None if seed is None else _whole("seed", seed)
-    _refuse_bad_kinds(executor, model_kwargs)
+    _refuse_bad_kinds(executor, model_kwargs, path)
     kwargs = model_kwargs or {}
     noted = {} if path is None else _noted(model, args, kwargs)
     settings = _Prepared(model, args, kwargs, observed, n)
@@ -125,7 +126,9 @@ def _whole(name: str, value: Any, least: int | None = None) -> int:
     return number
 
 
-def _refuse_bad_kinds(executor: Any, model_kwargs: Any) -> None:
+def _refuse_bad_kinds(executor: Any, model_kwargs: Any, path: Any) -> None:
+    if not isinstance(path, str | os.PathLike | None):
+        raise TypeError(f"simulate: path={path!r}, expected the path of a folder, or None.")
     if executor is not None and not callable(getattr(executor, "submit", None)):
         raise TypeError(
             f"simulate: executor={executor!r} has no submit; expected one of concurrent.futures, such as "

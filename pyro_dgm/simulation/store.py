@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
-from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.simulation.blocks import Part
 from pyro_dgm.simulation.folder import Kind, allocate, larger, mapped, no_room
 from pyro_dgm.train.history import load_checkpoint, save_checkpoint
@@ -54,11 +54,13 @@ class Simulations(Mapping[str, Tensor]):
         (2, torch.Size([2, 3]))
     """
 
-    @checked()
+    @checked(only=("mask", "failed", "reasons", "args", "seed", "acceptance"))
     def __init__(self, values: Mapping[str, Tensor], observed: Any, *, mask: Mapping[str, Tensor] | None = None,
                  failed: Tensor | None = None, reasons: Mapping[str, int] | None = None, args: tuple[Any, ...] = (),
                  seed: int | None = None, acceptance: float | None = None) -> None:  # fmt: skip
         self._values = dict(values)
+        if not isinstance(observed, Iterable) or not all(isinstance(name, str) for name in observed):
+            raise TypeError(f"Simulations: observed is {shown(observed)}, expected a list of names.")
         self.observed = (observed,) if isinstance(observed, str) else tuple(observed)
         self.mask = dict(mask or {})
         self.failed = torch.zeros(0, dtype=torch.long) if failed is None else failed

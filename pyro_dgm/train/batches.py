@@ -214,6 +214,8 @@ def row_count(data: Any) -> int | None:
 
 
 def _rows(args: tuple[Any, ...]) -> int:
+    if any(a.layout is not torch.strided for _, a in named_tensors(args)):
+        raise TypeError("fit: minibatches need dense tensors, got sparse ones. Convert them: x.to_dense().")
     sizes = {a.shape[0] for _, a in named_tensors(args) if a.dim()}
     if len(sizes) != 1:
         raise ValueError(

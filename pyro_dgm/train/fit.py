@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_dgm.core.devices import device_of, fork_rng, seeded, to_device
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.module import DistributionModule
 from pyro_dgm.core.pace import few_threads, within, working
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.train.batches import Batches, as_args, described, held_out_split, largest_of, row_count
@@ -194,6 +195,8 @@ def _told(held_out: Any, rows: int | None, asked: Any) -> str:
 
 
 def _refuse_no_objective(objective: nn.Module, data: Any) -> None:
+    if isinstance(objective, DistributionModule):
+        raise TypeError(f"fit: {type(objective).__name__} is a family, expected an objective. {_ADVICE}")
     if callable(data):
         got = f"{type(objective).__name__} and {type(data).__name__}"
         raise TypeError(f"fit: expected an objective and its data, got {got}. {_ADVICE}")
@@ -273,7 +276,7 @@ def _owned_parameters(
     outer = store.get_state()
     with store.scope():
         with torch.no_grad(), fork_rng():
-            objective(*example)
+            _run_once(objective, example)
         _continue_from(outer, objective)
         prepare()
         parameters: list[Tensor] = [p for p in objective.parameters() if p.requires_grad]
@@ -287,6 +290,18 @@ def _owned_parameters(
     for key in ("params", "constraints"):
         outer[key].update(inner[key])
     store.set_state(outer)
+
+
+def _run_once(objective: nn.Module, example: tuple[Any, ...]) -> None:
+    try:
+        objective(*example)
+    except TypeError as error:
+        if "positional argument" not in str(error):
+            raise
+        raise TypeError(
+            f"fit: the data are {len(example)} arguments of the objective, which do not fit it ({error}). A list or tuple holds "
+            "one entry for each argument; rows in a list are one tensor: torch.stack(rows)."
+        ) from error
 
 
 def _continue_from(outer: dict[str, Any], objective: nn.Module) -> None:

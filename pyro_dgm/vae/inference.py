@@ -8,7 +8,7 @@ from torch.distributions import Categorical, Distribution
 
 from pyro_dgm.core import frozen
 from pyro_dgm.core.devices import seeded
-from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.kinds import Above, checked
 from pyro_dgm.train.descend import cosine, descend
 from pyro_dgm.vae.conditional import Conditional, Encoded
 from pyro_dgm.vae.latents import FullRank
@@ -17,7 +17,7 @@ from pyro_dgm.vae.model import VAE, as_data
 __all__ = ["impute", "refine"]
 
 
-@checked()
+@checked({}, lr=Above(0), max_steps=0, num_particles=1)
 def refine(
     vae: VAE,
     x: Tensor,

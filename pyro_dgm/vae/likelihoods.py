@@ -18,7 +18,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_tensor_like, broadcast_batch, check_number
+from pyro_dgm.core.shapes import as_tensor_like, broadcast_batch, check_number, check_support
 
 __all__ = [
     "DiscretizedLogistic",
@@ -41,7 +41,16 @@ Make = TypeVar("Make", bound=Callable[..., TorchDistribution])
 
 def arguments_of(make: Callable[..., TorchDistribution]) -> list[str]:
     """The names of the raw tensors that an entry function takes."""
-    return list(getattr(make, "arguments", None) or inspect.signature(make).parameters)
+    names = getattr(make, "arguments", None)
+    if names is None:
+        try:
+            found = dict(inspect.signature(make).parameters)
+        except ValueError:  # of what is written in C
+            found = {}
+        names = [k for k, p in found.items() if p.kind is not p.POSITIONAL_ONLY]
+    if not names:
+        raise TypeError(f"{make!r} takes no tensors by name; expected an entry function such as vae.normal.")
+    return list(names)
 
 
 def _entries(make: Make) -> Make:
@@ -51,7 +60,9 @@ def _entries(make: Make) -> Make:
     @functools.wraps(make)
     def door(*args: Any, **kwargs: Any) -> TorchDistribution:
         given = dict(zip(names, args, strict=False)) | kwargs
-        if not all(isinstance(v, Tensor) and v.is_floating_point() for v in given.values()):
+        if not all(
+            isinstance(v, Tensor) and v.is_floating_point() and v.layout is torch.strided for v in given.values()
+        ):
             given = {k: _as_float(make.__name__, k, v) for k, v in given.items()}
         try:
             return make(**given)
@@ -66,12 +77,13 @@ def _entries(make: Make) -> Make:
 
 
 def _as_float(who: str, name: str, value: Any) -> Tensor:
+    kept = isinstance(value, Tensor) and value.is_floating_point()
     value = as_tensor_like(who, name, value, None)
-    return value if value.is_floating_point() else value.to(torch.get_default_dtype())
+    return value if kept else value.to(torch.get_default_dtype())
 
 
 def _largest(x: Tensor) -> float:
-    return float(x.detach().abs().max()) if x.numel() else 0.0
+    return float(x.detach().to_dense().abs().max()) if x.numel() and not x.is_meta else 0.0
 
 
 @_entries
@@ -179,6 +191,8 @@ class DiscretizedLogistic(TorchDistribution):
         loc = _as_float("DiscretizedLogistic", "loc", loc)
         scale = _as_float("DiscretizedLogistic", "scale", scale)
         broadcast_batch("DiscretizedLogistic", loc.shape, scale.shape)
+        if not bool(loc.isfinite().all() & (scale > 0).all() & scale.isfinite().all()):
+            raise ValueError("DiscretizedLogistic: loc and scale have to be finite, and scale above 0.")
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
         self.levels = levels
         super().__init__(self.loc.shape, validate_args=validate_args)
@@ -203,8 +217,9 @@ class DiscretizedLogistic(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         value = as_tensor_like("DiscretizedLogistic", "value", value, self.loc)
+        broadcast_batch("DiscretizedLogistic", value.shape, self.batch_shape)
         if self._validate_args:
-            self._validate_sample(value)
+            check_support("DiscretizedLogistic", value, self.support, False)
         above = (value + 0.5 - self.loc) / self.scale
         below = (value - 0.5 - self.loc) / self.scale
         first = value <= 0
@@ -234,6 +249,9 @@ class columns:
 
     def __call__(self, *raw: Tensor, **named: Tensor) -> TorchDistribution:
         tensors = raw or tuple(named[k] for k in self.arguments)
+        columns = sum(len(index) for _, _, index in self.kinds)
+        if tensors[0].shape[-1:] != (columns,):
+            raise ValueError(f"columns: {columns} kinds of columns for events of shape (..., {tensors[0].shape[-1]}).")
         parts = []
         for kind, names, index in self.kinds:
             arguments = {name: tensor[..., index] for name, tensor in zip(names, tensors, strict=False)}

@@ -2,8 +2,7 @@ r"""The variational autoencoder: a model :math:`p(z)\,p(x \mid z)` and a guide :
 
 .. math:: \log p(x) \ge E_{q(z|x)}\big[\log p(x \mid z) + \log p(z) - \log q(z \mid x)\big]
 
-(Ruthotto & Haber 2021, section 4; Kingma & Welling 2014, arXiv 1312.6114.) Below the pair stands what its parts must agree on,
-and the text of each error.
+(Ruthotto & Haber 2021, section 4; Kingma & Welling 2014, arXiv 1312.6114.) Below the pair stands what its parts must agree on.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def plot_images(images: Tensor, columns: int = 10, ax: Axes | None = None) -> Ax
     tiles = torch.nn.functional.pad(whole, (0, gap, 0, gap)).reshape(rows, columns, h + gap, w + gap)
     grid = tiles.permute(0, 2, 1, 3).reshape(rows * (h + gap), columns * (w + gap))
     ax = _axes("plot_images", ax) or plt.subplots(figsize=(0.5 * columns, 0.5 * rows * h / w), layout="constrained")[1]
-    ax.imshow(grid.numpy(), cmap="gray_r", vmin=0.0, vmax=1.0, interpolation="nearest")
+    ax.imshow(grid.float().numpy(), cmap="gray_r", vmin=0.0, vmax=1.0, interpolation="nearest")
     ax.axis("off")
     return ax
 
@@ -81,7 +81,11 @@ def plot_embedding(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes |
         centred = z - z.mean(0)
         z = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T
     ax = _axes("plot_embedding", ax) or plt.subplots(figsize=(5, 4), layout="constrained")[1]
-    colours = None if labels is None else labels.cpu().numpy()
+    colours = None if labels is None else labels.detach().float().cpu().numpy()
+    if colours is not None and colours.shape != (len(x),):
+        raise ValueError(
+            f"plot_embedding: labels have shape {colours.shape}, expected ({len(x)},): one for each row of x."
+        )
     first, second = z.T.cpu().numpy()
     dots = ax.scatter(first, second, c=colours, s=4, cmap="tab10", linewidths=0)
     ax.set(xlabel="first component of E[z|x]", ylabel="second component of E[z|x]")

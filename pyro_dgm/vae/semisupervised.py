@@ -185,7 +185,7 @@ class SemiSupervised(nn.Module):
         torch.Size([])
     """
 
-    @checked()
+    @checked(weight=0, num_particles=1)
     def __init__(self, vae: SemiSupervisedVAE, weight: float, num_particles: int = 1) -> None:
         super().__init__()
         self.vae = vae

@@ -14,7 +14,7 @@ from torch.distributions import Distribution, Independent
 
 from pyro_dgm.core import LearnedDistribution
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.vae.model import VAE, prior_given
+from pyro_dgm.vae.model import VAE, as_data, prior_given
 
 __all__ = ["LatentMMD", "Penalised", "TotalCorrelation"]
 
@@ -88,6 +88,7 @@ class LatentMMD(nn.Module):
         self.vae = vae
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        x, context, mask = as_data(self.vae.likelihood, self.vae.likelihood.event_shape, x, context, mask)
         if len(x) < 2:
             raise ValueError("LatentMMD: a batch of one row has no spread; use larger batches.")
         z = self.vae.encode(x, context, mask).rsample().flatten(1)
@@ -131,13 +132,14 @@ class TotalCorrelation(nn.Module):
         torch.Size([])
     """
 
-    @checked()
+    @checked(size=1)
     def __init__(self, vae: VAE, size: int) -> None:
         super().__init__()
         self.vae = vae
         self.size = size
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        x, context, mask = as_data(self.vae.likelihood, self.vae.likelihood.event_shape, x, context, mask)
         n = len(x)
         if n < 2:
             raise ValueError("TotalCorrelation: a batch of one row has no aggregated posterior; use larger batches.")

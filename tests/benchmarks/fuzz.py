@@ -171,7 +171,8 @@ def mutate(rng, value):
         return _of_sequence(rng, value)
     if isinstance(value, nn.Module) and rng.random() < 0.3:
         return copy.deepcopy(value).double(), "a module of float64"
-    kind = rng.choice(list(OTHER_TYPES))
+    kinds = [k for k in OTHER_TYPES if not (callable(value) and k in ("a function", "a class", "a module"))]
+    kind = rng.choice(kinds)  # what a wrong program of the user does is theirs
     return OTHER_TYPES[kind], kind
 
 
@@ -260,8 +261,8 @@ def judged(call, arguments, case):
             warnings.simplefilter("always")
             result = call.do(**arguments)
             case.fault = _of_result(call, result, told, case)
-    except TooLong:
-        case.fault = "goes on and on"
+    except TooLong as error:
+        case.fault = f"goes on and on, {_place(list(traceback.walk_tb(error.__traceback__))[:-1])}"
     except Exception as error:
         case.outcome, case.fault = _of_error(error)
     case.seconds = time.process_time() - began
@@ -347,9 +348,9 @@ def _of_error(error):
         ),
         default=-1,
     )
-    if user > ours:
-        return "theirs", ""
     text = str(error)
+    if user > ours or text.startswith("user_"):
+        return "theirs", ""
     last, line = frames[-1]
     where = f"{pathlib.Path(last.f_code.co_filename).name}:{line}"
     place = f"{pathlib.Path(files[ours]).relative_to(HERE)}:{frames[ours][1]}" if ours >= 0 else where
@@ -359,6 +360,13 @@ def _of_error(error):
     if "\n" in text.strip() or len(text) > LONGEST:
         return "fault", f"{kind}: {len(text)} characters, {text.count(chr(10)) + 1} lines: {text[:60]!r}"
     return "refused", ""
+
+
+def _place(frames):
+    """The last line of this package, and the last of all."""
+    files = [(f.f_code.co_filename, line) for f, line in frames]
+    ours = [f"{pathlib.Path(f).relative_to(HERE)}:{line}" for f, line in files if f.startswith(HERE)]
+    return f"{ours[-1] if ours else ''}, from {pathlib.Path(files[-1][0]).name}:{files[-1][1]}"
 
 
 def _raises(error):
