@@ -34,7 +34,7 @@ class MaximumLikelihood(nn.Module):
     that are checked against twice as many. A family that was already trained or standardised goes straight to likelihood.
 
     Few rows (10 to 3,000) are fitted with care. A tenth of them is held out, and the parameters are kept that score these best.
-    A flow begins as the normal law of the others, in units that take out correlations. Where the rows say more than such a law, it
+    A flow begins as the normal law of the others, in units that take out correlations. Where rows say more than such a law, it
     is first trained on draws of a smooth density that stands in for them: a mixture of mixtures of normals and of kernels,
     weighted by cross-validation. Up to 1,000 steps on the rows follow, and end early. ``History.held_out`` and ``.stopped`` say
     so; ``fit(..., validation=0)`` holds nothing out, and then only ``max_steps`` keeps rows from being learned by heart.
