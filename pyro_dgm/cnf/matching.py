@@ -39,7 +39,7 @@ class FlowMatching(nn.Module):
 
     One step costs one evaluation of the field, 10 to 20 times less than a step of maximum likelihood. The loss is no
     likelihood, and its least value is not zero: it is the variance of the paths' velocities. :func:`~pyro_dgm.fit` takes
-    the flow's units from the data first.
+    the flow's units from the data first, and treats few rows as :class:`~pyro_dgm.MaximumLikelihood` does.
 
     Args:
         cnf: an :class:`~pyro_dgm.FFJORD` or :class:`~pyro_dgm.OTFlow`.

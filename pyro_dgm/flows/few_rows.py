@@ -50,7 +50,7 @@ _SHRINKAGES = (1e-5, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0)
 _FOLDS = 10  # for the units
 _CONSTANT = 1e-8  # variance below which a standardised column is constant
 _STACKED = 5  # folds for the stand-in; half of the rows each time where they are more than
-_MANY = 1_000
+_MANY = 500
 
 # The candidates. Measured on the simulated tables of docs/benchmarks/small.md.
 _COMPONENTS = (2, 3, 4, 6, 8, 12)

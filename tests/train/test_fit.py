@@ -333,7 +333,7 @@ def test_a_stage_that_has_ended_is_not_repeated(tmp_path, monkeypatch):
 
 def test_a_stage_leaves_time_for_the_fit():
     objective = dgm.MaximumLikelihood(dgm.FFJORD(1, hidden_features=4), pretrain=10**6)
-    history = dgm.fit(objective, (X[:, None],), max_seconds=2.0, progress=False, seed=0)
+    history = dgm.fit(objective, (torch.randn(4000, 1),), batch_size=100, max_seconds=2.0, progress=False, seed=0)
     assert 0 < history.stages[0][1] < 10**6 and history.steps > 0 and history.stopped == "limit reached"
     assert history.seconds < 10.0
 
