@@ -20,7 +20,7 @@ import numpy as np
 
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.weights import K_LIMIT, log_mean, psis, stratified
-from pyro_dgm.diagnostics.containers import group, has_group, log_weights_of, resampled
+from pyro_dgm.diagnostics.containers import group, group_attrs, has_group, log_weights_of, resampled
 from pyro_dgm.diagnostics.khat import KHat, Rows, khat
 from pyro_dgm.diagnostics.loo import elpd_of, loo
 
@@ -358,7 +358,8 @@ def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = N
         ValueError: if the container has no importance weights.
 
     Warns:
-        UserWarning: if Pareto k is 0.7 or more: the weights then cannot repair the draws.
+        UserWarning: if Pareto k is 0.7 or more, or each row of a plate has a posterior of its own: the weights then cannot
+            repair the draws.
 
     References:
         | Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
@@ -371,11 +372,14 @@ def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = N
         True
     """
     log_weight, k = psis(log_weights_of("resample", idata))
-    if k >= K_LIMIT:
-        warnings.warn(
-            f"resample: k-hat is {k:.2f}; above {K_LIMIT} importance weights do not repair the draws. See khat(idata).",
-            stacklevel=2,
-        )
+    attrs = group_attrs(idata, "sample_stats")
+    fault = f"k-hat is {k:.2f}; above {K_LIMIT} importance weights do not repair the draws"
+    if attrs.get("rows_plate") and not attrs.get("rows_given"):
+        fault = f"rows of plate '{attrs['rows_plate']}' are independent, and weights of all rows together do not repair each"
+    elif k < K_LIMIT:
+        fault = ""
+    if fault:
+        warnings.warn(f"resample: {fault}. See khat(idata).", stacklevel=2)
     n = num_samples or len(log_weight)
     rng = np.random.default_rng(seed)
     return resampled(idata, rng.permutation(stratified(np.exp(log_weight), n, rng.random(n))))

@@ -15,7 +15,7 @@ import numpy as np
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.weights import arviz_major, k_threshold, log_mean, psis
 from pyro_dgm.diagnostics.containers import build, group, group_attrs
-from pyro_dgm.diagnostics.khat import KHat, judge
+from pyro_dgm.diagnostics.khat import KHat, judge, khat
 
 __all__ = ["compare", "elpd_of", "loo"]
 
@@ -77,7 +77,7 @@ def loo(idata: Any, var_name: str | None = None, *, correct: bool = True) -> Any
     ll = values.reshape(stats["lp"].size, -1).astype(np.float64)
     log_weight = (stats["lp"] - stats["log_q"]).reshape(-1)
     elpd, k, error = _pointwise(ll, log_weight)
-    _warn_of_unreliable(k, judge(log_weight))
+    _warn_of_unreliable(k, khat(idata) if "log_weight" in stats else judge(log_weight))
     return _result(container, name, ll, elpd, k, error)
 
 
@@ -123,7 +123,12 @@ def _pointwise(ll: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.n
 
 def _warn_of_unreliable(k: np.ndarray, verdict: KHat) -> None:
     good = verdict.threshold
-    if verdict.status == "bad":
+    if verdict.rows is not None and verdict.independent:
+        fault = (
+            f"rows of plate '{verdict.rows.plate}' share no latent, so a row left out is predicted by its prior alone"
+        )
+        advice = f"Its elpd is the log evidence, {verdict.log_evidence:.2f} nats in all (khat)."
+    elif verdict.status == "bad":
         fault = f"the guide is far from the posterior (ESS {verdict.ess:.0f} of {verdict.draws}, gap {verdict.gap:.2f} nats)"
         advice = verdict.next_step
     elif (k > good).any():

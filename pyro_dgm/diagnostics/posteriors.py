@@ -293,6 +293,8 @@ def _joint_densities(
             one = Program(conditioned, None, program.args, program.kwargs, how, draws=rows)
         else:
             one = Program(posterior.condition(**row).model, None, (), {}, draws=rows)
+            if one.runs.how == "loop":
+                raise ValueError("The model runs one draw at a time.")
         if not one.has_density:
             raise ValueError("The model has no density.")
         totals.append(one.scored(rows, n).total(n))
@@ -301,7 +303,9 @@ def _joint_densities(
 
 
 def _joint_if_known(program: Program | None, posterior: Any, draws: Draws, truth: Draws, data: Draws) -> Densities:
-    """Of the first simulations; empty where the joint density is not known."""
+    """Of the first simulations; empty where the joint density is not known, or the model runs one draw at a time."""
+    if program is not None and program.runs.how == "loop":
+        return ()
     drawn, true, given = ({k: v[:_JUDGED] for k, v in each.items()} for each in (draws, truth, data))
     try:
         with warnings.catch_warnings():

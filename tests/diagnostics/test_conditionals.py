@@ -31,15 +31,20 @@ def test_a_planted_fault_of_a_conditional_is_seen(text, fault):
     torch.manual_seed(0)
     held_out = rows(600)
     result = conditionals(lambda n: rows(n, **fault), held_out, [0, 1], max_steps=250, seed=1)
-    assert result.known and text in str(result), str(result)
-    assert bool(result.faults) == bool(fault)
-    assert abs(result.control_spread.value - 1.0) < 4 * result.control_spread.standard_error + 0.02
+    assert result.learned and text in str(result), str(result)
+    assert bool(result.faults) == bool(fault) and (result.p_value > 0.01 or fault)
+    if "scale" in fault:  # sds of the draws are off by this factor
+        assert abs(result.spread.value * fault["scale"] - 1.0) < 4 * result.spread.standard_error
+    if "shift" in fault:
+        assert abs(result.shift.value - 0.4) < 4 * result.shift.standard_error
 
 
-def test_a_flow_that_has_not_learned_says_nothing_of_the_generator():
-    torch.manual_seed(0)
-    result = conditionals(rows, rows(200), [0, 1], max_steps=1, seed=0)
-    assert not result.known and "Nothing can be said" in str(result)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flow_that_has_learned_little_raises_no_false_alarm(seed):
+    """Ranks of held-out rows and of the generator's own are compared, so an untrained flow costs power, not the level."""
+    torch.manual_seed(seed)
+    result = conditionals(rows, rows(300), [0, 1], max_steps=1, seed=seed)
+    assert not result.faults and result.p_value > 0.01 and ("Sizes are rough" in str(result)) != result.learned
 
 
 def test_wrong_arguments_of_conditionals_are_explained():

@@ -143,6 +143,33 @@ def test_a_picture_of_rows_is_drawn(tmp_path):
     assert (tmp_path / "rows.png").stat().st_size > 20_000
 
 
+def test_functions_of_all_weights_say_that_rows_are_independent():
+    idata = exported(independent, by_scale(0.9))
+    with pytest.warns(UserWarning, match="rows of plate 'row' are independent, and weights of all rows together"):
+        dgm.resample(idata, 50)
+    with pytest.warns(UserWarning, match="share no latent, so a row left out is predicted by its prior alone"):
+        dgm.loo(idata)
+
+
+def test_loo_blames_the_data_where_the_guide_is_exact():
+    """Planted: one datum 12 sd away. The guide is the posterior (k-hat below 0.2); no better guide would help."""
+    x = torch.cat([torch.zeros(8), torch.tensor([12.0])])
+
+    def one(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("row", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    precision = 0.01 + len(x)
+    guide = lambda x: pyro.sample("mu", dist.Normal(x.sum() / precision, precision**-0.5))
+    idata = dgm.from_svi(one, guide, x, prior=0, seed=0, container="dict")
+    with pytest.warns(UserWarning, match="The guide is not the cause .* these data move the posterior") as said:
+        dgm.loo(idata)
+    page = str(dgm.check(idata))
+    assert "better guide helps" not in str(said[0].message) and "The posterior is fine, the model is not" in page
+    assert dgm.khat(idata).status in ("exact", "good")
+
+
 # --- Never fitted ---
 
 
