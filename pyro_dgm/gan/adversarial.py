@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from pyro_dgm.core import DistributionModule, ImplicitDistribution, frozen
 from pyro_dgm.core.shapes import as_tensor_like, check_batch, check_number, reference
 from pyro_dgm.flows.base import NormalizingFlow
-from pyro_dgm.gan.critic import Critic
+from pyro_dgm.gan.critic import LOSSES, Critic, gradient_norms
 from pyro_dgm.gan.distillation import distil
 from pyro_dgm.gan.generator import Generator
-from pyro_dgm.gan.losses import LOSSES, gradient_norms
 from pyro_dgm.train.batches import first_rows
 from pyro_dgm.train.descend import Stages
 
@@ -181,6 +180,8 @@ class Adversarial(nn.Module):
         for player in (self.generator, self.critic):
             if isinstance(player, Generator | NormalizingFlow | Critic) and player.standard.is_identity():
                 player.standardize(x)
+            if context is not None and player.context_units.is_identity():
+                player.context_units.fit(context, who=f"{type(player).__name__}, context")
         if new and self.steps and isinstance(self.generator, Generator):
             distil(self.generator, batches, _fewer(self.steps, x) if self.fewer_for_few_rows else self.steps, stages)
 

@@ -1,20 +1,37 @@
-r"""A critic: a network that gives one number for an event, the logit :math:`T(x; c)` of "it is data".
+r"""A critic: a network that gives one number for an event, the logit :math:`T(x; c)` of "it is data"; and what it minimises.
 
-The best critic of the classification losses is :math:`T = \log p(x) - \log q(x)` (Goodfellow et al. 2014, proposition 1).
+The best critic of the classification losses is :math:`T = \log p(x) - \log q(x)` (Goodfellow et al. 2014, proposition 1). The
+losses of logits T, in the notation of the papers:
+
+========================= ============================================ =====================================
+loss                      critic minimises                             generator minimises
+========================= ============================================ =====================================
+``"saturating"``          :math:`E\,s(-T(x)) + E\,s(T(y))`             :math:`-E\,s(T(y))`
+``"non-saturating"``      the same                                     :math:`E\,s(-T(y))`
+``"relativistic"``        :math:`E\,s(T(y) - T(x))`                    :math:`E\,s(T(x) - T(y))`
+``"least-squares"``       :math:`\frac12 E(T(x)-1)^2+\frac12 E\,T(y)^2` :math:`\frac12 E(T(y)-1)^2`
+``"hinge"``               :math:`E(1-T(x))_+ + E(1+T(y))_+`            :math:`-E\,T(y)`
+``"wgan-gp"``             :math:`E\,T(y) - E\,T(x)`                    :math:`-E\,T(y)`
+========================= ============================================ =====================================
+
+with x data, y draws and :math:`s(t) = \log(1 + e^t)`, so that :math:`s(-T) = -\log \mathrm{sigmoid}(T)`: no logarithm of a
+probability is ever taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import relu, softplus
 
-from pyro_dgm.core import MLP, Standardize, broadcast_cat
+from pyro_dgm.core import MLP, InputUnits, Standardize, broadcast_cat
 from pyro_dgm.core.networks import refuse_batch_norm
 from pyro_dgm.core.shapes import as_count, as_shape, as_tensor_like, check_value_shape
 
-__all__ = ["Critic"]
+__all__ = ["LOSSES", "Critic", "Loss", "gradient_norms"]
 
 _HIDDEN = (128, 128, 128)
 
@@ -41,7 +58,7 @@ class Critic(nn.Module):
         ValueError: for a value or context of another shape, or a network that returns anything but one number a row.
 
     Note:
-        :meth:`standardize` (training calls it) brings its input to mean 0 and sd 1. No batch normalisation: it makes one
+        :meth:`standardize` (training calls it) brings its inputs to mean 0 and sd 1. No batch normalisation: it makes one
         row's logit depend on the others, and a gradient penalty is then no longer one of single rows.
 
     References:
@@ -64,6 +81,8 @@ class Critic(nn.Module):
         self.event_shape = as_shape(event_shape)
         self.context_features = as_count("Critic", "context_features", context_features)
         self.standard = Standardize(self.event_shape.numel())
+        if self.context_features:
+            self.context_units = InputUnits(self.context_features)
         self.network = _as_network(network, self.event_shape.numel() + self.context_features)
         refuse_batch_norm("Critic", self.network)
         if spectral_norm:
@@ -84,8 +103,10 @@ class Critic(nn.Module):
     def score(self, u: Tensor, context: Tensor | None = None) -> Tensor:
         """Logits of vectors in the critic's units."""
         if context is not None:
-            context = as_tensor_like("Critic", "context", context, self.standard.loc)
+            context = as_tensor_like("Critic", "context", context, None)
         self._check_context(context)
+        if context is not None:
+            context = self.context_units(context)
         inputs = u if context is None else broadcast_cat(u, context)
         logits = self.network(inputs)
         if logits.shape == inputs.shape[:-1] + (1,):
@@ -98,12 +119,17 @@ class Critic(nn.Module):
         return logits
 
     @torch.no_grad()
-    def standardize(self, x: Tensor) -> Critic:
-        """Fix the units to data ``(N, *event_shape)``: each entry's own; of an image none far below the others."""
+    def standardize(self, x: Tensor, context: Tensor | None = None) -> Critic:
+        """Fix the units to data ``(N, *event_shape)``: each entry's own; of an image none far below the others.
+
+        A context ``(N, context_features)`` fixes its units too.
+        """
         x = as_tensor_like("Critic.standardize", "data", x, self.standard.loc)
         check_value_shape("Critic.standardize", x, self.event_shape)
         flat = x.reshape(-1, self.event_shape.numel())
-        self.standard.fit(flat, floor=0.1 if len(self.event_shape) > 1 else 0.0)
+        self.standard.fit(flat, floor=0.1 if len(self.event_shape) > 1 else 0.0, who="Critic.standardize")
+        if context is not None:
+            self.context_units.fit(context, who="Critic.standardize, context")
         return self
 
     def _check_context(self, context: Tensor | None) -> None:
@@ -125,3 +151,51 @@ def _as_network(network: nn.Module | int | None, inputs: int) -> nn.Module:
     if isinstance(network, int) and network >= 1:
         return MLP(inputs, 1, (network,) * 3, _Leaky)
     raise TypeError(f"Critic: network is {network!r}, expected a module, a positive width, or None.")
+
+
+class Loss(NamedTuple):
+    """Both players' losses of logits of data and of draws, shape ``(N,)`` each, and the settings that go with them.
+
+    The weights ``r1`` and ``r2`` are for one dimension; they grow with the square of the number of dimensions: few numbers
+    have sharp edges that a strong penalty would blur, many are memorised without one.
+    """
+
+    critic: Callable[[Tensor, Tensor], Tensor]
+    generator: Callable[[Tensor, Tensor], Tensor]
+    r1: float = 2.5e-4
+    r2: float = 2.5e-4
+    gradient_penalty: float = 0.0
+    critic_steps: int = 1
+
+
+def _cross_entropy(real: Tensor, fake: Tensor) -> Tensor:
+    return softplus(-real).mean() + softplus(fake).mean()
+
+
+LOSSES = {
+    "saturating": Loss(_cross_entropy, lambda real, fake: -softplus(fake).mean()),
+    "non-saturating": Loss(_cross_entropy, lambda real, fake: softplus(-fake).mean()),
+    "relativistic": Loss(
+        lambda real, fake: softplus(fake - real).mean(), lambda real, fake: softplus(real - fake).mean()
+    ),
+    "least-squares": Loss(
+        lambda real, fake: 0.5 * ((real - 1.0).square().mean() + fake.square().mean()),
+        lambda real, fake: 0.5 * (fake - 1.0).square().mean(),
+    ),
+    "hinge": Loss(
+        lambda real, fake: relu(1.0 - real).mean() + relu(1.0 + fake).mean(), lambda real, fake: -fake.mean()
+    ),
+    "wgan-gp": Loss(lambda real, fake: fake.mean() - real.mean(), lambda real, fake: -fake.mean(), 0.0, 0.0, 10.0, 5),
+}
+
+
+def gradient_norms(critic: Critic, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    r"""Logits of events and the squared norm of **each row's own** gradient :math:`\nabla_u T(x)`, shape ``(N,)`` both.
+
+    The gradient is by u, the event in the critic's units. One norm of a whole batch's gradient, which some
+    libraries take, would grow with the batch (Gulrajani et al. 2017, eq. 3, has a norm for each row).
+    """
+    u = critic.units(x).detach().requires_grad_()
+    logits = critic.score(u, context)
+    (gradient,) = torch.autograd.grad(logits.sum(), u, create_graph=True)
+    return logits, gradient.square().sum(-1)

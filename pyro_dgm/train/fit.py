@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from pyro_dgm.core.data import take_units
 from pyro_dgm.core.devices import device_of, fork_rng, seeded, to_device
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.train.batches import Batches, as_args, described, held_out_split, row_count
@@ -127,7 +128,7 @@ def fit(
         with tqdm(desc="warm start", unit="step", disable=not progress, mininterval=0.5) as bar:
             stages = Stages(limits=limits, bar=bar, checkpoint=file)
             with _owned_parameters(
-                objective, batches.example(), lambda: _prepare(objective, batches, stages, saved)
+                objective, batches, lambda: _prepare(objective, batches, stages, saved)
             ) as parameters:
                 players: Players
                 if isinstance(objective, Alternating):
@@ -230,10 +231,10 @@ def _take(objective: nn.Module, state: dict[str, Tensor], file: Checkpoint) -> N
 
 
 @contextmanager
-def _owned_parameters(
-    objective: nn.Module, example: tuple[Any, ...], prepare: Callable[[], None]
-) -> Iterator[list[Tensor]]:
+def _owned_parameters(objective: nn.Module, batches: Batches, prepare: Callable[[], None]) -> Iterator[list[Tensor]]:
     """Run the objective once, so that lazy parameters exist, prepare it, and yield all leaf tensors to train.
+
+    In this run parts that read data, such as a VAE's encoder, take their units from them.
 
     They are the objective's own and those of ``pyro.param`` statements. The fit has a param store of its own, so that entries
     left by an earlier guide of the same name cannot replace a module's parameters (pyro#1204, pyro#3094). Afterwards the
@@ -243,7 +244,7 @@ def _owned_parameters(
     outer = store.get_state()
     with store.scope():
         with torch.no_grad(), fork_rng():
-            objective(*example)
+            take_units(objective, iter(batches), batches.example())
         _continue_from(outer, objective)
         prepare()
         parameters: list[Tensor] = [p for p in objective.parameters() if p.requires_grad]

@@ -23,7 +23,9 @@ from torch.nn.functional import one_hot
 from pyro_dgm.core import DistributionModule, broadcast_cat
 from pyro_dgm.core.networks import refuse_batch_norm
 from pyro_dgm.core.shapes import as_tensor_like, reference
-from pyro_dgm.vae.model import plate, refuse_outside, refuse_width, register
+from pyro_dgm.vae.conditional import refuse_width
+from pyro_dgm.vae.likelihoods import refuse_outside
+from pyro_dgm.vae.model import plate, register
 
 __all__ = ["SemiSupervised", "SemiSupervisedVAE"]
 

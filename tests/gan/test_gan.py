@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 import pyro_dgm as dgm
 from pyro_dgm.core import NoDensityError
-from pyro_dgm.gan.losses import LOSSES, gradient_norms
+from pyro_dgm.gan.critic import LOSSES, gradient_norms
 
 
 class Linear(nn.Module):
