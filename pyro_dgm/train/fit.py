@@ -26,6 +26,8 @@ from pyro_dgm.train.players import MakeOptimizer, OnePlayer, Players, TwoPlayers
 
 __all__ = ["FitDiverged", "fit"]
 
+Changed = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+
 _PATIENCE = 10  # checks, with validation. Not measured; chosen by hand.
 _MOST_SETTLING = 10.0  # seconds that are left for what settles
 _SEEDS = (-(2**63), 2**64 - 1)  # that torch takes
@@ -213,11 +215,23 @@ def _prepare(objective: nn.Module, batches: Batches, stages: Stages, saved: dict
         return
     stages.ended = [] if saved is None else saved["stages"]
     stages.stream = stream = iter(batches)
-    for module in objective.modules():
+    for module, changed in _parts(objective, lambda args: args, set()):
         if isinstance(module, Startable):
-            module.warm_start(*batches.example())
+            module.warm_start(*changed(batches.example()))
         if isinstance(module, Preparing):
-            module.prepare(stream, stages)
+            module.prepare(map(changed, stream), stages)
+
+
+def _parts(module: nn.Module, changed: Changed, known: set[nn.Module]) -> Iterator[tuple[nn.Module, Changed]]:
+    """All parts of an objective, each once, with what becomes of the data on their way to it."""
+    if module in known:
+        return
+    known.add(module)
+    yield module, changed
+    change = getattr(module, "changed_arguments", None)
+    inner = changed if change is None else lambda args: change(changed(args))
+    for child in module.children():
+        yield from _parts(child, inner, known)
 
 
 def _take(objective: nn.Module, state: dict[str, Tensor], file: Checkpoint) -> None:
