@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.amortized.structure import Site, Structure
-from pyro_dgm.core import Standardize
+from pyro_dgm.core import InputUnits
 from pyro_dgm.core.networks import MLP, broadcast_cat
 
 __all__ = ["SetEncoder", "Stream", "Streams", "pooled"]
@@ -89,7 +89,7 @@ class Streams(nn.Module):
         self.covariates = covariates
         self.inputs = (*structure.observed, *covariates)
         self.keys = {s.name: _key(s.name) for s in self.inputs}
-        self.standard = nn.ModuleDict({self.keys[s.name]: Standardize(s.width) for s in self.inputs})
+        self.standard = nn.ModuleDict({self.keys[s.name]: InputUnits(s.width) for s in self.inputs})
         observed = [s.name for s in structure.observed]
         unknown = [k for k in encoder if k not in observed]
         if unknown:
@@ -109,12 +109,13 @@ class Streams(nn.Module):
         return streams + [inputs[c.name] for c in self.covariates if not c.plates]
 
     def fit(self, batch: Mapping[str, Any]) -> None:
-        """Take the units from simulations: mean and standard deviation of what is present."""
+        """Take the units from what is present in simulations."""
         for site in self.inputs:
             x = site.features(batch[site.name], self.structure.nesting, 1)
-            mask, _ = self._masks(site, batch, 1, x)
+            mask, entries = self._masks(site, batch, 1, x)
+            there = mask if mask is None or entries is not None else mask.expand(x.shape[:-1]).unsqueeze(-1)
             standard: Any = self.standard[self.keys[site.name]]
-            standard.fit(x.reshape(-1, x.shape[-1]) if mask is None else x[mask.expand(x.shape[:-1])])
+            standard.fit(x, mask=there if entries is None else entries, who=f"AmortizedGuide, site '{site.name}'")
 
     def _standardised(self, site: Site, batch: Mapping[str, Any], lead: int) -> Stream:
         x = site.features(batch[site.name], self.structure.nesting, lead)

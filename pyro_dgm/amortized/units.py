@@ -3,7 +3,7 @@ r"""The units in which a flow works: latents of a group as one vector of real nu
 A support is reached by a bijection :math:`\theta = T(x)` from the real numbers: by the normal distribution function for a box
 (a uniform prior is then standard normal), by ``biject_to`` otherwise. A family that keeps boxes by itself sees a box
 stretched to :math:`(-\sqrt 3, \sqrt 3)`, which has standard deviation 1 if it is filled evenly. Other numbers are
-standardised, :math:`u = (x - m) / s`, with mean and sd of simulations.
+standardised by simulations, :math:`u = (x - m) / s`, long tails compressed before (``core/units.py``).
 
 Before that, real latents inside plates are seen in units of the model's own conditional prior,
 :math:`z = (\theta_j - E[\theta_j]) / sd[\theta_j]`. A group effect :math:`\theta_j \sim N(\mu, \tau)` shrinks to nothing as
@@ -135,7 +135,7 @@ class Units(nn.Module):
         ``prior`` holds mean and sd of real sites, in whose units they are seen.
         """
         parts: list[Tensor] = []
-        total = -self.standard.scale.log().sum()
+        total = torch.zeros((), device=self.standard.loc.device)
         for site, onto in zip(self.sites, self.maps, strict=True):
             value = values[site.name]
             if prior and site.name in prior:
@@ -146,15 +146,17 @@ class Units(nn.Module):
             x = onto.inv(value)
             total = total - _per_row(onto.log_abs_det_jacobian(x, value), len(batch))
             parts.append(x.reshape(*batch, x.shape[len(batch) :].numel()))
-        return self.standard(torch.cat(parts, -1)), total
+        x = torch.cat(parts, -1)
+        u = self.standard(x)
+        return u, total - self.standard.log_slopes(u).sum(-1)
 
     def unflatten(self, u: Tensor, prior: Moments | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The inverse; per site the log-determinant of its part of the map from ``u``, shape ``(*batch)``."""
         values: dict[str, Tensor] = {}
         log_dets: dict[str, Tensor] = {}
-        parts = (u * self.standard.scale + self.standard.loc).split(self.widths, -1)
-        scales = self.standard.scale.log().split(self.widths)
-        for site, onto, part, log_scale in zip(self.sites, self.maps, parts, scales, strict=True):
+        parts = self.standard.inverse(u).split(self.widths, -1)
+        slopes = self.standard.log_slopes(u).split(self.widths, -1)
+        for site, onto, part, slope in zip(self.sites, self.maps, parts, slopes, strict=True):
             x = part.reshape([*u.shape[:-1], *onto.inverse_shape(site.event_shape)])
             value = onto(x)
             log_det = _per_row(onto.log_abs_det_jacobian(x, value), u.dim() - 1)
@@ -163,18 +165,19 @@ class Units(nn.Module):
                 value = loc + scale * value
                 log_det = log_det + _summed(site, scale.log().expand(value.shape))
             values[site.name] = value
-            log_dets[site.name] = log_det + log_scale.sum()
+            log_dets[site.name] = log_det + slope.sum(-1)
         return values, log_dets
 
     @torch.no_grad()
     def fit(self, values: Mapping[str, Tensor], mask: Tensor | None, prior: Moments) -> None:
-        """Take mean and standard deviation from simulated values; the units of a kept box stay what they are."""
-        u, _ = self.flatten(values, prior)
-        x = u * self.standard.scale + self.standard.loc
-        self.standard.fit(x.reshape(-1, self.features) if mask is None else x[mask.expand(x.shape[:-1])])
-        kept = self.box()[1].isfinite()
-        self.standard.loc[kept] = 0.0
-        self.standard.scale[kept] = 1.0
+        """Take units from simulated values; those of a kept box stay what they are."""
+        self.standard.forget()
+        x, _ = self.flatten(values, prior)
+        free = ~self.box()[1].isfinite().to(x.device)
+        there = x.new_ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.expand(x.shape[:-1])
+        self.standard.fit(
+            x, mask=there.unsqueeze(-1) & free, who=f"AmortizedGuide, latents {[s.name for s in self.sites]}"
+        )
 
 
 def _per_row(terms: Tensor, batch: int) -> Tensor:

@@ -19,7 +19,7 @@ from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.data import warn_of_ties
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import check_batch
+from pyro_dgm.core.shapes import check_batch, check_context
 from pyro_dgm.flows.base import NormalizingFlow
 from pyro_dgm.flows.few_rows import DRAWS, FEW_ROWS, FEW_ROWS_ALONE, LEAST_ROWS, MOST_COLUMNS, Pairs, are_few
 from pyro_dgm.train.batches import few_rows, first_rows
@@ -86,6 +86,7 @@ class FlowMatching(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The loss of events ``(N, *event_shape)`` with contexts ``(N, context_features)``."""
         x, context = check_batch("FlowMatching", self.cnf, x, context)
+        context = check_context(self.cnf, context)
         data = self.cnf.flow_units(x)
         noise = torch.randn_like(data)
         if self.coupling == "ot":
@@ -196,18 +197,34 @@ def match(
 
 
 def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ...]]) -> bool:
-    """Take a flow's units from the data, and say whether that was done.
+    """Take a family's units from the data, and say whether a flow's events got some.
 
-    A flow that has units keeps them, and so does one that scores the data better as it is: it was trained.
+    A family that has units keeps them, and so does one that scores the data better as it is: it was trained.
     """
-    if not isinstance(family, NormalizingFlow) or not family.standard.is_identity():
+    units = family.event_units()
+    of_events = units is not None and units.is_identity()
+    of_contexts = family.context_features > 0 and not family.has_units()
+    if not of_events and not of_contexts:
         return False
     x, context = first_rows(batches)
-    with torch.no_grad():
-        before = family(context).log_prob(x).mean()
-        family.standardize(x)
-        if family(context).log_prob(x).mean() > before - 0.5:
+    before = _mean_score(family, x, context)
+    family.standardize(x if of_events else None, context if of_contexts and len(x) > 1 else None)
+    if _mean_score(family, x, context) > before - 0.5:
+        if of_events:
             warn_of_ties(type(family).__name__, (few_rows(batches) or (x,))[0])
-            return True
-        family.standard.forget()
+        return of_events
+    if units is not None and of_events:
+        units.forget()
+    if of_contexts:
+        family.context_units.forget()
     return False
+
+
+def _mean_score(family: DistributionModule, x: Tensor, context: Tensor | None) -> float:
+    """Mean log density; minus infinity where the data are too far off to be scored."""
+    try:
+        with torch.no_grad():
+            score = float(family(context).log_prob(x).mean())
+    except (ValueError, ArithmeticError, RuntimeError):
+        return -math.inf
+    return score if math.isfinite(score) else -math.inf

@@ -1,10 +1,11 @@
 """The contract: distributions, families, shapes, networks and data. Every other room builds on it."""
 
-from pyro_dgm.core.data import Dequantize, Standardize
+from pyro_dgm.core.data import Dequantize
 from pyro_dgm.core.devices import frozen
 from pyro_dgm.core.distribution import ImplicitDistribution, LearnedDistribution, NoDensityError
 from pyro_dgm.core.module import DistributionModule, compose
 from pyro_dgm.core.networks import MLP, ConvDecoder, ConvEncoder, broadcast_cat
+from pyro_dgm.core.units import InputUnits, Standardize
 from pyro_dgm.core.upstream import zuko
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ConvEncoder",
     "DistributionModule",
     "ImplicitDistribution",
+    "InputUnits",
     "LearnedDistribution",
     "NoDensityError",
     "Standardize",

@@ -1,4 +1,4 @@
-"""Data: standardisation as part of a model, integers made continuous, and what tells one value or program from another."""
+"""Data: integers made continuous, what tells one value or program from another, and who reads which."""
 
 from __future__ import annotations
 
@@ -9,104 +9,41 @@ import math
 import sys
 import sysconfig
 import types
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.distributions.transforms import AffineTransform, Transform, _InverseTransform
+from torch.distributions.transforms import Transform, _InverseTransform
 from torch.distributions.utils import lazy_property
 
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
+from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.core.warn import warn_user
 
-__all__ = ["Dequantize", "Fingerprints", "Standardize", "warn_of_ties"]
+__all__ = [
+    "Dequantize",
+    "Fingerprints",
+    "Reading",
+    "ReadsData",
+    "reads",
+    "reads_context",
+    "take_units",
+    "warn_of_ties",
+    "was_trained",
+]
 
 # Of columns whose values come again. Not measured; chosen by hand.
 _TIED = 0.5  # of the rows, that have fewer values
 _COARSE = 0.05  # sd between values, from which on it matters
 
-
-class Standardize(nn.Module):
-    r"""The map :math:`x = \mu + \sigma u` from standardised units :math:`u` to the data's, as buffers.
-
-    It starts as the identity; :meth:`fit` sets :math:`\mu` and :math:`\sigma` from data. It is saved with the
-    ``state_dict`` and never trained. A constant column gets :math:`\sigma = 1`.
-
-    Args:
-        features: length D of the last dimension.
-
-    Example:
-        >>> s = Standardize(2).fit(torch.tensor([[0.0, 5.0], [2.0, 5.0]]))
-        >>> s(torch.tensor([[0.0, 5.0]]))
-        tensor([[-0.7071,  0.0000]])
-    """
-
-    loc: Tensor
-    scale: Tensor
-
-    @checked()
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.register_buffer("loc", torch.zeros(features))
-        self.register_buffer("scale", torch.ones(features))
-        self._asked: tuple[Tensor, int, Tensor, int] | None = None
-        self._answer = True
-
-    @torch.no_grad()
-    def fit(self, x: Tensor, floor: float = 0.0) -> Standardize:
-        """Take mean and standard deviation over all but the last dimension of ``x``.
-
-        With a ``floor`` no standard deviation is below this share of their root mean square: pixels that hardly ever
-        change are not blown up.
-        """
-        x = as_tensor_like("Standardize", "data", x, self.loc)
-        if x.shape[-1:] != self.loc.shape or x.numel() < 2 * len(self.loc):
-            raise ValueError(f"Standardize: data has shape {tuple(x.shape)}, expected (N >= 2, {len(self.loc)}).")
-        rows = x.reshape(-1, len(self.loc))
-        refuse_non_finite("Standardize", rows)
-        self.loc.copy_(rows.mean(0))
-        sd = rows.std(0)
-        sd = sd.clamp_min(floor * float(sd.square().mean().sqrt()))
-        self.scale.copy_(torch.where(sd > 0, sd, torch.ones_like(sd)))
-        return self
-
-    @torch.no_grad()
-    def forget(self) -> None:
-        """Become the identity again."""
-        self.loc.zero_()
-        self.scale.fill_(1.0)
-
-    def is_identity(self) -> bool:
-        """Whether nothing was fitted; looked up in the buffers once per change of theirs."""
-        loc = self.loc
-        scale = self.scale
-        asked = self._asked
-        if loc.is_meta:
-            return False
-        if (
-            asked is None
-            or asked[0] is not loc
-            or asked[2] is not scale
-            or asked[1::2] != (loc._version, scale._version)
-        ):
-            self._asked = (loc, loc._version, scale, scale._version)
-            self._answer = bool((loc == 0).all() and (scale == 1).all())
-        return self._answer
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = as_tensor_like("Standardize", "data", x, self.loc)
-        if x.shape[-1:] != self.loc.shape:
-            raise ValueError(f"Standardize: data has shape {tuple(x.shape)}, expected (..., {len(self.loc)}).")
-        return (x - self.loc) / self.scale
-
-    def transform(self) -> AffineTransform:
-        """The map from standardised units to data, with its log-determinant."""
-        return AffineTransform(self.loc, self.scale, event_dim=1)
+_TRAINED = 50  # changes of a parameter from which a module counts as trained; not measured, chosen by hand
+_UNIT_ROWS = 10_000  # from which units are taken while a fit is prepared; not measured, chosen by hand
+_UNIT_BATCHES = 20  # at most, for the same; not measured, chosen by hand
 
 
 class Dequantize(nn.Module):
@@ -346,3 +283,103 @@ def _in_library(module: str | None) -> bool:
     name = module or "builtins"
     file = getattr(sys.modules.get(name), "__file__", None) or ""
     return name in sys.builtin_module_names or name.split(".")[0] == "pyro_dgm" or file.startswith(_LIBRARIES)
+
+
+class ReadsData(Protocol):
+    """A module that reads data, in units which it takes from them."""
+
+    def has_units(self) -> bool:
+        """Whether the units were taken before, or the module was trained without."""
+
+    def take_units(self, *args: Any, **kwargs: Any) -> None:
+        """Fix the units to data, given as at a call."""
+
+
+class Reading:
+    """Notes what data modules read while it is open, and lets those without units take theirs.
+
+    Attributes:
+        rows: how many rows were read, by the module that read most.
+    """
+
+    def __init__(self) -> None:
+        self.data: list[int] = []  # storages of the data that are given to the objective
+        self.noted: dict[Any, list[tuple[Any, ...]]] = {}
+        self.refused: set[Any] = set()
+
+    @property
+    def rows(self) -> int:
+        return max((sum(len(data[0]) for data in noted) for noted in self.noted.values()), default=0)
+
+    def note(self, module: ReadsData, data: tuple[Any, ...]) -> None:
+        """A module's data; the first ones give it units at once, since what it reads may be huge without."""
+        if module in self.refused:
+            return
+        if module not in self.noted:
+            if module.has_units():
+                self.refused.add(module)
+                return
+            module.take_units(*data)
+        self.noted.setdefault(module, []).append(data)
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether a tensor is one of the data, or a part of one: nothing was computed to make it."""
+        return x.untyped_storage()._cdata in self.data
+
+    def close(self) -> None:
+        """Take the units anew from all that was noted."""
+        for module, noted in self.noted.items():
+            if len(noted) > 1:
+                module.take_units(*(None if part[0] is None else torch.cat(part) for part in zip(*noted, strict=True)))
+
+
+_OPEN: list[Reading] = []
+
+
+def reads(module: ReadsData, data: Tensor, *more: Tensor | None) -> None:
+    """Said by a module of data that it reads: they give it its units while a fit is prepared."""
+    if _OPEN and len(data) > 1:
+        _OPEN[-1].note(module, (data, *more))
+
+
+def reads_context(family: Any, context: Tensor | None) -> None:
+    """Said by a family of each context: if it is data, and was not computed, it gives the family's units."""
+    if _OPEN and isinstance(context, Tensor) and _OPEN[-1].holds(context):
+        reads(family, context.reshape(-1, context.shape[-1]))
+
+
+@contextmanager
+def reading() -> Iterator[Reading]:
+    """Let modules tell what they read."""
+    _OPEN.append(Reading())
+    try:
+        yield _OPEN[-1]
+    finally:
+        _OPEN.pop()
+
+
+def was_trained(module: nn.Module) -> bool:
+    """Whether an optimiser has changed the parameters many times, as far as torch counts."""
+    return max((p._version for p in module.parameters()), default=0) > _TRAINED
+
+
+def take_units(run: Callable[..., Any], batches: Iterator[tuple[Any, ...]], example: tuple[Any, ...]) -> None:
+    """Run an objective on an example, and on more batches where its parts read them without having units."""
+    with reading() as noted:
+        noted.data = _storages(example)
+        run(*example)
+        for _ in range(_UNIT_BATCHES - 1):
+            if not noted.noted or noted.rows >= _UNIT_ROWS:
+                break
+            batch = next(batches)
+            noted.data = _storages(batch)
+            run(*batch)
+    noted.close()
+
+
+def _storages(args: Any) -> list[int]:
+    """Where the tensors among arguments, and in containers among them, have their numbers."""
+    if isinstance(args, Tensor):
+        return [args.untyped_storage()._cdata]
+    values = args.values() if isinstance(args, dict) else args if isinstance(args, (tuple, list)) else ()
+    return [storage for value in values for storage in _storages(value)]

@@ -14,9 +14,11 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, biject_to, constraints
 from torch.distributions.transforms import IndependentTransform, ReshapeTransform
 
+from pyro_dgm.core.data import reads_context, was_trained
 from pyro_dgm.core.distribution import LearnedDistribution
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import ShapeAttribute, as_count, check_built, of_entries
+from pyro_dgm.core.shapes import ShapeAttribute, as_count, as_tensor_like, check_built, of_entries
+from pyro_dgm.core.units import InputUnits, Standardize
 from pyro_dgm.core.upstream import PyroABCMeta, drop_weak_references, zuko
 
 __all__ = ["DistributionModule", "compose", "resize_to_saved", "tensors_of", "values_of", "whole_event"]
@@ -38,8 +40,9 @@ _version_of = attrgetter("_version")
 class DistributionModule(nn.Module, metaclass=PyroABCMeta):
     r"""Abstract family :math:`c \mapsto q_\theta(x \mid c)`.
 
-    A subclass writes ``build(context)`` and returns any torch or Pyro distribution over ``event_shape`` (or over the
-    flat vector of its entries), with ``batch_shape = context.shape[:-1]``. Where ``support`` is given, ``build``
+    A subclass writes ``build(context)``, which gets the context in its units (see :meth:`standardize`), and returns any torch
+    or Pyro distribution over ``event_shape`` (or over the flat vector of its entries), with
+    ``batch_shape = context.shape[:-1]``. Where ``support`` is given, ``build``
     returns a distribution over the *unconstrained* event and the base class maps it by ``biject_to(support)``.
     The base class does the rest of the contract: broadcasting, expanding, scoring of draws, checks, support.
 
@@ -79,13 +82,64 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         self.event_shape = event_shape
         self.context_features = as_count(type(self).__name__, "context_features", context_features)
         self._support = _event_support(type(self).__name__, support, self.event_shape)
+        if self.context_features:
+            self.context_units = InputUnits(self.context_features)
 
     @abstractmethod
     def build(self, context: Tensor | None) -> Distribution:
         """The distribution of the (unconstrained) event for a context of shape ``(*batch, context_features)``."""
 
     def forward(self, context: Tensor | None = None) -> LearnedDistribution:
+        reads_context(self, context)
         return LearnedDistribution(self, context, self.sampled_weights())
+
+    @torch.no_grad()
+    def standardize(self, x: Tensor | None = None, context: Tensor | None = None) -> DistributionModule:
+        """Fix the units to data: of events ``x``, where the family has some, and of contexts ``(..., context_features)``.
+
+        :func:`~pyro_dgm.fit` does it where it can tell that a context is data. Before a training loop of your own do it
+        once; it is part of the ``state_dict``. A context that is computed (a latent, a network's output) has no units.
+
+        Returns the family itself. What is not given keeps the units that it has.
+
+        Raises:
+            ValueError: for a context that does not fit, or holds NaN.
+
+        Example:
+            >>> import pyro_dgm as dgm
+            >>> year = 2007.0 + 10.0 * torch.randn(100, 1)
+            >>> flow = dgm.NSF(2, context_features=1).standardize(torch.randn(100, 2), year)
+            >>> bool(flow.context_units(year).abs().max() < 5)
+            True
+        """
+        if x is not None or context is None:
+            self.fit_events(as_tensor_like(type(self).__name__, "data", x, None))
+        if context is not None:
+            self._refuse_no_context()
+            self.context_units.fit(context, who=f"{type(self).__name__}, context")
+        return self
+
+    def fit_events(self, x: Tensor) -> None:
+        """Fix the units of events to data ``(..., *event_shape)``; a family without such units has nothing to do."""
+
+    def event_units(self) -> Standardize | None:
+        """The units of events, where the family has some."""
+        return None
+
+    def has_units(self) -> bool:
+        """Whether the units of contexts were taken before, or the family was trained without."""
+        return not self.context_units.is_identity() or was_trained(self)
+
+    def take_units(self, context: Tensor) -> None:
+        """Take the units of contexts."""
+        self.context_units.fit(context, who=f"{type(self).__name__}, context")
+
+    def _refuse_no_context(self) -> None:
+        if not self.context_features:
+            raise ValueError(
+                f"{type(self).__name__}: got a context to take units from, but the family is unconditional. Build it with "
+                "context_features=..., or leave the context out."
+            )
 
     def start_at_identity(self) -> DistributionModule:
         """Become the base distribution, where the family can (flows do); returns the family itself."""

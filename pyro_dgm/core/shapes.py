@@ -137,7 +137,7 @@ def reference(module: nn.Module) -> Tensor | None:
         for tensor in (*each._parameters.values(), *each._buffers.values()):
             if tensor is not None and tensor.is_floating_point():
                 return tensor
-        waiting += each._modules.values()
+        waiting += [m for name, m in each._modules.items() if name != "context_units"]  # which follow the module's kind
     return None
 
 
@@ -211,7 +211,7 @@ class ShapeAttribute:
 
 
 def check_context(family: DistributionModule, context: Tensor | None) -> Tensor | None:
-    """The context as a tensor of the family's kind; one that it was not built for is refused.
+    """The context as the family's networks read it: a tensor of its kind, in its units; one that does not fit is refused.
 
     While Pyro validates, so are NaN and infinity.
     """
@@ -223,7 +223,9 @@ def check_context(family: DistributionModule, context: Tensor | None) -> Tensor 
                 "unconditional family leave context_features out."
             )
         return None
-    context = as_tensor_like(name, "context", context, reference(family))
+    units = family.context_units if expected else None
+    raw = units is None or units.is_identity()
+    context = as_tensor_like(name, "context", context, reference(family) if raw else None)
     if not expected:
         raise ValueError(
             f"{name}: got a context of shape {tuple(context.shape)}, but the family is unconditional. Build it with "
@@ -237,7 +239,7 @@ def check_context(family: DistributionModule, context: Tensor | None) -> Tensor 
         )
     if Distribution._validate_args:
         refuse_immoderate(name, context.reshape(-1, expected), "contexts")
-    return context
+    return context if units is None or raw else as_tensor_like(name, "context", units(context), reference(family))
 
 
 def check_built(family: DistributionModule, event_shape: Size, expected: Size) -> None:

@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_tensor_like, check_batch
+from pyro_dgm.core.shapes import as_tensor_like, check_batch, check_context
 from pyro_dgm.core.weights import evidence_error, log_mean_exp, psis
 from pyro_dgm.evaluate.score import Score, mean_score
 from pyro_dgm.gan.generator import Generator
@@ -231,6 +231,7 @@ class _Annealed:
         self.observation = vae.observation if isinstance(vae, Generator) else vae.model.observation
         self.x = x
         self.context = context
+        self.of_prior = check_context(vae, context) if isinstance(vae, Generator) else context
         self.mask = mask
         self.leapfrog = leapfrog
         self.event_dim = len(self.prior.event_shape)
@@ -301,7 +302,7 @@ class _Annealed:
         return self._prior().log_prob(z), likelihood.log_prob(x)
 
     def _prior(self) -> Distribution:
-        return prior_given(self.prior, self.context)
+        return prior_given(self.prior, self.of_prior)
 
     def _half_square(self, p: Tensor) -> Tensor:
         return 0.5 * (p.square().flatten(2).sum(-1) if self.event_dim else p.square())

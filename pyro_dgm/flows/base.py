@@ -110,18 +110,18 @@ class NormalizingFlow(DistributionModule):
         parts = [units.transform() for units in (self.decorrelate, self.standard) if not units.is_identity()]
         return compose(parts + ([] if rest is None else [rest])) if parts else rest
 
-    @torch.no_grad()
-    def standardize(self, x: Tensor) -> NormalizingFlow:
-        """Fix the flow's units to the data ``x``, shape ``(N, *event_shape)``: mean 0 and sd 1 before the flow.
+    def event_units(self) -> Standardize:
+        return self.standard
 
-        Returns the flow itself. Do it once, before training; it is part of the ``state_dict``.
-        """
+    @torch.no_grad()
+    def fit_events(self, x: Tensor) -> None:
+        """Mean 0 and sd 1 before the flow, of data ``(..., *event_shape)``; columns with long tails are compressed first."""
         x = self._events(x, self.event_shape)
         self.standard.forget()
         self.decorrelate.forget()
         to_event = self.bijection(self.build(None if not self.context_features else x.new_zeros(self.context_features)))
-        self.standard.fit((x if to_event is None else to_event.inv(x)).reshape(-1, self.features))
-        return self
+        rows = (x if to_event is None else to_event.inv(x)).reshape(-1, self.features)
+        self.standard.fit(rows, tails="bend" if len(self.event_shape) < 2 else "keep", who=type(self).__name__)
 
     def has_normal_base(self) -> bool:
         """Whether the identity would be a normal law: not so of a flow on circles, nor of a mixture."""

@@ -183,6 +183,8 @@ class Adversarial(nn.Module):
         for player in (self.generator, self.critic):
             if isinstance(player, Generator | NormalizingFlow | Critic) and player.standard.is_identity():
                 player.standardize(x)
+            if context is not None and player.context_units.is_identity():
+                player.context_units.fit(context, who=f"{type(player).__name__}, context")
         if new and self.steps and isinstance(self.generator, Generator):
             distil(self.generator, batches, _fewer(self.steps, x) if self.fewer_for_few_rows else self.steps, stages)
 

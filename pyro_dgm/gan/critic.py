@@ -1,6 +1,21 @@
-r"""A critic: a network that gives one number for an event, the logit :math:`T(x; c)` of "it is data"; and what it goes down.
+r"""A critic: a network that gives one number for an event, the logit :math:`T(x; c)` of "it is data"; and what it minimises.
 
-The best critic of the classification losses is :math:`T = \log p(x) - \log q(x)` (Goodfellow et al. 2014, proposition 1).
+The best critic of the classification losses is :math:`T = \log p(x) - \log q(x)` (Goodfellow et al. 2014, proposition 1). The
+losses of logits T, in the notation of the papers:
+
+========================= ============================================ =====================================
+loss                      critic minimises                             generator minimises
+========================= ============================================ =====================================
+``"saturating"``          :math:`E\,s(-T(x)) + E\,s(T(y))`             :math:`-E\,s(T(y))`
+``"non-saturating"``      the same                                     :math:`E\,s(-T(y))`
+``"relativistic"``        :math:`E\,s(T(y) - T(x))`                    :math:`E\,s(T(x) - T(y))`
+``"least-squares"``       :math:`\frac12 E(T(x)-1)^2+\frac12 E\,T(y)^2` :math:`\frac12 E(T(y)-1)^2`
+``"hinge"``               :math:`E(1-T(x))_+ + E(1+T(y))_+`            :math:`-E\,T(y)`
+``"wgan-gp"``             :math:`E\,T(y) - E\,T(x)`                    :math:`-E\,T(y)`
+========================= ============================================ =====================================
+
+with x data, y draws and :math:`s(t) = \log(1 + e^t)`, so that :math:`s(-T) = -\log \mathrm{sigmoid}(T)`: no logarithm of a
+probability is ever taken.
 """
 
 from __future__ import annotations
@@ -13,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import relu, softplus
 
-from pyro_dgm.core import MLP, Standardize, broadcast_cat
+from pyro_dgm.core import MLP, InputUnits, Standardize, broadcast_cat
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import refuse_batch_norm
 from pyro_dgm.core.shapes import as_count, as_shape, as_tensor_like, check_value_shape, refuse_immoderate
@@ -45,7 +60,7 @@ class Critic(nn.Module):
         ValueError: for a value or context of another shape, or a network that returns anything but one number a row.
 
     Note:
-        :meth:`standardize` (training calls it) brings its input to mean 0 and sd 1. No batch normalisation: it makes one
+        :meth:`standardize` (training calls it) brings its inputs to mean 0 and sd 1. No batch normalisation: it makes one
         row's logit depend on the others, and a gradient penalty is then no longer one of single rows.
 
     References:
@@ -69,6 +84,8 @@ class Critic(nn.Module):
         self.event_shape = as_shape(event_shape)
         self.context_features = as_count("Critic", "context_features", context_features)
         self.standard = Standardize(self.event_shape.numel())
+        if self.context_features:
+            self.context_units = InputUnits(self.context_features)
         self.network = _as_network(network, self.event_shape.numel() + self.context_features)
         refuse_batch_norm("Critic", self.network)
         if spectral_norm:
@@ -89,10 +106,12 @@ class Critic(nn.Module):
     def score(self, u: Tensor, context: Tensor | None = None) -> Tensor:
         """Logits of vectors in the critic's units."""
         if context is not None:
-            context = as_tensor_like("Critic", "context", context, self.standard.loc)
+            context = as_tensor_like("Critic", "context", context, None)
             if Distribution._validate_args:
                 refuse_immoderate("Critic", context, "contexts")
         self._check_context(context)
+        if context is not None:
+            context = self.context_units(context)
         inputs = u if context is None else broadcast_cat(u, context)
         logits = self.network(inputs)
         if logits.shape == inputs.shape[:-1] + (1,):
@@ -105,12 +124,17 @@ class Critic(nn.Module):
         return logits
 
     @torch.no_grad()
-    def standardize(self, x: Tensor) -> Critic:
-        """Fix the units to data ``(N, *event_shape)``: each entry's own; of an image none far below the others."""
+    def standardize(self, x: Tensor, context: Tensor | None = None) -> Critic:
+        """Fix the units to data ``(N, *event_shape)``: each entry's own; of an image none far below the others.
+
+        A context ``(N, context_features)`` fixes its units too.
+        """
         x = as_tensor_like("Critic.standardize", "data", x, self.standard.loc)
         check_value_shape("Critic.standardize", x, self.event_shape)
         flat = x.reshape(-1, self.event_shape.numel())
-        self.standard.fit(flat, floor=0.1 if len(self.event_shape) > 1 else 0.0)
+        self.standard.fit(flat, floor=0.1 if len(self.event_shape) > 1 else 0.0, who="Critic.standardize")
+        if context is not None:
+            self.context_units.fit(context, who="Critic.standardize, context")
         return self
 
     def _check_context(self, context: Tensor | None) -> None:
@@ -135,21 +159,7 @@ def _as_network(network: nn.Module | int | None, inputs: int) -> nn.Module:
 
 
 class Loss(NamedTuple):
-    r"""Both players' losses of logits T of data and of draws, shape ``(N,)`` each, and the settings that go with them.
-
-    ========================= ============================================ =====================================
-    loss                      critic minimises                             generator minimises
-    ========================= ============================================ =====================================
-    ``"saturating"``          :math:`E\,s(-T(x)) + E\,s(T(y))`             :math:`-E\,s(T(y))`
-    ``"non-saturating"``      the same                                     :math:`E\,s(-T(y))`
-    ``"relativistic"``        :math:`E\,s(T(y) - T(x))`                    :math:`E\,s(T(x) - T(y))`
-    ``"least-squares"``       :math:`\frac12 E(T(x)-1)^2+\frac12 E\,T(y)^2` :math:`\frac12 E(T(y)-1)^2`
-    ``"hinge"``               :math:`E(1-T(x))_+ + E(1+T(y))_+`            :math:`-E\,T(y)`
-    ``"wgan-gp"``             :math:`E\,T(y) - E\,T(x)`                    :math:`-E\,T(y)`
-    ========================= ============================================ =====================================
-
-    with x data, y draws and :math:`s(t) = \log(1 + e^t)`, so that :math:`s(-T) = -\log \mathrm{sigmoid}(T)`: no logarithm of a
-    probability is ever taken.
+    """Both players' losses of logits of data and of draws, shape ``(N,)`` each, and the settings that go with them.
 
     The weights ``r1`` and ``r2`` are for one dimension; they grow with the square of the number of dimensions: few numbers
     have sharp edges that a strong penalty would blur, many are memorised without one.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.cnf import FFJORD
 from pyro_dgm.cnf.matching import velocity_error
-from pyro_dgm.core import Standardize
+from pyro_dgm.core.shapes import check_context
 from pyro_dgm.gan.generator import Generator
 from pyro_dgm.train.batches import first_rows
 from pyro_dgm.train.descend import Limits, Stages, adam, warm_up
@@ -38,17 +38,17 @@ _LEAST_NOISE = 0.01  # of a learned noise, in standard deviations of the data
 def distil(generator: Generator, batches: Iterator[tuple[Any, ...]], steps: int, stages: Stages | None = None) -> None:
     """Train a flow for so many steps, then distil it into a :class:`~pyro_dgm.Generator` for half as many."""
     stages = stages or Stages()
-    teacher = _Teacher(generator, *first_rows(batches))
+    teacher = _Teacher(generator, *_rows(generator, first_rows(batches)))
     rate = _RATE * _WIDTHS[0] / _width(teacher.flow.features)
     optimizer = adam([p for p in teacher.flow.parameters() if p.requires_grad], rate)
 
     def matching() -> Tensor:
-        return teacher.loss(*_at_most(_ROWS, *first_rows(batches, _ROWS)))
+        return teacher.loss(*_at_most(_ROWS, *_rows(generator, first_rows(batches, _ROWS))))
 
     stages.descend("flow matching", teacher, optimizer, matching, steps, _linear, _CLIP)
     later = max(1, steps // 2)
     n = min(_PAIRS, _ROWS * later)
-    z, u, context = teacher.pairs(n, _contexts(batches, n), stages.seconds())
+    z, u, context = teacher.pairs(n, _contexts(generator, batches, n), stages.seconds())
     n = len(z)
 
     def distance() -> Tensor:
@@ -82,7 +82,6 @@ class _Teacher(nn.Module):
         self.generator = generator
         self.register_buffer("centre", u.mean(0))
         self.register_buffer("basis", _principal(u, size))
-        self.standard = None if context is None else Standardize(context.shape[-1]).to(context).fit(context)
         self.flow = FFJORD(size, generator.context_features, steps=_PATH_STEPS, hidden_features=_width(size)).to(u)
         coordinates = self._coordinates(u)
         self.flow.standardize(coordinates)
@@ -92,7 +91,7 @@ class _Teacher(nn.Module):
         """Flow matching, with the generator's latents as noise."""
         data = self.flow.flow_units(self._coordinates(self.generator.units(x)))
         noise = self._noise(self.generator.latents(len(x), context).detach())
-        return velocity_error(self.flow, "linear", noise, data, self._seen(context))
+        return velocity_error(self.flow, "linear", noise, data, context)
 
     @torch.no_grad()
     def pairs(
@@ -103,19 +102,16 @@ class _Teacher(nn.Module):
         moved: list[Tensor] = []
         clock = Limits(None, seconds)
         for rows in torch.arange(n).split(n if seconds is None else _ROWS):
-            seen = self._seen(None if context is None else context[rows])
+            seen = None if context is None else context[rows]
             moved.append(self.flow.solve(self._noise(z[rows]), seen, sampling=True)[0])
             if clock.progress(0) >= 1.0:
                 break
-        coordinates = torch.addcmul(self.flow.standard.loc, self.flow.standard.scale, torch.cat(moved))
+        coordinates = self.flow.standard.inverse(torch.cat(moved))
         made = len(coordinates)
         return z[:made], self._lift(coordinates), None if context is None else context[:made]
 
     def _noise(self, z: Tensor) -> Tensor:
         return z.reshape(len(z), -1)[:, : self.flow.features]
-
-    def _seen(self, context: Tensor | None) -> Tensor | None:
-        return None if context is None or self.standard is None else self.standard(context)
 
     def _coordinates(self, u: Tensor) -> Tensor:
         return (u - self.centre) @ self.basis
@@ -143,9 +139,14 @@ def _set_noise(generator: Generator, error: Tensor, residual: Tensor) -> None:
     generator.log_noise.copy_((typical.square() + residual.square()).sqrt().clamp_min(_LEAST_NOISE).log())
 
 
-def _contexts(batches: Iterator[tuple[Any, ...]], rows: int) -> Tensor | None:
-    """So many contexts of the data; None without any."""
-    context = first_rows(batches)[1]
+def _rows(generator: Generator, rows: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Data, and contexts in the generator's units."""
+    return rows[0], check_context(generator, rows[1])
+
+
+def _contexts(generator: Generator, batches: Iterator[tuple[Any, ...]], rows: int) -> Tensor | None:
+    """So many contexts of the data, in the generator's units; None without any."""
+    context = _rows(generator, first_rows(batches))[1]
     return None if context is None else context[torch.randint(len(context), (rows,), device=context.device)]
 
 

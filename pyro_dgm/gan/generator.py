@@ -115,13 +115,16 @@ class Generator(DistributionModule):
 
     def push(self, z: Tensor, noise: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The event made from latents ``(*batch, *latent)`` and standard normal noise ``(*batch, D)``; None for none."""
+        return self._pushed(z, noise, check_context(self, context))
+
+    def _pushed(self, z: Tensor, noise: Tensor | None, context: Tensor | None) -> Tensor:
         u = self.location(z, context)
         if noise is not None and not self.noiseless:
             u = torch.addcmul(u, self.sigma, noise)
         return self._event(u)
 
     def location(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """What the network makes of latents, flat and in standard units: shape ``(*batch, D)``."""
+        """What the network makes of latents and contexts in their units, flat and in standard units: shape ``(*batch, D)``."""
         z = as_tensor_like("Generator", "latent", z, self.standard.loc)
         flat = z.reshape(*z.shape[: z.dim() - len(self.base.event_shape)], self.base.event_shape.numel())
         inputs = flat if context is None else broadcast_cat(flat, context)
@@ -130,10 +133,10 @@ class Generator(DistributionModule):
 
     def units(self, x: Tensor) -> Tensor:
         """Events ``(*batch, *event)`` as the network should make them: flat and in standard units, shape ``(*batch, D)``."""
-        return self.standard(self._flattened(self._data("data", x)))
+        return (self._flattened(self._data("data", x)) - self.standard.loc) / self.standard.scale
 
     def latents(self, rows: int, context: Tensor | None = None) -> Tensor:
-        """Draws of z, shape ``(rows, *latent)``; with a context one for each of its rows."""
+        """Draws of z, shape ``(rows, *latent)``; with a context, in its units, one for each of its rows."""
         if isinstance(self.base, StandardNormal):
             return self.base.draw(rows)
         base = self._latent(context, context)
@@ -170,21 +173,24 @@ class Generator(DistributionModule):
         if obs is not None:
             return pyro.sample(name, self.likelihood(z, context), obs=self._data(f"site '{name}'", obs))
         noise = None if self.noiseless else pyro.sample(f"{name}_noise", self._noise(rows))
-        return pyro.deterministic(name, self.push(z, noise, context), event_dim=len(self.event_shape))
+        return pyro.deterministic(name, self._pushed(z, noise, context), event_dim=len(self.event_shape))
+
+    def event_units(self) -> Standardize:
+        return self.standard
 
     @torch.no_grad()
-    def standardize(self, x: Tensor) -> Generator:
-        """Fix the units to data ``(N, *event_shape)``: each entry's own; of an image none far below the others.
+    def fit_events(self, x: Tensor) -> None:
+        """Take each entry's own units; of an image none far below the others.
 
         Where the network ends in a bounded layer nothing is fixed, and data outside its range are refused.
         """
+        self.standard.forget()
         flat = self._flattened(self._data("data", x)).reshape(-1, self.features)
         low, high = _RANGES.get(type(list(self.network.modules())[-1]), (-torch.inf, torch.inf))
         if low > -torch.inf:
             self._refuse_outside(flat, low, high)
-            return self
-        self.standard.fit(flat, floor=0.1 if len(self.event_shape) > 1 else 0.0)
-        return self
+            return
+        self.standard.fit(flat, floor=0.1 if len(self.event_shape) > 1 else 0.0, who="Generator")
 
     def observation(self, x: Tensor, z: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Any:
         """The distribution of rows given their latents, and the rows to score."""
@@ -220,13 +226,13 @@ class Generator(DistributionModule):
         return flat if bijection is None else bijection(flat)
 
     def _flattened(self, x: Tensor) -> Tensor:
-        """Events as flat vectors in the data's units."""
+        """Events as flat vectors in the data's units, long tails compressed."""
         bijection = self._bijection()
         return x if bijection is None else bijection.inv(x)
 
     def _bijection(self) -> Any:
-        """From the flat vector in the data's units to the event; None where they are the same."""
-        parts: list[Any] = []
+        """From the flat vector in the data's units, long tails compressed, to the event; None where they are the same."""
+        parts: list[Any] = [] if self.standard.is_straight() else [self.standard.bend()]
         if self.unconstrained_shape != Size((self.features,)):
             parts.append(ReshapeTransform(Size((self.features,)), self.unconstrained_shape))
         if self._support is not None:

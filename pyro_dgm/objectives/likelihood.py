@@ -151,4 +151,8 @@ class Transformed(nn.Module):
         self.transform = transform
 
     def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
-        return self.objective(self.transform(x), *rest)
+        return self.objective(*self.changed_arguments((x, *rest)))
+
+    def changed_arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the objective gets: ``fit`` prepares its parts by such data too."""
+        return (self.transform(args[0]), *args[1:])

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
-from pyro_dgm.core.data import Standardize
 from pyro_dgm.core.devices import frozen
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import MLP, broadcast_cat
@@ -35,6 +34,7 @@ from pyro_dgm.core.shapes import (
     refuse_immoderate,
     refuse_non_finite,
 )
+from pyro_dgm.core.units import InputUnits
 from pyro_dgm.train.descend import Stages, adam, cosine, descend
 
 __all__ = ["DensityRatio", "LogisticRegression", "RatioCheck", "calibration", "learn_ratio", "logistic_loss"]
@@ -132,7 +132,7 @@ class DensityRatio(nn.Module):
         self.event_shape = as_shape(event_shape)
         self.context_features = as_count("DensityRatio", "context_features", context_features)
         self.features = self.event_shape.numel() + self.context_features
-        self.standard = Standardize(self.features)
+        self.standard = InputUnits(self.features)
         self.network = MLP(self.features, 1) if network is None else network
         self.register_buffer("calibrated", torch.tensor([1.0, 0.0]))  # slope and offset of the network's logit
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from pyro_dgm.core.data import take_units
 from pyro_dgm.core.devices import device_of, fork_rng, seeded, to_device
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import DistributionModule
@@ -28,6 +29,8 @@ from pyro_dgm.train.loop import Loop, Patience
 from pyro_dgm.train.players import MakeOptimizer, OnePlayer, Players, TwoPlayers
 
 __all__ = ["FitDiverged", "fit"]
+
+Changed = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 _MOST_SETTLING = 10.0  # seconds that are left for what settles
 _SEEDS = (-(2**63), 2**64 - 1)  # that torch takes
@@ -146,7 +149,7 @@ def fit(
         ):
             stages = Stages(history=history, limits=limits, bar=bar, checkpoint=file)
             with _owned_parameters(
-                objective, batches.example(), lambda: _prepare(objective, batches, stages, saved)
+                objective, batches, lambda: _prepare(objective, batches, stages, saved)
             ) as parameters:
                 players: Players
                 if isinstance(objective, Alternating):
@@ -243,13 +246,25 @@ def _prepare(objective: nn.Module, batches: Batches, stages: Stages, saved: dict
         return
     stages.ended = [] if saved is None else saved["stages"]
     stages.stream = stream = iter(batches)
-    for module in objective.modules():
+    for module, changed in _parts(objective, lambda args: args, set()):
         seconds = stages.seconds()
         if isinstance(module, Startable):
             with within(math.inf if seconds is None else seconds):
-                module.warm_start(*batches.example())
+                module.warm_start(*changed(batches.example()))
         if isinstance(module, Preparing):
-            module.prepare(stream, stages)
+            module.prepare(map(changed, stream), stages)
+
+
+def _parts(module: nn.Module, changed: Changed, known: set[nn.Module]) -> Iterator[tuple[nn.Module, Changed]]:
+    """All parts of an objective, each once, with what becomes of the data on their way to it."""
+    if module in known:
+        return
+    known.add(module)
+    yield module, changed
+    change = getattr(module, "changed_arguments", None)
+    inner = changed if change is None else lambda args: change(changed(args))
+    for child in module.children():
+        yield from _parts(child, inner, known)
 
 
 def _take(objective: nn.Module, state: dict[str, Tensor], file: Checkpoint) -> None:
@@ -263,10 +278,10 @@ def _take(objective: nn.Module, state: dict[str, Tensor], file: Checkpoint) -> N
 
 
 @contextmanager
-def _owned_parameters(
-    objective: nn.Module, example: tuple[Any, ...], prepare: Callable[[], None]
-) -> Iterator[list[Tensor]]:
+def _owned_parameters(objective: nn.Module, batches: Batches, prepare: Callable[[], None]) -> Iterator[list[Tensor]]:
     """Run the objective once, so that lazy parameters exist, prepare it, and yield all leaf tensors to train.
+
+    In this run parts that read data, such as a VAE's encoder, take their units from them.
 
     They are the objective's own and those of ``pyro.param`` statements. The fit has a param store of its own, so that entries
     left by an earlier guide of the same name cannot replace a module's parameters (pyro#1204, pyro#3094). Afterwards the
@@ -276,7 +291,7 @@ def _owned_parameters(
     outer = store.get_state()
     with store.scope():
         with torch.no_grad(), fork_rng():
-            _run_once(objective, example)
+            take_units(lambda *args: _run_once(objective, args), iter(batches), batches.example())
         _continue_from(outer, objective)
         prepare()
         parameters: list[Tensor] = [p for p in objective.parameters() if p.requires_grad]

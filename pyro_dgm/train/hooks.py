@@ -10,6 +10,7 @@ method                       of                                           called
 ``peak_rate()``              any part of the objective                    when the optimiser is made
 ``converged()``              the objective                                after each round of a fit without limits
 ``finish(*args)``            any part of the objective                    after training, with the data or a first batch
+``changed_arguments(args)``  an objective around another one              where parts inside are prepared: what they get
 ``settling``                 a part with a ``finish``                     once, for the share of ``max_seconds`` to leave for it
 ============================ ============================================ ==================================================
 

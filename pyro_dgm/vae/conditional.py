@@ -1,7 +1,8 @@
 r"""Families with a network in front, and families in a row: the encoder of a VAE, its decoder, and learned priors.
 
 A network gives the parameters of a distribution, :math:`p(x \mid c) = p(x;\, \mathrm{network}(c))`, or the context of a
-family. Latents in layers are one family, :math:`p(z_1, \dots, z_L \mid c) = \prod_l p(z_l \mid z_{<l}, c)`.
+family. Latents in layers are one family, :math:`p(z_1, \dots, z_L \mid c) = \prod_l p(z_l \mid z_{<l}, c)`. Below them stands
+what the families of a VAE must agree on.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
 
-from pyro_dgm.core import MLP, DistributionModule, LearnedDistribution, broadcast_cat
+from pyro_dgm.core import MLP, DistributionModule, LearnedDistribution, Standardize, broadcast_cat
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.vae.likelihoods import arguments_of
+from pyro_dgm.core.shapes import as_tensor_like, check_context, is_real
+from pyro_dgm.core.warn import warn_user
+from pyro_dgm.vae.likelihoods import arguments_of, has_data_units, in_data_units
 
-__all__ = ["Chain", "Conditional", "Encoded"]
+__all__ = ["Chain", "Conditional", "Encoded", "described", "refuse_mismatch", "refuse_width"]
+
+_FAR = 30.0  # from which real data are said to be far from the unit scale; not measured, chosen by hand
+_MANY = 200  # entries from which nobody is told of a single column
 
 
 class Conditional(DistributionModule):
@@ -69,10 +75,48 @@ class Conditional(DistributionModule):
         if network is None and self.given:
             network = MLP(context_features, self._outputs, hidden_features, activation)
         self.network = network
+        self.standard = Standardize(self.event_shape.numel())
+
+    def event_units(self) -> Standardize:
+        return self.standard
+
+    @torch.no_grad()
+    def fit_events(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Let ``vae.normal``, and such columns, read location and scale in units of these data.
+
+        Other entries of the network are read as they are. If these are real numbers far from the unit scale, a warning
+        says so.
+        """
+        size = self.event_shape.numel()
+        rows = as_tensor_like("Conditional", "data", x, None).reshape(-1, size)
+        here = torch.tensor(has_data_units(self.make, size), device=rows.device)
+        seen = here.expand(rows.shape) if mask is None else here & mask.reshape(rows.shape)
+        self._say_far(rows, ~here if mask is None else ~here & mask.reshape(rows.shape))
+        if not here.any() or len(rows) < 2:
+            return
+        self.standard.fit(rows, mask=seen, tails="cut", who="Conditional")
+        if len(self.event_shape) > 1:
+            self.standard.share(rows[seen], size)
+
+    def _say_far(self, rows: Tensor, seen: Tensor) -> None:
+        """Warn of columns that the likelihood can hardly reach, where it is one of real numbers."""
+        size = torch.where(seen, rows, 0.0).abs().amax(0)
+        j = int(size.argmax())
+        if size[j] < _FAR or self.event_shape.numel() > _MANY:
+            return
+        like = next(self.parameters(), rows)
+        support: Any = self.entries(like.new_zeros(1, self.context_features) if self.context_features else None).support
+        if is_real(support):
+            x = rows[:, j]
+            warn_user(
+                f"Conditional: column {j} of the data lies around {float(x.median()):.4g} (up to {float(size[j]):.4g}), and "
+                f"'{getattr(self.make, '__name__', type(self.make).__name__)}' reads the network's numbers in these units. "
+                "Scale the data (dgm.Standardize), or use vae.normal, which knows them."
+            )
 
     def entries(self, context: Tensor | None) -> TorchDistribution:
         """The distribution of the entries one by one: they are batch dimensions, which a mask can reach."""
-        return self._made(self._output(context))
+        return self._made(self._output(check_context(self, context)))
 
     def build(self, context: Tensor | None) -> Distribution:
         return self.from_output(self._output(context))
@@ -95,7 +139,7 @@ class Conditional(DistributionModule):
         return output
 
     def _made(self, output: Tensor | None) -> TorchDistribution:
-        made = self.make(**self._arguments(output))
+        made = self._in_units(self._called(self._arguments(output)))
         n = len(self.event_shape)
         if made.event_shape or made.batch_shape[len(made.batch_shape) - n :] != self.event_shape:
             raise ValueError(
@@ -103,6 +147,24 @@ class Conditional(DistributionModule):
                 f"{tuple(made.event_shape)}, expected scalar events and a batch that ends in {tuple(self.event_shape)}."
             )
         return made
+
+    def _called(self, arguments: dict[str, Tensor]) -> TorchDistribution:
+        try:
+            return self.make(**arguments)
+        except ValueError as error:
+            if all(bool(a.isfinite().all()) for a in arguments.values()) and "Expected parameter" not in str(error):
+                raise
+            raise ValueError(
+                f"Conditional: the network's numbers, up to {max(float(a.abs().max()) for a in arguments.values()):.3g}, are no "
+                f"parameters of '{getattr(self.make, '__name__', type(self.make).__name__)}'. Usual causes: data far from the "
+                "unit scale (standardize them), or a learning rate that is too high."
+            ) from error
+
+    def _in_units(self, made: TorchDistribution) -> TorchDistribution:
+        if self.standard.is_identity():
+            return made
+        loc, scale = (t.reshape(self.event_shape) for t in (self.standard.loc, self.standard.scale))
+        return in_data_units(made, loc, scale)
 
     def _arguments(self, output: Tensor | None) -> dict[str, Tensor]:
         """The arguments of ``make``: free parameters, and the network's output in equal parts."""
@@ -150,6 +212,12 @@ class Encoded(DistributionModule):
 
     def build(self, context: Tensor | None) -> Distribution:
         return self.from_output(self.network(context))
+
+    def event_units(self) -> Standardize | None:
+        return self.family.event_units()
+
+    def fit_events(self, x: Tensor) -> None:
+        self.family.fit_events(x)
 
     def from_output(self, output: Tensor) -> Distribution:
         """The distribution for an output of the network, shape ``(*batch, family.context_features)``."""
@@ -230,3 +298,44 @@ def _refuse_unknown(shared: Sequence[str], names: Sequence[str]) -> None:
     unknown = [n for n in shared if n not in names]
     if unknown:
         raise ValueError(f"Conditional: shared={unknown} are no arguments of make, which takes {list(names)}.")
+
+
+def described(parts: list[Tensor], context: Tensor | None) -> str:
+    """What an encoder is given, in words: flat data, maybe their mask, maybe a context."""
+    names = [f"x of {parts[0].shape[-1]}"]
+    names += [f"its mask of {p.shape[-1]}" for p in parts[1:]]
+    names += [] if context is None else [f"a context of {context.shape[-1]}"]
+    return ", ".join(names)
+
+
+def refuse_mismatch(prior: DistributionModule, likelihood: DistributionModule, posterior: DistributionModule) -> None:
+    """The latents of prior and posterior must have one shape, and the likelihood must take them."""
+    for name, family in (("prior", prior), ("likelihood", likelihood), ("posterior", posterior)):
+        if not isinstance(family, DistributionModule):
+            raise TypeError(
+                f"VAE: {name} is a {type(family).__name__}, expected a family, module(context) -> distribution, such "
+                "as vae.Conditional or a flow; wrap a network by vae.Conditional(..., network=it)."
+            )
+    if prior.event_shape != posterior.event_shape:
+        raise ValueError(
+            f"VAE: the prior's latent has shape {tuple(prior.event_shape)}, the posterior's {tuple(posterior.event_shape)}. "
+            "Build both with the same event_shape."
+        )
+    if likelihood.context_features < prior.features:
+        raise ValueError(
+            f"VAE: the likelihood takes {likelihood.context_features} context features, expected {prior.features}, the "
+            f"size of the latent (more with a context). Build it with context_features={prior.features}."
+        )
+    if not posterior.context_features:
+        raise ValueError(
+            "VAE: the posterior takes no context, so it could not see the data. Use vae.Encoded or Conditional."
+        )
+
+
+def refuse_width(name: str, family: DistributionModule, inputs: Tensor, described: str) -> None:
+    """The family must have been built for what it is given."""
+    if family.context_features != inputs.shape[-1]:
+        raise ValueError(
+            f"VAE: the {name} was built for {family.context_features} context features, but {described} and what goes "
+            f"with it make {inputs.shape[-1]}. Build it with context_features={inputs.shape[-1]}."
+        )

@@ -9,6 +9,7 @@ from torch.distributions import Categorical, Distribution
 from pyro_dgm.core import frozen
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import Above, checked
+from pyro_dgm.core.shapes import check_context
 from pyro_dgm.train.descend import cosine, descend
 from pyro_dgm.vae.conditional import Conditional, Encoded
 from pyro_dgm.vae.latents import FullRank
@@ -59,7 +60,7 @@ def refine(
         )
     x, context, mask = as_data(family, vae.guide.event_shape, x, context, mask)
     with torch.no_grad():
-        output = family.network(vae.guide.inputs(x, context, mask))
+        output = family.network(check_context(family, vae.guide.inputs(x, context, mask)))
     output = output.clone().requires_grad_()
 
     def loss() -> Tensor:

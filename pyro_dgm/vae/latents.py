@@ -7,6 +7,7 @@ context makes the VAE conditional. Flow posteriors come by ``Encoded``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -48,11 +49,12 @@ class StandardNormal(DistributionModule):
 class VampPrior(DistributionModule):
     r"""The mixture of the posteriors of learned pseudo-data, :math:`p(z) = \sum_k w_k\, q(z \mid u_k)`.
 
-    It shares the posterior's parameters. Start the pseudo-data at rows of the training set.
+    It shares the posterior's parameters. Start the pseudo-data at rows of the training set; they move in the units of what
+    the encoder reads.
 
     Args:
         posterior: the VAE's own posterior family.
-        pseudo_inputs: shape ``(K, posterior.context_features)``, in the encoder's units.
+        pseudo_inputs: shape ``(K, posterior.context_features)``, in the data's units.
 
     Raises:
         ValueError: for pseudo-inputs that the posterior cannot take.
@@ -67,6 +69,8 @@ class VampPrior(DistributionModule):
         torch.Size([4])
     """
 
+    start: Tensor
+
     @checked()
     def __init__(self, posterior: DistributionModule, pseudo_inputs: Tensor) -> None:
         super().__init__(posterior.event_shape)
@@ -78,11 +82,18 @@ class VampPrior(DistributionModule):
         self.posterior = posterior
         pseudo_inputs = as_tensor_like("VampPrior", "pseudo_inputs", pseudo_inputs, reference(posterior))
         refuse_non_finite("VampPrior", pseudo_inputs)
-        self.inputs = nn.Parameter(pseudo_inputs.detach().clone())
+        self.register_buffer("start", pseudo_inputs.detach().clone())
+        self.inputs = nn.Parameter(torch.zeros_like(self.start))  # from the start, in the encoder's units
         self.logits = nn.Parameter(torch.zeros(len(pseudo_inputs)))
 
     def build(self, context: Tensor | None) -> Distribution:
-        return MixtureSameFamily(Categorical(logits=self.logits), self.posterior(self.inputs))
+        u = self.posterior.context_units(self.start) + self.inputs
+        return MixtureSameFamily(Categorical(logits=self.logits), self.posterior.checked_build(u))
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """States from before the pseudo-data had units hold them whole."""
+        state.setdefault(f"{prefix}start", torch.zeros_like(self.start))
+        super()._load_from_state_dict(state, prefix, *rest)
 
 
 class FullRank(DistributionModule):

@@ -14,11 +14,12 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
+from pyro.infer.util import is_validation_enabled
 from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_tensor_like, broadcast_batch, check_number, check_support
+from pyro_dgm.core.shapes import as_tensor_like, broadcast_batch, check_number, check_support, of_entries
 
 __all__ = [
     "DiscretizedLogistic",
@@ -28,12 +29,17 @@ __all__ = [
     "columns",
     "continuous_bernoulli",
     "discretized_logistic",
+    "has_data_units",
+    "in_data_units",
     "negative_binomial",
     "normal",
     "poisson",
+    "refuse_outside",
     "zero_inflated_negative_binomial",
     "zero_inflated_poisson",
 ]
+
+_CHECKED_ROWS = 32  # looked at before the likelihood scores all rows; not measured, chosen by hand
 
 
 Make = TypeVar("Make", bound=Callable[..., TorchDistribution])
@@ -305,3 +311,57 @@ class _Columns(TorchDistribution):
     def _filled(self, values: list[Tensor]) -> Tensor:
         order = torch.tensor([i for _, index in self.parts for i in index], device=values[0].device)
         return torch.cat([v.to(values[0].dtype) for v in values], -1)[..., order.argsort()]
+
+
+def has_data_units(make: Callable[..., TorchDistribution], entries: int) -> list[bool]:
+    """For each of so many entries, whether its location and scale may be read in units of the data.
+
+    >>> has_data_units(columns([normal, poisson]), 2), has_data_units(bernoulli, 2)
+    ([True, False], [False, False])
+    """
+    if not isinstance(make, columns):
+        return [make is normal] * entries
+    of_normal = {i for kind, _, index in make.kinds for i in index if kind is normal}
+    return [i in of_normal for i in range(entries)]
+
+
+def in_data_units(entries: TorchDistribution, loc: Tensor, scale: Tensor) -> TorchDistribution:
+    """The distribution of ``loc + scale * x``, for normal entries, and for the normal ones among columns."""
+    if isinstance(entries, _Columns):
+        parts = [
+            (in_data_units(d, loc[..., index], scale[..., index]) if isinstance(d, dist.Normal) else d, index)
+            for d, index in entries.parts
+        ]
+        return _Columns(parts, entries.batch_shape)
+    return dist.Normal(torch.addcmul(loc, scale, entries.loc), scale * entries.scale)
+
+
+def refuse_outside(likelihood: TorchDistribution, x: Tensor, *, few: bool = False) -> Tensor:
+    """Data must lie in the likelihood's support (asked while Pyro validates); x is returned.
+
+    With ``few`` the first rows are looked at, for a message that helps: a learned likelihood checks all when it scores.
+    """
+    if not is_validation_enabled() or not x.numel():
+        return x
+    seen = x[:_CHECKED_ROWS] if few else x
+    if seen.is_floating_point() and not bool(seen.isfinite().all()):
+        raise ValueError(
+            f"VAE: x holds {int((~x.isfinite()).sum())} NaN or infinite entries. Pass mask= (True where seen) and put any "
+            "number into the unseen entries: x.nan_to_num()."
+        )
+    if not bool(likelihood.support.check(seen).all()):
+        raise ValueError(
+            f"VAE: x lies outside the likelihood's support {likelihood.support}. {_advice(likelihood.support, x)}"
+        )
+    return x
+
+
+def _advice(support: constraints.Constraint, x: Tensor) -> str:
+    low, high = float(x.min()), float(x.max())
+    grey = x.is_floating_point() and 0.0 <= low and high <= 1.0
+    if of_entries(support) is constraints.boolean and grey:
+        return (
+            "Grey levels have no Bernoulli likelihood: binarise them, torch.bernoulli(x) at each step (Transformed), or "
+            "use vae.continuous_bernoulli."
+        )
+    return f"It ranges over [{low:.4g}, {high:.4g}]: rescale or clean it, or choose another likelihood."

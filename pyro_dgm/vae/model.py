@@ -14,21 +14,21 @@ from weakref import WeakKeyDictionary
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.infer.util import is_validation_enabled
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution
 
-from pyro_dgm.core import DistributionModule, LearnedDistribution, broadcast_cat
+from pyro_dgm.core import DistributionModule, LearnedDistribution, Standardize, broadcast_cat
+from pyro_dgm.core.data import reads, was_trained
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import refuse_batch_norm
-from pyro_dgm.core.shapes import as_tensor_like, of_entries, reference
-from pyro_dgm.vae.conditional import Conditional
+from pyro_dgm.core.shapes import as_tensor_like, reference
+from pyro_dgm.vae.conditional import Conditional, described, refuse_mismatch, refuse_width
+from pyro_dgm.vae.likelihoods import refuse_outside
 
-__all__ = ["VAE", "as_data", "cut", "mean_of", "plate", "prior_given", "refuse_outside", "refuse_width", "register"]
+__all__ = ["VAE", "as_data", "cut", "mean_of", "plate", "prior_given", "register"]
 
 _DRAWS = 32  # behind a mean that has no closed form; not measured, chosen by hand
-_CHECKED_ROWS = 32  # looked at before the likelihood scores all rows; not measured, chosen by hand
 _ACTIVE_VARIANCE = 0.01  # of E[z|x] over the data: Burda et al. (2016), section 5.2
 _COLLAPSED_SHARE = 0.1  # a fit that ends with fewer active units is warned about; not measured, chosen by hand
 _COLLAPSE_DRAWS = 16  # of each row's latent; not measured, chosen by hand
@@ -56,6 +56,10 @@ class VAE(nn.Module):
             depend on each other), or ``x``, ``context`` and ``mask`` do not fit the families.
 
     Note:
+        ``fit`` takes the units of what the encoder reads, of the context, and of the data under ``vae.normal`` from the data
+        (:meth:`standardize` before a loop of your own): an unscaled table is scored in its own units, exactly. Other
+        likelihoods of real numbers are read in the data's units, so scale the data for them.
+
         With a mask, entries that were not seen may hold anything (``fit`` refuses NaN, so fill them): the encoder gets
         zeros there, and the likelihood skips them. A row without any seen entry is fine: its evidence is one.
 
@@ -82,7 +86,7 @@ class VAE(nn.Module):
         size: int | None = None,
     ) -> None:
         super().__init__()
-        _refuse_mismatch(prior, likelihood, posterior)
+        refuse_mismatch(prior, likelihood, posterior)
         for family in (prior, likelihood, posterior):
             refuse_batch_norm(f"VAE: {type(family).__name__}", family)
         self.model = Decoder(prior, likelihood, size)
@@ -102,6 +106,13 @@ class VAE(nn.Module):
     def posterior(self) -> DistributionModule:
         """The family of the latent given the data."""
         return self.guide.posterior
+
+    def standardize(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> VAE:
+        """Fix all units to data ``(N, *event)``, which ``fit`` does by itself; returns the VAE."""
+        x, context, mask = as_data(self.likelihood, self.likelihood.event_shape, x, context, mask)
+        self.guide.take_units(x, context, mask)
+        self.model.take_units(x, context, mask)
+        return self
 
     def encode(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> LearnedDistribution:
         """The posterior :math:`q(z|x)`, batch shape ``(N,)``."""
@@ -147,6 +158,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         if x is not None:
             x, context, mask = as_data(self.likelihood, self.likelihood.event_shape, x, context, mask)
+            reads(self, x, context, mask)
         register("prior", self.prior)
         register("likelihood", self.likelihood)
         n = next((len(t) for t in (x, context) if t is not None), rows)
@@ -156,6 +168,32 @@ class Decoder(nn.Module):
                 return pyro.sample("x", self.likelihood(self.inputs(z, context)))
             likelihood, x = self.observation(x, z, context, mask)
             return pyro.sample("x", likelihood, obs=x)
+
+    def has_units(self) -> bool:
+        """Whether units were taken before, or the networks were trained without."""
+        return any(not u.is_identity() for u in self._units()) or was_trained(self.likelihood)
+
+    def _units(self) -> list[Standardize]:
+        found: list[Standardize | None] = [self.likelihood.event_units()]
+        found += [f.context_units for f in (self.likelihood, self.prior) if f.context_features]
+        return [units for units in found if units is not None]
+
+    @torch.no_grad()
+    def take_units(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """Fix the units of the data and of the context; the latent beside it has none."""
+        if isinstance(self.likelihood, Conditional):
+            self.likelihood.fit_events(x, mask)
+        elif mask is None:
+            self.likelihood.fit_events(x)
+        if context is None or len(context) < 2:
+            return
+        rows = torch.cat(
+            [context.new_zeros(len(context), self.likelihood.context_features - context.shape[-1]), context], -1
+        )
+        is_context = torch.arange(rows.shape[-1], device=rows.device) >= rows.shape[-1] - context.shape[-1]
+        self.likelihood.context_units.fit(rows, mask=is_context, who="VAE, context")
+        if self.prior.context_features:
+            self.prior.context_units.fit(context, who="VAE, context")
 
     def inputs(self, z: Tensor, context: Tensor | None) -> Tensor:
         """The likelihood's context: the flat latent and the context."""
@@ -207,13 +245,38 @@ class Encoder(nn.Module):
         with plate(len(x), self.size):
             return pyro.sample("z", self.posterior(inputs))
 
+    def has_units(self) -> bool:
+        """Whether units were taken before, or the networks were trained without."""
+        return self.posterior.has_units()
+
+    @torch.no_grad()
+    def take_units(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """Fix the units of what the encoder reads: seen entries and the context; a mask stays 0 and 1."""
+        seen = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+        rows = [_flat(part, self.event_shape).to(x) for part in (x, mask) if part is not None]
+        there = [_flat(seen, self.event_shape)]
+        there += [] if mask is None else [torch.zeros_like(there[0])]
+        there += [] if context is None else [torch.ones_like(context, dtype=torch.bool)]
+        inputs = broadcast_cat(*rows, context)
+        refuse_width("posterior", self.posterior, inputs, described(rows, context))
+        units = self.posterior.context_units
+        units.fit(inputs, mask=torch.cat(there, -1), who="VAE")
+        if len(self.event_shape) > 1:
+            units.share(x[seen], self.event_shape.numel())
+
+    def _middle(self, x: Tensor) -> Tensor:
+        """Entries that are 0 in the encoder's units."""
+        middle = self.posterior.context_units.middle()[: self.event_shape.numel()]
+        return middle.to(x).reshape(self.event_shape)
+
     def inputs(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """The encoder's input: the flat data with zeros where nothing was seen, the mask, the context."""
+        """The encoder's input: the flat data with its middle where nothing was seen, the mask, the context."""
         x, context, mask = as_data(self.posterior, self.event_shape, x, context, mask)
-        seen = x if mask is None else torch.where(mask, x, torch.zeros_like(x))
+        reads(self, x, context, mask)
+        seen = x if mask is None else torch.where(mask, x, self._middle(x))
         parts = [_flat(part, self.event_shape).to(x.dtype) for part in (seen, mask) if part is not None]
         inputs = broadcast_cat(*parts, context)
-        refuse_width("posterior", self.posterior, inputs, _described(parts, context))
+        refuse_width("posterior", self.posterior, inputs, described(parts, context))
         return inputs
 
     @torch.no_grad()
@@ -298,46 +361,6 @@ def _number(family: nn.Module) -> int:
     return _numbers[family]
 
 
-def _described(parts: list[Tensor], context: Tensor | None) -> str:
-    names = [f"x of {parts[0].shape[-1]}"]
-    names += [f"its mask of {p.shape[-1]}" for p in parts[1:]]
-    names += [] if context is None else [f"a context of {context.shape[-1]}"]
-    return ", ".join(names)
-
-
-def _refuse_mismatch(prior: DistributionModule, likelihood: DistributionModule, posterior: DistributionModule) -> None:
-    """The latents of prior and posterior must have one shape, and the likelihood must take them."""
-    for name, family in (("prior", prior), ("likelihood", likelihood), ("posterior", posterior)):
-        if not isinstance(family, DistributionModule):
-            raise TypeError(
-                f"VAE: {name} is a {type(family).__name__}, expected a family, module(context) -> distribution, such "
-                "as vae.Conditional or a flow; wrap a network by vae.Conditional(..., network=it)."
-            )
-    if prior.event_shape != posterior.event_shape:
-        raise ValueError(
-            f"VAE: the prior's latent has shape {tuple(prior.event_shape)}, the posterior's {tuple(posterior.event_shape)}. "
-            "Build both with the same event_shape."
-        )
-    if likelihood.context_features < prior.features:
-        raise ValueError(
-            f"VAE: the likelihood takes {likelihood.context_features} context features, expected {prior.features}, the "
-            f"size of the latent (more with a context). Build it with context_features={prior.features}."
-        )
-    if not posterior.context_features:
-        raise ValueError(
-            "VAE: the posterior takes no context, so it could not see the data. Use vae.Encoded or Conditional."
-        )
-
-
-def refuse_width(name: str, family: DistributionModule, inputs: Tensor, described: str) -> None:
-    """The family must have been built for what it is given."""
-    if family.context_features != inputs.shape[-1]:
-        raise ValueError(
-            f"VAE: the {name} was built for {family.context_features} context features, but {described} and what goes "
-            f"with it make {inputs.shape[-1]}. Build it with context_features={inputs.shape[-1]}."
-        )
-
-
 def as_data(
     family: DistributionModule, event_shape: Size, x: Tensor, context: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -367,34 +390,3 @@ def _check_data(event_shape: Size, x: Tensor, context: Tensor | None, mask: Tens
         raise ValueError(
             f"VAE: context has shape {tuple(context.shape)}, expected ({len(x)}, features): one row per x."
         )
-
-
-def refuse_outside(likelihood: TorchDistribution, x: Tensor, *, few: bool = False) -> Tensor:
-    """Data must lie in the likelihood's support (asked while Pyro validates); x is returned.
-
-    With ``few`` the first rows are looked at, for a message that helps: a learned likelihood checks all when it scores.
-    """
-    if not is_validation_enabled() or not x.numel():
-        return x
-    seen = x[:_CHECKED_ROWS] if few else x
-    if seen.is_floating_point() and not bool(seen.isfinite().all()):
-        raise ValueError(
-            f"VAE: x holds {int((~x.isfinite()).sum())} NaN or infinite entries. Pass mask= (True where seen) and put any "
-            "number into the unseen entries: x.nan_to_num()."
-        )
-    if not bool(likelihood.support.check(seen).all()):
-        raise ValueError(
-            f"VAE: x lies outside the likelihood's support {likelihood.support}. {_advice(likelihood.support, x)}"
-        )
-    return x
-
-
-def _advice(support: constraints.Constraint, x: Tensor) -> str:
-    low, high = float(x.min()), float(x.max())
-    grey = x.is_floating_point() and 0.0 <= low and high <= 1.0
-    if of_entries(support) is constraints.boolean and grey:
-        return (
-            "Grey levels have no Bernoulli likelihood: binarise them, torch.bernoulli(x) at each step (Transformed), or "
-            "use vae.continuous_bernoulli."
-        )
-    return f"It ranges over [{low:.4g}, {high:.4g}]: rescale or clean it, or choose another likelihood."

@@ -21,11 +21,14 @@ from torch.distributions import Distribution
 from torch.nn.functional import one_hot
 
 from pyro_dgm.core import DistributionModule, broadcast_cat
+from pyro_dgm.core.data import reads, was_trained
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import refuse_batch_norm
 from pyro_dgm.core.shapes import as_tensor_like, reference
 from pyro_dgm.core.warn import plain_errors
-from pyro_dgm.vae.model import plate, refuse_outside, refuse_width, register
+from pyro_dgm.vae.conditional import refuse_width
+from pyro_dgm.vae.likelihoods import refuse_outside
+from pyro_dgm.vae.model import plate, register
 
 __all__ = ["SemiSupervised", "SemiSupervisedVAE"]
 
@@ -118,6 +121,8 @@ class _Model(nn.Module):
 
     def forward(self, x: Tensor | None = None, y: Tensor | None = None, rows: int = 1) -> Tensor:
         x = None if x is None else _rows(self.likelihood, x)
+        if x is not None:
+            reads(self, x)
         register("prior", self.prior)
         register("likelihood", self.likelihood)
         with plate(rows if x is None else len(x), None):
@@ -128,6 +133,16 @@ class _Model(nn.Module):
             likelihood = self.likelihood(inputs)
             seen = None if x is None else refuse_outside(likelihood, x, few=True)
             return pyro.sample("x", likelihood, obs=seen)
+
+    def has_units(self) -> bool:
+        """Whether units were taken before, or the networks were trained without."""
+        units = self.likelihood.event_units()
+        return units is None or not units.is_identity() or was_trained(self.likelihood)
+
+    @torch.no_grad()
+    def take_units(self, x: Tensor) -> None:
+        """Fix the units of the data."""
+        self.likelihood.fit_events(x)
 
 
 class _Guide(nn.Module):
@@ -143,11 +158,24 @@ class _Guide(nn.Module):
         register("posterior", self.posterior)
         register("classifier", self.classifier)
         flat = x.flatten(1)
+        reads(self, flat)
         with plate(len(x), None):
             label = pyro.sample("y", self._label(flat, y), infer={"enumerate": "parallel"})
             inputs = broadcast_cat(flat, one_hot(label, self.classes).to(flat.dtype))
             refuse_width("posterior", self.posterior, inputs, "x and the label")
             return pyro.sample("z", self.posterior(inputs))
+
+    def has_units(self) -> bool:
+        """Whether units were taken before, or the networks were trained without."""
+        return self.posterior.has_units()
+
+    @torch.no_grad()
+    def take_units(self, x: Tensor) -> None:
+        """Fix the units of rows ``(N, D)`` that both networks read; a label stays 0 and 1."""
+        self.classifier.take_units(x)
+        of_label = x.new_zeros(len(x), self.classes)
+        is_data = torch.arange(x.shape[-1] + self.classes, device=x.device) < x.shape[-1]
+        self.posterior.context_units.fit(torch.cat([x, of_label], -1), mask=is_data, who="SemiSupervisedVAE")
 
     def _label(self, x: Tensor, y: Tensor | None) -> Distribution:
         """The classifier's distribution, and certainty where there is a label."""

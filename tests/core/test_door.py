@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import pyro_dgm as dgm
-from pyro_dgm.core.data import Dequantize, Standardize
+from pyro_dgm.core import Dequantize, Standardize
 from pyro_dgm.core.shapes import as_shape, as_tensor_like
 from tests.families import FAMILIES, NO_TRANSFORM, make
 
