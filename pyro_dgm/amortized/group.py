@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_dgm.amortized.encoder import SetEncoder, Stream, pooled
+from pyro_dgm.amortized.encoder import Pools, Stream, pooled
 from pyro_dgm.amortized.structure import Site
 from pyro_dgm.amortized.units import Moments, Units
 from pyro_dgm.cnf.families import ContinuousFlow
@@ -20,7 +20,7 @@ from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.networks import MLP, broadcast_cat
 from pyro_dgm.flows.mixture_chain import MixtureChain
 
-__all__ = ["Family", "Group", "Turn"]
+__all__ = ["Family", "Group", "Turn", "family_of", "trimmed", "trimmed_moments"]
 
 Family = Callable[[int, int], DistributionModule]
 Values = dict[str, Tensor]
@@ -37,7 +37,8 @@ class Group(nn.Module):
     Args:
         sites: the latents.
         dims: dimension of every plate of the model.
-        streams: plates and widths of the data's features.
+        streams: an example of the data's features.
+        owned: sets of plates that latents live in.
         sees: the earlier groups on which it depends, by their place among all.
         family: ``family(features, context_features)``; None for a chain of mixtures.
         keeps_boxes: whether the chain of mixtures keeps the boxes of priors by itself.
@@ -47,7 +48,8 @@ class Group(nn.Module):
         self,
         sites: tuple[Site, ...],
         dims: dict[str, int],
-        streams: Sequence[tuple[tuple[str, ...], int]],
+        streams: Sequence[Stream],
+        owned: Collection[tuple[str, ...]],
         sees: Mapping[int, Group],
         family: Family | None,
         keeps_boxes: bool,
@@ -59,15 +61,38 @@ class Group(nn.Module):
         self.continuous = [s for s in sites if not s.classes]
         self.discrete = [s for s in sites if s.classes]
         self.units = Units(self.continuous, keeps_boxes) if self.continuous else None
-        self.lacking = [self._dims_of_lacking(plates, dims) for plates, _ in streams]
+        self.lacking = [self._dims_of_lacking(s.plates, dims) for s in streams]
         self.lacking_of_earlier = [self._dims_of_lacking(g.plates, dims) for g in sees.values()]
         self.summarised = any(self.lacking)
-        pools = [SetEncoder(n) if lacks else None for lacks, (_, n) in zip(self.lacking, streams, strict=True)]
-        self.pools = nn.ModuleList(pool or nn.Identity() for pool in pools)
-        widths = [pool.out_features if pool else n for pool, (_, n) in zip(pools, streams, strict=True)]
-        self.context_features = sum(widths) + sum(g.features for g in sees.values())
+        self.pools = nn.ModuleList(self._pools(s, owned, dims) for s in streams)
+        self.steady, self.counts = self._columns(streams, sees)
+        self.context_features = len(self.steady)
         self.family: Any = self._family(family)
         self.heads = nn.ModuleList(self._heads())
+
+    def _pools(self, stream: Stream, owned: Collection[tuple[str, ...]], dims: dict[str, int]) -> nn.Module:
+        """What pools a stream; plates come last that have latents which another plate of the stream does not split."""
+        lacking = [p for p in stream.plates if p not in self.plates]
+        apart = {p for plates in owned if not set(stream.plates) <= set(plates) for p in plates}
+        last = [dims[p] for p in lacking if p in apart and len(lacking) > 1]
+        return Pools(stream, [dims[p] for p in lacking], last) if lacking else nn.Identity()
+
+    def _columns(self, streams: Sequence[Stream], sees: Mapping[int, Group]) -> tuple[list[bool], list[bool]]:
+        """Which features of the context training does not change, and which are counts of data."""
+        steady: list[bool] = []
+        counts: list[bool] = []
+        for stream, pool in zip(streams, self.pools, strict=True):
+            width = stream.features.shape[-1]
+            steady += pool.steady if isinstance(pool, Pools) else [not stream.learned] * width
+            counts += pool.counts if isinstance(pool, Pools) else [False] * width
+        earlier = sum(g.features for g in sees.values())
+        return steady + [True] * earlier, counts + [False] * earlier
+
+    def fit(self, streams: list[Stream]) -> None:
+        """Take ranges and units of statistics from simulations."""
+        for pool, stream in zip(self.pools, streams, strict=True):
+            if isinstance(pool, Pools):
+                pool.fit(stream)
 
     def _dims_of_lacking(self, plates: Sequence[str], dims: dict[str, int]) -> list[int]:
         return [dims[p] for p in plates if p not in self.plates]
@@ -109,8 +134,8 @@ class Group(nn.Module):
     def context(self, streams: list[Stream], earlier: list[Stream]) -> Tensor:
         """All that the group sees, shape ``(*lead, *plates, C)``; plates that it lacks have become 1."""
         parts = [
-            pool(s.features, dims, s.mask) if dims else s.features
-            for pool, s, dims in zip(self.pools, streams, self.lacking, strict=True)
+            pool(stream) if isinstance(pool, Pools) else stream.features
+            for pool, stream in zip(self.pools, streams, strict=True)
         ]
         for stream, dims in zip(earlier, self.lacking_of_earlier, strict=True):
             parts.append(pooled(stream.features, dims, stream.mask)[0] if dims else stream.features)
@@ -228,3 +253,27 @@ class Turn:
             total = total + _classes(head, seen, site).log_prob(flat.long())
             seen = broadcast_cat(seen, _one_hot(site, value))
         return total
+
+
+def trimmed(x: Tensor, right: int) -> Tensor:
+    """Without the dimensions left of the ``right`` last ones, where all of them are 1."""
+    extra = x.shape[: max(0, x.dim() - right)]
+    return x.reshape(x.shape[len(extra) :]) if all(n == 1 for n in extra) else x
+
+
+def trimmed_moments(turn: Turn, depth: int) -> Moments:
+    """A turn's prior moments, without the dimensions left of its plates where they are 1."""
+    moments: Moments = {}
+    for site in turn.group.sites:
+        if site.name in turn.prior:
+            mean, sd = turn.prior[site.name]
+            right = depth + len(site.event_shape)
+            moments[site.name] = (trimmed(mean, right), trimmed(sd, right))
+    return moments
+
+
+def family_of(family: Family | Mapping[str, Family] | None, sites: tuple[Site, ...]) -> Family | None:
+    """The family that was chosen for a group with these sites."""
+    if not isinstance(family, Mapping):
+        return family
+    return next((family[s.name] for s in sites if s.name in family), None)
