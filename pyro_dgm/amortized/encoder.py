@@ -76,11 +76,15 @@ class Pools(nn.Module):
         ends: list[Any] = [chain[-1] for chain in chains]
         self.steady = [i < end.told_features for end in ends for i in range(end.out_features)]
         self.counts = [i == 0 for end in ends for i in range(end.out_features)]
+        self.bent = [
+            b for end in ends for b in (*end.statistics.bent, *[False] * (end.out_features - end.told_features))
+        ]
 
-    def forward(self, stream: Stream) -> Tensor:
-        return broadcast_cat(*[self._through(stream, i) for i in range(len(self.orders))])
+    def forward(self, stream: Stream, learned: bool = True) -> Tensor:
+        """The summary, ``(*lead, *plates, F)`` with 1 for pooled plates; what is learned may be zero."""
+        return broadcast_cat(*[self._through(stream, i, learned) for i in range(len(self.orders))])
 
-    def _through(self, stream: Stream, i: int, fit: bool = False) -> Tensor:
+    def _through(self, stream: Stream, i: int, learned: bool, fit: bool = False) -> Tensor:
         x = stream.features
         mask = stream.mask
         there = stream.there
@@ -88,7 +92,7 @@ class Pools(nn.Module):
         for encoder, dims in zip(chain, self.orders[i], strict=True):
             if fit:
                 encoder.fit(x, dims, mask, there)
-            x = encoder(x, dims, mask, there)
+            x = encoder(x, dims, mask, there, learned=learned)
             mask = _some(mask, dims)
             there = None
         return x
@@ -97,7 +101,7 @@ class Pools(nn.Module):
     def fit(self, stream: Stream) -> None:
         """Take ranges and units from simulations."""
         for i in range(len(self.orders)):
-            self._through(stream, i, fit=True)
+            self._through(stream, i, learned=False, fit=True)
 
 
 def _some(mask: Tensor | None, dims: list[int]) -> Tensor | None:

@@ -65,7 +65,7 @@ class Group(nn.Module):
         self.lacking_of_earlier = [self._dims_of_lacking(g.plates, dims) for g in sees.values()]
         self.summarised = any(self.lacking)
         self.pools = nn.ModuleList(self._pools(s, owned, dims) for s in streams)
-        self.steady, self.counts = self._columns(streams, sees)
+        self.steady, self.counts, self.bent = self._columns(streams, sees)
         self.context_features = len(self.steady)
         self.family: Any = self._family(family)
         self.heads = nn.ModuleList(self._heads())
@@ -77,16 +77,20 @@ class Group(nn.Module):
         last = [dims[p] for p in lacking if p in apart and len(lacking) > 1]
         return Pools(stream, [dims[p] for p in lacking], last) if lacking else nn.Identity()
 
-    def _columns(self, streams: Sequence[Stream], sees: Mapping[int, Group]) -> tuple[list[bool], list[bool]]:
-        """Which features of the context training does not change, and which are counts of data."""
+    def _columns(
+        self, streams: Sequence[Stream], sees: Mapping[int, Group]
+    ) -> tuple[list[bool], list[bool], list[bool]]:
+        """Which features of the context training does not change, which are counts, and which logs of others."""
         steady: list[bool] = []
         counts: list[bool] = []
+        bent: list[bool] = []
         for stream, pool in zip(streams, self.pools, strict=True):
             width = stream.features.shape[-1]
             steady += pool.steady if isinstance(pool, Pools) else [not stream.learned] * width
             counts += pool.counts if isinstance(pool, Pools) else [False] * width
+            bent += pool.bent if isinstance(pool, Pools) else [False] * width
         earlier = sum(g.features for g in sees.values())
-        return steady + [True] * earlier, counts + [False] * earlier
+        return steady + [True] * earlier, counts + [False] * earlier, bent + [False] * earlier
 
     def fit(self, streams: list[Stream]) -> None:
         """Take ranges and units of statistics from simulations."""
@@ -131,10 +135,10 @@ class Group(nn.Module):
         """Whether the family is carried along a velocity field, and is trained by flow matching."""
         return isinstance(self.family, ContinuousFlow)
 
-    def context(self, streams: list[Stream], earlier: list[Stream]) -> Tensor:
+    def context(self, streams: list[Stream], earlier: list[Stream], learned: bool = True) -> Tensor:
         """All that the group sees, shape ``(*lead, *plates, C)``; plates that it lacks have become 1."""
         parts = [
-            pool(stream) if isinstance(pool, Pools) else stream.features
+            pool(stream, learned) if isinstance(pool, Pools) else stream.features
             for pool, stream in zip(self.pools, streams, strict=True)
         ]
         for stream, dims in zip(earlier, self.lacking_of_earlier, strict=True):

@@ -183,7 +183,7 @@ class AmortizedGuide(nn.Module):
         """What data sets are compared by, ``(m, F)``: all that the first group sees and no training changes."""
         streams = self.streams(data, lead)
         group = self.groups[0]
-        context = group.context(streams, [])
+        context = group.context(streams, [], learned=False)
         seen = context[..., torch.tensor(group.steady, device=context.device)]
         raw = [s.raw.expand(*seen.shape[:-1], -1) for s in streams if s.raw is not None]
         rows = torch.cat([seen, *raw], -1)
@@ -237,7 +237,7 @@ class AmortizedGuide(nn.Module):
         streams = self.streams(batch, 1)
         for group in self.groups:
             group.fit(streams)
-        for turn in self._walk(batch, 1, look=False):
+        for turn in self._walk(batch, 1, learned=False):
             turn.encode(batch, self.structure.nesting, 1)
             if turn.group.units is not None:
                 turn.group.units.fit(turn.values, turn.mask, turn.prior)
@@ -292,26 +292,26 @@ class AmortizedGuide(nn.Module):
         """Start chains at the regression of latents on contexts, over the elements that exist."""
         rows: dict[Group, list[tuple[Tensor, Tensor]]] = {}
         for part in parts_of(batch):
-            for turn in self._walk(part, 1, part):
+            for turn in self._walk(part, 1, part, learned=False):
                 if turn.u is not None and isinstance(turn.group.family, MixtureChain):
                     rows.setdefault(turn.group, []).append(pairs(turn.context, turn.u, turn.mask))
         for group, found in rows.items():
             context, u = (torch.cat(parts)[:_REGRESSED] for parts in zip(*found, strict=True))
-            columns = (torch.tensor(mask, device=context.device) for mask in (group.steady, group.counts))
+            columns = (torch.tensor(mask, device=context.device) for mask in (group.steady, group.counts, group.bent))
             group.family.regress(context, u, *columns)
 
-    def _walk(self, data: Data, lead: int, values: Data | None = None, *, look: bool = True) -> Iterator[Turn]:
+    def _walk(self, data: Data, lead: int, values: Data | None = None, *, learned: bool = True) -> Iterator[Turn]:
         """The groups one after the other; each sees the values of those before it.
 
         Where ``values`` are given, a turn comes with its own encoded. Otherwise it is to be given some before the next.
-        Without a ``look`` at the data there is no context.
+        What is ``learned`` of the data may be left out of the contexts.
         """
         streams = self.streams(data, lead)
         turns: list[Turn] = []
         known: dict[str, Tensor] = {}
         draws = lead if values is None else self.leading(values)
         for group in self.groups:
-            context = group.context(streams, [turns[i].stream() for i in group.sees]) if look else torch.empty(0)
+            context = group.context(streams, [turns[i].stream() for i in group.sees], learned)
             prior = self.prior.of(group.sites, known, data) if known else {}
             mask = self._mask(group, data["mask"], lead) if "mask" in data else None
             turn = Turn(group, context, prior, mask)

@@ -116,6 +116,12 @@ class Statistics(nn.Module):
         self.register_buffer("least", torch.full((self.features,), -torch.inf))
         self.register_buffer("most", torch.full((self.features,), torch.inf))
 
+    @property
+    def bent(self) -> list[bool]:
+        """Which of the statistics are the logs of the distances to the ends of the range."""
+        logs = range(1 + 2 * self.told, 1 + 4 * self.told) if self.raw else range(0)
+        return [i in logs for i in range(self.features)]
+
     def _features(self) -> int:
         p, r = self.inputs, self.told - self.inputs
         regression = r * (2 * p + 2) if p else 0
@@ -246,20 +252,35 @@ class SetEncoder(nn.Module):
         self.last = MLP(h + self.told_features, out_features, (h,))
         self.out_features = self.told_features + out_features
 
-    def forward(self, x: Tensor, dims: list[int], mask: Tensor | None = None, there: Tensor | None = None) -> Tensor:
-        """``dims`` are negative dimensions of the batch; ``mask`` has the batch's shape, True where there is a datum."""
+    def forward(
+        self,
+        x: Tensor,
+        dims: list[int],
+        mask: Tensor | None = None,
+        there: Tensor | None = None,
+        *,
+        learned: bool = True,
+    ) -> Tensor:
+        """``dims`` are negative dimensions of the batch; ``mask`` has the batch's shape, True where there is a datum.
+
+        Args:
+            there: which of the told features are present, ``(*batch, told)``.
+            learned: False for zeros in the place of what is learned.
+        """
         sets = Sets(x.shape[:-1], dims, mask)
         rows = sets.take(x)
         told = rows[:, : self.statistics.told]
         present = None if there is None or not self.statistics.told else sets.take(there)
         statistics = self.statistics(told, sets, present)
+        if not learned:
+            return sets.laid(nn.functional.pad(statistics, (0, self.out_features - self.told_features)))
         seen = self.statistics.inside(statistics)
         n = sets.count(rows).clamp_min(1.0)
         elements = self.first(rows)
         whole = self.whole(torch.cat([sets.sum(elements) / n, seen], -1))
         elements = self.second(self.own(torch.cat([elements, self._relative(told, sets)], -1)) + sets.spread(whole))
-        learned = self.last(torch.cat([sets.sum(elements) / n, seen], -1))
-        return sets.laid(torch.cat([statistics, learned], -1))
+        summary = self.last(torch.cat([sets.sum(elements) / n, seen], -1))
+        return sets.laid(torch.cat([statistics, summary], -1))
 
     def _relative(self, told: Tensor, sets: Sets) -> Tensor:
         """Elements beside the others of their set: in units of its mean and deviation, long tails drawn in."""

@@ -182,10 +182,14 @@ def refuse_batch_norm(name: str, network: nn.Module) -> None:
             )
 
 
-def place_and_width(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def place_and_width(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Place and log width of x ``(N, D)``, linear in rows ``(N, C)``: maximum likelihood with Student's errors.
 
     Reweighted least squares for the place, and Fisher scoring for the log width, in turn.
+
+    Returns:
+        Slopes ``(D, C)`` and offset ``(D,)`` of the place, the same of the log width, and the log likelihood of each entry,
+        in nats a row, up to a constant.
     """
     nu = _TAIL_DEGREES
     rows = torch.cat([rows, rows.new_ones(len(rows), 1)], -1)
@@ -207,4 +211,5 @@ def place_and_width(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
         width = width + (nu + 3.0) / (2.0 * nu) * torch.linalg.solve(gram, rows.mT @ excess / len(rows))
         spread = torch.exp(2.0 * (rows @ width).clamp(*LOG_WIDTHS))
         weights = (nu + 1.0) / (nu * spread + square)
-    return place[:, :-1, 0], place[:, -1, 0], width[:-1].mT, width[-1]
+    gain = -(0.5 * spread.log() + 0.5 * (nu + 1.0) * torch.log1p(square / (nu * spread))).mean(0)
+    return place[:, :-1, 0], place[:, -1, 0], width[:-1].mT, width[-1], gain
