@@ -12,20 +12,21 @@ import pyro.distributions as dist
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_dgm.amortized.encoder import Pools, Stream, pooled
+from pyro_dgm.amortized.encoder import Pools, Stream, pairs, pooled
 from pyro_dgm.amortized.structure import Site
 from pyro_dgm.amortized.units import Moments, Units
 from pyro_dgm.cnf.families import ContinuousFlow
-from pyro_dgm.core import DistributionModule
-from pyro_dgm.core.networks import MLP, broadcast_cat
+from pyro_dgm.core import DistributionModule, Standardize
+from pyro_dgm.core.networks import LOG_WIDTHS, MLP, broadcast_cat, chosen_place_and_width
 from pyro_dgm.flows.mixture_chain import MixtureChain
 
-__all__ = ["Family", "Group", "Turn", "family_of", "trimmed", "trimmed_moments"]
+__all__ = ["REGRESSED", "Family", "Group", "Turn", "family_of", "trimmed", "trimmed_moments"]
 
 Family = Callable[[int, int], DistributionModule]
 Values = dict[str, Tensor]
 
 _AUXILIARY = {"is_auxiliary": True}
+REGRESSED = 20_000  # rows that a start by regression takes; not measured, chosen by hand
 
 
 class Group(nn.Module):
@@ -40,6 +41,7 @@ class Group(nn.Module):
         streams: an example of the data's features.
         owned: sets of plates that latents live in.
         sees: the earlier groups on which it depends, by their place among all.
+        centred: sites that are seen in units of their prior given earlier latents.
         family: ``family(features, context_features)``; None for a chain of mixtures.
         keeps_boxes: whether the chain of mixtures keeps the boxes of priors by itself.
     """
@@ -51,6 +53,7 @@ class Group(nn.Module):
         streams: Sequence[Stream],
         owned: Collection[tuple[str, ...]],
         sees: Mapping[int, Group],
+        centred: Collection[Site],
         family: Family | None,
         keeps_boxes: bool,
     ) -> None:
@@ -66,6 +69,12 @@ class Group(nn.Module):
         self.summarised = any(self.lacking)
         self.pools = nn.ModuleList(self._pools(s, owned, dims) for s in streams)
         self.steady, self.counts, self.bent = self._columns(streams, sees)
+        width = sum(s.width for s in sites if s in centred)
+        told = len(self.steady) - sum(g.features for g in sees.values())
+        self.beside = BesidePrior([s for s in sites if s in centred], told) if width else None
+        self.steady += [True] * 2 * width
+        self.counts += [False] * 2 * width
+        self.bent += [False] * 2 * width
         self.context_features = len(self.steady)
         self.family: Any = self._family(family)
         self.heads = nn.ModuleList(self._heads())
@@ -91,6 +100,10 @@ class Group(nn.Module):
             bent += pool.bent if isinstance(pool, Pools) else [False] * width
         earlier = sum(g.features for g in sees.values())
         return steady + [True] * earlier, counts + [False] * earlier, bent + [False] * earlier
+
+    def columns(self, device: torch.device) -> list[Tensor]:
+        """Which features of the context are steady, counts and bent."""
+        return [torch.tensor(mask, device=device) for mask in (self.steady, self.counts, self.bent)]
 
     def fit(self, streams: list[Stream]) -> None:
         """Take ranges and units of statistics from simulations."""
@@ -202,6 +215,66 @@ def _as_values(site: Site, drawn: Tensor) -> Tensor:
     return drawn.reshape([*drawn.shape[:-1], *site.event_shape]).to(site.dtype)
 
 
+class BesidePrior(nn.Module):
+    r"""What the data alone say of latents inside plates, put beside their prior given the latents outside.
+
+    The data of an element place it at :math:`m \pm w` by a regression; a normal prior :math:`N(a, b)` makes of that, in the
+    prior's units and with :math:`v = w / b`,
+
+    .. math:: \frac{(m - a) / b}{1 + v^2} \pm \frac{v}{\sqrt{1 + v^2}}.
+
+    These two are features of the context: a network would have to learn ratios over decades.
+
+    Args:
+        sites: real latents of a group.
+        features: of the context, without earlier latents.
+    """
+
+    slope: Tensor
+    offset: Tensor
+    log_slope: Tensor
+    log_offset: Tensor
+
+    def __init__(self, sites: Sequence[Site], features: int) -> None:
+        super().__init__()
+        self.sites = tuple(sites)
+        width = sum(s.width for s in sites)
+        self.features = features
+        self.standard = Standardize(width)
+        self.register_buffer("slope", torch.zeros(width, features))
+        self.register_buffer("offset", torch.zeros(width))
+        self.register_buffer("log_slope", torch.zeros(width, features))
+        self.register_buffer("log_offset", torch.zeros(width))
+
+    def forward(self, context: Tensor, prior: Moments) -> Tensor:
+        """The context with these features on its right."""
+        told = context[..., : self.features]
+        scale = self.standard.scale
+        place = (told @ self.slope.mT + self.offset) * scale + self.standard.loc
+        log_width = (told @ self.log_slope.mT + self.log_offset).clamp(*LOG_WIDTHS) + scale.log()
+        mean, sd = (torch.cat([self._flat(s, prior[s.name][i]) for s in self.sites], -1) for i in range(2))
+        log_ratio = log_width - sd.log()
+        left = nn.functional.softplus(2.0 * log_ratio)
+        return broadcast_cat(context, (place - mean) / sd * torch.exp(-left), log_ratio - 0.5 * left)
+
+    def _flat(self, site: Site, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[: x.dim() - len(site.event_shape)], -1)
+
+    def values(self, values: Values) -> Tensor:
+        """Latents as one vector."""
+        return torch.cat([self._flat(s, values[s.name]) for s in self.sites], -1)
+
+    @torch.no_grad()
+    def fit(self, context: Tensor, x: Tensor, steady: Tensor, bent: Tensor) -> None:
+        """The regression of latents ``(N, D)`` on contexts ``(N, C)``."""
+        self.standard.fit(x)
+        found = chosen_place_and_width(
+            context[:, : self.features], self.standard(x), steady[: self.features], bent[: self.features]
+        )
+        for own, new in zip((self.slope, self.offset, self.log_slope, self.log_offset), found, strict=True):
+            own.copy_(new)
+
+
 @dataclass
 class Turn:
     """A group in a walk over the groups: what it looks at, and its values, which those after it look at.
@@ -222,6 +295,17 @@ class Turn:
     values: Values = field(default_factory=dict)
     u: Tensor | None = None
     log_det: Tensor | None = None
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Take units from encoded values, and what the data alone say of them."""
+        group = self.group
+        if group.units is not None:
+            group.units.fit(self.values, self.mask, self.prior)
+        if group.beside is not None:
+            context, x = pairs(self.context, group.beside.values(self.values), self.mask)
+            steady, _, bent = group.columns(context.device)
+            group.beside.fit(context[:REGRESSED], x[:REGRESSED], steady, bent)
 
     def encode(self, values: Mapping[str, Any], nesting: int, lead: int) -> None:
         """Take given values ``{site: (*lead, *site)}``, of a model with ``nesting`` plate dimensions."""

@@ -23,7 +23,7 @@ from torch import Size, Tensor, nn
 
 from pyro_dgm.amortized.binding import Arguments, alike, covariate_sites, size_arguments
 from pyro_dgm.amortized.encoder import Streams, Trained, by_site, pairs, parts_of
-from pyro_dgm.amortized.group import Family, Group, Turn, family_of, trimmed, trimmed_moments
+from pyro_dgm.amortized.group import REGRESSED, Family, Group, Turn, family_of, trimmed, trimmed_moments
 from pyro_dgm.amortized.posterior import ConditionedGuide, Unbounded, rewritten
 from pyro_dgm.amortized.structure import Site, moving_supports, present, read
 from pyro_dgm.amortized.units import PriorUnits
@@ -37,7 +37,6 @@ Data = Mapping[str, Any]
 Plates = dict[str, pyro.plate]
 
 # Not measured; chosen by hand.
-_REGRESSED = 20_000  # rows that a start by regression takes
 _COMPARED = 4  # such parts, from which the range of the data is taken
 
 
@@ -239,9 +238,8 @@ class AmortizedGuide(nn.Module):
             group.fit(streams)
         for turn in self._walk(batch, 1, learned=False):
             turn.encode(batch, self.structure.nesting, 1)
-            if turn.group.units is not None:
-                turn.group.units.fit(turn.values, turn.mask, turn.prior)
-                turn.encode(batch, self.structure.nesting, 1)
+            turn.fit()
+            turn.encode(batch, self.structure.nesting, 1)
         self._regress(batch)
         self.trained.on_data(
             torch.cat([self._compared(part, 1) for part in itertools.islice(parts_of(batch), _COMPARED)])
@@ -290,15 +288,14 @@ class AmortizedGuide(nn.Module):
 
     def _regress(self, batch: Data) -> None:
         """Start chains at the regression of latents on contexts, over the elements that exist."""
-        rows: dict[Group, list[tuple[Tensor, Tensor]]] = {}
+        rows: dict[Group, list[Any]] = {}
         for part in parts_of(batch):
             for turn in self._walk(part, 1, part, learned=False):
                 if turn.u is not None and isinstance(turn.group.family, MixtureChain):
                     rows.setdefault(turn.group, []).append(pairs(turn.context, turn.u, turn.mask))
         for group, found in rows.items():
-            context, u = (torch.cat(parts)[:_REGRESSED] for parts in zip(*found, strict=True))
-            columns = (torch.tensor(mask, device=context.device) for mask in (group.steady, group.counts, group.bent))
-            group.family.regress(context, u, *columns)
+            context, u = (torch.cat(parts)[:REGRESSED] for parts in zip(*found, strict=True))
+            group.family.regress(context, u, *group.columns(context.device))
 
     def _walk(self, data: Data, lead: int, values: Data | None = None, *, learned: bool = True) -> Iterator[Turn]:
         """The groups one after the other; each sees the values of those before it.
@@ -314,7 +311,7 @@ class AmortizedGuide(nn.Module):
             context = group.context(streams, [turns[i].stream() for i in group.sees], learned)
             prior = self.prior.of(group.sites, known, data) if known else {}
             mask = self._mask(group, data["mask"], lead) if "mask" in data else None
-            turn = Turn(group, context, prior, mask)
+            turn = Turn(group, context if group.beside is None else group.beside(context, prior), prior, mask)
             if values is not None:
                 turn.encode(values, self.structure.nesting, draws)
             yield turn
@@ -355,7 +352,9 @@ class AmortizedGuide(nn.Module):
             sees = {i: g for i, g in enumerate(groups) if self.structure.related(g.sites[0], sites[0])}
             outer = not (sites[0].plates or sees)  # elsewhere the constant of a box would depend on other latents
             own = family_of(family, sites)
-            groups.append(Group(sites, dims, example, owned, sees, own, keeps_boxes and outer and own is None))
+            groups.append(
+                Group(sites, dims, example, owned, sees, self.prior.sites, own, keeps_boxes and outer and own is None)
+            )
         return groups
 
     def _mask(self, group: Group, masks: Mapping[str, Tensor], lead: int) -> Tensor | None:

@@ -16,6 +16,7 @@ __all__ = [
     "ConvEncoder",
     "Reader",
     "broadcast_cat",
+    "chosen_place_and_width",
     "place_and_width",
     "refuse_batch_norm",
     "soft_clip",
@@ -24,6 +25,7 @@ __all__ = [
 # Of a regression with a width of its own; not measured, chosen by hand.
 _RIDGE = 1e-6
 _ROUNDS = 30  # of reweighting
+_WORTH = 0.05  # nats a row that bent features must bring
 _TAIL_DEGREES = 4.0  # of freedom of the Student distribution that it takes for its errors
 LOG_WIDTHS = (-12.0, 3.0)  # of its width, in the units of x
 
@@ -213,3 +215,17 @@ def place_and_width(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
         weights = (nu + 1.0) / (nu * spread + square)
     gain = -(0.5 * spread.log() + 0.5 * (nu + 1.0) * torch.log1p(square / (nu * spread))).mean(0)
     return place[:, :-1, 0], place[:, -1, 0], width[:-1].mT, width[-1], gain
+
+
+def chosen_place_and_width(context: Tensor, x: Tensor, steady: Tensor, bent: Tensor | None = None) -> list[Tensor]:
+    """Slopes and offset of place and log width of x ``(N, D)``, linear in the steady features of contexts ``(N, C)``.
+
+    Bent features are functions of the others; an entry takes them only where they tell it much.
+    """
+    straight = steady if bent is None else steady & ~bent
+    known = torch.where(steady, context, torch.zeros_like(context)).double()
+    plain = place_and_width(torch.where(straight, known, torch.zeros_like(known)), x.double())
+    whole = plain if bool((straight == steady).all()) else place_and_width(known, x.double())
+    better = whole[-1] - plain[-1] > _WORTH
+    pairs = zip(whole[:-1], plain[:-1], strict=True)
+    return [torch.where(better if a.dim() == 1 else better.unsqueeze(-1), a, b).to(x) for a, b in pairs]

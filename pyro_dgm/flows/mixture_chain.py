@@ -31,7 +31,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
 from pyro_dgm.core import DistributionModule, zuko
-from pyro_dgm.core.networks import LOG_WIDTHS, Reader, place_and_width, soft_clip
+from pyro_dgm.core.networks import LOG_WIDTHS, Reader, chosen_place_and_width, soft_clip
 from pyro_dgm.flows.autoregressive import Run, schedule
 
 __all__ = ["AutoregressiveMixture", "Interval", "MixtureChain", "NormalMixture"]
@@ -45,7 +45,6 @@ _WIDEST = 192  # units of its layers at most
 _WIDEST_SHARED = 128  # shared features at most; slcp 3.75 without any, 3.55 with plain layers, 3.30 with gated blocks
 _DROPOUT = 0.05  # for each entry beyond two; slcp 3.30 without, 3.18 with
 _MOST_DROPOUT = 0.1
-_WORTH = 0.05  # nats a row that bent features must bring; not measured, chosen by hand
 _LOG_SCALE_BOUND = 6.0  # on |log scale| relative to the regression; not measured, chosen by hand
 
 # Numbers that float32 asks for.
@@ -346,14 +345,9 @@ class MixtureChain(DistributionModule):
             bent: functions of other features, which an entry takes only where they tell it much.
         """
         steady = torch.ones_like(context[0], dtype=torch.bool) if steady is None else steady
-        straight = steady if bent is None else steady & ~bent
-        known = torch.where(steady, context, torch.zeros_like(context)).double()
-        plain = place_and_width(torch.where(straight, known, torch.zeros_like(known)), x.double())
-        whole = plain if bool((straight == steady).all()) else place_and_width(known, x.double())
-        better = whole[-1] - plain[-1] > _WORTH
         ours = (self.slope, self.offset, self.log_slope, self.log_offset)
-        for own, a, b in zip(ours, whole, plain, strict=False):
-            own.copy_(torch.where(better if a.dim() == 1 else better.unsqueeze(-1), a, b))
+        for own, found in zip(ours, chosen_place_and_width(context, x, steady, bent), strict=True):
+            own.copy_(found)
         self.least[steady] = context[:, steady].amin(0)
         self.most[steady] = context[:, steady].amax(0)
         self.counts.copy_(torch.zeros_like(self.counts) if counts is None else counts & steady)
