@@ -162,12 +162,14 @@ class AmortizedGuide(nn.Module):
             return
         found = list(self.trained.unusual_sizes(self._counts(data, lead)))
         if not found and bool(self.trained.limit.isfinite()):
-            found = [t for t in [self.trained.unusual_data(self._compared(data, lead))] if t]
-        if found:
+            found = [self.trained.unusual_data(self._compared(data, lead))]
+        if any(found):
             warn_user(f"condition: data of {names}: {' '.join(found)}")
 
     def _checksum(self) -> Tensor:
-        return torch.stack([p.detach().double().sum() for p in self.parameters()]).sum()
+        """A number that training changes; NaN where there is nothing to train."""
+        sums = [p.detach().double().sum() for p in self.parameters()]
+        return torch.stack(sums).sum() if sums else torch.tensor(torch.nan)
 
     def _example(self) -> dict[str, Any]:
         return self.arguments.example(self.structure, self.covariates)
@@ -241,9 +243,8 @@ class AmortizedGuide(nn.Module):
             turn.fit()
             turn.encode(batch, self.structure.nesting, 1)
         self._regress(batch)
-        self.trained.on_data(
-            torch.cat([self._compared(part, 1) for part in itertools.islice(parts_of(batch), _COMPARED)])
-        )
+        parts = itertools.islice(parts_of(batch), _COMPARED)
+        self.trained.on_data(torch.cat([self._compared(part, 1) for part in parts]))
         self.standardized.fill_(True)
 
     def log_prob(self, values: Data, data: Data, lead: int, term: Callable[[Turn], Tensor] = Turn.log_prob) -> Tensor:
