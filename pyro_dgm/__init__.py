@@ -10,7 +10,6 @@ from pyro_dgm.core import (
     LearnedDistribution,
     Standardize,
 )
-from pyro_dgm.core.density_check import assert_density
 from pyro_dgm.diagnostics import (
     KHat,
     check,
@@ -28,6 +27,7 @@ from pyro_dgm.diagnostics import (
     sbc,
     tarp,
 )
+from pyro_dgm.evaluate.density import assert_density
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
 from pyro_dgm.gan import Adversarial, Critic, Generator
 from pyro_dgm.guides import AutoFlow

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,20 +15,27 @@ from pyro import poutine
 from torch import Size, Tensor
 
 from pyro_dgm.amortized.structure import Site, Structure
-from pyro_dgm.core.devices import to_device
+from pyro_dgm.core.devices import fork_rng, to_device
 from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.model.sites import is_computed, plate_frames, sample_sites
 from pyro_dgm.model.vectorize import Engine, first_line
 
-__all__ = ["Arguments", "covariate_sites"]
+__all__ = ["Arguments", "alike", "covariate_sites", "size_arguments"]
+
+_RUNS = 4  # in which a plate must have the same size; not measured, chosen by hand
 
 
 @dataclass
 class Arguments:
-    """A model and the arguments of its prototype."""
+    """A model and the arguments of its prototype; ``sizes`` are its plates whose size is an argument.
+
+    Each is ``{plate: (argument, by how much the plate is larger)}``.
+    """
 
     model: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    sizes: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     @cached_property
     def names(self) -> list[str]:
@@ -38,6 +46,17 @@ class Arguments:
     def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Values of arguments by name."""
         return dict(zip(self.names, args, strict=False)) | dict(kwargs)
+
+    def with_defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of arguments, those among them that the model's signature gives."""
+        fn = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
+        known = {k: p.default for k, p in inspect.signature(fn).parameters.items() if p.default is not p.empty}
+        return known | dict(given)
+
+    def run(self, given: Mapping[str, Any], values: Mapping[str, Tensor] | None = None) -> poutine.Trace:
+        """One run on arguments by name, with values of its sites."""
+        with pyro.validation_enabled(False), poutine.block(), torch.no_grad():
+            return poutine.trace(poutine.condition(self.model, data=dict(values or {}))).get_trace(**given)
 
     def data_of(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], structure: Structure, covariates: tuple[Site, ...]
@@ -56,7 +75,7 @@ class Arguments:
     def conditioned(self, data: Mapping[str, Any], structure: Structure) -> Callable[..., Any]:
         """The model with data, covariates and sizes in it; it ignores the arguments of its call."""
         given = {k: v for k, v in data.items() if k != "mask" and k in self.names}
-        arguments = self.bound(self.args, self.kwargs) | given
+        arguments = self.bound(self.args, self.kwargs) | self.sized(data, structure) | given
         observed = {s.name: data[s.name] for s in structure.observed}
         masks = {k: m for k, m in data.get("mask", {}).items() if k in observed}
 
@@ -65,6 +84,17 @@ class Arguments:
                 return self.model(**arguments)
 
         return model
+
+    def sized(self, data: Mapping[str, Any], structure: Structure) -> dict[str, int]:
+        """Arguments that are sizes, as these data have them."""
+        out: dict[str, int] = {}
+        for site in structure.observed:
+            batch = data[site.name].shape[: data[site.name].dim() - len(site.event_shape)]
+            for plate, dim in zip(site.plates, site.dims, strict=True):
+                if plate in self.sizes:
+                    name, more = self.sizes[plate]
+                    out[name] = batch[dim] - more
+        return out
 
     @torch.no_grad()
     def simulate(self, n: int, structure: Structure, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -228,3 +258,128 @@ def _rows(site: Site, value: Tensor, n: int, nesting: int) -> Tensor:
     if any(size != 1 for size in full[1 : nesting + 1 - site.depth]):
         raise ValueError(f"site '{site.name}' came as {tuple(value.shape)} for {n} draws")
     return value.reshape(n, *full[nesting + 1 - site.depth :], *site.event_shape)
+
+
+def size_arguments(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, tuple[str, int]]:
+    """Of each plate whose size is an argument, its name, and by how much the plate is larger: ``{plate: (name, more)}``."""
+    arguments = Arguments(model, args, dict(kwargs))
+    given = arguments.bound(args, kwargs)
+    sizes = _plate_sizes(arguments, given)
+    found: dict[str, tuple[str, int]] = {}
+    for name, value in arguments.with_defaults(given).items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            larger = _plate_sizes(arguments, given | {name: value + 1})
+            found |= {p: (name, n - value) for p, n in sizes.items() if larger.get(p) == n + 1}
+    return found
+
+
+def _plate_sizes(arguments: Arguments, given: dict[str, Any]) -> dict[str, int]:
+    try:
+        trace = arguments.run(given)
+    except Exception:  # not an argument that may have any value
+        return {}
+    return {f.name: f.size for _, site in sample_sites(trace) for f in plate_frames(site)}
+
+
+def alike(arguments: Arguments, structure: Structure, covariates: tuple[Site, ...]) -> frozenset[str]:
+    """Plates whose elements are exchangeable given the latents outside: some of them are data of the same kind.
+
+    Values of elements are changed, moved and, where the plate can be resized, left out, in the arguments too where these are
+    covariates: no density but their own may change. Elements whose design is written in the model are not alike, nor are
+    those without a density, nor those of a plate of random size.
+    """
+    with fork_rng(0), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            check = _Exchange(arguments, structure, covariates)
+        except Exception:  # a model that runs on no values but its own
+            return frozenset()
+        return frozenset(p for p, (dim, n) in structure.plates.items() if n > 1 and check.alike(p, dim, n))
+
+
+class _Exchange:
+    """Densities of a model when elements of its plates change places."""
+
+    def __init__(self, arguments: Arguments, structure: Structure, covariates: tuple[Site, ...]) -> None:
+        self.arguments = arguments
+        self.covariates = {c.name: c for c in covariates if c.plates}
+        self.given = arguments.bound(arguments.args, arguments.kwargs)
+        self.sizes = arguments.sizes
+        self.data = [s.name for s in structure.observed if s.name in arguments.names]
+        runs = [_sites(arguments.run(self.given)) for _ in range(_RUNS)]
+        self.values, self.others = ({k: s["value"] for k, s in run.items()} for run in runs[:2])
+        self.plates = {k: {f.name for f in plate_frames(s)} for k, s in runs[0].items()}
+        self.events = {k: len(s["fn"].event_shape) for k, s in runs[0].items()}
+        self.steady = all(_shapes(run) == _shapes(runs[0]) for run in runs)
+        self.before = self._densities(self.given, self.values)
+
+    def alike(self, plate: str, dim: int, size: int) -> bool:
+        inside = [k for k, plates in self.plates.items() if plate in plates]
+        if not self.steady or not all(bool(self.before[k].isfinite().all()) for k in inside):
+            return False
+        order = torch.arange(size)
+        moved = self._picked(inside, plate, dim, order.roll(1))
+        replaced = {k: self._replaced(k, dim) for k in inside}
+        try:
+            kept = self._agree(inside, dim, self._densities(*moved), order.roll(1), order)
+            alone = self._agree(inside, dim, self._densities(self.given, self.values | replaced), order[1:], order[1:])
+        except Exception:  # the model runs on no values but its own
+            return False
+        return kept and alone and self._fewer(inside, plate, dim, size)
+
+    def _fewer(self, inside: list[str], plate: str, dim: int, size: int) -> bool:
+        """Whether the elements that are left have the densities that they had; true where the plate cannot be resized."""
+        order = torch.arange(size - 1)
+        given, values = self._picked(inside, plate, dim, order)
+        if plate in self.sizes:
+            name, more = self.sizes[plate]
+            given = given | {name: size - 1 - more}
+        try:
+            after = self._densities(given, values)
+        except Exception:  # its size is written in the model
+            return True
+        whole = any(after[k].shape != _index(self.before[k], dim, order).shape for k in inside)
+        return whole or self._agree(inside, dim, after, order, order)
+
+    def _picked(
+        self, inside: list[str], plate: str, dim: int, index: Tensor
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Arguments and values of some elements."""
+        values = {k: _index(v, dim - self.events[k], index) if k in inside else v for k, v in self.values.items()}
+        moving = {k: c for k, c in self.covariates.items() if plate in c.plates}
+        given = {k: _index(self.given[k], dim - len(c.event_shape), index) for k, c in moving.items()}
+        return self.given | given, values
+
+    def _replaced(self, name: str, dim: int) -> Tensor:
+        """Values of which the first element comes from another run."""
+        value = self.values[name].clone()
+        at = dim - self.events[name]
+        value.narrow(at, 0, 1).copy_(self.others[name].narrow(at, 0, 1))
+        return value
+
+    def _agree(self, inside: list[str], dim: int, after: dict[str, Tensor], was: Tensor, now: Tensor) -> bool:
+        """Whether elements ``now`` of plates have the densities that elements ``was`` had, and all others theirs."""
+        pairs = [
+            (_index(self.before[k], dim, was), _index(v, dim, now)) if k in inside else (self.before[k], v)
+            for k, v in after.items()
+        ]
+        return all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-4, equal_nan=True) for a, b in pairs)
+
+    def _densities(self, given: dict[str, Any], values: dict[str, Tensor]) -> dict[str, Tensor]:
+        data = {k: values[k] for k in self.data}
+        sites = _sites(self.arguments.run(given | data, values))
+        return {k: s["fn"].log_prob(s["value"]) for k, s in sites.items()}
+
+
+def _index(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    return x.index_select(dim, index.to(x.device))
+
+
+def _sites(trace: poutine.Trace) -> dict[str, Any]:
+    return {k: s for k, s in sample_sites(trace) if not is_computed(s)}
+
+
+def _shapes(sites: dict[str, Any]) -> dict[str, Size]:
+    return {k: s["value"].shape for k, s in sites.items()}

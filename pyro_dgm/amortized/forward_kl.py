@@ -9,7 +9,7 @@ The density of the model is never asked, so any simulator will do (Papamakarios 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.amortized.group import Turn
 from pyro_dgm.amortized.guide import AmortizedGuide
+from pyro_dgm.amortized.structure import Site, Structure, present
 from pyro_dgm.cnf.matching import FlowMatching
 from pyro_dgm.core.devices import device_of, to_device
 from pyro_dgm.core.kinds import checked, shown
@@ -27,7 +28,9 @@ from pyro_dgm.train.hooks import Recipe
 
 __all__ = ["ForwardKL"]
 
-_UNIT_ROWS = 10_000  # from which units are taken; not measured, chosen by hand
+# Not measured; chosen by hand.
+_UNIT_ROWS = 10_000  # from which units are taken
+_WHOLE = 0.25  # share of simulations that a step takes whole; the others teach smaller sizes
 
 # The recipe, found on the four simulators of docs/benchmarks/sbi.md (held-out loss, 10,000 and 1,000 simulations, in nats).
 _PLAIN = (100, 8e-3)  # epochs at most, and rate; slcp 3.18, after 3.30 with 160 at 4e-3 without dropout
@@ -62,6 +65,10 @@ class ForwardKL(nn.Module):
 
     Steps on a fixed budget use the dropout of the guide's families, unless the guide is in eval mode (``guide.eval()``); fresh
     simulations cannot be overfitted, and held-out losses are without it.
+
+    Of three quarters of the simulations a random part of the elements of each plate is hidden, from one element up, evenly in the
+    logarithm of their number: a part of exchangeable data is a simulation with fewer of them. Plates whose elements are not
+    alike stay whole, and so do simulations that have sizes of their own: ``simulate(sizes=...)``, masks from ``inputs``.
 
     Args:
         guide: an :class:`~pyro_dgm.AmortizedGuide`.
@@ -112,19 +119,17 @@ class ForwardKL(nn.Module):
         step = batch is not None and torch.is_grad_enabled() and self.guide.training
         if batch is not None:
             _refuse_no_simulations(batch)
-        batch = self.guide.with_real_numbers(self._fresh() if batch is None else batch)
+        batch = self._thinned(self._fresh() if batch is None else batch)
         with _training(self._families() if step else []):
             return -self.guide.log_prob(batch, batch, 1, _term).mean()
 
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
-        """Take units from the simulations, unless the guide has some."""
-        if self.guide.standardized:
-            return
+        """Take units from the simulations, unless the guide has some, and note the sizes of plates."""
         found: list[Mapping[str, Any]] = []
         for args in itertools.islice(batches, 1 + _UNIT_ROWS):
             for simulations in args:
                 _refuse_no_simulations(simulations)
-            found.append(args[0] if args else self._fresh())
+            found.append(self._thinned(args[0] if args else self._fresh()))
             if sum(_length(b) for b in found) >= _UNIT_ROWS:
                 break
         self.guide.standardize(_joined(found))
@@ -145,6 +150,14 @@ class ForwardKL(nn.Module):
             weight_decay=_WEIGHT_DECAY * min(dim, 10),
             averaging=_AVERAGING,
         )
+
+    def _thinned(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Simulations of which some elements of plates are hidden, where elements are alike; held-out ones always the same."""
+        batch = self.guide.with_real_numbers(batch)
+        if not self.guide.alike or (self.inputs is not None and "mask" in batch):
+            return batch
+        held_out = None if torch.is_grad_enabled() else torch.Generator().manual_seed(0)
+        return thinned(batch, self.guide.structure, self.guide.alike, held_out)
 
     def _families(self) -> list[nn.Module]:
         return [group.family for group in self.guide.groups if group.family is not None]
@@ -176,6 +189,57 @@ def _term(turn: Turn) -> Tensor:
     loss = FlowMatching(turn.group.family)(u.flatten(0, -2), context.flatten(0, -2))
     evenly = (loss / u.shape[1:-1].numel()).expand(u.shape[:-1])
     return turn.present(turn.log_prob_discrete()) - evenly
+
+
+def thinned(
+    batch: Mapping[str, Any], structure: Structure, plates: Collection[str], generator: torch.Generator | None
+) -> dict[str, Any]:
+    """Simulations of which some elements of plates are hidden by masks: a quarter is whole, the others of any size.
+
+    Sizes are even in their logarithm, and elements are chosen at random.
+    """
+    masks = dict(batch.get("mask", {}))
+    sites = [s for s in (*structure.observed, *structure.latents) if s.plates]
+    kept = {p: _kept(p, sites, batch, masks, generator) for p in plates if any(p in s.plates for s in sites)}
+    made: dict[tuple[Any, ...], Tensor] = {}
+    for site in sites:
+        key = (site.plates, id(masks.get(site.name)))
+        if kept.keys() & set(site.plates):
+            made[key] = _hidden(site, masks.get(site.name), kept) if key not in made else made[key]
+            masks[site.name] = made[key]
+    return dict(batch) | ({"mask": masks} if masks else {})
+
+
+def _kept(
+    plate: str,
+    sites: Sequence[Site],
+    batch: Mapping[str, Any],
+    masks: Mapping[str, Tensor],
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Which elements of a plate each simulation keeps, ``(n, size)``: all, where simulations have sizes of their own."""
+    there = present(plate, sites, batch, masks, 1)
+    n, size = there.shape
+    draws = torch.rand(n, size + 2, generator=generator, device="cpu").to(there.device)
+    most = there.sum(1, keepdim=True)
+    if int(most.min()) < int(most.max()):
+        return there
+    some = torch.exp(draws[:, :1] * torch.log1p(most)).floor().clamp_min(1.0)
+    wanted = torch.where(draws[:, 1:2] < _WHOLE, most, torch.minimum(some, most))
+    order = torch.where(there, draws[:, 2:], 2.0).argsort(1)
+    return torch.zeros_like(there).scatter(1, order, torch.arange(size, device=there.device) < wanted)
+
+
+def _hidden(site: Site, mask: Tensor | None, kept: Mapping[str, Tensor]) -> Tensor:
+    """A site's mask, with the elements that are not kept hidden too."""
+    masks = [] if mask is None else [mask]
+    for plate, dim in zip(site.plates, site.dims, strict=True):
+        if plate in kept:
+            shape = [len(kept[plate]), *(1,) * site.depth]
+            shape[1 + site.depth + dim] = -1
+            masks.append(kept[plate].reshape(shape))
+    rank = max(m.dim() for m in masks)
+    return torch.stack(torch.broadcast_tensors(*[m.reshape(*m.shape, *(1,) * (rank - m.dim())) for m in masks])).all(0)
 
 
 def _length(batch: Mapping[str, Any]) -> int:

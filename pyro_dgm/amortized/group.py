@@ -12,20 +12,21 @@ import pyro.distributions as dist
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_dgm.amortized.encoder import SetEncoder, Stream, pooled
+from pyro_dgm.amortized.encoder import Pools, Stream, pairs, pooled
 from pyro_dgm.amortized.structure import Site
 from pyro_dgm.amortized.units import Moments, Units
 from pyro_dgm.cnf.families import ContinuousFlow
-from pyro_dgm.core import DistributionModule
-from pyro_dgm.core.networks import MLP, broadcast_cat
+from pyro_dgm.core import DistributionModule, Standardize
+from pyro_dgm.core.networks import LOG_WIDTHS, MLP, broadcast_cat, chosen_place_and_width
 from pyro_dgm.flows.mixture_chain import MixtureChain
 
-__all__ = ["Family", "Group", "Turn"]
+__all__ = ["REGRESSED", "Family", "Group", "Turn", "family_of", "trimmed", "trimmed_moments"]
 
 Family = Callable[[int, int], DistributionModule]
 Values = dict[str, Tensor]
 
 _AUXILIARY = {"is_auxiliary": True}
+REGRESSED = 20_000  # rows that a start by regression takes; not measured, chosen by hand
 
 
 class Group(nn.Module):
@@ -37,8 +38,10 @@ class Group(nn.Module):
     Args:
         sites: the latents.
         dims: dimension of every plate of the model.
-        streams: plates and widths of the data's features.
+        streams: an example of the data's features.
+        owned: sets of plates that latents live in.
         sees: the earlier groups on which it depends, by their place among all.
+        centred: sites that are seen in units of their prior given earlier latents.
         family: ``family(features, context_features)``; None for a chain of mixtures.
         keeps_boxes: whether the chain of mixtures keeps the boxes of priors by itself.
     """
@@ -47,8 +50,10 @@ class Group(nn.Module):
         self,
         sites: tuple[Site, ...],
         dims: dict[str, int],
-        streams: Sequence[tuple[tuple[str, ...], int]],
+        streams: Sequence[Stream],
+        owned: Collection[tuple[str, ...]],
         sees: Mapping[int, Group],
+        centred: Collection[Site],
         family: Family | None,
         keeps_boxes: bool,
     ) -> None:
@@ -59,15 +64,52 @@ class Group(nn.Module):
         self.continuous = [s for s in sites if not s.classes]
         self.discrete = [s for s in sites if s.classes]
         self.units = Units(self.continuous, keeps_boxes) if self.continuous else None
-        self.lacking = [self._dims_of_lacking(plates, dims) for plates, _ in streams]
+        self.lacking = [self._dims_of_lacking(s.plates, dims) for s in streams]
         self.lacking_of_earlier = [self._dims_of_lacking(g.plates, dims) for g in sees.values()]
         self.summarised = any(self.lacking)
-        pools = [SetEncoder(n) if lacks else None for lacks, (_, n) in zip(self.lacking, streams, strict=True)]
-        self.pools = nn.ModuleList(pool or nn.Identity() for pool in pools)
-        widths = [pool.out_features if pool else n for pool, (_, n) in zip(pools, streams, strict=True)]
-        self.context_features = sum(widths) + sum(g.features for g in sees.values())
+        self.pools = nn.ModuleList(self._pools(s, owned, dims) for s in streams)
+        self.steady, self.counts, self.bent = self._columns(streams, sees)
+        width = sum(s.width for s in sites if s in centred)
+        told = len(self.steady) - sum(g.features for g in sees.values())
+        self.beside = BesidePrior([s for s in sites if s in centred], told) if width else None
+        self.steady += [True] * 2 * width
+        self.counts += [False] * 2 * width
+        self.bent += [False] * 2 * width
+        self.context_features = len(self.steady)
         self.family: Any = self._family(family)
         self.heads = nn.ModuleList(self._heads())
+
+    def _pools(self, stream: Stream, owned: Collection[tuple[str, ...]], dims: dict[str, int]) -> nn.Module:
+        """What pools a stream; plates come last that have latents which another plate of the stream does not split."""
+        lacking = [p for p in stream.plates if p not in self.plates]
+        apart = {p for plates in owned if not set(stream.plates) <= set(plates) for p in plates}
+        last = [dims[p] for p in lacking if p in apart and len(lacking) > 1]
+        return Pools(stream, [dims[p] for p in lacking], last) if lacking else nn.Identity()
+
+    def _columns(
+        self, streams: Sequence[Stream], sees: Mapping[int, Group]
+    ) -> tuple[list[bool], list[bool], list[bool]]:
+        """Which features of the context training does not change, which are counts, and which logs of others."""
+        steady: list[bool] = []
+        counts: list[bool] = []
+        bent: list[bool] = []
+        for stream, pool in zip(streams, self.pools, strict=True):
+            width = stream.features.shape[-1]
+            steady += pool.steady if isinstance(pool, Pools) else [not stream.learned] * width
+            counts += pool.counts if isinstance(pool, Pools) else [False] * width
+            bent += pool.bent if isinstance(pool, Pools) else [False] * width
+        earlier = sum(g.features for g in sees.values())
+        return steady + [True] * earlier, counts + [False] * earlier, bent + [False] * earlier
+
+    def columns(self, device: torch.device) -> list[Tensor]:
+        """Which features of the context are steady, counts and bent."""
+        return [torch.tensor(mask, device=device) for mask in (self.steady, self.counts, self.bent)]
+
+    def fit(self, streams: list[Stream]) -> None:
+        """Take ranges and units of statistics from simulations."""
+        for pool, stream in zip(self.pools, streams, strict=True):
+            if isinstance(pool, Pools):
+                pool.fit(stream)
 
     def _dims_of_lacking(self, plates: Sequence[str], dims: dict[str, int]) -> list[int]:
         return [dims[p] for p in plates if p not in self.plates]
@@ -106,11 +148,11 @@ class Group(nn.Module):
         """Whether the family is carried along a velocity field, and is trained by flow matching."""
         return isinstance(self.family, ContinuousFlow)
 
-    def context(self, streams: list[Stream], earlier: list[Stream]) -> Tensor:
+    def context(self, streams: list[Stream], earlier: list[Stream], learned: bool = True) -> Tensor:
         """All that the group sees, shape ``(*lead, *plates, C)``; plates that it lacks have become 1."""
         parts = [
-            pool(s.features, dims, s.mask) if dims else s.features
-            for pool, s, dims in zip(self.pools, streams, self.lacking, strict=True)
+            pool(stream, learned) if isinstance(pool, Pools) else stream.features
+            for pool, stream in zip(self.pools, streams, strict=True)
         ]
         for stream, dims in zip(earlier, self.lacking_of_earlier, strict=True):
             parts.append(pooled(stream.features, dims, stream.mask)[0] if dims else stream.features)
@@ -173,6 +215,66 @@ def _as_values(site: Site, drawn: Tensor) -> Tensor:
     return drawn.reshape([*drawn.shape[:-1], *site.event_shape]).to(site.dtype)
 
 
+class BesidePrior(nn.Module):
+    r"""What the data alone say of latents inside plates, put beside their prior given the latents outside.
+
+    The data of an element place it at :math:`m \pm w` by a regression; a normal prior :math:`N(a, b)` makes of that, in the
+    prior's units and with :math:`v = w / b`,
+
+    .. math:: \frac{(m - a) / b}{1 + v^2} \pm \frac{v}{\sqrt{1 + v^2}}.
+
+    These two are features of the context: a network would have to learn ratios over decades.
+
+    Args:
+        sites: real latents of a group.
+        features: of the context, without earlier latents.
+    """
+
+    slope: Tensor
+    offset: Tensor
+    log_slope: Tensor
+    log_offset: Tensor
+
+    def __init__(self, sites: Sequence[Site], features: int) -> None:
+        super().__init__()
+        self.sites = tuple(sites)
+        width = sum(s.width for s in sites)
+        self.features = features
+        self.standard = Standardize(width)
+        self.register_buffer("slope", torch.zeros(width, features))
+        self.register_buffer("offset", torch.zeros(width))
+        self.register_buffer("log_slope", torch.zeros(width, features))
+        self.register_buffer("log_offset", torch.zeros(width))
+
+    def forward(self, context: Tensor, prior: Moments) -> Tensor:
+        """The context with these features on its right."""
+        told = context[..., : self.features]
+        scale = self.standard.scale
+        place = (told @ self.slope.mT + self.offset) * scale + self.standard.loc
+        log_width = (told @ self.log_slope.mT + self.log_offset).clamp(*LOG_WIDTHS) + scale.log()
+        mean, sd = (torch.cat([self._flat(s, prior[s.name][i]) for s in self.sites], -1) for i in range(2))
+        log_ratio = log_width - sd.log()
+        left = nn.functional.softplus(2.0 * log_ratio)
+        return broadcast_cat(context, (place - mean) / sd * torch.exp(-left), log_ratio - 0.5 * left)
+
+    def _flat(self, site: Site, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[: x.dim() - len(site.event_shape)], -1)
+
+    def values(self, values: Values) -> Tensor:
+        """Latents as one vector."""
+        return torch.cat([self._flat(s, values[s.name]) for s in self.sites], -1)
+
+    @torch.no_grad()
+    def fit(self, context: Tensor, x: Tensor, steady: Tensor, bent: Tensor) -> None:
+        """The regression of latents ``(N, D)`` on contexts ``(N, C)``."""
+        self.standard.fit(x)
+        found = chosen_place_and_width(
+            context[:, : self.features], self.standard(x), steady[: self.features], bent[: self.features]
+        )
+        for own, new in zip((self.slope, self.offset, self.log_slope, self.log_offset), found, strict=True):
+            own.copy_(new)
+
+
 @dataclass
 class Turn:
     """A group in a walk over the groups: what it looks at, and its values, which those after it look at.
@@ -193,6 +295,17 @@ class Turn:
     values: Values = field(default_factory=dict)
     u: Tensor | None = None
     log_det: Tensor | None = None
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Take units from encoded values, and what the data alone say of them."""
+        group = self.group
+        if group.units is not None:
+            group.units.fit(self.values, self.mask, self.prior)
+        if group.beside is not None:
+            context, x = pairs(self.context, group.beside.values(self.values), self.mask)
+            steady, _, bent = group.columns(context.device)
+            group.beside.fit(context[:REGRESSED], x[:REGRESSED], steady, bent)
 
     def encode(self, values: Mapping[str, Any], nesting: int, lead: int) -> None:
         """Take given values ``{site: (*lead, *site)}``, of a model with ``nesting`` plate dimensions."""
@@ -228,3 +341,27 @@ class Turn:
             total = total + _classes(head, seen, site).log_prob(flat.long())
             seen = broadcast_cat(seen, _one_hot(site, value))
         return total
+
+
+def trimmed(x: Tensor, right: int) -> Tensor:
+    """Without the dimensions left of the ``right`` last ones, where all of them are 1."""
+    extra = x.shape[: max(0, x.dim() - right)]
+    return x.reshape(x.shape[len(extra) :]) if all(n == 1 for n in extra) else x
+
+
+def trimmed_moments(turn: Turn, depth: int) -> Moments:
+    """A turn's prior moments, without the dimensions left of its plates where they are 1."""
+    moments: Moments = {}
+    for site in turn.group.sites:
+        if site.name in turn.prior:
+            mean, sd = turn.prior[site.name]
+            right = depth + len(site.event_shape)
+            moments[site.name] = (trimmed(mean, right), trimmed(sd, right))
+    return moments
+
+
+def family_of(family: Family | Mapping[str, Family] | None, sites: tuple[Site, ...]) -> Family | None:
+    """The family that was chosen for a group with these sites."""
+    if not isinstance(family, Mapping):
+        return family
+    return next((family[s.name] for s in sites if s.name in family), None)

@@ -10,6 +10,7 @@ get groups of their own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,15 +21,15 @@ import pyro.distributions as dist
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_dgm.amortized.binding import Arguments, covariate_sites
-from pyro_dgm.amortized.encoder import Streams
-from pyro_dgm.amortized.group import Family, Group, Turn
-from pyro_dgm.amortized.posterior import ConditionedGuide
-from pyro_dgm.amortized.structure import Site, moving_supports, read
-from pyro_dgm.amortized.unbounded import Unbounded, rewritten
-from pyro_dgm.amortized.units import Moments, PriorUnits
+from pyro_dgm.amortized.binding import Arguments, alike, covariate_sites, size_arguments
+from pyro_dgm.amortized.encoder import Streams, Trained, by_site, pairs, parts_of
+from pyro_dgm.amortized.group import REGRESSED, Family, Group, Turn, family_of, trimmed, trimmed_moments
+from pyro_dgm.amortized.posterior import ConditionedGuide, Unbounded, rewritten
+from pyro_dgm.amortized.structure import Site, moving_supports, present, read
+from pyro_dgm.amortized.units import PriorUnits
 from pyro_dgm.core.devices import device_of, fork_rng, to_device
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.flows.mixture_chain import MixtureChain
 
 __all__ = ["AmortizedGuide"]
@@ -36,7 +37,8 @@ __all__ = ["AmortizedGuide"]
 Data = Mapping[str, Any]
 Plates = dict[str, pyro.plate]
 
-_REGRESSED = 4096  # rows of a plate's elements that a start by regression takes; not measured, chosen by hand
+# Not measured; chosen by hand.
+_COMPARED = 4  # such parts, from which the range of the data is taken
 
 
 class AmortizedGuide(nn.Module):
@@ -81,9 +83,10 @@ class AmortizedGuide(nn.Module):
         ...         theta = pyro.sample("theta", dist.Normal(mu, 1.0))
         ...         return pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
         >>> guide = dgm.AmortizedGuide(model, observed=["y"])
-        >>> draws = guide.condition(y=torch.zeros(8)).sample((100,))     # trained with 5 groups, asked for 8
+        >>> history = dgm.fit(dgm.ForwardKL(guide), max_steps=20, progress=False, seed=0)
+        >>> draws = guide.condition(y=torch.zeros(3)).sample((100,))     # simulated with 5 groups, asked for 3
         >>> {k: tuple(v.shape) for k, v in draws.items()}
-        {'mu': (100,), 'theta': (100, 8)}
+        {'mu': (100,), 'theta': (100, 3)}
     """
 
     @checked()
@@ -109,15 +112,19 @@ class AmortizedGuide(nn.Module):
         given = (tuple(args), dict(kwargs or {}))
         with fork_rng():
             moving = moving_supports(model, observed, *given)
-            self.arguments = Arguments(rewritten(model, moving) if moving else model, *given)
+            sizes = size_arguments(model, *given)
+            self.arguments = Arguments(rewritten(model, moving) if moving else model, *given, sizes)
             self.structure = read(self.arguments.model, observed, *given)
             self.covariates = covariate_sites(self.arguments, covariates, self.structure)
             self.prior = PriorUnits(self.arguments, self.structure, self.covariates)
             self.unbounded = Unbounded(model, moving, self.prior) if moving else None
-            self.streams = Streams(self.structure, self.covariates, _by_site(encoder, observed))
+            self.alike = alike(self.arguments, self.structure, self.covariates)
+            self.streams = Streams(self.structure, self.covariates, by_site(encoder, observed))
             self.groups: Any = nn.ModuleList(self._groups(family, keeps_boxes=bounds is None))
+            self.trained = Trained(list(self.structure.plates), self._compared(self._example(), 0).shape[-1])
         self.standardized: Tensor
         self.register_buffer("standardized", torch.zeros((), dtype=torch.bool))
+        self.trained.start.copy_(self._checksum())
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -133,16 +140,65 @@ class AmortizedGuide(nn.Module):
             data: all observed sites and covariates by name; leading dimensions stand for many data sets at once. They are
                 moved to the guide's device.
 
+        Warns:
+            UserWarning: where plates have sizes, or data values, that the guide was not trained on, and where it was not
+                trained at all.
+
         Raises:
             ValueError: for a name that is unknown or missing, a wrong shape, and data with NaN outside the mask.
         """
         batch = self.arguments.checked_data(data, mask, self.structure, self.covariates, device_of(self))
         first = self.structure.observed[0]
-        return ConditionedGuide(self, batch, first.lead_of(batch[first.name]))
+        lead = first.lead_of(batch[first.name])
+        self._warn(batch, lead)
+        return ConditionedGuide(self, batch, lead)
+
+    @torch.no_grad()
+    def _warn(self, data: Data, lead: int) -> None:
+        """Say once what the guide was not trained for."""
+        names = ", ".join(f"'{s.name}'" for s in self.structure.observed)
+        if self._checksum() == self.trained.start:
+            warn_user(
+                f"condition: the guide was never trained, so its posterior of {names} is that of random networks. Train it: "
+                "fit(ForwardKL(guide), simulate(model, 10_000, observed=...))."
+            )
+            return
+        found = list(self.trained.unusual_sizes(self._counts(data, lead)))
+        if not found and bool(self.trained.limit.isfinite()):
+            found = [self.trained.unusual_data(self._compared(data, lead))]
+        if any(found):
+            warn_user(f"condition: data of {names}: {' '.join(found)}")
+
+    def _checksum(self) -> Tensor:
+        """A number that training changes; NaN where there is nothing to train."""
+        sums = [p.detach().double().sum() for p in self.parameters()]
+        return torch.stack(sums).sum() if sums else torch.tensor(torch.nan)
+
+    def _example(self) -> dict[str, Any]:
+        return self.arguments.example(self.structure, self.covariates)
+
+    def _counts(self, data: Data, lead: int) -> dict[str, Tensor]:
+        """Elements of each plate that hold data, one number for each data set."""
+        sites = self.structure.observed
+        known = [p for p in self.structure.plates if any(p in s.plates for s in sites)]
+        return {p: present(p, sites, data, data.get("mask", {}), lead).sum(-1).reshape(-1) for p in known}
+
+    def _compared(self, data: Data, lead: int) -> Tensor:
+        """What data sets are compared by, ``(m, F)``: all that the first group sees and no training changes."""
+        streams = self.streams(data, lead)
+        group = self.groups[0]
+        context = group.context(streams, [], learned=False)
+        seen = context[..., torch.tensor(group.steady, device=context.device)]
+        raw = [s.raw.expand(*seen.shape[:-1], -1) for s in streams if s.raw is not None]
+        rows = torch.cat([seen, *raw], -1)
+        mask = self._mask(group, data["mask"], lead) if "mask" in data else None
+        return rows.reshape(-1, rows.shape[-1]) if mask is None else rows[mask.expand(rows.shape[:-1])]
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The Pyro guide: takes the model's arguments, with data among them under the names of the sites."""
         data = self.arguments.data_of(args, kwargs, self.structure, self.covariates)
+        if torch.is_grad_enabled():
+            self.trained.forget()
         return self.sample_sites(to_device(data, device_of(self)))
 
     def conditioned_model(self, data: Data, *, rewritten: bool = False) -> Callable[..., Any]:
@@ -176,19 +232,22 @@ class AmortizedGuide(nn.Module):
 
     @torch.no_grad()
     def standardize(self, simulations: Data) -> None:
-        """Take all units, and the linear start of the flows, from simulations; does nothing the second time."""
+        """Take units, ranges and the linear start of the flows from simulations; the second time only sizes."""
+        self.trained.on_sizes(self._counts(simulations, 1))
         if self.standardized:
             return
         batch = self.with_real_numbers(simulations)
         self.streams.fit(batch)
-        for turn in self._walk(batch, 1):
+        streams = self.streams(batch, 1)
+        for group in self.groups:
+            group.fit(streams)
+        for turn in self._walk(batch, 1, learned=False):
             turn.encode(batch, self.structure.nesting, 1)
-            if turn.group.units is not None:
-                turn.group.units.fit(turn.values, turn.mask, turn.prior)
-                turn.encode(batch, self.structure.nesting, 1)
-        for turn in self._walk(batch, 1, batch):
-            if turn.u is not None and isinstance(turn.group.family, MixtureChain):
-                _regress(turn.group.family, turn.context, turn.u, turn.mask)
+            turn.fit()
+            turn.encode(batch, self.structure.nesting, 1)
+        self._regress(batch)
+        parts = itertools.islice(parts_of(batch), _COMPARED)
+        self.trained.on_data(torch.cat([self._compared(part, 1) for part in parts]))
         self.standardized.fill_(True)
 
     def log_prob(self, values: Data, data: Data, lead: int, term: Callable[[Turn], Tensor] = Turn.log_prob) -> Tensor:
@@ -223,28 +282,40 @@ class AmortizedGuide(nn.Module):
         hidden = [] if self.unbounded is None else list(self.unbounded.names.values())
         for turn in self._walk(data, 0):
             depth = turn.group.sites[0].depth
-            context = _trimmed(self._stretched(turn, data, 0), depth + 1)
+            context = trimmed(self._stretched(turn, data, 0), depth + 1)
             plates = self._plates(turn.group, data, opened)
-            values, turn.u = turn.group.sample_sites(context, plates, _trimmed_moments(turn, depth), hidden)
+            values, turn.u = turn.group.sample_sites(context, plates, trimmed_moments(turn, depth), hidden)
             turn.values = {k: self._wide(v, k) for k, v in values.items()}
             out |= values
         made = {s.name: out[s.name] for s in self.structure.latents}
         return made if self.unbounded is None else self._with_moving_sites(made, data, opened)
 
-    def _walk(self, data: Data, lead: int, values: Data | None = None) -> Iterator[Turn]:
+    def _regress(self, batch: Data) -> None:
+        """Start chains at the regression of latents on contexts, over the elements that exist."""
+        rows: dict[Group, list[Any]] = {}
+        for part in parts_of(batch):
+            for turn in self._walk(part, 1, part, learned=False):
+                if turn.u is not None and isinstance(turn.group.family, MixtureChain):
+                    rows.setdefault(turn.group, []).append(pairs(turn.context, turn.u, turn.mask))
+        for group, found in rows.items():
+            context, u = (torch.cat(parts)[:REGRESSED] for parts in zip(*found, strict=True))
+            group.family.regress(context, u, *group.columns(context.device))
+
+    def _walk(self, data: Data, lead: int, values: Data | None = None, *, learned: bool = True) -> Iterator[Turn]:
         """The groups one after the other; each sees the values of those before it.
 
         Where ``values`` are given, a turn comes with its own encoded. Otherwise it is to be given some before the next.
+        What is ``learned`` of the data may be left out of the contexts.
         """
         streams = self.streams(data, lead)
         turns: list[Turn] = []
         known: dict[str, Tensor] = {}
         draws = lead if values is None else self.leading(values)
         for group in self.groups:
-            context = group.context(streams, [turns[i].stream() for i in group.sees])
+            context = group.context(streams, [turns[i].stream() for i in group.sees], learned)
             prior = self.prior.of(group.sites, known, data) if known else {}
             mask = self._mask(group, data["mask"], lead) if "mask" in data else None
-            turn = Turn(group, context, prior, mask)
+            turn = Turn(group, context if group.beside is None else group.beside(context, prior), prior, mask)
             if values is not None:
                 turn.encode(values, self.structure.nesting, draws)
             yield turn
@@ -278,14 +349,16 @@ class AmortizedGuide(nn.Module):
 
     def _groups(self, family: Family | Mapping[str, Family] | None, keeps_boxes: bool) -> list[Group]:
         dims = {n: d for n, (d, _) in self.structure.plates.items()}
-        example = self.streams(self.arguments.example(self.structure, self.covariates), 0)
-        widths = [(s.plates, s.features.shape[-1]) for s in example]
+        example = self.streams(self._example(), 0)
+        owned = {s.plates for s in self.structure.latents}
         groups: list[Group] = []
         for sites in self.structure.groups():
             sees = {i: g for i, g in enumerate(groups) if self.structure.related(g.sites[0], sites[0])}
             outer = not (sites[0].plates or sees)  # elsewhere the constant of a box would depend on other latents
-            own = _family_of(family, sites)
-            groups.append(Group(sites, dims, widths, sees, own, keeps_boxes and outer and own is None))
+            own = family_of(family, sites)
+            groups.append(
+                Group(sites, dims, example, owned, sees, self.prior.sites, own, keeps_boxes and outer and own is None)
+            )
         return groups
 
     def _mask(self, group: Group, masks: Mapping[str, Tensor], lead: int) -> Tensor | None:
@@ -328,45 +401,3 @@ class AmortizedGuide(nn.Module):
         for plate, size in self._sizes(turn.group, data, lead).items():
             shape[self.structure.plates[plate][0] - 1] = size
         return turn.context.expand(shape)
-
-
-def _trimmed(x: Tensor, right: int) -> Tensor:
-    """Without the dimensions left of the ``right`` last ones, where all of them are 1."""
-    extra = x.shape[: max(0, x.dim() - right)]
-    return x.reshape(x.shape[len(extra) :]) if all(n == 1 for n in extra) else x
-
-
-def _trimmed_moments(turn: Turn, depth: int) -> Moments:
-    moments: Moments = {}
-    for site in turn.group.sites:
-        if site.name in turn.prior:
-            mean, sd = turn.prior[site.name]
-            right = depth + len(site.event_shape)
-            moments[site.name] = (_trimmed(mean, right), _trimmed(sd, right))
-    return moments
-
-
-def _regress(family: MixtureChain, context: Tensor, u: Tensor, mask: Tensor | None) -> None:
-    """Start a chain at the regression of latents on contexts, over the elements that exist."""
-    context = context.expand(*u.shape[:-1], -1)
-    if mask is None:
-        rows = u.new_ones(u.shape[:-1], dtype=torch.bool)
-    else:
-        rows = mask.expand(u.shape[:-1])
-    family.regress(context[rows][:_REGRESSED], u[rows][:_REGRESSED])
-
-
-def _by_site(encoder: nn.Module | Mapping[str, nn.Module] | None, observed: list[str]) -> dict[str, nn.Module]:
-    if encoder is None:
-        return {}
-    if isinstance(encoder, Mapping):
-        return dict(encoder)
-    if len(observed) == 1:
-        return {observed[0]: encoder}
-    raise ValueError(f"AmortizedGuide: one encoder for observed={observed}; give a mapping {{site: encoder}}.")
-
-
-def _family_of(family: Family | Mapping[str, Family] | None, sites: tuple[Site, ...]) -> Family | None:
-    if not isinstance(family, Mapping):
-        return family
-    return next((family[s.name] for s in sites if s.name in family), None)

@@ -29,7 +29,7 @@ from pyro_dgm.model.stability import changing_supports, runs_from_the_prior
 from pyro_dgm.model.supports import innermost, is_circular
 from pyro_dgm.model.vectorize import plate_nesting
 
-__all__ = ["Site", "Structure", "moving_supports", "read"]
+__all__ = ["Site", "Structure", "moving_supports", "present", "read"]
 
 Model = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -127,7 +127,7 @@ def read(model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs) -> S
     names = tuple(observed)
     _refuse_unknown(trace, names)
     _refuse_subsamples(trace)
-    data = tuple(_site(trace.nodes[k], None) for k in names)
+    data = tuple(_site(trace.nodes[k], None) for k in trace.nodes if k in names)
     hidden = [n for n, s in latent_sites(trace) if n not in names and not is_enumerable(s)]
     latents = tuple(_latent(n, [t.nodes[n] for t in traces]) for n in hidden)
     if not latents:
@@ -328,3 +328,20 @@ def _densities(model: Model, args: Args, kwargs: Kwargs, values: Values) -> Valu
     with fork_rng(0):
         trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
     return {k: s["fn"].log_prob(s["value"]) for k, s in sample_sites(trace) if not s["infer"].get("_deterministic")}
+
+
+def present(
+    plate: str, sites: Sequence[Site], data: Mapping[str, Any], masks: Mapping[str, Tensor], lead: int
+) -> Tensor:
+    """Which elements of a plate hold anything at all, ``(*lead, size)``."""
+    found = []
+    for site in [s for s in sites if plate in s.plates]:
+        axis = lead + site.depth + site.dims[site.plates.index(plate)]
+        here = torch.ones(data[site.name].shape[: lead + site.depth], dtype=torch.bool, device=data[site.name].device)
+        mask = masks.get(site.name)
+        if mask is not None:
+            mask = mask.reshape(*mask.shape, *(1,) * (lead + site.depth - mask.dim()))
+            here = here & mask.reshape(*mask.shape[: lead + site.depth], -1).any(-1)
+        others = [d for d in range(lead, lead + site.depth) if d != axis]
+        found.append(here.movedim(axis, lead).flatten(lead + 1).any(-1) if others else here)
+    return torch.stack(torch.broadcast_tensors(*found)).any(0)

@@ -245,7 +245,8 @@ class PriorUnits:
     def inputs(self, data: Mapping[str, Any], lead: Size) -> dict[str, Any]:
         """The model's arguments other than observations, for ``lead.numel()`` draws at once."""
         observed = {s.name for s in self.structure.observed}
-        out = {k: v for k, v in data.items() if k in self.arguments.names and k not in observed}
+        sizes = self.arguments.sized(data, self.structure) if observed <= data.keys() else {}
+        out = sizes | {k: v for k, v in data.items() if k in self.arguments.names and k not in observed}
         for site in self.covariates:
             own = site.lead_of(data[site.name])
             value = site.laid(data[site.name], self.structure.nesting, own)

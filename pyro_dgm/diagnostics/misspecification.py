@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_dgm.amortized.sets import Range
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.diagnostics.posteriors import observed_names
@@ -28,11 +29,9 @@ from pyro_dgm.simulation.store import Simulations
 __all__ = ["Misspecification", "misspecification"]
 
 # Not measured; chosen by hand. The test keeps its level whatever they are.
-_NEIGHBOUR = 5
 _ROWS = 10_000  # simulations that are used
 _LEAST = 200  # the smallest p-value is then 0.01, the level
 _LEVEL = 0.01
-_FLOOR = 1e-6  # of the largest variance, for directions in which the simulations do not vary
 Summary = Callable[[dict[str, Tensor]], Tensor]
 
 
@@ -125,7 +124,7 @@ def misspecification(
     features, labels = _features({k: simulations[k][:_ROWS] for k in names}, masks, summary)
     present = {k: m.new_ones(observation[k].shape[: m.dim()]) for k, m in masks.items()}
     at, _ = _features(observation, present, summary)
-    result = _Range(features, seed).test(at[0], labels)
+    result = _compared(features, at[0], labels, seed)
     if result.outside:
         warnings.warn(
             f"misspecification: {result} An amortised posterior was not trained on such data, and may be anything there.",
@@ -197,49 +196,28 @@ def _moments(value: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([mean, variance.sqrt(), count.double()], 1)
 
 
-class _Range:
-    """Half of the simulations for reference, the other half for comparison."""
+def _range(features: Tensor, seed: int | None) -> Range:
+    """Where simulations ``(n, F)`` lie."""
+    if len(features) < _LEAST:
+        raise ValueError(
+            f"misspecification: {len(features)} simulations, expected at least {_LEAST}: the least p-value is 2 / n."
+        )
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    found = Range(features.shape[1], len(features) // 2, axes=features.shape[1]).to(features)
+    found.fit(features, generator)
+    return found
 
-    def __init__(self, features: Tensor, seed: int | None) -> None:
-        if len(features) < _LEAST:
-            raise ValueError(
-                f"misspecification: {len(features)} simulations, expected at least {_LEAST}: the least p-value is 2 / n."
-            )
-        generator = torch.Generator()
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
-        order = torch.randperm(len(features), generator=generator, device="cpu")
-        half = len(order) // 2
-        reference = features[order[:half]]
-        self.features = features
-        self.mean = reference.mean(0)
-        scale = reference.std(0)
-        self.scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        variance, self.axes = torch.linalg.eigh(torch.atleast_2d(torch.cov(((reference - self.mean) / self.scale).T)))
-        self.root = variance.clamp_min(_FLOOR * float(variance.max().clamp_min(1e-30))).sqrt()
-        self.reference = self._whitened(reference)
-        self.scores = self._distances(features[order[half:]])
 
-    def _whitened(self, features: Tensor) -> Tensor:
-        return ((features - self.mean) / self.scale) @ self.axes / self.root
-
-    def _distances(self, features: Tensor) -> Tensor:
-        parts = self._whitened(features).split(1_000)  # rows at a time, for memory
-        return torch.cat([torch.cdist(part, self.reference).kthvalue(_NEIGHBOUR, 1).values for part in parts])
-
-    def p_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """p-values and distances of data sets ``(m, F)``."""
-        scores = self._distances(features)
-        above = (self.scores[None] >= scores[:, None]).sum(1)
-        return (1.0 + above) / (len(self.scores) + 1.0), scores
-
-    def test(self, at: Tensor, labels: list[str]) -> Misspecification:
-        """The test of one data set, ``(F,)``, whose numbers have these labels."""
-        p, score = self.p_values(at[None])
-        below = (self.features <= at).sum(0)
-        above = (self.features >= at).sum(0)
-        tail = (2.0 * (torch.minimum(below, above) + 1) / (len(self.features) + 1)).clamp_max(1.0)
-        marginal = dict(zip(labels, tail.tolist(), strict=True))
-        return Misspecification(float(p[0]), float(score[0]), self.scores.cpu().numpy(), marginal)
+def _compared(features: Tensor, at: Tensor, labels: list[str], seed: int | None) -> Misspecification:
+    """The test of one data set, ``(F,)``, whose numbers have these labels."""
+    known = _range(features, seed)
+    p, score = known.p_values(at[None])
+    below = (features <= at).sum(0)
+    above = (features >= at).sum(0)
+    tail = (2.0 * (torch.minimum(below, above) + 1) / (len(features) + 1)).clamp_max(1.0)
+    marginal = dict(zip(labels, tail.tolist(), strict=True))
+    return Misspecification(float(p[0]), float(score[0]), known.known().cpu().numpy(), marginal)

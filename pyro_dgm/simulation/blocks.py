@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import random
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,16 @@ from pyro_dgm.model.sites import is_drawn
 from pyro_dgm.model.supports import unwrapped
 from pyro_dgm.model.vectorize import Engine, How, first_line
 
-__all__ = ["Blocks", "Part", "TOO_FEW", "fault_of_plate", "random_state", "run_job", "run_whole_job"]
+__all__ = [
+    "Blocks",
+    "Part",
+    "Resizable",
+    "TOO_FEW",
+    "fault_of_plate",
+    "random_state",
+    "run_job",
+    "run_whole_job",
+]
 
 _ONE_AT_A_TIME = threading.Lock()  # Pyro's handlers and torch's random state belong to the process, not to a thread
 
@@ -40,6 +49,7 @@ _BYTES = 2**27  # of its values, at most
 _FEW = 5  # draws whose densities are compared
 _MANY = 40  # single runs at each setting where draws are compared; that costs more than it saves below 4 times as many
 _ALARM = 1e-5  # probability that equal distributions are told apart
+_BLOCK_OF_SIZE = 25  # simulations that share the sizes of their plates
 
 
 @dataclass
@@ -61,6 +71,30 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Resizable:
+    """A plate whose size is an argument.
+
+    Attributes:
+        argument: its name, or its place among those without names.
+        more: by how much the plate is larger.
+        least, most: between which sizes are drawn, evenly in their logarithm.
+        axes: of each site, which axis the plate is.
+    """
+
+    argument: str | int
+    more: int
+    least: int
+    most: int
+    axes: dict[str, int]
+
+    def size_of(self, block: int) -> int:
+        """The size in a block: the largest in the first, the least in the second, at random in others."""
+        low, high = math.log(self.least), math.log(self.most + 1)
+        drawn = math.floor(math.exp(low + (high - low) * float(torch.rand(()))))
+        return {0: self.most, 1: self.least}.get(block, min(self.most, drawn))
+
+
+@dataclass(frozen=True)
 class Blocks(Engine):
     """Blocks of simulations of a model with its arguments. They can be pickled if model and arguments can.
 
@@ -69,12 +103,14 @@ class Blocks(Engine):
         how: "plate" or "loop".
         redraw: draw data that the arguments give anew.
         propose: gives ``n`` draws of some latents, and how many it tried, where they do not come from the prior.
+        plates: those whose size each block draws.
     """
 
     shapes: dict[str, Size] = field(default_factory=dict)
     how: How = "loop"
     redraw: bool = True
     propose: Callable[[Blocks, int], tuple[dict[str, Tensor], int]] | None = None
+    plates: tuple[Resizable, ...] = ()
 
     @property
     def block(self) -> int:
@@ -82,7 +118,21 @@ class Blocks(Engine):
         if self.how == "loop":
             return 1
         numbers = sum(s.numel() for s in self.shapes.values())
-        return max(1, min(_BLOCK, _BYTES // (8 * max(numbers, 1))))
+        return max(1, min(_BLOCK_OF_SIZE if self.plates else _BLOCK, _BYTES // (8 * max(numbers, 1))))
+
+    def resized(self, sizes: Sequence[int]) -> Blocks:
+        """The same with plates of these sizes."""
+        args = list(self.args)
+        kwargs = dict(self.kwargs)
+        shapes = {k: list(s) for k, s in self.shapes.items()}
+        for plate, size in zip(self.plates, sizes, strict=True):
+            if isinstance(plate.argument, int):
+                args[plate.argument] = size - plate.more
+            else:
+                kwargs[plate.argument] = size - plate.more
+            for site, axis in plate.axes.items() if shapes else []:
+                shapes[site][axis] = size
+        return replace(self, args=tuple(args), kwargs=kwargs, shapes={k: Size(s) for k, s in shapes.items()})
 
     def simulation(self, n: int | None = None, given: dict[str, Tensor] | None = None) -> poutine.Trace:
         """One run with data drawn anew, see :meth:`~pyro_dgm.model.vectorize.Engine.trace`."""
@@ -109,6 +159,8 @@ def run_whole_job(blocks: Blocks, start: int, stop: int, seed: int) -> list[Part
 
 def _block(blocks: Blocks, first: int, n: int, seed: int) -> Part:
     given, tried = blocks.propose(blocks, n) if blocks.propose else ({}, 0)
+    if blocks.plates:
+        blocks = blocks.resized([plate.size_of(first // blocks.block) for plate in blocks.plates])
     part = _drawn(blocks, first, n, seed, given)
     part.tried = tried
     return part

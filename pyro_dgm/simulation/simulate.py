@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import operator
 import os
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Generator, Sequence, Set
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from concurrent.futures import Executor, as_completed
 from contextlib import closing
 from dataclasses import replace
@@ -26,8 +25,8 @@ from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_drawn, is_factor, is_subsample, observed_sites
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, plate_nesting
 from pyro_dgm.simulation.blocks import TOO_FEW, Blocks, Part, fault_of_plate, random_state, run_job, run_whole_job
+from pyro_dgm.simulation.design import checked_sizes, resizable, truncated, whole
 from pyro_dgm.simulation.folder import begun, locked
-from pyro_dgm.simulation.proposal import truncated
 from pyro_dgm.simulation.store import Simulations, Store
 
 __all__ = ["simulate"]
@@ -39,6 +38,7 @@ def simulate(
     model: Callable[..., Any], num_simulations: int, *args: Any, observed: Sequence[str] | str = (),
     seed: int | None = None, executor: Executor | None = None, batch_size: int | None = None, progress: bool = True,
     path: str | Path | None = None, proposal: Any = None, model_kwargs: dict[str, Any] | None = None,
+    sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> Simulations:  # fmt: skip
     r"""Draw ``n`` times from :math:`p(\theta) \, p(x \mid \theta)`: all latents and all data of a Pyro model.
 
@@ -62,6 +62,10 @@ def simulate(
             inside its highest-density region, which holds all but 1e-4 of it, for a further round of training.
         path: a folder for memory-mapped arrays. A second call with the same settings goes on where the first was killed;
             one with another model, other arguments or other settings is refused.
+
+        sizes: ``{plate: (least, most)}``, where plates are to have other sizes than the arguments say: each 25 simulations
+            (each one, where they run one by one) draw a size, evenly in its logarithm, and are padded to the largest; see
+            ``Simulations.mask``. The plate's size has to be an argument of the model, ``def model(n=20, y=None)``.
 
     Returns:
         ``{site: (n, *site)}``, see :class:`Simulations`; fewer rows where some failed.
@@ -87,13 +91,14 @@ def simulate(
         >>> abs(sims["x"].var() - 1.25) < 0.1
         tensor(True)
     """
-    n = _whole("num_simulations", num_simulations, 1)
-    size = 1 if batch_size is None else _whole("batch_size", batch_size, 1)
-    seed = None if seed is None else _whole("seed", seed)
+    n = whole("num_simulations", num_simulations, 1)
+    size = 1 if batch_size is None else whole("batch_size", batch_size, 1)
+    seed = None if seed is None else whole("seed", seed)
     _refuse_bad_kinds(executor, model_kwargs, path)
     kwargs = model_kwargs or {}
     noted = {} if path is None else _noted(model, args, kwargs)
-    settings = _Prepared(model, args, kwargs, observed, n)
+    wanted = checked_sizes(sizes)
+    settings = _Prepared(model, args, kwargs, observed, n, wanted)
     settings.propose(proposal)
     blocks = settings.blocks
     with locked(path) as folder:
@@ -112,18 +117,6 @@ def simulate(
                     done += part.count
                     bar.update(done - bar.n)  # some of it has moved already
         return _finished(store, settings.observed, args, seed)
-
-
-def _whole(name: str, value: Any, least: int | None = None) -> int:
-    expected = "an int" if least is None else f"an int, at least {least}"
-    try:
-        number = operator.index(value)
-    except TypeError:
-        kind = ValueError if isinstance(value, float) else TypeError
-        raise kind(f"simulate: {name}={value!r}, expected {expected}.") from None
-    if isinstance(value, bool) or (least is not None and number < least):
-        raise ValueError(f"simulate: {name}={value!r}, expected {expected}.")
-    return number
 
 
 def _refuse_bad_kinds(executor: Any, model_kwargs: Any, path: Any) -> None:
@@ -165,7 +158,7 @@ def _begun(
         seed = before["seed"]
     used = int(torch.randint(2**31, ())) if seed is None else seed
     fresh = wanted | {"seed": used} if before is None else None
-    store = Store(n, settings.kinds, folder, settings.blocks.how == "loop", fresh)
+    store = Store(n, settings.kinds, folder, settings.blocks.how == "loop" or bool(settings.sizes), fresh)
     return store, used
 
 
@@ -173,10 +166,22 @@ class _Prepared:
     """A model that was run once: its sites, what is wrong with them, and the way many draws are made."""
 
     def __init__(
-        self, model: Callable[..., Any], args: Any, kwargs: Any, observed: Sequence[str] | str, n: int
+        self,
+        model: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        observed: Sequence[str] | str,
+        n: int,
+        sizes: dict[str, tuple[int, int]],
     ) -> None:
         once = Blocks(model, args, kwargs)
         trace = _first_run(once)
+        self.sizes = sizes
+        if sizes:
+            once = replace(once, plates=resizable(model, args, kwargs, trace, sizes))
+            once = once.resized([most for _, most in sizes.values()])
+            args, kwargs = once.args, once.kwargs
+            trace = _first_run(once)
         nodes = {k: s for k, s in trace.nodes.items() if is_drawn(s)}
         self.nodes = nodes
         self.moments: list[list[float]] | None = None  # of the proposal
@@ -186,7 +191,7 @@ class _Prepared:
         shapes = {k: shape for k, (shape, _) in self.kinds.items()}
         events = {k: s["fn"].event_dim for k, s in nodes.items()}
         nesting = max([plate_nesting(trace), *(len(s["fn"].batch_shape) for s in nodes.values())])
-        self.blocks = Blocks(model, args, kwargs, nesting, events, shapes, "plate")
+        self.blocks = Blocks(model, args, kwargs, nesting, events, shapes, "plate", plates=once.plates)
         fault = fault_of_plate(self.blocks, n)
         if fault and fault != TOO_FEW:
             warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=3)
@@ -197,6 +202,10 @@ class _Prepared:
         """Draw some latents where a posterior has its mass."""
         if posterior is None:
             return
+        if self.sizes:
+            raise ValueError(
+                "simulate: a proposal is a posterior of one data set, which has one size. Leave out sizes=."
+            )
         proposal = truncated(posterior)
         unknown = sorted(set(proposal.sites) - set(self.nodes) | set(proposal.sites) & set(self.observed))
         if unknown:
@@ -210,7 +219,8 @@ class _Prepared:
         """What a folder keeps of it."""
         sites = {k: [list(shape), str(dtype)] for k, (shape, dtype) in self.kinds.items()}
         settings = {"observed": list(self.observed), "block": self.blocks.block}
-        return settings | {"sites": sites, "proposal": self.moments}
+        sizes = {"sizes": {k: list(v) for k, v in self.sizes.items()}} if self.sizes else {}
+        return settings | {"sites": sites, "proposal": self.moments} | sizes
 
     def refuse_non_finite_prior(self, seed: int) -> None:
         """Look at the first block: latents that depend on no other must be finite."""

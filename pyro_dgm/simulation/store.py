@@ -241,7 +241,9 @@ class Store:
         rows = slice(part.start, part.start + part.count)
         for name, values in part.values.items():
             if isinstance(values, Tensor):
-                self.values[name][rows] = values
+                self.values[name][(rows, *(slice(m) for m in values.shape[1:]))] = values
+                if name in self.sizes:
+                    self.sizes[name][rows] = torch.tensor(values.shape[1:], dtype=torch.int32)
             else:
                 self._write_each(name, part.start, values)
         self.tried[part.start] = part.tried

@@ -131,7 +131,7 @@ def test_a_bad_guide_is_called_bad_and_chains_repair_the_draws(normal_guide):
     x = torch.tensor(14.0)
     guide = dgm.AmortizedGuide(normal, ["x"])
     guide.load_state_dict(normal_guide.state_dict())
-    guide.groups[0].family.linear.bias.data -= 2.5
+    guide.groups[0].family.offset -= 2.5
     with pytest.warns(UserWarning, match=r"k-hat is .* far from this data set's posterior"):
         refined = guide.condition(x=x).refine(2000, seed=0, steps=300)
     mu = refined.draws["mu"]

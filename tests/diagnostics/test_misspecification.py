@@ -8,7 +8,7 @@ from scipy.stats import binomtest, kstest
 
 import pyro_dgm as dgm
 from pyro_dgm.diagnostics import misspecification
-from pyro_dgm.diagnostics.misspecification import _Range
+from pyro_dgm.diagnostics.misspecification import _range
 from tests.diagnostics.test_calibration import POSTERIOR, Amortised, model
 
 
@@ -31,7 +31,7 @@ def test_the_p_value_of_the_model_s_own_data_is_uniform(sims):
     Scores of simulations that are too small by 0.7, the fault, reject 4 % at the 1 % level and 15 % at the 5 % level.
     """
     fresh = dgm.simulate(walk, 2_000, observed=["x"], seed=1, progress=False)["x"].double()
-    p = _Range(sims["x"].double(), 0).p_values(fresh)[0].numpy()
+    p = _range(sims["x"].double(), 0).p_values(fresh)[0].numpy()
     for level in (0.01, 0.05, 0.2):
         assert binomtest(int((p <= level).sum()), len(p), level * 1.25 + 0.002, alternative="greater").pvalue > 1e-3
     assert kstest(p, "uniform").statistic < 0.06  # two samples of 2,000: 0.06 at p = 1e-3

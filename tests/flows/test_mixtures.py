@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pyro_dgm as dgm
+from pyro_dgm.core.networks import place_and_width
 from pyro_dgm.flows import MixtureChain
 from pyro_dgm.flows.mixture_chain import NormalMixture
 
@@ -136,3 +137,27 @@ def test_pooled_data_have_one_network_in_front_of_the_mixtures_and_others_a_read
     raw, summary = dgm.AmortizedGuide(boxed, ["x"]), dgm.AmortizedGuide(pooled, ["y"])
     assert raw.groups[0].family.reader is not None and summary.groups[0].family.reader is None
     assert [dgm.ForwardKL(g).recipe(10_000).lr for g in (raw, summary)] == [8e-3, 4e-3]
+
+
+def test_a_regression_has_a_place_and_a_width_of_its_own():
+    """5,000 rows whose sd spans three decades, 5 % of them off by 50 sds: slopes within 5 errors of the weighted least squares.
+
+    Planted fault: equal weights for all rows, whose slopes are 100 times less exact.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5_000, 2, generator=generator, dtype=torch.float64)
+    width = torch.exp(1.5 * rows[:, 1] - 2.0)
+    noise = torch.randn(5_000, generator=generator, dtype=torch.float64)
+    noise[::20] *= 50.0
+    x = (0.7 * rows[:, 0] - 0.2 * rows[:, 1] + 0.1 + width * noise)[:, None]
+    slope, offset, log_slope, log_offset, gain = place_and_width(rows, x)
+    error = float(width.pow(-2.0).sum().rsqrt())
+    assert (
+        float((slope[0] - torch.tensor([0.7, -0.2])).abs().max()) < 5 * error and abs(float(offset) - 0.1) < 5 * error
+    )
+    assert (
+        abs(float(log_slope[0, 1]) - 1.5) < 0.05
+        and abs(float(log_slope[0, 0])) < 0.05
+        and -2.1 < float(log_offset) < -1.7
+    )
+    assert float(place_and_width(rows[:, :1], x)[-1]) < float(gain) - 0.5

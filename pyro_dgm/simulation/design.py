@@ -1,4 +1,7 @@
-r"""The prior inside the highest-density region of a posterior: where a second round of simulations should be.
+r"""Which simulations are drawn: of which sizes, and from which part of the prior.
+
+A plate whose size is an argument of the model may have another one in each block. A second round of simulations draws the
+prior inside the highest-density region of a posterior:
 
 .. math:: \tilde p(\theta) \propto p(\theta) \, 1\{q(\theta \mid x_o) \ge \kappa\}, \qquad
           q\text{-mass of } \{q < \kappa\} = 10^{-4}
@@ -9,7 +12,8 @@ Inside the region it is the prior, so the same loss learns the same posterior, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +21,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_dgm.amortized.binding import Arguments, size_arguments
 from pyro_dgm.model.handlers import EndOfRun, Redraw, run_to_end
-from pyro_dgm.model.sites import is_drawn
-from pyro_dgm.simulation.blocks import Blocks, random_state
+from pyro_dgm.model.sites import is_drawn, plate_frames
+from pyro_dgm.simulation.blocks import Blocks, Resizable, random_state
 
-__all__ = ["TruncatedPrior", "truncated"]
+__all__ = ["TruncatedPrior", "checked_sizes", "resizable", "truncated", "whole"]
 
 _OUTSIDE = 1e-4  # mass of the posterior outside the region: that of Deistler et al. 2022
 # Not measured; chosen by hand.
@@ -121,3 +126,59 @@ def _begun(model: Callable[..., Any], blocks: Blocks, sites: tuple[str, ...]) ->
     if until.sites <= until.values.keys():
         return until.values
     raise ValueError(f"simulate: the proposal knows {sorted(sites)}, the model draws {sorted(until.values)}.")
+
+
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """A whole number among the arguments, or an error that names it."""
+    expected = "an int" if least is None else f"an int, at least {least}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        kind = ValueError if isinstance(value, float) else TypeError
+        raise kind(f"simulate: {name}={value!r}, expected {expected}.") from None
+    if isinstance(value, bool) or (least is not None and number < least):
+        raise ValueError(f"simulate: {name}={value!r}, expected {expected}.")
+    return number
+
+
+def checked_sizes(sizes: Any) -> dict[str, tuple[int, int]]:
+    """Ranges of sizes, checked."""
+    if sizes is None:
+        return {}
+    if not isinstance(sizes, Mapping):
+        raise TypeError(f"simulate: sizes={sizes!r}, expected {{plate: (least, most)}}.")
+    found: dict[str, tuple[int, int]] = {}
+    for plate, pair in sizes.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"simulate: sizes={{{plate!r}: {pair!r}}}, expected two whole numbers, such as (2, 200).")
+        least = whole(f"the least size of '{plate}'", pair[0], 1)
+        found[plate] = (least, whole(f"the largest size of '{plate}'", pair[1], least))
+    return found
+
+
+def resizable(
+    model: Any, args: Any, kwargs: Any, trace: Any, sizes: dict[str, tuple[int, int]]
+) -> tuple[Resizable, ...]:
+    """The plates whose sizes are wanted, each with the argument that sets it."""
+    sites = [(k, s) for k, s in trace.nodes.items() if is_drawn(s)]
+    frames = {f.name: f for _, s in sites for f in plate_frames(s)}
+    with random_state(0):
+        known = size_arguments(model, args, kwargs)
+    for plate in [p for p in sizes if p not in known]:
+        there = "has its size written in the model, or takes it from a tensor" if plate in frames else "does not exist"
+        raise ValueError(
+            f"simulate: sizes={{'{plate}': ...}}: plate '{plate}' {there}; plates are {list(frames)}, and those that can be "
+            f"resized {sorted(known)}. Take the size from a whole number, def model(n=20, y=None) and pyro.plate('{plate}', n "
+            "if y is None else y.shape[-1]), and draw inputs as sites. What has an order or a fixed design has no other size."
+        )
+    places = {name: i for i, name in enumerate(Arguments(model, args, kwargs).names[: len(args)])}
+    found: list[Resizable] = []
+    for plate, (least, most) in sizes.items():
+        name, more = known[plate]
+        axes = {
+            k: s["value"].dim() - s["fn"].event_dim + frames[plate].dim
+            for k, s in sites
+            if frames[plate] in plate_frames(s)
+        }
+        found.append(Resizable(places.get(name, name), more, least, most, axes))
+    return tuple(found)
