@@ -324,10 +324,8 @@ class AmortizedGuide(nn.Module):
 
     def leading(self, values: Data) -> int:
         """Dimensions of draws and data sets that stand left of the sites; 0 where no latent is among the values."""
-        for site in self.structure.latents:
-            if site.name in values:
-                return site.lead_of(values[site.name])
-        return 0
+        leads = (s.lead_of(values[s.name]) for s in self.structure.latents if s.name in values)
+        return next(leads, 0)
 
     def _with_moving_sites(self, values: dict[str, Tensor], data: Data, opened: Plates) -> dict[str, Tensor]:
         """Sample statements of the sites whose real numbers were drawn, in their plates."""
@@ -372,8 +370,7 @@ class AmortizedGuide(nn.Module):
         """Without the plate dimensions that the site does not have in a single run."""
         batch = value.shape[: value.dim() - len(site.event_shape)]
         lead = batch[: len(batch) - self.structure.nesting]
-        own = batch[len(batch) - site.depth :]
-        return value.reshape([*lead, *own, *site.event_shape])
+        return value.reshape([*lead, *batch[len(batch) - site.depth :], *site.event_shape])
 
     def _wide(self, value: Tensor, name: str) -> Tensor:
         """A traced value with all plate dimensions of the model."""
