@@ -101,7 +101,7 @@ def from_svi(
     return _from_guides("from_svi", model, [guide], args, n, complete, chains=num_chains, check=check)
 
 
-@checked(num_samples=1, batch_size=1)
+@checked(only=("num_samples", "options"), num_samples=1, batch_size=1)
 def from_fits(
     guides: Sequence[Model],
     model: Model,

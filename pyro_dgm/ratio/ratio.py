@@ -333,7 +333,7 @@ class LogisticRegression(nn.Module):
         True
     """
 
-    @checked()
+    @checked(only=("shuffles",))
     def __init__(self, ratio: DensityRatio, *, shuffles: int = 4) -> None:
         super().__init__()
         if not isinstance(ratio, DensityRatio):
