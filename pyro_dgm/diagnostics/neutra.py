@@ -31,7 +31,13 @@ from pyro_dgm.model.runs import Draws
 __all__ = ["neutra"]
 
 
-@checked(num_samples=1, num_chains=1, warmup_steps=0, batch_size=1)
+@checked(
+    only=("num_samples", "warmup_steps", "num_chains", "options"),
+    num_samples=1,
+    warmup_steps=0,
+    num_chains=1,
+    batch_size=1,
+)
 def neutra(
     model: Model,
     guide: AutoContinuous,
