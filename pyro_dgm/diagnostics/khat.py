@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 
-from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.weights import K_LIMIT, LEAST_DRAWS, k_threshold, log_mean, psis, stratified
 from pyro_dgm.diagnostics.containers import group, group_attrs, resampled
 
@@ -168,6 +169,11 @@ def khat(idata: Any) -> KHat:
     """
     log_weight = _log_weights("khat", idata)
     attrs = group_attrs(idata, "sample_stats")
+    for each in fields(Exploration):
+        if not isinstance(attrs.get(each.name, each.default), str if each.name == "unseen" else Real):
+            raise TypeError(
+                f"khat: the attribute {each.name} of sample_stats is {shown(attrs[each.name])}, expected a number."
+            )
     return judge(log_weight, Exploration(**{f.name: attrs[f.name] for f in fields(Exploration) if f.name in attrs}))
 
 

@@ -18,7 +18,7 @@ from torch.distributions import biject_to
 from typing_extensions import Unpack
 
 from pyro_dgm.core.devices import seed_everywhere, seeded
-from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.weights import psis
 from pyro_dgm.diagnostics.explore import explore
 from pyro_dgm.diagnostics.groups import Groups, all_groups, container_of
@@ -158,6 +158,9 @@ def _from_guides(
 ) -> Any:
     """The container of n draws of each guide."""
     refuse_guides_as_models(who, model)
+    for program in (model, *guides):
+        if not callable(program):
+            raise TypeError(f"{who}: {shown(program)} is no Pyro program, expected functions or modules.")
     if any(isinstance(guide, AutoDelta) for guide in guides):  # known by its name, before it is run
         raise ValueError(f"{who}: AutoDelta is a point estimate, not a posterior: it has no density and no weights.")
     kwargs = options["model_kwargs"] or {}
