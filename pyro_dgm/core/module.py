@@ -16,7 +16,7 @@ from torch.distributions.transforms import IndependentTransform, ReshapeTransfor
 
 from pyro_dgm.core.distribution import LearnedDistribution
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import ShapeAttribute, as_count, check_built, of_entries
+from pyro_dgm.core.shapes import ShapeAttribute, as_count, as_shape, check_built, of_entries
 from pyro_dgm.core.upstream import PyroABCMeta, drop_weak_references, zuko
 
 __all__ = ["DistributionModule", "compose", "resize_to_saved", "tensors_of", "values_of", "whole_event"]
@@ -76,7 +76,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         support: constraints.Constraint | None = None,
     ) -> None:
         super().__init__()
-        self.event_shape = event_shape
+        self.event_shape = as_shape(event_shape, f"{type(self).__name__}: event_shape")  # also where it is a module
         self.context_features = as_count(type(self).__name__, "context_features", context_features)
         self._support = _event_support(type(self).__name__, support, self.event_shape)
 

@@ -158,9 +158,9 @@ def _from_guides(
 ) -> Any:
     """The container of n draws of each guide."""
     refuse_guides_as_models(who, model)
-    for program in (model, *guides):
-        if not callable(program):
-            raise TypeError(f"{who}: {shown(program)} is no Pyro program, expected functions or modules.")
+    for each in (model, *guides):
+        if not callable(each):
+            raise TypeError(f"{who}: {shown(each)} is no Pyro program, expected functions or modules.")
     if any(isinstance(guide, AutoDelta) for guide in guides):  # known by its name, before it is run
         raise ValueError(f"{who}: AutoDelta is a point estimate, not a posterior: it has no density and no weights.")
     kwargs = options["model_kwargs"] or {}
