@@ -261,7 +261,8 @@ class AmortizedGuide(nn.Module):
         total = torch.zeros(())
         for turn in self._walk(data, lead, values):
             terms = term(turn)
-            total = total + terms.reshape(*terms.shape[: terms.dim() - self.structure.nesting], -1).sum(-1)
+            own = terms.dim() - self.structure.nesting
+            total = total + terms.reshape(*terms.shape[:own], terms.shape[own:].numel()).sum(-1)
         return total
 
     def draw(self, data: Data, lead: int, shape: Size) -> dict[str, Tensor]:

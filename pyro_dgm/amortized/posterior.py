@@ -28,7 +28,7 @@ from pyro_dgm.core import compose, zuko
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import few_threads
-from pyro_dgm.core.shapes import as_shape
+from pyro_dgm.core.shapes import as_shape, as_tensor_like, reference
 from pyro_dgm.guides.autoflow import as_pyro
 from pyro_dgm.guides.vector import VectorGuide
 from pyro_dgm.model.handlers import EndOfRun
@@ -87,6 +87,11 @@ class ConditionedGuide(nn.Module):
         Raises:
             ValueError: for a latent that is missing.
         """
+        like = reference(self.guide)
+        values = {
+            k: as_tensor_like("log_prob", f"'{k}'", v, like if v.is_floating_point() else None)
+            for k, v in values.items()
+        }
         log_det: Tensor | float = 0.0
         if self.guide.unbounded is not None:
             values, log_det = self.guide.unbounded.both(values, self.data, self.guide.leading(values))

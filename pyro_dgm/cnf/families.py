@@ -279,7 +279,7 @@ class FFJORD(ContinuousFlow):
         (torch.Size([4, 5, 2]), torch.Size([4, 5]), 32)
     """
 
-    @checked(only=("support", "field"))
+    @checked(only=("support", "field", "method", "adjoint"))
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -339,7 +339,7 @@ class OTFlow(ContinuousFlow):
         torch.Size([4])
     """
 
-    @checked(only=("support", "field"))
+    @checked(only=("support", "field", "method", "adjoint"))
     def __init__(
         self,
         event_shape: int | Iterable[int],

@@ -245,6 +245,8 @@ def _fitted_float(value: Any) -> Any:
 
 
 def _fitted_sequence(who: str, name: str, origin: Any, kinds: tuple[Any, ...], value: Any) -> Any:
+    if isinstance(value, str) and kinds[:1] == (str,):
+        return value  # one name stands for a list of it
     _if(isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | type), value)
     _if(not (isinstance(value, Tensor | np.ndarray) and value.ndim == 0), value)
     each = kinds[0] if kinds else Any
@@ -296,7 +298,8 @@ def _words(kind: Any) -> str:
         return "a mapping"
     single = origin or kind
     name = getattr(single, "__name__", str(single))
-    return _WORDS.get(single) or _NAMES.get(name) or f"a {name}"
+    article = "an" if name[:1] in "AEIOU" else "a"
+    return _WORDS.get(single) or _NAMES.get(name) or f"{article} {name}"
 
 
 def shown(value: Any) -> str:

@@ -17,7 +17,7 @@ from torch.distributions.transforms import IndependentTransform, ReshapeTransfor
 from pyro_dgm.core.data import reads_context, was_trained
 from pyro_dgm.core.distribution import LearnedDistribution
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import ShapeAttribute, as_count, as_tensor_like, check_built, of_entries
+from pyro_dgm.core.shapes import ShapeAttribute, as_count, as_shape, as_tensor_like, check_built, of_entries
 from pyro_dgm.core.units import InputUnits, Standardize
 from pyro_dgm.core.upstream import PyroABCMeta, drop_weak_references, zuko
 
@@ -79,7 +79,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         support: constraints.Constraint | None = None,
     ) -> None:
         super().__init__()
-        self.event_shape = event_shape
+        self.event_shape = as_shape(event_shape, f"{type(self).__name__}: event_shape")  # also where it is a module
         self.context_features = as_count(type(self).__name__, "context_features", context_features)
         self._support = _event_support(type(self).__name__, support, self.event_shape)
         if self.context_features:

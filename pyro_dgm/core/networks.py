@@ -159,7 +159,7 @@ class ConvDecoder(nn.Module):
 
 
 def _checked_image(shape: Sequence[int]) -> tuple[int, int, int]:
-    if len(shape) != 3 or min(shape[1:]) < 8:
+    if len(shape) != 3 or min(shape[1:]) < 8 or shape[0] < 1:
         raise ValueError(f"image_shape must be (channels, height, width) of at least 8 x 8, got {tuple(shape)}.")
     return (shape[0], shape[1], shape[2])
 

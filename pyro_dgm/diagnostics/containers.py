@@ -97,8 +97,8 @@ def add_groups(container: Any, groups: Arrays, dims: Names, coords: dict[str, An
     """The container with more groups, changed in place; a group of the same name is replaced."""
     if isinstance(container, dict):
         container["groups"] |= groups
-        container["dims"] |= dims
-        container["coords"] |= coords
+        container["dims"] = container.get("dims", {}) | dims
+        container["coords"] = container.get("coords", {}) | coords
         return container
     for name, values in groups.items():
         data = _dataset_of(name, values, dims, coords_of(container) | coords, None)
@@ -147,13 +147,13 @@ def _group_names(container: Any) -> list[str]:
 def refuse_no_container(container: Any) -> None:
     """Refuse what is neither a container of ArviZ nor one of dictionaries with all its parts."""
     if isinstance(container, dict):
-        wrong = [k for k in _PARTS if not isinstance(container.get(k), dict)]
+        wrong = [k for k in _PARTS if not isinstance(container.get(k, None if k == "groups" else {}), dict)]
         wrong += [k for k in container if k not in _PARTS]
-        dims = {} if wrong else container["dims"]
+        dims = {} if wrong else container.get("dims", {})
         wrong += [
             f"dims/{k}" for k, v in dims.items() if not (isinstance(v, list) and all(isinstance(d, str) for d in v))
         ]
-        attrs = {} if wrong else container["attrs"]
+        attrs = {} if wrong else container.get("attrs", {})
         wrong += [f"attrs/{k}" for k, v in attrs.items() if not isinstance(v, dict)]
         groups = {} if wrong else container["groups"]
         wrong += [f"groups/{k}" for k, v in groups.items() if not isinstance(v, dict)]
@@ -212,7 +212,7 @@ def group_attrs(container: Any, name: str) -> dict[str, Any]:
 def coords_of(container: Any) -> dict[str, Any]:
     """Labels of all dimensions but chains and draws."""
     if isinstance(container, dict):
-        return container["coords"]
+        return container.get("coords", {})
     data = [_dataset(container, g) for g in _group_names(container)]
     return {str(k): np.asarray(v) for d in data for k, v in d.coords.items() if k not in RESERVED}
 

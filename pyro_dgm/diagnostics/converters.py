@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 
-@checked(batch_size=1, num_chains=1)
+@checked(only=("options",), batch_size=1)
 def from_pyro_mcmc(mcmc: MCMC, *args: Any, **options: Unpack[ContainerOptions]) -> Any:
     """The chains of ``pyro.infer.MCMC`` as a container, with the groups of :func:`~pyro_dgm.from_svi`.
 

@@ -166,7 +166,13 @@ def never_fitted(guide: Any) -> str:
 # --- Long chains ---
 
 
-@checked(num_samples=1, num_chains=1, warmup_steps=0, batch_size=1)
+@checked(
+    only=("num_samples", "warmup_steps", "num_chains", "options"),
+    num_samples=1,
+    warmup_steps=0,
+    num_chains=1,
+    batch_size=1,
+)
 def neutra(
     model: Model,
     guide: AutoContinuous,

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 
-from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.weights import (
     LEAST_DRAWS,
     NEARLY_EQUAL,
@@ -238,6 +239,11 @@ def khat(idata: Any) -> KHat:
     """
     log_weight = log_weights_of("khat", idata)
     attrs = group_attrs(idata, "sample_stats")
+    for each in fields(Exploration):
+        if not isinstance(attrs.get(each.name, each.default), str if each.name == "unseen" else Real):
+            raise TypeError(
+                f"khat: the attribute {each.name} of sample_stats is {shown(attrs[each.name])}, expected a number."
+            )
     rows = None
     if "rows_plate" in attrs:
         rows = Rows(**{f.name: _plain(attrs[f"rows_{f.name}"]) for f in fields(Rows)})

@@ -22,6 +22,8 @@ __all__ = ["compare", "elpd_of", "loo"]
 _CLEAN = 0.5  # k-hat of the guide below which its weights have a finite variance: what is heavy then are the data
 _SMALL = 4.0  # nats; below it a difference of elpd is small and its error unreliable (Sivula et al. 2020)
 
+_EMPTY: dict[str, Any] = {"dims": {}, "coords": {}, "attrs": {}}  # what a container of dictionaries may leave out
+
 
 @checked()
 def loo(idata: Any, var_name: str | None = None, *, correct: bool = True) -> Any:
@@ -63,7 +65,7 @@ def loo(idata: Any, var_name: str | None = None, *, correct: bool = True) -> Any
     """
     name, values = _chosen(idata, var_name)
     _refuse_non_finite(name, values)
-    container = build(**idata) if isinstance(idata, dict) else idata
+    container = build(**_EMPTY | idata) if isinstance(idata, dict) else idata
     if not correct or _is_posterior(idata):
         import arviz as az
 

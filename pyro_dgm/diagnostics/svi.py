@@ -20,7 +20,7 @@ from torch.distributions import biject_to
 from typing_extensions import Unpack
 
 from pyro_dgm.core.devices import seed_everywhere, seeded
-from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.diagnostics.containers import CONTAINER, ContainerOptions, with_defaults
 from pyro_dgm.diagnostics.explore import explore, never_fitted
 from pyro_dgm.diagnostics.groups import Groups, all_groups, container_of
@@ -116,7 +116,7 @@ def from_svi(
     return _from_guides("from_svi", model, [guide], args, n, complete, chains=chains, check=check)
 
 
-@checked(num_samples=1, batch_size=1)
+@checked(only=("num_samples", "options"), num_samples=1, batch_size=1)
 def from_fits(
     guides: Sequence[Model],
     model: Model,
@@ -173,6 +173,9 @@ def _from_guides(
 ) -> Any:
     """The container of n draws of each guide."""
     refuse_guides_as_models(who, model)
+    for each in (model, *guides):
+        if not callable(each):
+            raise TypeError(f"{who}: {shown(each)} is no Pyro program, expected functions or modules.")
     if any(isinstance(guide, AutoDelta) for guide in guides):  # known by its name, before it is run
         raise ValueError(f"{who}: AutoDelta is a point estimate, not a posterior: it has no density and no weights.")
     kwargs = options["model_kwargs"] or {}

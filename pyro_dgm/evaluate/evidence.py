@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_tensor_like, check_batch, check_context
+from pyro_dgm.core.shapes import as_tensor_like, check_batch, check_context, refuse_immoderate
 from pyro_dgm.core.weights import evidence_error, log_mean_exp, psis
 from pyro_dgm.evaluate.score import Score, mean_score
 from pyro_dgm.gan.generator import Generator
@@ -197,6 +197,8 @@ def ais(
     else:
         x, context = check_batch("ais", vae, x, context)
     _refuse_no_rows("ais", x)
+    if mask is None:
+        refuse_immoderate("ais", x.reshape(len(x), -1))
     target = _Annealed(vae, x, context, mask, leapfrog)
     if latents is not None:
         latents = as_tensor_like("ais", "latents", latents, x)

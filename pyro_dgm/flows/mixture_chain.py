@@ -263,6 +263,10 @@ class MixtureChain(DistributionModule):
         self.reader = Reader(seen, shared_features, dropout) if shared_features else None
         self.net = _masked(size, shared_features + seen, 3 * components, hidden_features, dropout)
         self.linear = nn.Linear(seen, size)
+        if box is not None and not all(end.shape == (size,) for end in box):
+            raise ValueError(
+                f"MixtureChain: box has ends of shapes {[tuple(end.shape) for end in box]}, expected ({size},) both."
+            )
         low, high = box or (torch.full((size,), -torch.inf), torch.full((size,), torch.inf))
         self.register_buffer("slope", torch.zeros(size, seen))
         self.register_buffer("offset", torch.zeros(size))

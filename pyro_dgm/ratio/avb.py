@@ -87,7 +87,7 @@ class Adversarial_ELBO(nn.Module):
     )
     _joint: LogJoint
 
-    @checked()
+    @checked(only=("model",))
     def __init__(
         self,
         model: Callable[..., Any],

@@ -333,7 +333,7 @@ class LogisticRegression(nn.Module):
         True
     """
 
-    @checked()
+    @checked(only=("shuffles",))
     def __init__(self, ratio: DensityRatio, *, shuffles: int = 4) -> None:
         super().__init__()
         if not isinstance(ratio, DensityRatio):
@@ -374,5 +374,7 @@ def _checked_rows(ratio: DensityRatio, *rows: Tensor) -> list[Tensor]:
     """Rows of the ratio's kind, all finite."""
     rows = tuple(as_tensor_like("LogisticRegression", "data", x, ratio.standard.loc) for x in rows)
     for x in rows:
+        if not x.dim():
+            raise ValueError(f"LogisticRegression: data are the one number {float(x):g}, expected rows (N, *event).")
         refuse_non_finite("LogisticRegression", x)
     return list(rows)

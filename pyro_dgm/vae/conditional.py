@@ -17,7 +17,7 @@ from torch.distributions import Distribution, Independent, constraints
 
 from pyro_dgm.core import MLP, DistributionModule, LearnedDistribution, Standardize, broadcast_cat
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_tensor_like, check_context, is_real
+from pyro_dgm.core.shapes import as_count, as_tensor_like, check_context, is_real
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.vae.likelihoods import arguments_of, has_data_units, in_data_units
 
@@ -245,6 +245,7 @@ class Chain(DistributionModule):
 
     @checked()
     def __init__(self, *families: DistributionModule, context_features: int = 0) -> None:
+        context_features = as_count("Chain", "context_features", context_features)
         super().__init__(sum(f.features for f in families), context_features)
         known = context_features
         for i, family in enumerate(families):

@@ -73,7 +73,7 @@ def refine(
         return family.from_output(output.detach())
 
 
-@checked()
+@checked(num_samples=1, proposals=1)
 @torch.no_grad()
 def impute(
     vae: VAE,

@@ -52,7 +52,7 @@ def plot_images(images: Tensor, columns: int = 10, ax: Axes | None = None) -> Ax
     tiles = torch.nn.functional.pad(whole, (0, gap, 0, gap)).reshape(rows, columns, h + gap, w + gap)
     grid = tiles.permute(0, 2, 1, 3).reshape(rows * (h + gap), columns * (w + gap))
     ax = _axes("plot_images", ax) or plt.subplots(figsize=(0.5 * columns, 0.5 * rows * h / w), layout="constrained")[1]
-    ax.imshow(grid.float().numpy(), cmap="gray_r", vmin=0.0, vmax=1.0, interpolation="nearest")
+    ax.imshow(grid.detach().float().numpy(), cmap="gray_r", vmin=0.0, vmax=1.0, interpolation="nearest")
     ax.axis("off")
     return ax
 

@@ -183,8 +183,9 @@ class _Guide(nn.Module):
         if y is None:
             return guessed
         if y.shape != x.shape[:1] or y.is_floating_point() or int(y.min()) < -1 or int(y.max()) >= self.classes:
+            low, high = (float(y.min()), float(y.max())) if y.numel() else (0.0, 0.0)
             raise ValueError(
-                f"SemiSupervisedVAE: y has shape {tuple(y.shape)}, {y.dtype} and values {int(y.min())} to {int(y.max())}, "
+                f"SemiSupervisedVAE: y has shape {tuple(y.shape)}, {y.dtype} and values {low:g} to {high:g}, "
                 f"expected ({len(x)},) integers from 0 to {self.classes - 1}, and -1 where there is no label."
             )
         certain = one_hot(y.clamp(min=0), self.classes).to(x.dtype)
