@@ -29,6 +29,7 @@ __all__ = ["FlowMatching", "match", "recipe_of_few", "standardize_once", "start_
 
 RATE = 5e-3  # of flow matching before a flow's first step; not measured; chosen by hand
 _FLOOR = 0.1  # of a rate before the first step, at the end; not measured; chosen by hand
+_IN_PROPORTION = 5  # steps on such draws for each step that a fit is limited to, at most; not measured
 FEW_STEPS = 1500  # of flow matching on draws of what stands in for few rows (docs/benchmarks/small.md)
 _BLOCK = 64  # rows among which noise is matched to data; the cost of a match grows with their cube
 
@@ -153,6 +154,8 @@ def start_from_few(
         return True
     _start_at_normal(family, x, context)
     pairs = Pairs(family.flow_units(x), context)
+    if stages.limits.max_steps is not None:
+        steps = min(steps, _IN_PROPORTION * stages.limits.max_steps)
     if pairs.worth_while:
         before = deepcopy(family.state_dict())
         score = _score(family, x, context)

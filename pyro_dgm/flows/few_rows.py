@@ -101,7 +101,7 @@ class Decorrelate(nn.Module):
     @torch.no_grad()
     def fit(self, v: Tensor) -> Decorrelate:
         """Take correlations from rows ``(N, D)`` in standardised units."""
-        v = v.double()
+        v = v.detach().cpu().double()
         shrinkage, inflation = _best_covariance(v)
         self.tril = (inflation**0.5 * _cholesky(v, shrinkage)).to(self.tril)
         return self
@@ -178,7 +178,7 @@ def _left_out(v: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
 
 def _folds(rows: int, folds: int) -> list[tuple[Tensor, Tensor]]:
     """Rows to fit to and rows that are left out, at random but always the same."""
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(rows, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     return [(order[~torch.isin(order, left)], left) for left in order.tensor_split(folds)]
 
 
@@ -191,7 +191,7 @@ class _Normals(NamedTuple):
 
     def log_parts(self, x: Tensor) -> Tensor:
         """Log densities of the weighted components, shape ``(N, K)``."""
-        eye = torch.eye(x.shape[1]).to(x).expand_as(self.tril)
+        eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(self.tril)
         inverse = torch.linalg.solve_triangular(self.tril, eye, upper=False)
         z = torch.einsum("kij,nj->nki", inverse, x) - torch.einsum("kij,kj->ki", inverse, self.loc)
         log_scale = self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -202,7 +202,7 @@ class _Normals(NamedTuple):
 
     def sample(self, n: int) -> Tensor:
         k = torch.multinomial(self.weight, n, replacement=True)
-        z = torch.randn(n, self.loc.shape[1]).to(self.loc)
+        z = torch.randn_like(self.loc[k])
         return self.loc[k] + (self.tril[k] @ z.unsqueeze(-1)).squeeze(-1)
 
 
@@ -218,8 +218,8 @@ class _Kernels(NamedTuple):
         return kernel.logsumexp(-1) - constant
 
     def sample(self, n: int) -> Tensor:
-        k = torch.randint(len(self.loc), (n,))
-        return self.loc[k] + self.width * torch.randn(n, self.loc.shape[1]).to(self.loc)
+        centres = self.loc[torch.randint(len(self.loc), (n,), device=self.loc.device)]
+        return centres + self.width * torch.randn_like(centres)
 
 
 _Part = _Normals | _Kernels
@@ -265,7 +265,7 @@ class StandIn:
         counts = torch.multinomial(self.weights, n, replacement=True).bincount(minlength=len(self.parts))
         drawn = [part.sample(count) for part, count in zip(self.parts, counts.tolist(), strict=True) if count]
         draws = torch.cat(drawn)
-        return draws[torch.randperm(n)].float()
+        return draws[torch.randperm(n, device=draws.device)].float()
 
 
 class Pairs:
@@ -322,7 +322,9 @@ def _candidates(rows: int, columns: int) -> list[_Candidate]:
 
 
 def _standard_normal(x: Tensor) -> _Normals:
-    return _Normals(x.new_ones(1), x.new_zeros(1, x.shape[1]), torch.eye(x.shape[1]).to(x)[None])
+    return _Normals(
+        x.new_ones(1), x.new_zeros(1, x.shape[1]), torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[None]
+    )
 
 
 def _mixture(components: int, pseudo: float) -> _Candidate:
@@ -372,7 +374,11 @@ def _maximised(x: Tensor, share: Tensor, pseudo: float) -> _Normals:
     spread = torch.stack([((x - m) * s[:, None]).T @ (x - m) for m, s in zip(loc, share.T, strict=True)])
     common = spread.sum(0) / rows
     shrinkage = columns / (rows + columns)
-    common = (1.0 - shrinkage) * common + shrinkage * common.diagonal().diag() + _RIDGE * torch.eye(columns).to(x)
+    common = (
+        (1.0 - shrinkage) * common
+        + shrinkage * common.diagonal().diag()
+        + _RIDGE * torch.eye(columns, dtype=x.dtype, device=x.device)
+    )
     if pseudo == math.inf:
         covariance = common.expand_as(spread)
     else:
@@ -382,7 +388,7 @@ def _maximised(x: Tensor, share: Tensor, pseudo: float) -> _Normals:
 
 def _clusters(x: Tensor, components: int, iterations: int = 10) -> Tensor:
     """The cluster of each row, by k-means from far-apart rows (k-means++)."""
-    centres = x[torch.randint(len(x), (1,))]
+    centres = x[torch.randint(len(x), (1,), device=x.device)]
     while len(centres) < components:
         nearest = torch.cdist(x, centres).amin(1).square() + 1e-12
         centres = torch.cat([centres, x[torch.multinomial(nearest, 1)]])
