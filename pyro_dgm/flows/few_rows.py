@@ -61,14 +61,16 @@ _WIDTHS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)  # of kernels
 _ITERATIONS = 60  # of a mixture's EM at most
 _TOLERANCE = 1e-3  # nats a row, that an iteration has to bring
 _RIDGE = 1e-4  # in the common covariance: a spike of equal rows has a width of .01
+_FAR = (2.0, 6.0, 20.0)  # widths of normals for far rows, which else a flow scores at random: by -60,000 nats
+_FAR_WEIGHT = 0.005
 _LEAST_GAIN = 0.02  # nats a row above the normal law, for the stand-in to be worth while. Not measured; chosen by hand
 _SNAPPED = 0.1  # of the rows: the most values of a context's column that counts as one of classes. Not measured
 _NEGLIGIBLE = 0.01  # weight of a candidate that is left out
 
 
-def are_few(rows: int | None) -> bool:
+def are_few(rows: int) -> bool:
     """Whether so many rows are few, and enough for anything at all."""
-    return rows is not None and LEAST_ROWS <= rows <= FEW
+    return LEAST_ROWS <= rows <= FEW
 
 
 class Decorrelate(nn.Module):
@@ -101,7 +103,7 @@ class Decorrelate(nn.Module):
     @torch.no_grad()
     def fit(self, v: Tensor) -> Decorrelate:
         """Take correlations from rows ``(N, D)`` in standardised units."""
-        v = v.double()
+        v = v.detach().cpu().double()
         shrinkage, inflation = _best_covariance(v)
         self.tril = (inflation**0.5 * _cholesky(v, shrinkage)).to(self.tril)
         return self
@@ -178,7 +180,7 @@ def _left_out(v: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
 
 def _folds(rows: int, folds: int) -> list[tuple[Tensor, Tensor]]:
     """Rows to fit to and rows that are left out, at random but always the same."""
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(rows, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     return [(order[~torch.isin(order, left)], left) for left in order.tensor_split(folds)]
 
 
@@ -191,8 +193,7 @@ class _Normals(NamedTuple):
 
     def log_parts(self, x: Tensor) -> Tensor:
         """Log densities of the weighted components, shape ``(N, K)``."""
-        eye = torch.eye(x.shape[1]).to(x).expand_as(self.tril)
-        inverse = torch.linalg.solve_triangular(self.tril, eye, upper=False)
+        inverse = torch.linalg.solve_triangular(self.tril, torch.ones_like(x[0]).diag(), upper=False)
         z = torch.einsum("kij,nj->nki", inverse, x) - torch.einsum("kij,kj->ki", inverse, self.loc)
         log_scale = self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return -0.5 * z.square().sum(-1) - log_scale - 0.5 * x.shape[1] * math.log(2.0 * math.pi) + self.weight.log()
@@ -202,7 +203,7 @@ class _Normals(NamedTuple):
 
     def sample(self, n: int) -> Tensor:
         k = torch.multinomial(self.weight, n, replacement=True)
-        z = torch.randn(n, self.loc.shape[1]).to(self.loc)
+        z = torch.randn_like(self.loc[k])
         return self.loc[k] + (self.tril[k] @ z.unsqueeze(-1)).squeeze(-1)
 
 
@@ -218,8 +219,8 @@ class _Kernels(NamedTuple):
         return kernel.logsumexp(-1) - constant
 
     def sample(self, n: int) -> Tensor:
-        k = torch.randint(len(self.loc), (n,))
-        return self.loc[k] + self.width * torch.randn(n, self.loc.shape[1]).to(self.loc)
+        centres = self.loc[torch.randint(len(self.loc), (n,), device=self.loc.device)]
+        return centres + self.width * torch.randn_like(centres)
 
 
 _Part = _Normals | _Kernels
@@ -246,9 +247,10 @@ class StandIn:
             scores = _scores(candidates, x)
             weights = _stacked(scores)
             kept = [i for i, w in enumerate(weights.tolist()) if w > _NEGLIGIBLE]
-            self.parts = [candidates[i](x) for i in kept]
-        self.weights = weights[kept] / weights[kept].sum()
-        self.gain = float(((scores[:, kept] + self.weights.log()).logsumexp(-1) - scores[:, 0]).mean())
+            self.parts = [candidates[i](x) for i in kept] + [_normal(x, width) for width in _FAR]
+        weights = weights[kept] / weights[kept].sum()
+        self.gain = float(((scores[:, kept] + weights.log()).logsumexp(-1) - scores[:, 0]).mean())
+        self.weights = torch.cat([weights * (1.0 - len(_FAR) * _FAR_WEIGHT), x.new_full((len(_FAR),), _FAR_WEIGHT)])
 
     @property
     def worth_while(self) -> bool:
@@ -265,7 +267,7 @@ class StandIn:
         counts = torch.multinomial(self.weights, n, replacement=True).bincount(minlength=len(self.parts))
         drawn = [part.sample(count) for part, count in zip(self.parts, counts.tolist(), strict=True) if count]
         draws = torch.cat(drawn)
-        return draws[torch.randperm(n)].float()
+        return draws[torch.randperm(n, device=draws.device)].float()
 
 
 class Pairs:
@@ -313,7 +315,7 @@ def _snapped(drawn: Tensor, seen: Tensor) -> Tensor:
 
 def _candidates(rows: int, columns: int) -> list[_Candidate]:
     """Ways to fit a density: first the standard normal, then mixtures and kernels."""
-    found: list[_Candidate] = [_standard_normal]
+    found: list[_Candidate] = [_normal]
     for components in _COMPONENTS:
         if components * _ROWS_EACH <= rows:
             ties = {max(_LEAST_TIE, tie * columns) for tie in _TIES}
@@ -321,8 +323,9 @@ def _candidates(rows: int, columns: int) -> list[_Candidate]:
     return found + [_kernels(width) for width in _WIDTHS]
 
 
-def _standard_normal(x: Tensor) -> _Normals:
-    return _Normals(x.new_ones(1), x.new_zeros(1, x.shape[1]), torch.eye(x.shape[1]).to(x)[None])
+def _normal(x: Tensor, width: float = 1.0) -> _Normals:
+    tril = torch.full_like(x[0], width).diag()
+    return _Normals(x.new_ones(1), torch.zeros_like(x[:1]), tril[None])
 
 
 def _mixture(components: int, pseudo: float) -> _Candidate:
@@ -372,7 +375,8 @@ def _maximised(x: Tensor, share: Tensor, pseudo: float) -> _Normals:
     spread = torch.stack([((x - m) * s[:, None]).T @ (x - m) for m, s in zip(loc, share.T, strict=True)])
     common = spread.sum(0) / rows
     shrinkage = columns / (rows + columns)
-    common = (1.0 - shrinkage) * common + shrinkage * common.diagonal().diag() + _RIDGE * torch.eye(columns).to(x)
+    ridge = torch.full_like(x[0], _RIDGE).diag()
+    common = (1.0 - shrinkage) * common + shrinkage * common.diagonal().diag() + ridge
     if pseudo == math.inf:
         covariance = common.expand_as(spread)
     else:
@@ -382,7 +386,7 @@ def _maximised(x: Tensor, share: Tensor, pseudo: float) -> _Normals:
 
 def _clusters(x: Tensor, components: int, iterations: int = 10) -> Tensor:
     """The cluster of each row, by k-means from far-apart rows (k-means++)."""
-    centres = x[torch.randint(len(x), (1,))]
+    centres = x[torch.randint(len(x), (1,), device=x.device)]
     while len(centres) < components:
         nearest = torch.cdist(x, centres).amin(1).square() + 1e-12
         centres = torch.cat([centres, x[torch.multinomial(nearest, 1)]])

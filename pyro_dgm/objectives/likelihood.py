@@ -111,7 +111,7 @@ class MaximumLikelihood(nn.Module):
 
     def recipe(self, rows: int | None) -> Recipe:
         """Few rows are in part held out."""
-        return recipe_of_few(self.family) if are_few(rows) else Recipe()
+        return recipe_of_few(self.family, rows) if rows is not None and are_few(rows) else Recipe()
 
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take the units from the data and match the flow, unless the family was trained before."""
