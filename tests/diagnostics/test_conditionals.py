@@ -56,5 +56,5 @@ def test_wrong_arguments_of_conditionals_are_explained():
 def test_a_generator_is_taken_as_it_is():
     torch.manual_seed(0)
     generator = dgm.Generator(3, 8)
-    result = conditionals(generator(), rows(100), [0], max_steps=1, seed=0)
+    result = conditionals(generator(), rows(100), [0], max_steps=1, num_draws=19, seed=0)
     assert set(result.held_out.pit) == {"hidden"}
