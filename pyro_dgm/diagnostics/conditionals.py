@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributions import Distribution
 
 from pyro_dgm.core.devices import seeded
@@ -131,7 +131,7 @@ def conditionals(
     """
     rows = held_out.reshape(len(held_out), -1)
     hidden = _hidden(rows, seen)
-    sample = generator if callable(generator) else lambda n: generator.sample((n,))
+    sample = _drawn_from(generator)
     with seeded(seed):
         fresh = max(len(rows), _CONTROL)
         drawn = sample(_PAIRS + fresh).detach().reshape(_PAIRS + fresh, -1)
@@ -153,6 +153,14 @@ def conditionals(
                 )
             )
     return _compared(*found)
+
+
+def _drawn_from(generator: Callable[[int], Tensor] | Distribution) -> Callable[[int], Tensor]:
+    """A distribution of Pyro can be called, too, with a shape."""
+    if isinstance(generator, Distribution):
+        law = generator
+        return lambda n: law.sample(Size((n,)))
+    return generator
 
 
 def _compared(held_out: Calibration, control: Calibration) -> Conditionals:

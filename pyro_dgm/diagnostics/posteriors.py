@@ -151,7 +151,8 @@ def experiment(
         of_others = None
         if len(densities and densities[1]) > 1:
             of_others = drawn.at_truth({k: v.roll(1, 0) for k, v in truth.items()})
-            joint = _joint_if_known(program, posterior, draws, truth, data)
+            if program is not None or drawn.has_model:
+                joint = _joint_if_known(program, posterior, draws, truth, data)
         sharpness = sharpness_of(_arrays(draws), _arrays(truth), densities, of_others, joint)
         if density and not densities:
             densities = _joint_densities(program, drawn.draws, truth, data)
@@ -230,6 +231,12 @@ class _Drawn:
             return ()
         of_draws = [q.log_prob({k: v[i] for k, v in self.draws.items()}) for i, q in enumerate(self.each)]
         return _array(torch.stack(of_draws)), self.at_truth(truth)
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the posteriors know their model, as amortised guides do."""
+        q = self.together if self.together is not None else self.each[0]
+        return hasattr(type(q), "model") or "model" in getattr(q, "__dict__", {})
 
     def at_truth(self, truth: Draws) -> np.ndarray:
         """Log densities of one value for each data set, ``(M,)``."""

@@ -30,7 +30,7 @@ def test_a_planted_fault_of_a_conditional_is_seen(text, fault):
     """Planted: sds 20 % too narrow and 25 % too wide, means 0.4 sd off, and a hidden entry that ignores the seen ones."""
     torch.manual_seed(0)
     held_out = rows(600)
-    result = conditionals(lambda n: rows(n, **fault), held_out, [0, 1], max_steps=250, seed=1)
+    result = conditionals(lambda n: rows(n, **fault), held_out, [0, 1], max_steps=150, num_draws=99, seed=1)
     assert result.learned and text in str(result), str(result)
     assert bool(result.faults) == bool(fault) and (result.p_value > 0.01 or fault)
     if "scale" in fault:  # sds of the draws are off by this factor
@@ -43,7 +43,7 @@ def test_a_planted_fault_of_a_conditional_is_seen(text, fault):
 def test_a_flow_that_has_learned_little_raises_no_false_alarm(seed):
     """Ranks of held-out rows and of the generator's own are compared, so an untrained flow costs power, not the level."""
     torch.manual_seed(seed)
-    result = conditionals(rows, rows(300), [0, 1], max_steps=1, seed=seed)
+    result = conditionals(rows, rows(300), [0, 1], max_steps=1, num_draws=99, seed=seed)
     assert not result.faults and result.p_value > 0.01 and ("Sizes are rough" in str(result)) != result.learned
 
 
@@ -56,5 +56,5 @@ def test_wrong_arguments_of_conditionals_are_explained():
 def test_a_generator_is_taken_as_it_is():
     torch.manual_seed(0)
     generator = dgm.Generator(3, 8)
-    result = conditionals(generator(), rows(100), [0], max_steps=1, seed=0)
+    result = conditionals(generator(), rows(100), [0], max_steps=1, num_draws=19, seed=0)
     assert set(result.held_out.pit) == {"hidden"}
