@@ -99,6 +99,7 @@ class Standardize(nn.Module):
         loc, scale, constant = self._straight_units(rows, seen, _rounding(x, self.loc), who)
         if floor:
             scale = scale.clamp_min(floor * float(scale.square().mean().sqrt()))
+            constant = scale == 0
         found = {"loc": loc, "scale": self._left_out(scale, constant), "centre": 0.0 * loc, "spread": 0.0 * loc}
         if not floor and tails != "keep":
             _treat_tails(found, rows, seen, ~constant, tails)
