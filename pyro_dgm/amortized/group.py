@@ -265,14 +265,13 @@ class BesidePrior(nn.Module):
         return torch.cat([self._flat(s, values[s.name]) for s in self.sites], -1)
 
     @torch.no_grad()
-    def fit(self, context: Tensor, x: Tensor, steady: Tensor, bent: Tensor) -> None:
-        """The regression of latents ``(N, D)`` on contexts ``(N, C)``."""
+    def fit(self, context: Tensor, x: Tensor, *columns: Tensor) -> None:
+        """The regression of latents ``(N, D)`` on contexts ``(N, C)``, of which some are steady, counts and bent."""
         self.standard.fit(x)
-        found = chosen_place_and_width(
-            context[:, : self.features], self.standard(x), steady[: self.features], bent[: self.features]
-        )
-        for own, new in zip((self.slope, self.offset, self.log_slope, self.log_offset), found, strict=True):
-            own.copy_(new)
+        own = [c[: self.features] for c in columns]
+        found = chosen_place_and_width(context[:, : self.features], self.standard(x), *own)
+        for buffer, new in zip((self.slope, self.offset, self.log_slope, self.log_offset), found, strict=True):
+            buffer.copy_(new)
 
 
 @dataclass
@@ -304,8 +303,7 @@ class Turn:
             group.units.fit(self.values, self.mask, self.prior)
         if group.beside is not None:
             context, x = pairs(self.context, group.beside.values(self.values), self.mask)
-            steady, _, bent = group.columns(context.device)
-            group.beside.fit(context[:REGRESSED], x[:REGRESSED], steady, bent)
+            group.beside.fit(context[:REGRESSED], x[:REGRESSED], *group.columns(context.device))
 
     def encode(self, values: Mapping[str, Any], nesting: int, lead: int) -> None:
         """Take given values ``{site: (*lead, *site)}``, of a model with ``nesting`` plate dimensions."""

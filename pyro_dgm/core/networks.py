@@ -27,10 +27,13 @@ __all__ = [
 
 # Of a regression with a width of its own; not measured, chosen by hand.
 _RIDGE = 1e-6
+_ENOUGH = 10  # rows for each feature
 _ROUNDS = 30  # of reweighting
+_FLOORS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # of deviations, from which on rows count as exact
 _WORTH = 0.05  # nats a row that bent features must bring
 _TAIL_DEGREES = 4.0  # of freedom of the Student distribution that it takes for its errors
-LOG_WIDTHS = (-12.0, 3.0)  # of its width, in the units of x
+_NORMAL = 0.17  # by which the log deviation of normal errors is larger than that width (measured: 0.16 to 0.20)
+LOG_WIDTHS = (-12.0, 1.0)  # of its width, in the units of x
 
 
 class MLP(nn.Sequential):
@@ -203,41 +206,65 @@ def refuse_batch_norm(name: str, network: nn.Module) -> None:
 def place_and_width(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Place and log width of x ``(N, D)``, linear in rows ``(N, C)``: maximum likelihood with Student's errors.
 
-    Reweighted least squares for the place, and Fisher scoring for the log width, in turn.
+    Reweighted least squares for the place, and Fisher scoring for the log width, in turn; from equal weights and from those of
+    rows that a plane fits nearly exactly, of which the more likely result is taken.
 
     Returns:
         Slopes ``(D, C)`` and offset ``(D,)`` of the place, the same of the log width, and the log likelihood of each entry,
         in nats a row, up to a constant.
     """
-    nu = _TAIL_DEGREES
     rows = torch.cat([rows, rows.new_ones(len(rows), 1)], -1)
-    ridge = _RIDGE * torch.eye(rows.shape[-1]).to(rows)
-    gram = rows.mT @ rows / len(rows) + 1e3 * ridge
-    weights = torch.ones_like(x)
+    equal = torch.ones_like(x)
+    sharp = equal
+    for floor in _FLOORS:
+        sharp = 1.0 / ((x - rows @ _weighted_place(rows, x, sharp).mT).square() + floor**2 * x.var(0))
+    found = [_reweighted(rows, x, weights) for weights in (equal, sharp)]
+    second = found[1][-1] > found[0][-1]
+    place, width, gain = (
+        torch.where(second if a.dim() == 1 else second[:, None], b, a) for a, b in zip(*found, strict=True)
+    )
+    return place[:, :-1], place[:, -1], width[:, :-1], width[:, -1] + _NORMAL, gain
+
+
+def _reweighted(rows: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Place and log width ``(D, C)`` from a start, and the log likelihood of each entry."""
+    nu = _TAIL_DEGREES
+    gram = rows.mT @ rows / len(rows) + 1e3 * _RIDGE * torch.eye(rows.shape[-1]).to(rows)
     width = rows.new_zeros(rows.shape[-1], x.shape[-1])
     for round_ in range(_ROUNDS):
-        weighted = (rows.unsqueeze(1) * weights.unsqueeze(-1)).permute(1, 2, 0)  # (D, C, N)
-        scale = weights.mean(0)[:, None, None]
-        place = torch.linalg.solve(
-            weighted @ rows / len(rows) + scale * ridge, weighted @ x.mT.unsqueeze(-1) / len(rows)
-        )
-        square = (x - (rows @ place[..., 0].mT)).square()
+        place = _weighted_place(rows, x, weights)
+        square = (x - rows @ place.mT).square()
         if not round_:
-            width[-1] = 0.5 * square.mean(0).clamp_min(1e-12).log()
+            width = torch.linalg.solve(gram, rows.mT @ (0.5 * (square + 1e-12).log() + 0.6) / len(rows))
         relative = square * torch.exp(-2.0 * (rows @ width).clamp(*LOG_WIDTHS))
         excess = (nu + 1.0) * relative / (nu + relative) - 1.0
         width = width + (nu + 3.0) / (2.0 * nu) * torch.linalg.solve(gram, rows.mT @ excess / len(rows))
         spread = torch.exp(2.0 * (rows @ width).clamp(*LOG_WIDTHS))
         weights = (nu + 1.0) / (nu * spread + square)
     gain = -(0.5 * spread.log() + 0.5 * (nu + 1.0) * torch.log1p(square / (nu * spread))).mean(0)
-    return place[:, :-1, 0], place[:, -1, 0], width[:-1].mT, width[-1], gain
+    return place, width.mT, gain
 
 
-def chosen_place_and_width(context: Tensor, x: Tensor, steady: Tensor, bent: Tensor | None = None) -> list[Tensor]:
+def _weighted_place(rows: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+    """Weighted least squares of every entry of x, ``(D, C)``."""
+    weighted = (rows.unsqueeze(1) * weights.unsqueeze(-1)).permute(1, 2, 0)  # (D, C, N)
+    ridge = _RIDGE * torch.eye(rows.shape[-1]).to(rows) * weights.mean(0)[:, None, None]
+    return torch.linalg.solve(weighted @ rows / len(rows) + ridge, weighted @ x.mT.unsqueeze(-1) / len(rows))[..., 0]
+
+
+def chosen_place_and_width(
+    context: Tensor, x: Tensor, steady: Tensor, counts: Tensor | None = None, bent: Tensor | None = None
+) -> list[Tensor]:
     """Slopes and offset of place and log width of x ``(N, D)``, linear in the steady features of contexts ``(N, C)``.
 
-    Bent features are functions of the others; an entry takes them only where they tell it much.
+    Bent features are functions of the others; an entry takes them only where they tell it much. Rows with few data, by their
+    counts, are left out where enough others are there: a line cannot be right for both, and it is to hold for many data.
     """
+    large = torch.ones_like(context[:, 0], dtype=torch.bool)
+    if counts is not None and bool(counts.any()):
+        large = (context[:, counts] >= context[:, counts].median(0).values).all(1)
+    if int(large.sum()) >= _ENOUGH * int(steady.sum()):
+        context, x = context[large], x[large]
     straight = steady if bent is None else steady & ~bent
     known = torch.where(steady, context, torch.zeros_like(context)).double()
     plain = place_and_width(torch.where(straight, known, torch.zeros_like(known)), x.double())

@@ -356,7 +356,7 @@ class MixtureChain(DistributionModule):
         """
         steady = torch.ones_like(context[0], dtype=torch.bool) if steady is None else steady
         ours = (self.slope, self.offset, self.log_slope, self.log_offset)
-        for own, found in zip(ours, chosen_place_and_width(context, x, steady, bent), strict=True):
+        for own, found in zip(ours, chosen_place_and_width(context, x, steady, counts, bent), strict=True):
             own.copy_(found)
         self.least[steady] = context[:, steady].amin(0)
         self.most[steady] = context[:, steady].amax(0)
