@@ -76,9 +76,7 @@ class Pools(nn.Module):
         ends: list[Any] = [chain[-1] for chain in chains]
         self.steady = [i < end.told_features for end in ends for i in range(end.out_features)]
         self.counts = [i == 0 for end in ends for i in range(end.out_features)]
-        self.bent = [
-            b for end in ends for b in (*end.statistics.bent, *[False] * (end.out_features - end.told_features))
-        ]
+        self.bent = [b for end in ends for b in (*end.statistics.bent, *[0] * (end.out_features - end.told_features))]
 
     def forward(self, stream: Stream, learned: bool = True) -> Tensor:
         """The summary, ``(*lead, *plates, F)`` with 1 for pooled plates; what is learned may be zero."""

@@ -74,7 +74,7 @@ class Group(nn.Module):
         self.beside = BesidePrior([s for s in sites if s in centred], told) if width else None
         self.steady += [True] * 2 * width
         self.counts += [False] * 2 * width
-        self.bent += [False] * 2 * width
+        self.bent += [0] * 2 * width
         self.context_features = len(self.steady)
         self.family: Any = self._family(family)
         self.heads = nn.ModuleList(self._heads())
@@ -88,18 +88,18 @@ class Group(nn.Module):
 
     def _columns(
         self, streams: Sequence[Stream], sees: Mapping[int, Group]
-    ) -> tuple[list[bool], list[bool], list[bool]]:
+    ) -> tuple[list[bool], list[bool], list[int]]:
         """Which features of the context training does not change, which are counts, and which logs of others."""
         steady: list[bool] = []
         counts: list[bool] = []
-        bent: list[bool] = []
+        bent: list[int] = []
         for stream, pool in zip(streams, self.pools, strict=True):
             width = stream.features.shape[-1]
             steady += pool.steady if isinstance(pool, Pools) else [not stream.learned] * width
             counts += pool.counts if isinstance(pool, Pools) else [False] * width
-            bent += pool.bent if isinstance(pool, Pools) else [False] * width
+            bent += pool.bent if isinstance(pool, Pools) else [0] * width
         earlier = sum(g.features for g in sees.values())
-        return steady + [True] * earlier, counts + [False] * earlier, bent + [False] * earlier
+        return steady + [True] * earlier, counts + [False] * earlier, bent + [0] * earlier
 
     def columns(self, device: torch.device) -> list[Tensor]:
         """Which features of the context are steady, counts and bent."""

@@ -84,7 +84,7 @@ class AmortizedGuide(nn.Module):
         ...         return pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
         >>> guide = dgm.AmortizedGuide(model, observed=["y"])
         >>> history = dgm.fit(dgm.ForwardKL(guide), max_steps=20, progress=False, seed=0)
-        >>> draws = guide.condition(y=torch.zeros(3)).sample((100,))     # simulated with 5 groups, asked for 3
+        >>> draws = guide.condition(y=torch.tensor([0.3, -1.0, 1.2])).sample((100,))  # simulated with 5 groups
         >>> {k: tuple(v.shape) for k, v in draws.items()}
         {'mu': (100,), 'theta': (100, 3)}
     """

@@ -117,10 +117,10 @@ class Statistics(nn.Module):
         self.register_buffer("most", torch.full((self.features,), torch.inf))
 
     @property
-    def bent(self) -> list[bool]:
-        """Which of the statistics are the logs of the distances to the ends of the range."""
-        logs = range(1 + 2 * self.told, 1 + 4 * self.told) if self.raw else range(0)
-        return [i in logs for i in range(self.features)]
+    def bent(self) -> list[int]:
+        """1 for logs of deviations, 2 for logs of the distances to the ends of the range, 0 for others."""
+        found = [0] * (1 + self.told) + [1] * self.told + [2] * (2 * self.told if self.raw else 0)
+        return found + [0] * (self.features - len(found))
 
     def _features(self) -> int:
         p, r = self.inputs, self.told - self.inputs
@@ -148,6 +148,13 @@ class Statistics(nn.Module):
     def inside(self, statistics: Tensor) -> Tensor:
         """The same, moved into the range of the simulations."""
         return torch.minimum(torch.maximum(statistics, self.least), self.most)
+
+    def held(self, statistics: Tensor) -> Tensor:
+        """The same, of which the logs of deviations and distances are moved into that range: a set may have no spread."""
+        logs = slice(1 + self.told, 1 + (4 if self.raw else 2) * self.told)
+        out = statistics.clone()
+        out[..., logs] = self.inside(statistics)[..., logs]
+        return out
 
     def of(self, x: Tensor, sets: Sets, there: Tensor | None) -> Tensor:
         """The same in their own units."""
@@ -274,6 +281,7 @@ class SetEncoder(nn.Module):
         statistics = self.statistics(told, sets, present)
         if not learned:
             return sets.laid(nn.functional.pad(statistics, (0, self.out_features - self.told_features)))
+        statistics = self.statistics.held(statistics)
         seen = self.statistics.inside(statistics)
         n = sets.count(rows).clamp_min(1.0)
         elements = self.first(rows)

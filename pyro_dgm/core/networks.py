@@ -257,18 +257,21 @@ def chosen_place_and_width(
 ) -> list[Tensor]:
     """Slopes and offset of place and log width of x ``(N, D)``, linear in the steady features of contexts ``(N, C)``.
 
-    Bent features are functions of the others; an entry takes them only where they tell it much. Rows with few data, by their
-    counts, are left out where enough others are there: a line cannot be right for both, and it is to hold for many data.
+    Bent features are functions of the others, of level 1 or 2; an entry takes a level only where it tells it much. Rows with
+    few data, by their counts, are left out where enough others are there: a line cannot be right for both, and it is to hold
+    for many data.
     """
     large = torch.ones_like(context[:, 0], dtype=torch.bool)
     if counts is not None and bool(counts.any()):
         large = (context[:, counts] >= context[:, counts].median(0).values).all(1)
     if int(large.sum()) >= _ENOUGH * int(steady.sum()):
         context, x = context[large], x[large]
-    straight = steady if bent is None else steady & ~bent
+    bent = torch.zeros_like(steady, dtype=torch.long) if bent is None else bent
     known = torch.where(steady, context, torch.zeros_like(context)).double()
-    plain = place_and_width(torch.where(straight, known, torch.zeros_like(known)), x.double())
-    whole = plain if bool((straight == steady).all()) else place_and_width(known, x.double())
-    better = whole[-1] - plain[-1] > _WORTH
-    pairs = zip(whole[:-1], plain[:-1], strict=True)
-    return [torch.where(better if a.dim() == 1 else better.unsqueeze(-1), a, b).to(x) for a, b in pairs]
+    best: list[Tensor] = []
+    for level in torch.unique(bent[steady]).tolist():
+        found = place_and_width(torch.where(bent <= level, known, torch.zeros_like(known)), x.double())
+        better = found[-1] - best[-1] > _WORTH if best else torch.ones_like(found[-1], dtype=torch.bool)
+        pairs = zip(found, best or found, strict=True)
+        best = [torch.where(better if a.dim() == 1 else better.unsqueeze(-1), a, b) for a, b in pairs]
+    return [part.to(x) for part in best[:-1]]

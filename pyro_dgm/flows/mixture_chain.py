@@ -352,7 +352,7 @@ class MixtureChain(DistributionModule):
                 no part in the regression.
             counts: those that say how many data there are. The width follows them beyond the range of the rows, and the place
                 does not; with the other features it is the other way round.
-            bent: functions of other features, which an entry takes only where they tell it much.
+            bent: a level above 0 for functions of other features, which an entry takes only where they tell it much.
         """
         steady = torch.ones_like(context[0], dtype=torch.bool) if steady is None else steady
         ours = (self.slope, self.offset, self.log_slope, self.log_offset)
