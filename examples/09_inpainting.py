@@ -2,7 +2,8 @@
 
 The prior is a GAN of scikit-learn's 8 x 8 digits. Its noise is latent in a Pyro model and x is computed, so that a flow guide
 and NUTS give the posterior; an amortised one is a conditional flow trained on simulated pairs. A wrong generator cannot be
-seen from inside the model: its own score (C2ST against held-out digits) stands beside every posterior.
+seen from inside the model: its own scores (C2ST against held-out digits, and their lower halves among its draws given the
+upper ones) stand beside every posterior.
 
 A posterior over digits has several modes. A flow guide and a short chain each tend to keep one, and to be too sure of it: compare
 their means before believing an sd. The amortised posterior has seen all modes in training and is wider.
@@ -86,6 +87,8 @@ def main(steps, gan_steps, num_nuts, out):
     held, truth = digits[:400], digits[3]
     generator = trained(digits[400:], gan_steps)
     print("the prior's C2ST against held-out digits:", dgm.evaluate.c2st(generator().sample((400,)), held, seed=0))
+    options = {"num_draws": 99, "max_steps": 2 * steps, "seed": 0}
+    print("lower half given the upper:", dgm.diagnostics.conditionals(generator(), held, range(32), **options))
     rows = {}
     for name, operator in operators().items():
         y = truth.flatten() @ operator.T + ERROR * torch.randn(len(operator))

@@ -21,7 +21,9 @@ from pyro_dgm.train import fit
 __all__ = ["Conditionals", "conditionals"]
 
 _PAIRS = 20_000  # draws of a generator that teach its conditionals; not measured, chosen by hand
-_FEW = 16  # hidden entries up to which they have a spline flow: 32 take a minute for 80,000 draws, a coupling flow a second
+_FEW = (
+    16  # hidden entries up to which they have a spline flow, which draws them one by one. Not measured; chosen by hand
+)
 _LAYERS = 6  # of the coupling flow; not measured, chosen by hand
 _LEAST_ROWS = 100  # held out: the spread then has an error of 7 %
 _CONTROL = (

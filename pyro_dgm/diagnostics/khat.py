@@ -39,7 +39,7 @@ _ENOUGH = 100  # ESS below which resample is not advised: an sd of so few draws 
 _MOST_ROWS = (
     0.95  # share of rows that must be good for a good verdict: k-hat of one in twenty is off by two of its errors
 )
-_SEEN_ROWS = 2_000  # rows of a plate that get a k-hat, evenly spaced: a CPU second. Not measured further
+_SEEN_ROWS = 2_000  # rows of a plate that get a k-hat, evenly spaced. Not measured; chosen by hand
 _DRIFT = 0.25  # sd; 512 chains from exact draws drift by 0.12 to 0.16, largest over coordinates
 _DRIFT_SD = 0.2  # log sd; fires on 31 and 1
 _ACCEPTANCE = 0.4  # share; any of these three fires on 33 and 1
