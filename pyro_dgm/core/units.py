@@ -69,6 +69,7 @@ class Standardize(nn.Module):
         self._asked: tuple[Tensor, int, Tensor, int, Tensor, int] | None = None
         self._identity = True
         self._straight = True
+        self.loaded = False  # with a state, which may be of a module that was trained in the units that it has
 
     @torch.no_grad()
     def fit(
@@ -196,6 +197,7 @@ class Standardize(nn.Module):
         for name in ("loc", "scale", "centre", "spread"):
             state.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state, prefix, *rest)
+        self.loaded = True
 
 
 class InputUnits(Standardize):
