@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
-from pyro_dgm.core.data import warn_of_ties
+from pyro_dgm.core.data import warn_of_ties, was_trained
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch, check_context
 from pyro_dgm.flows.base import NormalizingFlow
@@ -214,7 +214,7 @@ def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ..
     """
     units = family.event_units()
     of_events = units is not None and units.is_identity()
-    of_contexts = family.context_features > 0 and not family.has_units()
+    of_contexts = family.context_features > 0 and family.context_units.is_identity() and not was_trained(family)
     if not of_events and not of_contexts:
         return False
     x, context = first_rows(batches)

@@ -9,7 +9,7 @@ import math
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -363,9 +363,13 @@ def was_trained(module: nn.Module) -> bool:
     return max((p._version for p in module.parameters()), default=0) > _TRAINED
 
 
-def take_units(run: Callable[..., Any], batches: Iterator[tuple[Any, ...]], example: tuple[Any, ...]) -> None:
-    """Run an objective on an example, and on more batches where its parts read them without having units."""
+def take_units(run: nn.Module, batches: Iterator[tuple[Any, ...]], example: tuple[Any, ...]) -> None:
+    """Run an objective on an example, and on more batches where its parts read them without having units.
+
+    An objective that prepares its parts by itself gives them units then.
+    """
     with reading() as noted:
+        noted.refused = {part for module in run.modules() if hasattr(module, "prepare") for part in module.modules()}
         noted.data = _storages(example)
         run(*example)
         for _ in range(_UNIT_BATCHES - 1):

@@ -128,7 +128,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
 
     def has_units(self) -> bool:
         """Whether the units of contexts were taken before, or the family was trained without."""
-        return not self.context_units.is_identity() or was_trained(self)
+        return self.context_units.loaded or not self.context_units.is_identity() or was_trained(self)
 
     def take_units(self, context: Tensor) -> None:
         """Take the units of contexts."""

@@ -110,7 +110,7 @@ class Conditional(DistributionModule):
             x = rows[:, j]
             warn_user(
                 f"Conditional: column {j} of the data lies around {float(x.median()):.4g} (up to {float(size[j]):.4g}), and "
-                f"'{getattr(self.make, '__name__', type(self.make).__name__)}' reads the network's numbers in these units. "
+                f"'{_name_of(self.make)}' reads the network's numbers in these units. "
                 "Scale the data (dgm.Standardize), or use vae.normal, which knows them."
             )
 
@@ -154,10 +154,10 @@ class Conditional(DistributionModule):
         except ValueError as error:
             if all(bool(a.isfinite().all()) for a in arguments.values()) and "Expected parameter" not in str(error):
                 raise
+            largest = max(float(a.detach().abs().max()) for a in arguments.values())
             raise ValueError(
-                f"Conditional: the network's numbers, up to {max(float(a.abs().max()) for a in arguments.values()):.3g}, are no "
-                f"parameters of '{getattr(self.make, '__name__', type(self.make).__name__)}'. Usual causes: data far from the "
-                "unit scale (standardize them), or a learning rate that is too high."
+                f"Conditional: the network's numbers, up to {largest:.3g}, are no parameters of '{_name_of(self.make)}'. Usual "
+                "causes: data far from the unit scale (standardize them), or a learning rate that is too high."
             ) from error
 
     def _in_units(self, made: TorchDistribution) -> TorchDistribution:
@@ -293,6 +293,10 @@ class _Chained(TorchDistribution):
         """The distribution of a layer, given the context and the layers before it."""
         known = earlier if self.context is None else (self.context, *earlier)
         return family(broadcast_cat(*known) if known else None)
+
+
+def _name_of(make: Callable[..., TorchDistribution]) -> str:
+    return getattr(make, "__name__", type(make).__name__)
 
 
 def _refuse_unknown(shared: Sequence[str], names: Sequence[str]) -> None:

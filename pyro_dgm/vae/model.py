@@ -171,7 +171,7 @@ class Decoder(nn.Module):
 
     def has_units(self) -> bool:
         """Whether units were taken before, or the networks were trained without."""
-        return any(not u.is_identity() for u in self._units()) or was_trained(self.likelihood)
+        return any(u.loaded or not u.is_identity() for u in self._units()) or was_trained(self.likelihood)
 
     def _units(self) -> list[Standardize]:
         found: list[Standardize | None] = [self.likelihood.event_units()]

@@ -137,7 +137,7 @@ class _Model(nn.Module):
     def has_units(self) -> bool:
         """Whether units were taken before, or the networks were trained without."""
         units = self.likelihood.event_units()
-        return units is None or not units.is_identity() or was_trained(self.likelihood)
+        return units is None or units.loaded or not units.is_identity() or was_trained(self.likelihood)
 
     @torch.no_grad()
     def take_units(self, x: Tensor) -> None:

@@ -11,7 +11,11 @@ def test_units_are_those_of_transformed_data():
     levels = torch.randint(0, 256, (500, 2))
     flow = dgm.MAF(2)
     dgm.fit(
-        Transformed(dgm.MaximumLikelihood(flow), dgm.Dequantize(256)), (levels,), batch_size=100, max_steps=3, progress=False
+        Transformed(dgm.MaximumLikelihood(flow), dgm.Dequantize(256)),
+        (levels,),
+        batch_size=100,
+        max_steps=3,
+        progress=False,
     )
     assert (flow.standard.loc - 0.5).abs().max() < 0.05 and (flow.standard.scale - 0.29).abs().max() < 0.03
 
