@@ -44,7 +44,7 @@ class Standardize(nn.Module):
     loc: Tensor
     scale: Tensor
 
-    @checked()
+    @checked(features=1)
     def __init__(self, features: int) -> None:
         super().__init__()
         self.register_buffer("loc", torch.zeros(features))

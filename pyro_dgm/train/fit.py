@@ -175,6 +175,8 @@ def _checked_validation(validation: Any) -> float | tuple[Any, ...] | None:
                 f"fit: validation={validation!r}, expected a share of the rows between 0 and 1, or held-out data."
             )
         return float(validation)
+    if isinstance(validation, tuple | list) and not validation:
+        raise ValueError("fit: validation holds no arguments, expected a share of the rows, or held-out data.")
     return None if validation is None else as_args(validation)
 
 
