@@ -124,6 +124,8 @@ def frozen(*tensors: Tensor) -> Iterator[None]:
     for t in tensors:
         if not isinstance(t, Tensor):
             raise TypeError(f"frozen: got a {type(t).__name__}, expected tensors, such as *module.parameters().")
+        if t.requires_grad and not t.is_leaf:
+            raise ValueError("frozen: a tensor is the result of a computation, expected leaves, such as parameters.")
     live = [t for t in tensors if t.requires_grad]
     for t in live:
         t.requires_grad_(False)

@@ -61,7 +61,7 @@ class Standardize(nn.Module):
     centre: Tensor
     spread: Tensor  # 0 where a column is straight
 
-    @checked()
+    @checked(features=1)
     def __init__(self, features: int) -> None:
         super().__init__()
         self.register_buffer("loc", torch.zeros(features))

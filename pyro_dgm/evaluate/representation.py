@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["active_units", "aggregated_posterior_gap", "linear_probe", "mutual_information_gap"]
 
 
-@checked()
+@checked(seed=0)
 def linear_probe(codes: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: int = 0) -> Score:
     r"""How well a linear model reads labels off the codes, cross-validated: accuracy for integers, R^2 for reals.
 

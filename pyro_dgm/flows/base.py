@@ -166,7 +166,8 @@ class NormalizingFlow(DistributionModule):
         """
         x = self._events(x, self.event_shape)
         built = self._with_transform(context)
-        broadcast_batch(type(self).__name__, x.shape[: x.dim() - len(self.event_shape)], built.batch_shape)
+        batch = broadcast_batch(type(self).__name__, x.shape[: x.dim() - len(self.event_shape)], built.batch_shape)
+        x = x.expand(batch + self.event_shape)
         to_event = self.bijection(built)
         return built.transform(x if to_event is None else to_event.inv(x))
 
@@ -174,7 +175,7 @@ class NormalizingFlow(DistributionModule):
         """Events :math:`x = g(z; c)` of latents ``(*batch, D)``: what :meth:`encode` undoes."""
         z = self._events(z, Size((self.features,)))
         built = self._with_transform(context)
-        broadcast_batch(type(self).__name__, z.shape[:-1], built.batch_shape)
+        z = z.expand(broadcast_batch(type(self).__name__, z.shape[:-1], built.batch_shape) + z.shape[-1:])
         to_event = self.bijection(built)
         u = built.transform.inv(z)
         return u if to_event is None else to_event(u)

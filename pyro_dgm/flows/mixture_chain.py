@@ -265,7 +265,7 @@ class MixtureChain(DistributionModule):
         self.linear = nn.Linear(seen, size)
         if box is not None and not all(end.shape == (size,) for end in box):
             raise ValueError(
-                f"MixtureChain: box has ends of shapes {[tuple(end.shape) for end in box]}, expected ({size},) both."
+                f"MixtureChain: box has ends of shapes {[*(tuple(e.shape) for e in box)]}, expected ({size},)."
             )
         low, high = box or (torch.full((size,), -torch.inf), torch.full((size,), torch.inf))
         self.register_buffer("slope", torch.zeros(size, seen))

@@ -184,6 +184,8 @@ def _checked_validation(validation: Any) -> float | tuple[Any, ...] | None:
                 f"fit: validation={validation!r}, expected a share of the rows between 0 and 1, or held-out data."
             )
         return float(validation)
+    if isinstance(validation, tuple | list) and not validation:
+        raise ValueError("fit: validation holds no arguments, expected a share of the rows, or held-out data.")
     return None if validation is None else as_args(validation)
 
 
@@ -291,7 +293,9 @@ def _owned_parameters(objective: nn.Module, batches: Batches, prepare: Callable[
     outer = store.get_state()
     with store.scope():
         with torch.no_grad(), fork_rng():
-            take_units(lambda *args: _run_once(objective, args), iter(batches), batches.example())
+            example = batches.example()
+            with _misfits_told(len(example)):
+                take_units(objective, iter(batches), example)
         _continue_from(outer, objective)
         prepare()
         parameters: list[Tensor] = [p for p in objective.parameters() if p.requires_grad]
@@ -307,15 +311,17 @@ def _owned_parameters(objective: nn.Module, batches: Batches, prepare: Callable[
     store.set_state(outer)
 
 
-def _run_once(objective: nn.Module, example: tuple[Any, ...]) -> None:
+@contextmanager
+def _misfits_told(count: int) -> Iterator[None]:
+    """Say what is wrong where so many data are not the arguments that the objective takes."""
     try:
-        objective(*example)
+        yield
     except TypeError as error:
         if "positional argument" not in str(error):
             raise
         raise TypeError(
-            f"fit: the data are {len(example)} arguments of the objective, which do not fit it ({error}). A list or tuple holds "
-            "one entry for each argument; rows in a list are one tensor: torch.stack(rows)."
+            f"fit: the data are {count} arguments of the objective, which do not fit it ({error}). A list or tuple holds one "
+            "entry for each argument; rows in a list are one tensor: torch.stack(rows)."
         ) from error
 
 

@@ -112,7 +112,7 @@ class FullRank(DistributionModule):
         torch.Size([7, 3])
     """
 
-    @checked()
+    @checked(features=1, context_features=1)
     def __init__(
         self,
         features: int,

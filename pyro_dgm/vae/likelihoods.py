@@ -248,6 +248,8 @@ class columns:
 
     @checked()
     def __init__(self, kinds: Sequence[Callable[..., TorchDistribution]]) -> None:
+        if not kinds:
+            raise ValueError("columns: no kinds, expected one function for each column.")
         self.kinds = [
             (kind, arguments_of(kind), [i for i, k in enumerate(kinds) if k is kind]) for kind in dict.fromkeys(kinds)
         ]

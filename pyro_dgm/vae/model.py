@@ -126,7 +126,7 @@ class VAE(nn.Module):
     def generate(self, rows: int = 1, context: Tensor | None = None) -> Tensor:
         """Draws of data, shape ``(rows, *event)``; with a context one row for each of its rows."""
         context = _context(self.prior, context)
-        n = rows if context is None else len(context)
+        n = rows if context is None else len(torch.atleast_2d(context))
         z = prior_given(self.prior, context).expand(Size([n])).sample()
         return self.decode(z, context).sample()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_shape, as_tensor_like, reference, refuse_non_finite
+from pyro_dgm.core.shapes import as_shape, as_tensor_like, reference, refuse_immoderate, refuse_non_finite
 from pyro_dgm.vae.model import VAE, mean_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def _as_read_by(decode: Callable[[Tensor], Tensor], who: str, name: str, latent:
     return latent
 
 
-@checked()
+@checked(columns=1)
 def plot_images(images: Tensor, columns: int = 10, ax: Axes | None = None) -> Axes:
     """A grid of grey images of shape ``(N, H, W)``, row by row; returns the axes.
 
@@ -82,6 +82,8 @@ def plot_embedding(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes |
         z = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T
     ax = _axes("plot_embedding", ax) or plt.subplots(figsize=(5, 4), layout="constrained")[1]
     colours = None if labels is None else labels.detach().float().cpu().numpy()
+    if labels is not None:
+        refuse_immoderate("plot_embedding", labels.detach().float().reshape(-1, 1), "labels")
     if colours is not None and colours.shape != (len(x),):
         raise ValueError(
             f"plot_embedding: labels have shape {colours.shape}, expected ({len(x)},): one for each row of x."
@@ -94,7 +96,7 @@ def plot_embedding(vae: VAE, x: Tensor, labels: Tensor | None = None, ax: Axes |
     return ax
 
 
-@checked()
+@checked(steps=1)
 def traversal(
     decode: Callable[[Tensor], Tensor],
     start: Tensor,
@@ -136,7 +138,7 @@ def traversal(
     return _grid("traversal", decode, z, [f"z[{u}]" for u in rows])
 
 
-@checked()
+@checked(steps=1)
 def interpolation(
     decode: Callable[[Tensor], Tensor],
     first: Tensor,

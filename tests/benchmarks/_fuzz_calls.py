@@ -320,7 +320,9 @@ def _():
 @call("Standardize")
 def _():
     return Call(
-        lambda features, data, x: dgm.Standardize(features).fit(data)(x), {"features": 2, "data": x2(), "x": x2()}
+        lambda features, data, x: dgm.Standardize(features).fit(data)(x),
+        {"features": 2, "data": x2(), "x": x2()},
+        allows=("nan",),  # a layer
     )
 
 
@@ -342,6 +344,7 @@ def _():
         lambda x, **k: core.MLP(**k)(x),
         {"in_features": 2, "out_features": 3, "x": x2()},
         {"hidden_features": (4,), "activation": nn.SiLU},
+        allows=("nan",),  # a layer
     )
 
 
