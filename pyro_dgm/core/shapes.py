@@ -238,7 +238,8 @@ def check_context(family: DistributionModule, context: Tensor | None) -> Tensor 
             f"it with {name}(..., context_features={got}) or pass the columns you trained on."
         )
     if Distribution._validate_args:
-        refuse_immoderate(name, context.reshape(-1, expected), "contexts")
+        refuse = refuse_immoderate if raw else refuse_non_finite
+        refuse(name, context.reshape(-1, expected), "contexts")
     return context if units is None or raw else as_tensor_like(name, "context", units(context), reference(family))
 
 
