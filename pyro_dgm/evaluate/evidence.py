@@ -144,7 +144,7 @@ def _log_weights(
     return torch.cat(parts)
 
 
-@checked()
+@checked(num_steps=1, num_chains=1, leapfrog=1)
 def ais(
     vae: VAE | Generator,
     x: Tensor,

@@ -124,7 +124,7 @@ class ModeCoverage(NamedTuple):
     imbalance: Score
 
 
-@checked()
+@checked(num_bootstrap=1)
 def mode_coverage(
     draws: ArrayLike,
     centres: ArrayLike,
