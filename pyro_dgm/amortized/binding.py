@@ -179,8 +179,9 @@ class _MaskedData(poutine.messenger.Messenger):
 
 
 def _tensor(site: Site, value: Any) -> Tensor:
-    """A site's value in its own dtype, since a model may count or index with it."""
-    return as_tensor_like("condition", f"'{site.name}'", value, None)
+    """A site's value in its own dtype, since a model may count or index with it; booleans as the model draws them."""
+    value = as_tensor_like("condition", f"'{site.name}'", value, None)
+    return value.to(site.dtype) if value.dtype is torch.bool else value
 
 
 def _mask(name: str, mask: Any, known: list[str]) -> Tensor:

@@ -100,7 +100,7 @@ class ConditionedGuide(nn.Module):
             raise ValueError(f"log_prob: latent sites {missing} are missing; got {sorted(values)}.")
         return self.guide.log_prob(values, self.data, self.lead) - log_det
 
-    @checked()
+    @checked(num_samples=1, proposals=1, steps=0)
     def refine(
         self,
         num_samples: int = 1000,

@@ -22,7 +22,7 @@ from torch.distributions.transforms import Transform, _InverseTransform
 from torch.distributions.utils import lazy_property
 
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
 from pyro_dgm.core.warn import warn_user
 
 __all__ = [
@@ -96,6 +96,7 @@ class Dequantize(nn.Module):
     def inverse(self, y: Tensor) -> Tensor:
         """The integers, as floats: ``floor(K y)``; values outside [0, 1) go to the nearest level."""
         y = as_tensor_like("Dequantize", "y", y, None)
+        refuse_non_finite("Dequantize", y, "values")
         return (y * self.levels).floor().clamp(0, self.levels - 1)
 
 

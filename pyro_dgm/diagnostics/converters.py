@@ -298,6 +298,10 @@ class _Stored:
     def __init__(self, idata: Any) -> None:
         self.idata = idata
         values = group(idata, "posterior")
+        if not values:
+            raise ValueError(
+                "The container has no posterior draws, expected at least one variable in its group 'posterior'."
+            )
         self.chains, draws = next(iter(values.values())).shape[:2]
         self.n = self.chains * draws
         names = {renamed(k): k for k in RESERVED}

@@ -240,9 +240,11 @@ def khat(idata: Any) -> KHat:
     log_weight = log_weights_of("khat", idata)
     attrs = group_attrs(idata, "sample_stats")
     for each in fields(Exploration):
-        if not isinstance(attrs.get(each.name, each.default), str if each.name == "unseen" else Real):
+        kind = str if isinstance(each.default, str) else Real
+        if not isinstance(attrs.get(each.name, each.default), kind):
             raise TypeError(
-                f"khat: the attribute {each.name} of sample_stats is {shown(attrs[each.name])}, expected a number."
+                f"khat: the attribute {each.name} of sample_stats is {shown(attrs[each.name])}, expected a "
+                f"{'text' if kind is str else 'number'}."
             )
     rows = None
     if "rows_plate" in attrs:

@@ -63,6 +63,8 @@ def report(
         >>> numbers["energy distance"].p_value > 0.01, numbers["linear probe"]
         (True, 'no codes')
     """
+    if not data.dim():
+        raise ValueError(f"report: data are one number, {float(data):g}; expected rows (N, *event).")
     with seeded(seed), torch.no_grad():
         draws = model.sample((len(data),)) if isinstance(model, Distribution) else model(len(data))
         draws = as_tensor_like("report", "draws", draws, None)

@@ -164,8 +164,11 @@ class ParticleELBO(Trace_ELBO):
         jit_options: dict[str, Any] | None = None,
         tail_adaptive_beta: float = -1.0,
     ) -> None:
-        if math.isnan(max_plate_nesting) or math.isnan(max_iarange_nesting or 0.0):
-            raise ValueError(f"{type(self).__name__}: max_plate_nesting is NaN, expected a whole number, or infinity.")
+        nesting = max_iarange_nesting or max_plate_nesting
+        if not nesting >= 0:
+            raise ValueError(
+                f"{type(self).__name__}: max_plate_nesting is {nesting}, expected a whole number, or infinity."
+            )
         super().__init__(
             num_particles=num_particles,
             vectorize_particles=vectorize_particles,

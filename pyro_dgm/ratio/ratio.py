@@ -163,10 +163,11 @@ class DensityRatio(nn.Module):
         if context is not None:
             context = as_tensor_like("DensityRatio", "context", context, self.standard.loc)
         check_value_shape("DensityRatio", x, self.event_shape)
-        if (0 if context is None else context.shape[-1]) != self.context_features:
+        given = 0 if context is None or not context.dim() else context.shape[-1]
+        if given != self.context_features:
             raise ValueError(
-                f"DensityRatio: context has {'no' if context is None else context.shape[-1]} features, expected "
-                f"{self.context_features}. Build it with DensityRatio(..., context_features=...)."
+                f"DensityRatio: context has {given or 'no'} features, expected {self.context_features}. Build it with "
+                "DensityRatio(..., context_features=...)."
             )
         rows = x.reshape(*x.shape[: x.dim() - len(self.event_shape)], self.event_shape.numel())
         inputs = broadcast_cat(rows, context)

@@ -285,6 +285,8 @@ def _names(wanted: Any) -> tuple[str, ...]:
     if not isinstance(wanted, (str, Sequence, Set)):
         raise TypeError(f"simulate: observed={wanted!r}, expected a list of names of data sites.")
     names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    if not all(isinstance(k, str) for k in names):
+        raise TypeError(f"simulate: observed={wanted!r}, expected a list of names of data sites.")
     twice = sorted({str(k) for k in names if names.count(k) > 1})
     if twice:
         raise ValueError(f"simulate: observed={list(names)} names {twice} twice. Give each name once.")

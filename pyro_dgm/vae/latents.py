@@ -16,7 +16,7 @@ from torch.distributions import Categorical, Distribution, MixtureSameFamily
 
 from pyro_dgm.core import MLP, DistributionModule
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_count, as_tensor_like, reference, refuse_non_finite
+from pyro_dgm.core.shapes import as_count, as_tensor_like, check_number, reference, refuse_non_finite
 from pyro_dgm.core.upstream import VectorToLowerCholesky
 
 __all__ = ["FullRank", "StandardNormal", "VampPrior"]
@@ -74,7 +74,7 @@ class VampPrior(DistributionModule):
     @checked()
     def __init__(self, posterior: DistributionModule, pseudo_inputs: Tensor) -> None:
         super().__init__(posterior.event_shape)
-        if pseudo_inputs.dim() != 2 or pseudo_inputs.shape[-1] != posterior.context_features:
+        if pseudo_inputs.dim() != 2 or not len(pseudo_inputs) or pseudo_inputs.shape[-1] != posterior.context_features:
             raise ValueError(
                 f"VampPrior: pseudo_inputs have shape {tuple(pseudo_inputs.shape)}, expected (K, "
                 f"{posterior.context_features}), such as 10 flat rows of the data."
@@ -123,6 +123,7 @@ class FullRank(DistributionModule):
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__(features, context_features)
+        check_number("FullRank", "context_features", context_features, least=1, whole=True)
         numbers = features + features * (features + 1) // 2
         self.network = network or MLP(context_features, numbers, hidden_features, activation)
 
