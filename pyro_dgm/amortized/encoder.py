@@ -231,7 +231,7 @@ class Streams(nn.Module):
         self.covariates = covariates
         self.inputs = (*structure.observed, *covariates)
         self.keys = {s.name: _key(s.name) for s in self.inputs}
-        self.standard = nn.ModuleDict({self.keys[s.name]: InputUnits(s.width) for s in self.inputs})
+        self.standard = nn.ModuleDict({self.keys[s.name]: InputUnits(s.width, bounded=False) for s in self.inputs})
         observed = [s.name for s in structure.observed]
         unknown = [k for k in encoder if k not in observed]
         if unknown:

@@ -213,15 +213,25 @@ class InputUnits(Standardize):
     logarithm, :math:`5 (1 + \log(|u| / 5))`. Numbers of another dtype are converted after they were shifted, so that time
     stamps of 1.7e9 seconds keep their digits in float64; in float32 they have lost them before, which a warning says.
 
+    Args:
+        features: length D of the last dimension.
+        bounded: whether far values count by their logarithm. Not where statistics of them are taken, or a range is looked at.
+
     >>> u = InputUnits(2).fit(torch.tensor([[2001.0, 7.0], [2003.0, 7.0], [2005.0, 7.0]]))
     >>> u(torch.tensor([[2001.0, 7.0], [2005.0, 1e9]]))
     tensor([[-1.,  0.],
             [ 1.,  0.]])
     """
 
+    def __init__(self, features: int, bounded: bool = True) -> None:
+        super().__init__(features)
+        self.bounded = bounded
+
     def forward(self, x: Tensor) -> Tensor:
         x = x if x.dtype is self.loc.dtype else x.to(self.loc.device, torch.float64)
         u = super().forward(x).to(self.loc.dtype)
+        if not self.bounded:
+            return u
         near = u.clamp(-_BOUND, _BOUND)
         return near * (1.0 + torch.log((u.abs() / _BOUND).clamp_min(1.0)))
 

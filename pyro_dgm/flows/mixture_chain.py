@@ -355,9 +355,10 @@ class MixtureChain(DistributionModule):
             bent: a level above 0 for functions of other features, which an entry takes only where they tell it much.
         """
         steady = torch.ones_like(context[0], dtype=torch.bool) if steady is None else steady
-        ours = (self.slope, self.offset, self.log_slope, self.log_offset)
-        for own, found in zip(ours, chosen_place_and_width(context, x, steady, counts, bent), strict=True):
-            own.copy_(found)
+        if bool(steady.any()):
+            ours = (self.slope, self.offset, self.log_slope, self.log_offset)
+            for own, found in zip(ours, chosen_place_and_width(context, x, steady, counts, bent), strict=True):
+                own.copy_(found)
         self.least[steady] = context[:, steady].amin(0)
         self.most[steady] = context[:, steady].amax(0)
         self.counts.copy_(torch.zeros_like(self.counts) if counts is None else counts & steady)
