@@ -146,7 +146,7 @@ def recipe_of_few(family: DistributionModule, rows: int) -> Recipe:
 
 
 def start_from_few(
-    family: NormalizingFlow,
+    family: DistributionModule,
     objective: nn.Module,
     batches: Iterator[tuple[Any, ...]],
     stages: Stages,
@@ -158,7 +158,7 @@ def start_from_few(
     The answer is whether the rows are few. Steps that leave their likelihood lower than the normal law's are undone.
     """
     rows = few_rows(batches)
-    if rows is None:
+    if rows is None or not isinstance(family, NormalizingFlow):
         return False
     x, context = check_batch(type(family).__name__, family, rows[0], rows[1] if len(rows) > 1 else None)
     if len(x) < LEAST_ROWS or family.features > MOST_COLUMNS or not family.has_normal_base():

@@ -19,6 +19,7 @@ __all__ = [
     "BatchStream",
     "FEW",
     "Batches",
+    "ChangedBatches",
     "as_args",
     "described",
     "few_rows",
@@ -117,6 +118,20 @@ class BatchStream:
         for _ in range(done):
             next(self)
         put_random_states(state["rng"])
+
+
+class ChangedBatches:
+    """Batches on their way through a change, such as dequantisation."""
+
+    def __init__(self, stream: BatchStream, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> None:
+        self.stream = stream
+        self.change = change
+
+    def __iter__(self) -> ChangedBatches:
+        return self
+
+    def __next__(self) -> tuple[Any, ...]:
+        return self.change(next(self.stream))
 
 
 def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -243,10 +258,13 @@ def non_finite(args: tuple[Any, ...]) -> str:
 
 def few_rows(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...] | None:
     """All rows behind the batches of a fit, each once, where they are few; None where they are many, or not known."""
+    if isinstance(batches, ChangedBatches):
+        rows = few_rows(batches.stream)
+        return None if rows is None else batches.change(rows)
     if not isinstance(batches, BatchStream) or batches.batches.loader is not None:
         return None
-    rows = row_count(batches.batches.args)
-    return batches.batches.args if rows is not None and rows <= FEW else None
+    count = row_count(batches.batches.args)
+    return batches.batches.args if count is not None and count <= FEW else None
 
 
 def first_rows(

@@ -21,7 +21,7 @@ from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import DistributionModule
 from pyro_dgm.core.pace import few_threads, within, working
 from pyro_dgm.core.shapes import check_number
-from pyro_dgm.train.batches import Batches, as_args, described, held_out_split, largest_of, row_count
+from pyro_dgm.train.batches import Batches, ChangedBatches, as_args, described, held_out_split, largest_of, row_count
 from pyro_dgm.train.descend import Limits, Stages
 from pyro_dgm.train.history import Checkpoint, FitDiverged, History
 from pyro_dgm.train.hooks import Alternating, Preparing, Recipe, Recommending, Settling, Startable, settings
@@ -254,7 +254,7 @@ def _prepare(objective: nn.Module, batches: Batches, stages: Stages, saved: dict
             with within(math.inf if seconds is None else seconds):
                 module.warm_start(*changed(batches.example()))
         if isinstance(module, Preparing):
-            module.prepare(map(changed, stream), stages)
+            module.prepare(ChangedBatches(stream, changed), stages)
 
 
 def _parts(module: nn.Module, changed: Changed, known: set[nn.Module]) -> Iterator[tuple[nn.Module, Changed]]:
@@ -292,12 +292,12 @@ def _owned_parameters(objective: nn.Module, batches: Batches, prepare: Callable[
     store = pyro.get_param_store()
     outer = store.get_state()
     with store.scope():
-        with torch.no_grad(), fork_rng():
-            example = batches.example()
-            with _misfits_told(len(example)):
-                take_units(objective, iter(batches), example)
+        failed = _first_run(objective, batches)
         _continue_from(outer, objective)
-        prepare()
+        if failed is None:
+            prepare()
+        else:
+            _prepare_all_the_same(objective, batches, prepare, failed)
         parameters: list[Tensor] = [p for p in objective.parameters() if p.requires_grad]
         parameters += [p for p in store.get_state()["params"].values() if all(p is not q for q in parameters)]
         if not parameters:
@@ -309,6 +309,31 @@ def _owned_parameters(objective: nn.Module, batches: Batches, prepare: Callable[
     for key in ("params", "constraints"):
         outer[key].update(inner[key])
     store.set_state(outer)
+
+
+def _first_run(objective: nn.Module, batches: Batches) -> ValueError | None:
+    """Run the objective on an example; an error is given back where parts have yet to prepare themselves for the data."""
+    example = batches.example()
+    try:
+        with torch.no_grad(), fork_rng(), _misfits_told(len(example)):
+            take_units(objective, iter(batches), example)
+    except ValueError as error:
+        if not any(isinstance(module, Preparing) for module in objective.modules()):
+            raise
+        return error
+    return None
+
+
+def _prepare_all_the_same(
+    objective: nn.Module, batches: Batches, prepare: Callable[[], None], failed: ValueError
+) -> None:
+    """Prepare an objective that could not run in the data's own units, and run it again."""
+    try:
+        prepare()
+        with torch.no_grad(), fork_rng():
+            objective(*batches.example())
+    except (ValueError, RuntimeError, TypeError):
+        raise failed from None
 
 
 @contextmanager
