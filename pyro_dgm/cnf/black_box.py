@@ -9,7 +9,6 @@ large.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from pyro_dgm.cnf.field import NOTHING_KNOWN, Motion, Plan, Rates, VectorField
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_number, reference, refuse_two_precisions
+from pyro_dgm.core.warn import warn_user
 
 __all__ = ["BlackBoxField", "SumField", "check_trace"]
 
@@ -105,10 +105,9 @@ class BlackBoxField(VectorField):
 def _warn_of_kinks(module: nn.Module) -> None:
     kinked = sorted({type(m).__name__ for m in module.modules() if isinstance(m, _KINKED)})
     if kinked:
-        warnings.warn(
+        warn_user(
             f"A continuous flow with {', '.join(kinked)} has a divergence that jumps: solvers lose their order, and log "
-            "densities are off by up to 1e-2 nats. Use Tanh, Softplus or SiLU.",
-            stacklevel=4,
+            "densities are off by up to 1e-2 nats. Use Tanh, Softplus or SiLU."
         )
 
 

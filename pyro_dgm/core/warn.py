@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
@@ -17,8 +18,9 @@ import torch
 __all__ = ["plain", "plain_errors", "warn_user"]
 
 _HERE = pathlib.Path(__file__).parents[1]
-_INSIDE = tuple(
-    f"{p}{os.sep}" for p in (_HERE, pathlib.Path(pyro.__file__).parent, pathlib.Path(torch.__file__).parent)
+_INSIDE = (
+    *(f"{p}{os.sep}" for p in (_HERE, pathlib.Path(pyro.__file__).parent, pathlib.Path(torch.__file__).parent)),
+    contextlib.__file__,
 )
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.core.weights import K_LIMIT, log_mean, psis, stratified
 from pyro_dgm.diagnostics.containers import group, group_attrs, has_group, log_weights_of, resampled
 from pyro_dgm.diagnostics.khat import KHat, Rows, khat
@@ -379,7 +380,7 @@ def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = N
     elif k < K_LIMIT:
         fault = ""
     if fault:
-        warnings.warn(f"resample: {fault}. See khat(idata).", stacklevel=2)
+        warn_user(f"resample: {fault}. See khat(idata).")
     n = num_samples or len(log_weight)
     rng = np.random.default_rng(seed)
     return resampled(idata, rng.permutation(stratified(np.exp(log_weight), n, rng.random(n))))

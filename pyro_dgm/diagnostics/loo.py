@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.core.weights import arviz_major, k_threshold, log_mean, psis
 from pyro_dgm.diagnostics.containers import build, group, group_attrs
 from pyro_dgm.diagnostics.khat import KHat, judge, khat
@@ -143,7 +144,7 @@ def _warn_of_unreliable(k: np.ndarray, verdict: KHat) -> None:
             advice = f"The guide has a part in it (its own k-hat is {verdict.k:.2f}): {verdict.next_step}"
     else:
         return
-    warnings.warn(f"loo: {fault}; the estimate is not reliable. {advice}", stacklevel=3)
+    warn_user(f"loo: {fault}; the estimate is not reliable. {advice}")
 
 
 def _result(container: Any, name: str, ll: np.ndarray, elpd: np.ndarray, k: np.ndarray, error: float) -> Any:
@@ -222,10 +223,9 @@ def _warn_of_ties(table: Any, results: dict[str, Any]) -> None:
     gaps = _elpd_by_datum(first) - _elpd_by_datum(second)
     error = float(np.sqrt(len(gaps) * gaps.var() + _mcse(first) ** 2 + _mcse(second) ** 2))
     if difference < max(2.0 * error, _SMALL):
-        warnings.warn(
+        warn_user(
             f"compare: '{table.index[0]}' and '{table.index[1]}' differ by {difference:.2f} +- {error:.2f} nats, which is not "
-            "resolved: their order and the weights do not say that one is better.",
-            stacklevel=3,
+            "resolved: their order and the weights do not say that one is better."
         )
 
 

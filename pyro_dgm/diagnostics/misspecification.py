@@ -11,7 +11,6 @@ for any score (Vovk, Gammerman & Shafer 2005, "Algorithmic learning in a random 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from pyro_dgm.amortized.sets import Range
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.diagnostics.posteriors import observed_names
 from pyro_dgm.simulation.store import Simulations
 
@@ -102,7 +102,7 @@ def misspecification(
           neural networks", arXiv 2112.08866.
 
     Example:
-        >>> import pyro_dgm as dgm, pyro, pyro.distributions as dist
+        >>> import warnings, pyro_dgm as dgm, pyro, pyro.distributions as dist
         >>> def model(x=None):
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
         ...     with pyro.plate("n", 10):
@@ -126,9 +126,8 @@ def misspecification(
     at, _ = _features(observation, present, summary)
     result = _compared(features, at[0], labels, seed)
     if result.outside:
-        warnings.warn(
-            f"misspecification: {result} An amortised posterior was not trained on such data, and may be anything there.",
-            stacklevel=2,
+        warn_user(
+            f"misspecification: {result} An amortised posterior was not trained on such data, and may be anything there."
         )
     return result
 

@@ -8,7 +8,6 @@ between them.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.pace import steps
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.coordinates import Constrain, Coordinates, HasCoordinates
 from pyro_dgm.model.runs import Runs, rounds_of
 from pyro_dgm.model.sites import is_enumerable, latent_sites
@@ -205,7 +205,7 @@ class LogJoint:
             return "plate"
         how, fault = self.engine.find_how(values)
         if how == "loop":
-            warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=3)
+            warn_user(NOT_VECTORIZED.format(fault))
         return how
 
 

@@ -6,7 +6,6 @@ draws, whoever drew them: a guide, MCMC, or the user.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from pyro.infer.autoguide.guides import AutoCallable, AutoGuide, AutoGuideList
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.shapes import from_arrays
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.coordinates import HasCoordinates
 from pyro_dgm.model.handlers import Given, Undrawn, warn_of_masked_sums
 from pyro_dgm.model.runs import Draws, Runs, Table, rounds_of, stacked
@@ -213,7 +213,7 @@ class Program:
         if how != "loop":
             how, fault = self._computes_alike(runs, rows, how) or (how, fault)
         if how == "loop":
-            warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=5)
+            warn_user(NOT_VECTORIZED.format(fault))
         return how
 
     def _computes_alike(self, runs: Runs, rows: Draws, how: How) -> tuple[How, str] | None:

@@ -9,7 +9,6 @@ with other bounds (a weighted ELBO is no bound for beta < 1).
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.distributions import kl_divergence
 
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_number
-from pyro_dgm.core.warn import plain_errors
+from pyro_dgm.core.warn import plain_errors, warn_user
 from pyro_dgm.model.sites import latent_sites, plate_frames, sample_sites
 
 __all__ = ["WeightedKL_ELBO"]
@@ -115,11 +114,10 @@ class _WeightedModule(ELBOModule):
     def finish(self, *args: Any, **kwargs: Any) -> None:
         """Say, once a fit has ended, that the weight never reached its value."""
         if 0 < int(self.steps) < self.elbo.warmup_steps:
-            warnings.warn(
+            warn_user(
                 f"WeightedKL_ELBO: training ended after {int(self.steps)} of {self.elbo.warmup_steps} warm-up steps, with "
                 f"a KL weight of {self.weight():.2f} instead of {self.elbo.beta:g}: the posterior is not fitted to the "
-                "ELBO. Train longer, or shorten warmup_steps.",
-                stacklevel=2,
+                "ELBO. Train longer, or shorten warmup_steps."
             )
 
 

@@ -10,7 +10,6 @@ T, :math:`E_q \nabla_\phi T_\phi = 0` (Mescheder et al. 2017, proposition 2), wh
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -221,7 +220,7 @@ class Adversarial_ELBO(nn.Module):
             return
         lost = self.missed(*args, **kwargs)
         if lost:
-            warnings.warn(_lost(lost), stacklevel=4)
+            warn_user(_lost(lost))
 
     @torch.enable_grad()
     def _last_steps(self, *args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,6 @@ noise with the density :math:`p(z)\, e^{T(G(z))}` (Che et al. 2020). All is righ
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import pyro
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.core.weights import stratified
 from pyro_dgm.gan.generator import Generator
 from pyro_dgm.ratio.ratio import DensityRatio, RatioCheck, learn_ratio
@@ -167,7 +167,7 @@ def _refuse_bad(check: RatioCheck) -> None:
             "generator that is far from the data: train it longer."
         )
     if check.ess < _FEW * check.draws:
-        warnings.warn(f"refine: {check}: few draws carry the weight, so the corrected ones repeat.", stacklevel=3)
+        warn_user(f"refine: {check}: few draws carry the weight, so the corrected ones repeat.")
 
 
 def _check_arguments(generator: DistributionModule, data: Tensor, n: int, method: str) -> None:

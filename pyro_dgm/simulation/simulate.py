@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import sys
-import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from concurrent.futures import Executor, as_completed
 from contextlib import closing
@@ -194,7 +193,7 @@ class _Prepared:
         self.blocks = Blocks(model, args, kwargs, nesting, events, shapes, "plate", plates=once.plates)
         fault = fault_of_plate(self.blocks, n)
         if fault and fault != TOO_FEW:
-            warnings.warn(NOT_VECTORIZED.format(fault), stacklevel=3)
+            warn_user(NOT_VECTORIZED.format(fault))
         if fault:
             self.blocks = replace(self.blocks, how="loop")
 
@@ -368,9 +367,8 @@ def _finished(store: Store, observed: tuple[str, ...], args: Any, seed: int) -> 
     if left_out == store.n:
         raise ValueError(f"simulate: all {store.n} simulations failed: {told}.")
     if left_out:
-        warnings.warn(
+        warn_user(
             f"simulate: {left_out} of {store.n} simulations failed and were left out ({told}). What is learned from the rest "
-            "holds for parameters that do not fail.",
-            stacklevel=3,
+            "holds for parameters that do not fail."
         )
     return store.simulations(observed, args, seed)

@@ -8,7 +8,6 @@ average of the weights, :math:`\bar w \leftarrow d\,\bar w + (1 - d)\,w` (Polyak
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.train.batches import Batches, BatchStream, first_rows, row_count
 from pyro_dgm.train.descend import adam, take_step
 from pyro_dgm.train.history import History
@@ -243,11 +243,10 @@ class TwoPlayers:
 
     def _warn(self, step: int, coverage: float) -> None:
         self.warned = True
-        warnings.warn(
+        warn_user(
             f"fit: at step {step} the generator covers {coverage:.2f} of what draws of the data's distribution "
             f"would cover of {len(self.held_out[0])} held-out rows: mode collapse, or a poor fit so far. Look at draws; train "
-            "longer, or use a wider network, a larger r1 and r2, or another loss.",
-            stacklevel=2,
+            "longer, or use a wider network, a larger r1 and r2, or another loss."
         )
 
     def postfix(self, history: History) -> dict[str, str]:

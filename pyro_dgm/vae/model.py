@@ -8,7 +8,6 @@ r"""The variational autoencoder: a model :math:`p(z)\,p(x \mid z)` and a guide :
 from __future__ import annotations
 
 import itertools
-import warnings
 from weakref import WeakKeyDictionary
 
 import pyro
@@ -23,6 +22,7 @@ from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import refuse_batch_norm
 from pyro_dgm.core.shapes import as_tensor_like, reference
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.vae.conditional import Conditional, described, refuse_mismatch, refuse_width
 from pyro_dgm.vae.likelihoods import refuse_outside
 
@@ -290,11 +290,10 @@ class Encoder(nn.Module):
         between = z.mean(0).var(0) - z.var(0).mean(0) / len(z)  # the draws' own noise is taken off
         active = int((between > _ACTIVE_VARIANCE).sum())
         if active <= _COLLAPSED_SHARE * z.shape[-1]:
-            warnings.warn(
+            warn_user(
                 f"VAE: posterior collapse: {active} of {z.shape[-1]} latent units vary with the data (variance of "
                 f"E[z|x] over the data above {_ACTIVE_VARIANCE}). Warm the KL term up "
-                "(WeightedKL_ELBO(warmup_steps=...)), give it free bits, or take a weaker decoder.",
-                stacklevel=2,
+                "(WeightedKL_ELBO(warmup_steps=...)), give it free bits, or take a weaker decoder."
             )
 
 
