@@ -4,8 +4,7 @@ r"""AmortizedGuide: q(latents | data) for any data of a model, read from the mod
 
 Latents outside all plates come first and see pooled data; latents inside a plate see their own data and the latents outside
 (Ambrogioni et al. 2019, arXiv 1812.00110; Heinrich et al. 2024, arXiv 2306.16015). Latents that share no density, even by way
-of others, are independent given the data (Webb et al. 2018, "Faithful inversion of generative models"): such parts of the model
-get groups of their own.
+of others, are independent given the data (Webb et al. 2018, "Faithful inversion of generative models"): they get groups.
 """
 
 from __future__ import annotations
@@ -370,13 +369,13 @@ class AmortizedGuide(nn.Module):
     def _bare(self, site: Site, value: Tensor) -> Tensor:
         """Without the plate dimensions that the site does not have in a single run."""
         batch = value.shape[: value.dim() - len(site.event_shape)]
-        lead = batch[: len(batch) - self.structure.nesting]
-        return value.reshape([*lead, *batch[len(batch) - site.depth :], *site.event_shape])
+        own = batch[: len(batch) - self.structure.nesting] + batch[len(batch) - site.depth :]
+        return value.reshape(own + site.event_shape)
 
     def _wide(self, value: Tensor, name: str) -> Tensor:
         """A traced value with all plate dimensions of the model."""
-        plates = value.dim() - len(self.prior.latents[name].event_shape)
-        return value.reshape([*(1,) * (self.structure.nesting - plates), *value.shape])
+        missing = self.structure.nesting + len(self.prior.latents[name].event_shape) - value.dim()
+        return value.reshape([*(1,) * missing, *value.shape])
 
     def _sizes(self, group: Group, data: Data, lead: int = 0) -> dict[str, int]:
         """Size of each plate of a group: of the data in it, or of the prototype where it holds none."""

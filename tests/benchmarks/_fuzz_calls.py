@@ -54,9 +54,9 @@ def call(*names):
 
 # What the package gives back or raises; nobody builds these.
 RESULTS = {
-    "AIS", "Calibration", "CorrectedDraws", "ErrorBounds", "EvidenceBound", "FitDiverged", "History", "JudgedScore", "KHat",
+    "AIS", "Calibration", "Conditionals", "CorrectedDraws", "ErrorBounds", "EvidenceBound", "FitDiverged", "History", "JudgedScore", "KHat",
     "Misspecification", "ModeCoverage", "NeighbourCoverage", "NoDensityError", "Plan", "Rates", "Report", "Score",
-    "SolverError", "VectorField",
+    "Rows", "Sharpness", "SolverError", "VectorField",
 }  # fmt: skip
 
 
@@ -317,10 +317,11 @@ def _():
     )  # fmt: skip
 
 
-@call("Standardize")
-def _():
+@call("Standardize", "InputUnits")
+def _(name):
+    units = {"Standardize": dgm.Standardize, "InputUnits": core.InputUnits}[name]
     return Call(
-        lambda features, data, x: dgm.Standardize(features).fit(data)(x),
+        lambda features, data, x: units(features).fit(data)(x),
         {"features": 2, "data": x2(), "x": x2()},
         allows=("nan",),  # a layer
     )
@@ -1229,6 +1230,15 @@ def _(name):
         {"model": user_simulator, "posterior": amortized(), "observed": ["x"], "num_simulations": 20, "num_draws": 9,
          "seed": 0},
         EXPERIMENT,
+        dtype=None,
+    )  # fmt: skip
+
+
+@call("conditionals")
+def _():
+    return Call(
+        lambda generator, held_out, seen, **k: diagnostics.conditionals(generator, held_out, seen, **k).p_values,
+        {"generator": dgm.NSF(2, **SMALL)(), "held_out": torch.randn(120, 2), "seen": [0], "num_draws": 9, "max_steps": 2, "seed": 0},
         dtype=None,
     )  # fmt: skip
 
