@@ -163,7 +163,21 @@ class Arguments:
         first = structure.observed[0]
         lead = first.lead_of(data[first.name])
         out = {k: _checked(sites[k], v, masks.get(k), lead) if k in sites else v for k, v in data.items()}
+        _refuse_unequal_plates(sites, out)
         return out | ({"mask": masks} if masks else {})
+
+
+def _refuse_unequal_plates(sites: Mapping[str, Site], data: Mapping[str, Tensor]) -> None:
+    """Refuse data of one plate with different numbers of elements."""
+    known: dict[str, tuple[str, int]] = {}
+    for name, site in sites.items():
+        batch = data[name].shape[: data[name].dim() - len(site.event_shape)]
+        for plate, size in zip(site.plates, batch[len(batch) - site.depth :], strict=True):
+            other, its = known.setdefault(plate, (name, size))
+            if size != its and 1 not in (size, its):
+                raise ValueError(
+                    f"condition: '{other}' has {its} elements of plate '{plate}' and '{name}' {size}; expected as many of each."
+                )
 
 
 class _MaskedData(poutine.messenger.Messenger):

@@ -34,6 +34,9 @@ _FLOOR = 0.1  # of a rate before the first step, at the end; not measured; chose
 _TRUSTED = (
     500  # rows of which a tenth tells when to stop: of 100 (iris, MAF) it did not, and .15 nats a column were lost
 )
+_FARTHEST = (
+    1e3  # times the largest entry of the rows, for a draw of what stands in for them; not measured, chosen by hand
+)
 _IN_PROPORTION = 5  # steps on such draws for each step that a fit is limited to, at most; not measured
 FEW_STEPS = 1500  # of flow matching on draws of what stands in for few rows (docs/benchmarks/small.md)
 _BLOCK = 64  # rows among which noise is matched to data; the cost of a match grows with their cube
@@ -170,15 +173,19 @@ def start_from_few(
     if pairs.worth_while:
         before = deepcopy(family.state_dict())
         score = _score(family, x, context)
-        match("draws of a smooth density", family, lambda: objective(*_events(family, pairs)), stages, steps, rate)
+        far = _FARTHEST * (1.0 + x.abs().amax(0))
+        match("draws of a smooth density", family, lambda: objective(*_events(family, pairs, far)), stages, steps, rate)
         if not _score(family, x, context) > score:
             family.load_state_dict(before)
     return True
 
 
-def _events(family: NormalizingFlow, pairs: Pairs) -> tuple[Tensor, ...]:
+def _events(family: NormalizingFlow, pairs: Pairs, far: Tensor) -> tuple[Tensor, ...]:
+    """Draws as events with their contexts; a far draw in units that compress tails may be beyond all numbers."""
     u, *context = pairs.sample(DRAWS)
-    return family.from_units(u), *context
+    x = family.from_units(u)
+    near = (x.abs() <= far).reshape(len(x), -1).all(1)
+    return tuple(part[near] for part in (x, *context))
 
 
 @torch.no_grad()

@@ -385,6 +385,6 @@ def take_units(run: nn.Module, batches: Iterator[tuple[Any, ...]], example: tupl
 def _storages(args: Any) -> list[int]:
     """Where the tensors among arguments, and in containers among them, have their numbers."""
     if isinstance(args, Tensor):
-        return [args.untyped_storage()._cdata]
+        return [args.untyped_storage()._cdata] if args.layout is torch.strided else []
     values = args.values() if isinstance(args, dict) else args if isinstance(args, (tuple, list)) else ()
     return [storage for value in values for storage in _storages(value)]

@@ -48,7 +48,7 @@ class MLP(nn.Sequential):
         torch.Size([7, 5, 2])
     """
 
-    @checked(in_features=0, out_features=1, hidden_features=1)
+    @checked(in_features=1, out_features=1, hidden_features=1)
     def __init__(
         self,
         in_features: int,

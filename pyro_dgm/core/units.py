@@ -170,9 +170,13 @@ class Standardize(nn.Module):
             self._identity = self._straight and bool((loc == 0).all() and (scale == 1).all())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = as_tensor_like("Standardize", "data", x, self.loc)
+        return self._in_units(as_tensor_like("Standardize", "data", x, self.loc))
+
+    def _in_units(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != self.loc.shape:
-            raise ValueError(f"Standardize: data has shape {tuple(x.shape)}, expected (..., {len(self.loc)}).")
+            raise ValueError(
+                f"{type(self).__name__}: data has shape {tuple(x.shape)}, expected (..., {len(self.loc)})."
+            )
         straight = x if self.is_straight() else self.bend()._inverse(x)
         return (straight - self.loc) / self.scale
 
@@ -228,8 +232,9 @@ class InputUnits(Standardize):
         self.bounded = bounded
 
     def forward(self, x: Tensor) -> Tensor:
+        x = as_tensor_like("InputUnits", "data", x, None)
         x = x if x.dtype is self.loc.dtype else x.to(self.loc.device, torch.float64)
-        u = super().forward(x).to(self.loc.dtype)
+        u = self._in_units(x).to(self.loc.dtype)
         if not self.bounded:
             return u
         near = u.clamp(-_BOUND, _BOUND)

@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution
 
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.diagnostics.calibration import Calibration, sbc
 from pyro_dgm.evaluate.score import Score
 from pyro_dgm.flows import NSF, RealNVP
@@ -92,6 +93,7 @@ def _of(score: Score) -> str:
     return f"{score.value:.2f} +- {score.standard_error:.2f}"
 
 
+@checked(num_draws=1, max_steps=1)
 def conditionals(
     generator: Callable[[int], Tensor] | Distribution,
     held_out: Tensor,

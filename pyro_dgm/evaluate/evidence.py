@@ -72,7 +72,7 @@ class AIS(NamedTuple):
         return mean_score(self.upper - self.value)
 
 
-@checked()
+@checked(num_samples=1, chunk=1)
 @torch.no_grad()
 def evidence_bound(
     vae: VAE,

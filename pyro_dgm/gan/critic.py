@@ -100,6 +100,8 @@ class Critic(nn.Module):
         """Events as vectors in the critic's units: shape ``(*batch, D)``."""
         x = as_tensor_like("Critic", "value", x, self.standard.loc)
         check_value_shape("Critic", x, self.event_shape)
+        if Distribution._validate_args:
+            refuse_immoderate("Critic", x.reshape(-1, self.event_shape.numel()), "values")
         flat = x if len(self.event_shape) == 1 else x.reshape(*x.shape[: x.dim() - len(self.event_shape)], -1)
         return flat if self.standard.is_identity() else self.standard(flat)
 

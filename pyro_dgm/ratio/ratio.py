@@ -245,6 +245,7 @@ def learn_ratio(
         (True, '')
     """
     of_p = as_tensor_like("learn_ratio", "draws of p", of_p, None)
+    of_p = of_p if of_p.is_floating_point() else of_p.to(torch.get_default_dtype())
     of_r = of_r if callable(of_r) else as_tensor_like("learn_ratio", "draws of r", of_r, of_p)
     fresh = of_r if callable(of_r) else None
     other: Tensor = of_r(len(of_p)) if callable(of_r) else of_r

@@ -97,7 +97,8 @@ def fit(
             have to agree at a resume, limits may be longer. If it cannot be saved, a warning says so and training goes on.
         resume: continue from that file where it exists, on any device; on the CPU the result is the same as without a stop.
         progress: show a progress bar.
-        seed: makes the fit reproducible, and leaves the global random state as it was.
+        seed: makes the fit reproducible, and leaves the global random state as it was. A module's first weights are drawn when it
+            is built: call ``torch.manual_seed`` before that.
 
     Returns:
         The losses, rates and skipped steps, and why the fit ended.

@@ -257,7 +257,7 @@ class Loop:
         elif standing.previous_best - standing.round_best < max(2.0 * error, _LEAST_GAIN) and error < _LARGEST_ERROR:
             self.history.stopped = "a round brought no improvement"
         elif round_length(standing.round + 1) is None:
-            self.history.stopped = "last round ended; the loss was still falling"
+            self.history.stopped = "last round ended; the loss on the training data was still falling"
         standing.previous_best = standing.round_best
         standing.round_best = math.inf
         standing.round += 1

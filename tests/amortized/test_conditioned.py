@@ -315,3 +315,16 @@ def test_the_transport_of_a_guide_in_double_precision():
     guide = dgm.AmortizedGuide(vector, observed=["x"], family=lambda d, c: dgm.ZukoFlow(zuko.flows.GF(d, c))).double()
     transport = guide.condition(x=torch.zeros(2)).transport()
     assert transport.get_base_dist().sample().dtype == torch.float64
+
+
+def test_data_of_one_plate_have_one_size():
+    """Planted fault: without the check torch speaks of tensors a and b."""
+
+    def model(x, y=None):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", x.shape[-1]):
+            return pyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+    guide = dgm.AmortizedGuide(model, ["y"], args=(torch.randn(6),), covariates=["x"])
+    with pytest.raises(ValueError, match="condition: 'y' has 5 elements of plate 'row' and 'x' 4; expected as many"):
+        guide.condition(x=torch.randn(4), y=torch.randn(5))

@@ -15,9 +15,11 @@ import dataclasses
 import dis
 import io
 import logging
+import os
 import pathlib
 import random
 import signal
+import tempfile
 import time
 import traceback
 import warnings
@@ -449,8 +451,12 @@ def main(arguments):
         return [repeat(arguments.seeds[0], arguments.case, names)]
     cases = []
     began = time.process_time()
-    for seed in arguments.seeds:
-        cases += run(seed, range(arguments.count or COUNT), names)
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # some of the settings are names of files
+        for seed in arguments.seeds:
+            cases += run(seed, range(arguments.count or COUNT), names)
+        os.chdir(here)
     print_faults(cases)
     print(", ".join(f"{n} {k}" for k, n in Counter(c.outcome for c in cases).most_common()),
           f"in {time.process_time() - began:.0f} CPU seconds")  # fmt: skip
