@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,7 @@ from pyro_dgm.train.batches import few_rows, first_rows
 from pyro_dgm.train.descend import Stages, adam, cosine, warm_up
 from pyro_dgm.train.hooks import Recipe
 
-__all__ = ["FlowMatching", "match", "recipe_of_few", "standardize_once", "start_from_few", "velocity_error"]
+__all__ = ["FlowMatching", "match", "recipe_for", "standardize_once", "start_from_few", "velocity_error"]
 
 RATE = 5e-3  # of flow matching before a flow's first step; not measured; chosen by hand
 _FLOOR = 0.1  # of a rate before the first step, at the end; not measured; chosen by hand
@@ -108,7 +109,7 @@ class FlowMatching(nn.Module):
 
     def recipe(self, rows: int | None) -> Recipe:
         """Few rows are in part held out."""
-        return recipe_of_few(self.cnf, rows) if rows is not None and are_few(rows) else Recipe()
+        return recipe_for(self.cnf, rows)
 
 
 def velocity_error(cnf: ContinuousFlow, path: str, noise: Tensor, data: Tensor, context: Tensor | None) -> Tensor:
@@ -138,14 +139,16 @@ def _matched(noise: Tensor, data: Tensor) -> Tensor:
     return torch.cat(blocks)
 
 
-def recipe_of_few(family: DistributionModule, rows: int) -> Recipe:
-    """How a density of few rows is trained: gently, where draws of what stands in for them come first.
+def recipe_for(family: DistributionModule, rows: int | None) -> Recipe:
+    """How a density is trained: of few rows gently, where draws of what stands in for them come first.
 
     The rate falls with the square of the rows: ten held-out rows do not tell when to stop.
     """
-    new = isinstance(family, NormalizingFlow) and family.standard.is_identity()
-    gently = replace(FEW_ROWS, lr=FEW_ROWS.lr * min(1.0, rows / _TRUSTED) ** 2)
-    return gently if new else FEW_ROWS_ALONE
+    if rows is None or not are_few(rows):
+        return Recipe()
+    if not isinstance(family, NormalizingFlow) or not family.standard.is_identity():
+        return FEW_ROWS_ALONE
+    return replace(FEW_ROWS, lr=FEW_ROWS.lr * min(1.0, rows / _TRUSTED) ** 2)
 
 
 def start_from_few(
@@ -171,12 +174,16 @@ def start_from_few(
     if stages.limits.max_steps is not None:
         steps = min(steps, _IN_PROPORTION * stages.limits.max_steps)
     if pairs.worth_while:
-        before = deepcopy(family.state_dict())
-        score = _score(family, x, context)
         far = _FARTHEST * (1.0 + x.abs().amax(0))
-        match("draws of a smooth density", family, lambda: objective(*_events(family, pairs, far)), stages, steps, rate)
-        if not _score(family, x, context) > score:
-            family.load_state_dict(before)
+        with _kept_if_better(family, x, context):
+            match(
+                "draws of a smooth density",
+                family,
+                lambda: objective(*_events(family, pairs, far)),
+                stages,
+                steps,
+                rate,
+            )
     return True
 
 
@@ -191,17 +198,19 @@ def _events(family: NormalizingFlow, pairs: Pairs, far: Tensor) -> tuple[Tensor,
 @torch.no_grad()
 def _start_at_normal(family: NormalizingFlow, x: Tensor, context: Tensor | None) -> None:
     """Make the flow the identity in units that take out correlations, unless that is no normal law."""
+    with _kept_if_better(family, x, context):
+        family.decorrelate.fit(family.flow_units(x))
+        family.start_at_identity()
+
+
+@contextmanager
+def _kept_if_better(family: DistributionModule, x: Tensor, context: Tensor | None) -> Iterator[None]:
+    """Undo what is done to a family within the context, unless it then scores these rows better."""
     before = deepcopy(family.state_dict())
-    score = _score(family, x, context)
-    family.decorrelate.fit(family.flow_units(x))
-    family.start_at_identity()
-    if not _score(family, x, context) > score:
+    score = _mean_score(family, x, context)
+    yield
+    if not _mean_score(family, x, context) > score:
         family.load_state_dict(before)
-
-
-@torch.no_grad()
-def _score(family: NormalizingFlow, x: Tensor, context: Tensor | None) -> float:
-    return float(family(context).log_prob(x).mean())
 
 
 def match(

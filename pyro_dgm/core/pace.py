@@ -45,8 +45,7 @@ _PACE: ContextVar[Pace] = ContextVar("pace", default=_NONE)
 @contextmanager
 def working(seconds: float | None, bar: Any, history: Any = None) -> Iterator[None]:
     """Within the context work has so many seconds from now, shows on this bar, and Pyro prints nothing into it."""
-    deadline = math.inf if seconds is None else time.perf_counter() + seconds
-    token = _PACE.set(Pace(deadline, bar, history))
+    token = _PACE.set(Pace(_deadline(seconds), bar, history))
     logger = logging.getLogger(_PYRO_TELLS)
     quiet = _Quiet(threading.get_ident())
     logger.addFilter(quiet)
@@ -69,14 +68,18 @@ class _Quiet(logging.Filter):
 
 
 @contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Within the context work has so many seconds, if so many are left."""
+def within(seconds: float | None) -> Iterator[None]:
+    """Within the context work has so many seconds, if so many are left; None for no limit of its own."""
     pace = _PACE.get()
-    token = _PACE.set(replace(pace, deadline=min(pace.deadline, time.perf_counter() + seconds)))
+    token = _PACE.set(replace(pace, deadline=min(pace.deadline, _deadline(seconds))))
     try:
         yield
     finally:
         _PACE.reset(token)
+
+
+def _deadline(seconds: float | None) -> float:
+    return math.inf if seconds is None else time.perf_counter() + seconds
 
 
 def seconds_left() -> float:

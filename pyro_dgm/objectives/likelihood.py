@@ -11,11 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
-from pyro_dgm.cnf.matching import FEW_STEPS, RATE, FlowMatching, match, recipe_of_few, standardize_once, start_from_few
+from pyro_dgm.cnf.matching import FEW_STEPS, RATE, FlowMatching, match, recipe_for, standardize_once, start_from_few
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch, check_number
-from pyro_dgm.flows.few_rows import are_few
 from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
 
@@ -111,7 +110,7 @@ class MaximumLikelihood(nn.Module):
 
     def recipe(self, rows: int | None) -> Recipe:
         """Few rows are in part held out."""
-        return recipe_of_few(self.family, rows) if rows is not None and are_few(rows) else Recipe()
+        return recipe_for(self.family, rows)
 
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take the units from the data and match the flow, unless the family was trained before."""

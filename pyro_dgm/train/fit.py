@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -250,9 +249,8 @@ def _prepare(objective: nn.Module, batches: Batches, stages: Stages, saved: dict
     stages.ended = [] if saved is None else saved["stages"]
     stages.stream = stream = iter(batches)
     for module, changed in _parts(objective, lambda args: args, set()):
-        seconds = stages.seconds()
         if isinstance(module, Startable):
-            with within(math.inf if seconds is None else seconds):
+            with within(stages.seconds()):
                 module.warm_start(*changed(batches.example()))
         if isinstance(module, Preparing):
             module.prepare(ChangedBatches(stream, changed), stages)

@@ -503,14 +503,15 @@ def _():
 # --- fit ---------------------------------------------------------------------------------------------------------------
 
 
+def trained(objective, data, **k):
+    history = dgm.fit(objective, data, progress=False, seed=0, **k)
+    return history.loss, list(objective.parameters())
+
+
 @call("fit")
 def _():
-    def do(objective, data, **k):
-        history = dgm.fit(objective, data, progress=False, seed=0, **k)
-        return history.loss, list(objective.parameters())
-
     return Call(
-        do,
+        trained,
         {"objective": dgm.MaximumLikelihood(FAMILIES["MAF"](2)), "data": x2(), "max_steps": 2, "max_seconds": 1.0},
         options_of(dgm.fit, ("progress", "seed", "data")),
     )
@@ -518,12 +519,8 @@ def _():
 
 @call("fit:minibatches")
 def _():
-    def do(objective, data, **k):
-        history = dgm.fit(objective, data, progress=False, seed=0, **k)
-        return history.loss, list(objective.parameters())
-
     return Call(
-        do,
+        trained,
         {"objective": dgm.MaximumLikelihood(FAMILIES["MAF"](2, 3)), "data": (x2(), torch.randn(ROWS, 3)), "max_steps": 2,
          "batch_size": 6, "validation": 0.25, "max_seconds": 1.0},
         {"patience": 2, "lr": 1e-3, "max_epochs": 2},
