@@ -14,7 +14,7 @@ import torch
 from pyro import poutine
 from torch import Size, Tensor
 
-from pyro_dgm.amortized.structure import Site, Structure
+from pyro_dgm.amortized.structure import Site, Structure, refuse_unequal_plates
 from pyro_dgm.core.devices import fork_rng, to_device
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.model.sites import is_computed, plate_frames, sample_sites
@@ -38,10 +38,14 @@ class Arguments:
     sizes: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     @cached_property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        fn = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
+        return inspect.signature(fn).parameters
+
+    @cached_property
     def names(self) -> list[str]:
         """Names of the model's arguments."""
-        fn = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
-        return [k for k, p in inspect.signature(fn).parameters.items() if p.kind is not p.VAR_KEYWORD]
+        return [k for k, p in self._parameters.items() if p.kind is not p.VAR_KEYWORD]
 
     def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Values of arguments by name."""
@@ -49,9 +53,7 @@ class Arguments:
 
     def with_defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Values of arguments, those among them that the model's signature gives."""
-        fn = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
-        known = {k: p.default for k, p in inspect.signature(fn).parameters.items() if p.default is not p.empty}
-        return known | dict(given)
+        return {k: p.default for k, p in self._parameters.items() if p.default is not p.empty} | dict(given)
 
     def run(self, given: Mapping[str, Any], values: Mapping[str, Tensor] | None = None) -> poutine.Trace:
         """One run on arguments by name, with values of its sites."""
@@ -163,21 +165,8 @@ class Arguments:
         first = structure.observed[0]
         lead = first.lead_of(data[first.name])
         out = {k: _checked(sites[k], v, masks.get(k), lead) if k in sites else v for k, v in data.items()}
-        _refuse_unequal_plates(sites, out)
+        refuse_unequal_plates(sites, out)
         return out | ({"mask": masks} if masks else {})
-
-
-def _refuse_unequal_plates(sites: Mapping[str, Site], data: Mapping[str, Tensor]) -> None:
-    """Refuse data of one plate with different numbers of elements."""
-    known: dict[str, tuple[str, int]] = {}
-    for name, site in sites.items():
-        batch = data[name].shape[: data[name].dim() - len(site.event_shape)]
-        for plate, size in zip(site.plates, batch[len(batch) - site.depth :], strict=True):
-            other, its = known.setdefault(plate, (name, size))
-            if size != its and 1 not in (size, its):
-                raise ValueError(
-                    f"condition: '{other}' has {its} elements of plate '{plate}' and '{name}' {size}; expected as many of each."
-                )
 
 
 class _MaskedData(poutine.messenger.Messenger):

@@ -64,10 +64,9 @@ class Group(nn.Module):
         self.continuous = [s for s in sites if not s.classes]
         self.discrete = [s for s in sites if s.classes]
         self.units = Units(self.continuous, keeps_boxes) if self.continuous else None
-        self.lacking = [self._dims_of_lacking(s.plates, dims) for s in streams]
         self.lacking_of_earlier = [self._dims_of_lacking(g.plates, dims) for g in sees.values()]
-        self.summarised = any(self.lacking)
         self.pools = nn.ModuleList(self._pools(s, owned, dims) for s in streams)
+        self.summarised = any(isinstance(pool, Pools) for pool in self.pools)
         self.steady, self.counts, self.bent = self._columns(streams, sees)
         width = sum(s.width for s in sites if s in centred)
         told = len(self.steady) - sum(g.features for g in sees.values())

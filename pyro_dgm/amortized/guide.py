@@ -37,7 +37,7 @@ Data = Mapping[str, Any]
 Plates = dict[str, pyro.plate]
 
 # Not measured; chosen by hand.
-_COMPARED = 4  # such parts, from which the range of the data is taken
+_COMPARED = 4  # parts of each simulation, from which the range of the data is taken
 
 
 class AmortizedGuide(nn.Module):

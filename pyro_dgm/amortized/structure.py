@@ -29,7 +29,7 @@ from pyro_dgm.model.stability import changing_supports, runs_from_the_prior
 from pyro_dgm.model.supports import innermost, is_circular
 from pyro_dgm.model.vectorize import plate_nesting
 
-__all__ = ["Site", "Structure", "moving_supports", "present", "read"]
+__all__ = ["Site", "Structure", "moving_supports", "present", "read", "refuse_unequal_plates"]
 
 Model = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -345,3 +345,17 @@ def present(
         others = [d for d in range(lead, lead + site.depth) if d != axis]
         found.append(here.movedim(axis, lead).flatten(lead + 1).any(-1) if others else here)
     return torch.stack(torch.broadcast_tensors(*found)).any(0)
+
+
+def refuse_unequal_plates(sites: Mapping[str, Site], data: Mapping[str, Tensor]) -> None:
+    """Refuse data of one plate with different numbers of elements."""
+    known: dict[str, tuple[str, int]] = {}
+    for name, site in sites.items():
+        batch = data[name].shape[: data[name].dim() - len(site.event_shape)]
+        for plate, dim in zip(site.plates, site.dims, strict=True):
+            size = batch[dim]
+            other, its = known.setdefault(plate, (name, size))
+            if size != its and 1 not in (size, its):
+                raise ValueError(
+                    f"condition: '{other}' has {its} elements of plate '{plate}' and '{name}' {size}; expected as many of each."
+                )

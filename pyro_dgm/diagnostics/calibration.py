@@ -120,7 +120,7 @@ class Calibration:
         return "draws are too narrow" if spread > 0 else "draws are too wide"
 
 
-@checked(seed=0, num_simulations=1, num_draws=1, batch_size=1)
+@checked(seed=0, num_simulations=1, num_draws=1)
 def sbc(model: Model | None, posterior: Any, *args: Any, **options: Unpack[ExperimentOptions]) -> Calibration:
     r"""Simulation-based calibration: ranks of every parameter, tested for uniformity by chi-square.
 
@@ -169,7 +169,7 @@ def sbc(model: Model | None, posterior: Any, *args: Any, **options: Unpack[Exper
     return Calibration("sbc", pit, p_values, complete["num_draws"], trials.sharpness)
 
 
-@checked(seed=0, num_simulations=1, num_draws=1, batch_size=1)
+@checked(seed=0, num_simulations=1, num_draws=1)
 def coverage(model: Model | None, posterior: Any, *args: Any, **options: Unpack[ExperimentOptions]) -> Calibration:
     """Coverage of highest-density regions of the joint posterior: one number per simulation, whatever the dimension.
 
@@ -204,7 +204,7 @@ def coverage(model: Model | None, posterior: Any, *args: Any, **options: Unpack[
     return Calibration("coverage", {"credibility": credibility}, p_values, complete["num_draws"], trials.sharpness)
 
 
-@checked(seed=0, num_simulations=1, num_draws=1, batch_size=1)
+@checked(seed=0, num_simulations=1, num_draws=1)
 def tarp(
     model: Model | None,
     posterior: Any,

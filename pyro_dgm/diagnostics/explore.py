@@ -246,12 +246,13 @@ def _run_nuts(
     transform = whole_event(guide.get_transform(*args, **kwargs), 1)
     joint = LogJoint(guide, model, args, kwargs, whole=True)  # NUTS needs one density: all rows of subsampled plates
     density = pulled_back(joint, transform)
-    if not bool(joint(guide.get_posterior(*args, **kwargs).sample((8,))).isfinite().any()):
+    posterior = guide.get_posterior(*args, **kwargs)
+    if not bool(joint(posterior.sample((8,))).isfinite().any()):
         raise ValueError(
             "neutra: the model's log density is not finite at 8 draws of the guide. Usual causes: NaN in the data, or a guide "
             "that was not fitted to them."
         )
-    starts = transform.inv(guide.get_posterior(*args, **kwargs).sample((chains,))).detach()
+    starts = transform.inv(posterior.sample((chains,))).detach()
 
     def potential(values: dict[str, Tensor]) -> Tensor:
         return -density(values["z"][None])[0]

@@ -205,7 +205,7 @@ class KHat(Exploration):
 
     def attrs(self) -> dict[str, Any]:
         """The numbers, for a container's attributes."""
-        own = {("khat" if k == "k" else k): v for k, v in asdict(replace(self, rows=None)).items() if k != "rows"}
+        own = {("khat" if k == "k" else k): v for k, v in asdict(self).items() if k != "rows"}
         return own | {f"rows_{k}": v for k, v in (asdict(self.rows) if self.rows else {}).items()}
 
     def __str__(self) -> str:

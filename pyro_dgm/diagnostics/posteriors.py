@@ -146,17 +146,18 @@ def experiment(
             )
         truth = {k: rows[k] for k in sites}
         draws = {k: drawn.draws[k].reshape(*drawn.draws[k].shape[:2], *truth[k].shape[1:]) for k in sites}
-        densities = drawn.densities(truth) if density or set(drawn.draws) <= set(truth) else ()
+        densities = drawn.densities(truth) if density else _densities_if_known(drawn, truth)
         joint: Densities = ()
         of_others = None
-        if len(densities and densities[1]) > 1:
+        if densities and len(densities[1]) > 1:
             of_others = drawn.at_truth({k: v.roll(1, 0) for k, v in truth.items()})
             if program is not None or drawn.has_model:
                 joint = _joint_if_known(program, posterior, draws, truth, data)
-        sharpness = sharpness_of(_arrays(draws), _arrays(truth), densities, of_others, joint)
+        arrays = (_arrays(truth), _arrays(draws))
+        sharpness = sharpness_of(arrays[1], arrays[0], densities, of_others, joint)
         if density and not densities:
             densities = _joint_densities(program, drawn.draws, truth, data)
-    return Experiment(_arrays(truth), _arrays(draws), densities, sharpness)
+    return Experiment(*arrays, densities, sharpness)
 
 
 def _is_amortised(posterior: Any) -> bool:
@@ -307,6 +308,14 @@ def _joint_densities(
         totals.append(one.scored(rows, n).total(n))
     joint = _array(torch.stack(totals))
     return joint[:, :-1], joint[:, -1]
+
+
+def _densities_if_known(drawn: Any, truth: Draws) -> Densities:
+    """Empty where the posterior has none that can be asked for: sharpness is told without, then."""
+    try:
+        return drawn.densities(truth) if set(drawn.draws) <= set(truth) else ()
+    except Exception:  # a log_prob of a user's own, which takes another kind of values
+        return ()
 
 
 def _joint_if_known(program: Program | None, posterior: Any, draws: Draws, truth: Draws, data: Draws) -> Densities:

@@ -183,8 +183,9 @@ def _from_guides(
     store = pyro.get_param_store()
     with seeded(seed), store.scope(store.get_state()):  # reading a guide leaves the user's store as it was
         unfitted = never_fitted(guides[0])
-        for guide in guides:
-            guide(*args, **kwargs)  # lazy guides find their structure, by draws of their own
+        with torch.no_grad():  # under gradients a guide is being trained, and forgets its range
+            for guide in guides:
+                guide(*args, **kwargs)  # lazy guides find their structure, by draws of their own
         unfitted = unfitted or never_fitted(guides[0])
         if seed is not None:
             seed_everywhere(seed)

@@ -129,7 +129,7 @@ def evidence_bound(
     smoothed = [psis(column) for column in columns]
     errors = [evidence_error(column, *each) for column, each in zip(columns, smoothed, strict=True)]
     k = torch.tensor([k for _, k in smoothed])
-    return EvidenceBound(log_mean_exp(log_w)[0], torch.tensor(errors, dtype=torch.float64), k)
+    return EvidenceBound(log_mean_exp(log_w)[0], torch.tensor(errors, dtype=torch.float64, device=log_w.device), k)
 
 
 def _log_weights(

@@ -197,7 +197,8 @@ class DiscretizedLogistic(TorchDistribution):
         loc = _as_float("DiscretizedLogistic", "loc", loc)
         scale = _as_float("DiscretizedLogistic", "scale", scale)
         broadcast_batch("DiscretizedLogistic", loc.shape, scale.shape)
-        if not bool(loc.isfinite().all() & (scale > 0).all() & scale.isfinite().all()):
+        validate = self._validate_args if validate_args is None else validate_args
+        if validate and not bool(loc.isfinite().all() & (scale > 0).all() & scale.isfinite().all()):
             raise ValueError("DiscretizedLogistic: loc and scale have to be finite, and scale above 0.")
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
         self.levels = levels

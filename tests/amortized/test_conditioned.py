@@ -328,3 +328,34 @@ def test_data_of_one_plate_have_one_size():
     guide = dgm.AmortizedGuide(model, ["y"], args=(torch.randn(6),), covariates=["x"])
     with pytest.raises(ValueError, match="condition: 'y' has 5 elements of plate 'row' and 'x' 4; expected as many"):
         guide.condition(x=torch.randn(4), y=torch.randn(5))
+
+
+def test_a_site_inside_the_outer_of_two_plates_alone():
+    """Planted fault: sizes taken from the right of the batch, whatever plate a dimension is."""
+
+    def model(x=None, y=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 4, dim=-2):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+        with pyro.plate("column", 3, dim=-1):
+            return pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    guide = dgm.AmortizedGuide(model, ["x", "y"])
+    dgm.fit(dgm.ForwardKL(guide), max_steps=2, progress=False, seed=0)
+    assert guide.condition(x=torch.zeros(4, 1), y=torch.zeros(3)).sample((2,))["mu"].shape == (2,)
+
+
+def test_a_diagnosis_leaves_the_range_of_a_guide():
+    """Planted fault: a run of the guide under gradients, after which it warns of nothing."""
+    guide = dgm.AmortizedGuide(normal, ["x"])
+    dgm.fit(
+        dgm.ForwardKL(guide),
+        dgm.simulate(normal, 500, observed=["x"], seed=0, progress=False),
+        max_steps=2,
+        progress=False,
+    )
+    before = {k: v.clone() for k, v in guide.state_dict().items()}
+    dgm.from_svi(
+        normal, guide, dgm.simulate(normal, 1, observed=["x"], seed=1, progress=False)["x"][0], prior=0, seed=0
+    )
+    assert all(torch.equal(v, before[k]) for k, v in guide.state_dict().items())

@@ -458,7 +458,7 @@ def _():
 @call("STL_ELBO", "IWAE_ELBO")
 def _(name):
     cls = getattr(dgm, name)
-    guide = dgm.AutoFlow(user_model, functools.partial(dgm.MAF, transforms=1, **SMALL))
+    guide = dgm.AutoFlow(user_model, FAMILIES["MAF"])
     return Call(
         lambda model, guide, x, **k: cls(**k)(model, guide)(x),
         {"model": user_model, "guide": guide, "x": torch.randn(5), "num_particles": 2},
@@ -484,19 +484,23 @@ def _():
         dgm.fit(dgm.STL_ELBO(2)(model, guide), x, max_steps=1, progress=False, seed=0)
         return guide(x)
 
-    family = functools.partial(dgm.MAF, transforms=1, **SMALL)
+    family = FAMILIES["MAF"]
     return Call(do, {"model": user_simulator, "x": torch.randn(5), "family": family}, options_of(dgm.AutoFlow))
 
 
 @call("AutoFlow:quantiles")
 def _():
-    guide = dgm.AutoFlow(user_simulator, functools.partial(dgm.MAF, transforms=1, **SMALL))
+    guide = tiny_flow()
     return Call(lambda quantiles, x: guide.quantiles(quantiles, x), {"quantiles": [0.1, 0.9], "x": torch.randn(5)})
+
+
+def tiny_flow():
+    return dgm.AutoFlow(user_simulator, FAMILIES["MAF"])
 
 
 @call("AutoFlow:median")
 def _():
-    guide = dgm.AutoFlow(user_simulator, functools.partial(dgm.MAF, transforms=1, **SMALL))
+    guide = tiny_flow()
     return Call(lambda x: guide.median(x), {"x": torch.randn(5)})
 
 
@@ -529,7 +533,7 @@ def _():
 
 @call("fit:bound")
 def _():
-    guide = dgm.AutoFlow(user_simulator, functools.partial(dgm.MAF, transforms=1, **SMALL))
+    guide = tiny_flow()
 
     def do(data, **k):
         return dgm.fit(dgm.STL_ELBO(2)(user_simulator, guide), data, progress=False, seed=0, **k).loss
@@ -1214,7 +1218,7 @@ def _():
 
 @functools.cache
 def fitted_flow():
-    guide = dgm.AutoFlow(user_simulator, functools.partial(dgm.MAF, transforms=1, **SMALL))
+    guide = tiny_flow()
     dgm.fit(dgm.STL_ELBO(2)(user_simulator, guide), torch.zeros(4), max_steps=2, progress=False, seed=0)
     return guide
 
@@ -1234,7 +1238,7 @@ def _(name):
 @call("conditionals")
 def _():
     return Call(
-        lambda generator, held_out, seen, **k: diagnostics.conditionals(generator, held_out, seen, **k).p_values,
+        lambda generator, held_out, seen, **k: diagnostics.conditionals(generator, held_out, seen, **k).p_value,
         {"generator": dgm.NSF(2, **SMALL)(), "held_out": torch.randn(120, 2), "seen": [0], "num_draws": 9, "max_steps": 2, "seed": 0},
         dtype=None,
     )  # fmt: skip

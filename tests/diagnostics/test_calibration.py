@@ -11,6 +11,7 @@ import torch
 import pyro_dgm as dgm
 from pyro_dgm.diagnostics import Refit
 from pyro_dgm.diagnostics.containers import group, has_group
+from pyro_dgm.diagnostics.sharpness import _crps, _crps_of_all
 
 PRIOR = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
 POSTERIOR = torch.linalg.inv(torch.linalg.inv(PRIOR) + 2.0 * torch.eye(2))
@@ -270,3 +271,29 @@ def test_iterates_of_an_optimisation():
     assert names["rhat"] > 1.5
     exec(code, names)
     assert names["rhat"] < 1.1 and abs(guide.locs.mu.item() - 0.45) < 0.15
+
+
+def test_the_prior_s_score_is_that_of_all_truths_as_draws():
+    """With ties, a constant, and one row; planted fault: ranks from the right."""
+    for truth in (np.random.default_rng(0).random(50), np.repeat([0.2, 0.7], 5), np.full(4, 0.3), np.array([0.5])):
+        each = np.broadcast_to(truth, (len(truth), len(truth)))
+        np.testing.assert_allclose(_crps_of_all(truth), _crps(each, truth), atol=1e-12)
+
+
+def test_a_posterior_whose_log_prob_takes_other_values_is_ranked_all_the_same():
+    class Own:
+        def condition(self, **data):
+            return self
+
+        def sample(self, shape):
+            return {"mu": torch.randn(shape)}
+
+        def log_prob(self, value):
+            return torch.distributions.Normal(0.0, 1.0).log_prob(value)
+
+    def model(x=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        return pyro.sample("x", dist.Normal(mu, 10.0), obs=x)
+
+    result = dgm.sbc(model, Own(), observed=["x"], num_simulations=40, num_draws=19, seed=0)
+    assert min(result.p_values.values()) > 0.001 and result.sharpness.log_q is None

@@ -533,3 +533,12 @@ def test_families_that_do_not_fit_are_refused():
     pyro.get_param_store()[name] = torch.zeros_like(pyro.param(name))
     with pytest.raises(ValueError, match="param store holds another tensor"):
         vae.model(torch.zeros(2, D))
+
+
+def test_a_logistic_of_no_finite_scale_is_refused_while_pyro_validates():
+    """Elsewhere its density is NaN, which a diverging trajectory is rejected by."""
+    inf = torch.tensor(math.inf)
+    with pytest.raises(ValueError, match="loc and scale have to be finite"):
+        dgm.vae.DiscretizedLogistic(torch.zeros(()), inf, 8)
+    with pyro.validation_enabled(False):
+        assert dgm.vae.DiscretizedLogistic(torch.zeros(()), inf, 8).log_prob(torch.zeros(())).shape == ()
