@@ -45,7 +45,6 @@ from torch.nn.functional import linear, softplus
 
 from pyro_dgm.core import MLP
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import check_number
 from pyro_dgm.core.upstream import PyroABCMeta
 
 __all__ = [
@@ -188,7 +187,6 @@ class TwoLayerField(VectorField):
     @checked(features=1, hidden_features=1)
     def __init__(self, features: int, context_features: int = 0, hidden_features: int = 64) -> None:
         super().__init__(features, context_features)
-        check_number("TwoLayerField", "hidden_features", hidden_features, least=1, whole=True)
         width = hidden_features
         self.first = nn.Parameter(torch.randn(width, features) * (2.0 / features) ** 0.5)
         self.second = nn.Parameter(torch.randn(width, width) * width**-0.5)
@@ -281,7 +279,6 @@ class PotentialField(VectorField):
         self, features: int, context_features: int = 0, hidden_features: int = 256, rank: int | None = None
     ) -> None:
         super().__init__(features, context_features)
-        check_number("PotentialField", "hidden_features", hidden_features, least=1, whole=True)
         width = hidden_features
         self.ridges = nn.Parameter(torch.randn(width, features) * (4.0 / features) ** 0.5)
         self.quadratic = nn.Parameter(0.1 * torch.randn(min(10, features) if rank is None else rank, features))

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
-from pyro_dgm.core.data import warn_of_ties, was_trained
+from pyro_dgm.core.data import warn_of_ties
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch, check_context
 from pyro_dgm.flows.base import NormalizingFlow
@@ -139,16 +139,22 @@ def _matched(noise: Tensor, data: Tensor) -> Tensor:
     return torch.cat(blocks)
 
 
-def recipe_for(family: DistributionModule, rows: int | None) -> Recipe:
-    """How a density is trained: of few rows gently, where draws of what stands in for them come first.
+def recipe_for(family: DistributionModule, rows: int | None, starts: bool = True) -> Recipe:
+    """How a density is trained: of few rows gently, where draws of what stands in for them come first (``starts``).
 
     The rate falls with the square of the rows: ten held-out rows do not tell when to stop.
     """
     if rows is None or not are_few(rows):
         return Recipe()
-    if not isinstance(family, NormalizingFlow) or not family.standard.is_identity():
+    if not starts or not _can_start(family) or not family.standard.is_identity():
         return FEW_ROWS_ALONE
     return replace(FEW_ROWS, lr=FEW_ROWS.lr * min(1.0, rows / _TRUSTED) ** 2)
+
+
+def _can_start(family: DistributionModule) -> TypeGuard[NormalizingFlow]:
+    """Whether the family can be the normal law of few rows."""
+    flow = isinstance(family, NormalizingFlow) and family.features <= MOST_COLUMNS
+    return flow and family.has_normal_base()
 
 
 def start_from_few(
@@ -167,10 +173,10 @@ def start_from_few(
     if rows is None or not isinstance(family, NormalizingFlow):
         return False
     x, context = check_batch(type(family).__name__, family, rows[0], rows[1] if len(rows) > 1 else None)
-    if len(x) < LEAST_ROWS or family.features > MOST_COLUMNS or not family.has_normal_base():
+    if len(x) < LEAST_ROWS or not _can_start(family):
         return True
     _start_at_normal(family, x, context)
-    pairs = Pairs(family.flow_units(x), context)
+    pairs = Pairs(family.flow_units(x), None if context is None else context.to(x))
     if stages.limits.max_steps is not None:
         steps = min(steps, _IN_PROPORTION * stages.limits.max_steps)
     if pairs.worth_while:
@@ -230,12 +236,12 @@ def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ..
     """
     units = family.event_units()
     of_events = units is not None and units.is_identity()
-    of_contexts = family.context_features > 0 and family.context_units.is_identity() and not was_trained(family)
+    of_contexts = family.context_features > 0 and not family.has_units()
     if not of_events and not of_contexts:
         return False
     x, context = first_rows(batches)
     before = _mean_score(family, x, context)
-    family.standardize(x if of_events else None, context if of_contexts and len(x) > 1 else None)
+    family.standardize(x if of_events else None, context if of_contexts else None)
     if _mean_score(family, x, context) > before - 0.5:
         if of_events:
             warn_of_ties(type(family).__name__, (few_rows(batches) or (x,))[0])

@@ -21,7 +21,7 @@ from pyro_dgm.core.shapes import ShapeAttribute, as_count, as_shape, as_tensor_l
 from pyro_dgm.core.units import InputUnits, Standardize
 from pyro_dgm.core.upstream import PyroABCMeta, drop_weak_references, zuko
 
-__all__ = ["DistributionModule", "compose", "resize_to_saved", "tensors_of", "values_of", "whole_event"]
+__all__ = ["DistributionModule", "compose", "composed", "resize_to_saved", "tensors_of", "values_of", "whole_event"]
 
 _NOTHING = nullcontext()
 _OF_DISTRIBUTIONS = {
@@ -216,7 +216,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
             parts.append(ReshapeTransform(built.event_shape, self.unconstrained_shape))
         if self._support is not None:
             parts.append(whole_event(biject_to(self._support), len(self.unconstrained_shape)))
-        return compose(parts)
+        return composed(parts)
 
     def support_of(self, built: Distribution) -> constraints.Constraint:
         """The support of the event."""
@@ -285,6 +285,11 @@ def values_of(module: nn.Module, *, buffers: bool = False) -> Tensor:
 @checked()
 def compose(parts: list[Transform]) -> Any:
     """One transform out of many, with its log-determinant in the same pass (``call_and_ladj``); None out of none."""
+    return composed(parts)
+
+
+def composed(parts: list[Transform]) -> Any:
+    """The same, of parts that are known to be transforms: each density and draw of a family asks for it."""
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else zuko.transforms.ComposedTransform(*parts)

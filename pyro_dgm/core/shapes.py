@@ -30,6 +30,7 @@ __all__ = [
     "check_support",
     "check_value_shape",
     "from_arrays",
+    "in_context_units",
     "is_moderate",
     "is_real",
     "of_entries",
@@ -211,10 +212,7 @@ class ShapeAttribute:
 
 
 def check_context(family: DistributionModule, context: Tensor | None) -> Tensor | None:
-    """The context as the family's networks read it: a tensor of its kind, in its units; one that does not fit is refused.
-
-    While Pyro validates, so are NaN and infinity.
-    """
+    """The context as a family's networks read it; one that does not fit is refused, and while Pyro validates one with NaN."""
     name, expected = type(family).__name__, family.context_features
     if context is None:
         if expected:
@@ -223,9 +221,7 @@ def check_context(family: DistributionModule, context: Tensor | None) -> Tensor 
                 "unconditional family leave context_features out."
             )
         return None
-    units = family.context_units if expected else None
-    raw = units is None or units.is_identity()
-    context = as_tensor_like(name, "context", context, reference(family) if raw else None)
+    context = as_tensor_like(name, "context", context, None)
     if not expected:
         raise ValueError(
             f"{name}: got a context of shape {tuple(context.shape)}, but the family is unconditional. Build it with "
@@ -237,10 +233,16 @@ def check_context(family: DistributionModule, context: Tensor | None) -> Tensor 
             f"{name}: context has {got} features, expected {expected} (context shape {tuple(context.shape)}). Build "
             f"it with {name}(..., context_features={got}) or pass the columns you trained on."
         )
+    return in_context_units(name, family, context)
+
+
+def in_context_units(name: str, module: Any, context: Tensor) -> Tensor:
+    """A context of the right length as a module's networks read it: in its units, once it has some, and of its kind."""
+    raw = module.context_units.is_identity()
     if Distribution._validate_args:
         refuse = refuse_immoderate if raw else refuse_non_finite
-        refuse(name, context.reshape(-1, expected), "contexts")
-    return context if units is None or raw else as_tensor_like(name, "context", units(context), reference(family))
+        refuse(name, context.reshape(-1, module.context_features), "contexts")
+    return as_tensor_like(name, "context", context if raw else module.context_units(context), reference(module))
 
 
 def check_built(family: DistributionModule, event_shape: Size, expected: Size) -> None:
@@ -317,8 +319,8 @@ def check_batch(
     refuse_non_finite(name, x)
     if context is None:
         return x, None
-    context = as_tensor_like(name, "context", context, like)
-    if context.dim() != 2 or context.shape != (len(x), family.context_features):
+    context = as_tensor_like(name, "context", context, None)  # its kind follows when it is put in units
+    if context.shape != (len(x), family.context_features):
         raise ValueError(
             f"{name}: the context has shape {tuple(context.shape)}, expected ({len(x)}, {family.context_features}): one row "
             "for each event."

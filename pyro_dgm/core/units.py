@@ -97,7 +97,7 @@ class Standardize(nn.Module):
         rows = x.reshape(-1, len(self.loc)).double()
         seen = None if mask is None else mask.to(rows.device).expand(x.shape).reshape(rows.shape)
         refuse_non_finite(who, rows if seen is None else torch.where(seen, rows, 0.0))
-        loc, scale, constant = self._straight_units(rows, seen, _rounding(x, self.loc), who)
+        loc, scale, constant = self._straight_units(rows, seen, self._rounding(x), who)
         if floor:
             scale = scale.clamp_min(floor * float(scale.square().mean().sqrt()))
             constant = scale == 0
@@ -119,6 +119,10 @@ class Standardize(nn.Module):
         constant = scale <= _CONSTANT * rounding * largest
         _say_blurred(who, scale, largest, rounding)
         return loc, scale, constant
+
+    def _rounding(self, x: Tensor) -> float:
+        """The relative rounding of given numbers, or of those that they become, whichever is coarser."""
+        return max(_rounding_of(x), _rounding_of(self.loc))
 
     def _left_out(self, scale: Tensor, constant: Tensor) -> Tensor:
         """The scale of columns, those included that do not vary."""
@@ -233,7 +237,7 @@ class InputUnits(Standardize):
 
     def forward(self, x: Tensor) -> Tensor:
         x = as_tensor_like("InputUnits", "data", x, None)
-        x = x if x.dtype is self.loc.dtype else x.to(self.loc.device, torch.float64)
+        x = x.to(self.loc.device, x.dtype if x.dtype is self.loc.dtype else torch.float64)
         u = self._in_units(x).to(self.loc.dtype)
         if not self.bounded:
             return u
@@ -250,6 +254,9 @@ class InputUnits(Standardize):
             loc[j] = usual
             scale[j] = (x[x != usual] - usual).square().mean().sqrt()
         return loc, scale, constant
+
+    def _rounding(self, x: Tensor) -> float:
+        return _rounding_of(x)  # they are shifted before they become others
 
     def _left_out(self, scale: Tensor, constant: Tensor) -> Tensor:
         return torch.where(constant, torch.inf, scale)
@@ -289,9 +296,9 @@ class Sinh(Transform):
         return self.spread.log() + torch.where(self.bent, log_cosh, 0.0)
 
 
-def _rounding(x: Tensor, own: Tensor) -> float:
-    """The relative rounding of given numbers, or of those that they become, whichever is coarser."""
-    return max(torch.finfo(t.dtype).eps for t in (x, own) if t.is_floating_point())
+def _rounding_of(x: Tensor) -> float:
+    """The relative rounding of numbers of a dtype; whole ones become doubles."""
+    return torch.finfo(x.dtype if x.is_floating_point() else torch.float64).eps
 
 
 def _moments(rows: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -305,7 +312,8 @@ def _moments(rows: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _say_blurred(who: str, scale: Tensor, largest: Tensor, rounding: float) -> None:
     """Warn of numbers whose differences are near their rounding."""
-    blurred = ((scale > 0) & (scale < _BLURRED * rounding * largest)).nonzero()[:, 0].tolist()
+    varies = scale > _CONSTANT * torch.finfo(scale.dtype).eps * largest
+    blurred = (varies & (scale < _BLURRED * rounding * largest)).nonzero()[:, 0].tolist()
     if blurred:
         j = blurred[0]
         warn_user(

@@ -15,7 +15,8 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
-from pyro_dgm.core import DistributionModule, Standardize, compose, zuko
+from pyro_dgm.core import DistributionModule, Standardize, zuko
+from pyro_dgm.core.module import composed
 from pyro_dgm.core.shapes import (
     as_tensor_like,
     broadcast_batch,
@@ -108,7 +109,7 @@ class NormalizingFlow(DistributionModule):
     def bijection(self, built: Distribution) -> Transform | None:
         rest = super().bijection(built)
         parts = [units.transform() for units in (self.decorrelate, self.standard) if not units.is_identity()]
-        return compose(parts + ([] if rest is None else [rest])) if parts else rest
+        return composed(parts + ([] if rest is None else [rest])) if parts else rest
 
     def event_units(self) -> Standardize:
         return self.standard
@@ -116,11 +117,9 @@ class NormalizingFlow(DistributionModule):
     @torch.no_grad()
     def fit_events(self, x: Tensor) -> None:
         """Mean 0 and sd 1 before the flow, of data ``(..., *event_shape)``; columns with long tails are compressed first."""
-        x = self._events(x, self.event_shape)
         self.standard.forget()
         self.decorrelate.forget()
-        to_event = self.bijection(self.build(None if not self.context_features else x.new_zeros(self.context_features)))
-        rows = (x if to_event is None else to_event.inv(x)).reshape(-1, self.features)
+        rows = self.flow_units(x).reshape(-1, self.features)
         self.standard.fit(rows, tails="bend" if len(self.event_shape) < 2 else "keep", who=type(self).__name__)
 
     def has_normal_base(self) -> bool:
@@ -145,7 +144,7 @@ class NormalizingFlow(DistributionModule):
 
     def _built(self) -> Distribution:
         """For a context of zeros, where any will do."""
-        return self.build(self.values().new_zeros(self.context_features) if self.context_features else None)
+        return self.build(self.standard.loc.new_zeros(self.context_features) if self.context_features else None)
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Latents :math:`z = g^{-1}(x; c)` of events ``(*batch, *event_shape)``, shape ``(*batch, D)``.

@@ -31,7 +31,14 @@ from torch.nn.functional import relu, softplus
 from pyro_dgm.core import MLP, InputUnits, Standardize, broadcast_cat
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import refuse_batch_norm
-from pyro_dgm.core.shapes import as_count, as_shape, as_tensor_like, check_value_shape, refuse_immoderate
+from pyro_dgm.core.shapes import (
+    as_count,
+    as_shape,
+    as_tensor_like,
+    check_value_shape,
+    in_context_units,
+    refuse_immoderate,
+)
 
 __all__ = ["LOSSES", "Critic", "Loss", "gradient_norms"]
 
@@ -109,11 +116,9 @@ class Critic(nn.Module):
         """Logits of vectors in the critic's units."""
         if context is not None:
             context = as_tensor_like("Critic", "context", context, None)
-            if Distribution._validate_args:
-                refuse_immoderate("Critic", context, "contexts")
         self._check_context(context)
         if context is not None:
-            context = self.context_units(context)
+            context = in_context_units("Critic", self, context)
         inputs = u if context is None else broadcast_cat(u, context)
         logits = self.network(inputs)
         if logits.shape == inputs.shape[:-1] + (1,):

@@ -19,9 +19,9 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, biject_to, constraints
 from torch.distributions.transforms import ReshapeTransform
 
-from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, broadcast_cat, compose
+from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, broadcast_cat
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.module import whole_event
+from pyro_dgm.core.module import composed, whole_event
 from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape
 from pyro_dgm.vae.latents import StandardNormal
 from pyro_dgm.vae.model import prior_given
@@ -237,7 +237,7 @@ class Generator(DistributionModule):
             parts.append(ReshapeTransform(Size((self.features,)), self.unconstrained_shape))
         if self._support is not None:
             parts.append(whole_event(biject_to(self._support), len(self.unconstrained_shape)))
-        return compose(parts)
+        return composed(parts)
 
     def _flat(self, u: Tensor, inputs: Tensor) -> Tensor:
         """A network's output as vectors, or an error where it is no event."""

@@ -22,7 +22,8 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
-from pyro_dgm.core import DistributionModule, LearnedDistribution, compose
+from pyro_dgm.core import DistributionModule, LearnedDistribution
+from pyro_dgm.core.module import composed
 from pyro_dgm.core.weights import stratified
 
 __all__ = ["Modes", "WhitenedPosterior", "fitted_log_weights"]
@@ -94,7 +95,7 @@ class WhitenedPosterior(DistributionModule):
     def bijection(self, built: Distribution) -> Transform:
         inner = self.family.bijection(built)
         whitening = Whitening(self.loc, self.scale_tril, *self.affine.unbind())
-        return whitening if inner is None else compose([inner, whitening])
+        return whitening if inner is None else composed([inner, whitening])
 
 
 class Modes(DistributionModule):

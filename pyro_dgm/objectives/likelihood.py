@@ -110,7 +110,7 @@ class MaximumLikelihood(nn.Module):
 
     def recipe(self, rows: int | None) -> Recipe:
         """Few rows are in part held out."""
-        return recipe_for(self.family, rows)
+        return recipe_for(self.family, rows, starts=self.steps > 0)
 
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take the units from the data and match the flow, unless the family was trained before."""

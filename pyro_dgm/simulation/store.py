@@ -148,6 +148,8 @@ class Simulations(Mapping[str, Tensor]):
     @checked()
     def save(self, path: str | Path) -> None:
         """Write everything but the model's arguments to one file, whole or not at all."""
+        if Path(path).is_dir() or not Path(path).parent.is_dir():
+            raise ValueError(f"No file can be written at {str(path)!r}: it is a folder, or in none that exists.")
         state = {"values": {k: v.clone() for k, v in self._values.items()}, "mask": self.mask, "failed": self.failed}
         state |= {"observed": list(self.observed), "reasons": self.reasons, "seed": self.seed}
         save_checkpoint(path, state | {"acceptance": self.acceptance})

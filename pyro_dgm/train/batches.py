@@ -150,8 +150,8 @@ def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[A
 def as_args(data: Any) -> tuple[Any, ...]:
     """The objective's arguments that data stand for, apart from the graph that made them: a fit goes through it many times."""
     args = tuple(data) if isinstance(data, tuple | list) else (data,)
-    args = from_arrays("fit", args)
-    return tuple(_detached(_as_dict(a) if isinstance(a, Mapping) else a) for a in args)
+    args = from_arrays("fit", tuple(_as_dict(a) if isinstance(a, Mapping) else a for a in args))
+    return tuple(_detached(a) for a in args)
 
 
 def _detached(value: Any) -> Any:

@@ -331,8 +331,10 @@ def _prepare_all_the_same(
         prepare()
         with torch.no_grad(), fork_rng():
             objective(*batches.example())
-    except (ValueError, RuntimeError, TypeError):
-        raise failed from None
+    except FitDiverged:
+        raise
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise failed from error
 
 
 @contextmanager

@@ -184,8 +184,6 @@ class Checkpoint:
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Write beside the file and move over it, so that a kill leaves the old state or the new one."""
-    if Path(path).is_dir() or not Path(path).parent.is_dir():
-        raise ValueError(f"No file can be written at {str(path)!r}: it is a folder, or in none that exists.")
     part = Path(f"{path}.{uuid.uuid4().hex}.part")  # of its own: two processes may save at once
     try:
         torch.save(state, part)

@@ -196,3 +196,10 @@ def test_states_from_before_contexts_had_units_can_be_read():
     fresh.load_state_dict(old)
     x, c = torch.randn(5, 2), torch.randn(5, 2)
     torch.testing.assert_close(fresh(c).log_prob(x), flow(c).log_prob(x))
+
+
+def test_a_constant_column_in_double_precision_is_not_said_to_have_lost_digits():
+    """A sum of tenths is off in its last bit. Planted fault: a warning wherever the sd is not 0."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dgm.Standardize(1).double().fit(torch.full((1_000, 1), 0.1, dtype=torch.float64))

@@ -200,3 +200,10 @@ def test_values_that_come_again_are_told(rounded, recwarn):
     found = [str(w.message) for w in recwarn if "come again" in str(w.message)]
     assert len(found) == rounded
     assert not rounded or ("column 1 " in found[0] and "0.2 " in found[0] and "Dequantize" in found[0])
+
+
+def test_few_rows_without_a_start_are_not_trained_at_its_gentle_rate():
+    """Planted fault: one rate for both, by which a fit without pretraining ends where it began."""
+    gentle = dgm.MaximumLikelihood(dgm.NSF(2)).recipe(60).lr
+    assert dgm.MaximumLikelihood(dgm.NSF(2), pretrain=0).recipe(60).lr > 100 * gentle
+    assert dgm.MaximumLikelihood(dgm.NSF(150)).recipe(60).lr > 100 * gentle

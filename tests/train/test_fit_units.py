@@ -33,3 +33,13 @@ def test_looking_at_the_data_changes_no_random_number():
         history = dgm.fit(dgm.STL_ELBO(1)(vae.model, vae.guide), x, batch_size=300, max_steps=3, progress=False, seed=0)
         losses.append(torch.tensor(history.loss))
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-3)
+
+
+def test_time_stamps_keep_their_digits_in_training_too():
+    """Planted fault: contexts cast to float32 before they are shifted, by which 128 seconds are one."""
+    torch.manual_seed(0)
+    t = 1.7e9 + 300.0 * torch.rand(4_000, 1, dtype=torch.float64)
+    x = ((t - 1.7e9) / 100.0).float() + 0.01 * torch.randn(4_000, 1)
+    flow = dgm.RealNVP(1, context_features=1)
+    dgm.fit(dgm.MaximumLikelihood(flow), (x, t), batch_size=500, max_steps=300, progress=False, seed=0)
+    assert float(flow(t).log_prob(x).mean()) > 1.0  # the truth is 3.2; with 128 seconds to a value -.3

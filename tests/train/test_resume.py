@@ -2,7 +2,9 @@
 
 import pathlib
 import signal
+import types
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -241,3 +243,36 @@ def test_a_flow_is_fitted_to_an_array():
     rows = 3.0 + torch.randn(200, 2).double().numpy()
     dgm.fit(dgm.MaximumLikelihood(flow), (rows,), max_steps=20, progress=False, seed=0)
     assert (flow.standard.loc - 3.0).abs().max() < 0.5
+
+
+def test_a_folder_that_goes_during_a_fit_is_told_and_does_not_end_it(tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    flow = dgm.MAF(2, transforms=1)
+
+    class Leaving(dgm.MaximumLikelihood):
+        def forward(self, x):
+            if folder.exists():
+                folder.rmdir()
+            return super().forward(x)
+
+    with pytest.warns(UserWarning, match="could not be saved"):
+        history = dgm.fit(
+            Leaving(flow), (torch.randn(50, 2),), max_steps=3, validation=0, checkpoint=folder / "c.pt", progress=False
+        )
+    assert history.steps == 3
+
+
+def test_arrays_in_any_mapping_are_data():
+    """Planted fault: conversion before a mapping is a dictionary, which leaves numpy to the objective."""
+
+    class Mean(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, data):
+            return (data["x"] - self.w).square().mean()
+
+    data = types.MappingProxyType({"x": np.ones((20, 2))})
+    assert dgm.fit(Mean(), data, batch_size=5, max_steps=3, progress=False).steps == 3
