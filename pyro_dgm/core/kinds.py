@@ -234,14 +234,16 @@ def _fitted_int(value: Any) -> int:
 
 
 def _fitted_float(value: Any) -> Any:
-    if (
-        isinstance(value, Tensor | np.ndarray)
-        and value.ndim == 0
-        and not _if(not getattr(value, "is_meta", False), False)
-    ):
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        _if(not _has_no_numbers(value), value)
         value = value.item()
     _if(isinstance(value, Real) and not isinstance(value, bool), value)
     return float(value) if isinstance(value, np.floating) else value
+
+
+def _has_no_numbers(value: Any) -> bool:
+    """Whether it is a tensor on the meta device, which has a shape only."""
+    return isinstance(value, Tensor) and value.is_meta
 
 
 def _fitted_sequence(who: str, name: str, origin: Any, kinds: tuple[Any, ...], value: Any) -> Any:
@@ -308,7 +310,7 @@ def shown(value: Any) -> str:
     >>> shown(np.zeros((2, 3))), shown("abc"), shown(None)
     ('an array of shape (2, 3)', "'abc'", 'None')
     """
-    if isinstance(value, Tensor | np.ndarray) and (value.ndim or getattr(value, "is_meta", False)):
+    if isinstance(value, Tensor | np.ndarray) and (value.ndim or _has_no_numbers(value)):
         return f"{'a tensor' if isinstance(value, Tensor) else 'an array'} of shape {tuple(value.shape)}"
     if isinstance(value, nn.Module) or getattr(type(value), "__repr__", None) is object.__repr__:
         return f"a {type(value).__name__}"

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from pyro_dgm.core import LearnedDistribution
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import from_arrays
 from pyro_dgm.core.warn import plain_errors
 from pyro_dgm.core.weights import psis
 from pyro_dgm.model.log_joint import LogJoint
@@ -84,7 +83,7 @@ class STL_ELBO(ParticleELBO):
     @plain_errors()
     def log_weights(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         r""":math:`\log p(x, \theta) - \log q(\theta)` of every particle, shape ``(num_particles,)``, with path gradients."""
-        pair = Pair(model, guide, from_arrays("the bound", args), kwargs)
+        pair = Pair.of(model, guide, args, kwargs)
         self._meet(pair)
         q = _learned_posterior(pair) if self.vectorize_particles else None
         if q is not None:

@@ -24,6 +24,7 @@ from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.core.warn import plain_errors, warn_user
 from pyro_dgm.model.sites import latent_sites, plate_frames, sample_sites
+from pyro_dgm.objectives.agreement import Pair
 
 __all__ = ["WeightedKL_ELBO"]
 
@@ -77,8 +78,9 @@ class WeightedKL_ELBO(Trace_ELBO):
     @plain_errors()
     def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, list[tuple[Tensor, float]]]:
         """The expected log likelihood, and for each latent site its KL (both scaled) with the rows that it stands for."""
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        pair = Pair.of(model, guide, args, kwargs)
+        guide_trace = pair.trace(guide)
+        model_trace = pair.trace(poutine.replay(model, trace=guide_trace))
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
         model_trace.compute_log_prob()
         guide_trace.compute_log_prob()

@@ -94,7 +94,9 @@ def _rows(family: DistributionModule, x: Tensor) -> Tensor:
     """Data as a tensor of the family's kind, one event a row."""
     x = as_tensor_like("SemiSupervisedVAE", "x", x, reference(family))
     if x.dim() < 2 or not x.numel():
-        raise ValueError(f"SemiSupervisedVAE: x has shape {tuple(x.shape)}, expected (N, *event): one row or more.")
+        raise ValueError(
+            f"SemiSupervisedVAE: x has shape {tuple(x.shape)}, expected (N, *event): one row or more, and labels second."
+        )
     return x
 
 
@@ -137,7 +139,7 @@ class _Model(nn.Module):
     def has_units(self) -> bool:
         """Whether units were taken before, or the networks were trained without."""
         units = self.likelihood.event_units()
-        return units is None or units.loaded or not units.is_identity() or was_trained(self.likelihood)
+        return units is None or units.known or was_trained(self.likelihood)
 
     @torch.no_grad()
     def take_units(self, x: Tensor) -> None:
