@@ -55,12 +55,8 @@ def as_tensor_like(who: str, what: str, value: Any, like: Tensor | None) -> Tens
     >>> as_tensor_like("NSF", "value", [[1, 2]], torch.zeros(3))
     tensor([[1., 2.]])
     """
-    if isinstance(value, Tensor) and value.layout is torch.strided:
-        if like is None:
-            fits = not (value.is_complex() or value.is_meta)
-        else:
-            fits = value.dtype is like.dtype and value.device == like.device
-        if fits:
+    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:
+        if not _is_odd(value) if like is None else value.dtype is like.dtype and value.device == like.device:
             return value
     tensor = value if isinstance(value, Tensor) else _from_array(who, what, value)
     _refuse_other_kinds(who, what, tensor)
@@ -79,12 +75,16 @@ def from_arrays(who: str, value: Any) -> Any:
         return {k: from_arrays(who, v) for k, v in value.items()}
     if type(value) in (tuple, list):
         return type(value)(from_arrays(who, v) for v in value)
-    if isinstance(value, Tensor) and (value.is_meta or value.is_complex()):
+    if isinstance(value, Tensor) and _is_odd(value):
         _refuse_other_kinds(who, "data", value)
     if isinstance(value, Tensor | np.generic | type) or not hasattr(value, "__array__"):
         return value
     tensor = _from_array(who, "data", value)
     return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+
+
+def _is_odd(x: Tensor) -> bool:
+    return x.is_meta or x.is_complex() or x.is_quantized or x.is_nested
 
 
 def _from_array(who: str, what: str, value: Any) -> Tensor:
@@ -157,26 +157,21 @@ def as_shape(shape: int | Iterable[int], what: str = "event_shape", least: int =
     >>> as_shape(3), as_shape(()), as_shape([28, 28])
     (torch.Size([3]), torch.Size([]), torch.Size([28, 28]))
     """
-    if type(shape) is Size:
-        sizes = shape
-    else:
-        sizes = Size(_integers(shape, what))
-    if any(n < least for n in sizes):
+    sizes = shape if type(shape) is Size else Size(_integers(shape, what))
+    if any(n < least for n in sizes) or math.prod(sizes) >= 2**63:
         allowed = "positive sizes" if least == 1 else "no negative sizes"
+        allowed = allowed if all(n < 2**31 for n in sizes) else "sizes of fewer than 2**63 numbers"
         raise ValueError(f"{what} must hold {allowed}, got {tuple(sizes)}; () is a single number.")
     return sizes
 
 
 def _integers(shape: Any, what: str) -> tuple[int, ...]:
     try:
-        return (index(shape),)
-    except TypeError:
-        pass
-    try:
-        return tuple(map(index, shape))
-    except TypeError as error:
+        one = not isinstance(shape, Iterable) or not getattr(shape, "ndim", 1)
+        return tuple(map(index, (shape,) if one else shape))
+    except (TypeError, RuntimeError) as error:  # the latter of torch, for a tensor on the meta device
         raise TypeError(
-            f"{what} is {shape!r}, expected an integer or a tuple of integers, such as 3 or (28, 28)."
+            f"{what} is {' '.join(repr(shape).split())[:200]}, expected an integer or a tuple of integers, such as 3 or (28, 28)."
         ) from error
 
 
@@ -188,10 +183,10 @@ def as_count(who: str, what: str, value: int) -> int:
     """
     try:
         count = index(value)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         raise TypeError(f"{who}: {what} is {value!r}, expected an integer.") from error
-    if count < 0:
-        raise ValueError(f"{who}: {what} is {count}, expected 0 (none) or more.")
+    if not 0 <= count < 2**63:
+        raise ValueError(f"{who}: {what} is {count}, expected 0 (none) or more, below 2**63.")
     return count
 
 
@@ -373,7 +368,7 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise TypeError(message)
     too_small = (least is not None and value < least) or (above is not None and value <= above)
-    if too_small or not math.isfinite(value):
+    if too_small or not abs(value) <= (2**64 if whole else torch.finfo(torch.float64).max):
         raise ValueError(message)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_dgm.core import LearnedDistribution
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.warn import plain_errors
+from pyro_dgm.core.warn import plain_errors, told_unless_finite
 from pyro_dgm.core.weights import psis
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.objectives.agreement import Pair
@@ -115,7 +115,7 @@ class STL_ELBO(ParticleELBO):
         return joint.at(*pair.args, **pair.kwargs)(latent) - q.detach().log_prob(latent)
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return -self.log_weights(model, guide, *args, **kwargs).mean()
+        return told_unless_finite("STL_ELBO", -self.log_weights(model, guide, *args, **kwargs).mean())
 
 
 def _learned_posterior(pair: Pair) -> LearnedDistribution | None:
@@ -134,7 +134,7 @@ class _STLModule(ELBOModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         log_weights = self.elbo.log_weights(self.model, self.guide, *args, **kwargs)
         self._recent.append(log_weights.detach())
-        return -log_weights.mean()
+        return told_unless_finite("STL_ELBO", -log_weights.mean())
 
     def converged(self) -> bool:
         r"""Whether :math:`\mathrm{KL}(q\|p) \approx \frac12 \mathrm{Var}\log w` is below 0.01 nat and Pareto k below 0.6.

@@ -22,8 +22,8 @@ from torch.distributions import kl_divergence
 
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_number
-from pyro_dgm.core.warn import plain_errors, warn_user
-from pyro_dgm.model.sites import latent_sites, plate_frames, sample_sites
+from pyro_dgm.core.warn import plain_errors, told_unless_finite, warn_user
+from pyro_dgm.model.sites import latent_sites, plate_frames, sample_sites, write_log_probs
 from pyro_dgm.objectives.agreement import Pair
 
 __all__ = ["WeightedKL_ELBO"]
@@ -82,8 +82,8 @@ class WeightedKL_ELBO(Trace_ELBO):
         guide_trace = pair.trace(guide)
         model_trace = pair.trace(poutine.replay(model, trace=guide_trace))
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-        model_trace.compute_log_prob()
-        guide_trace.compute_log_prob()
+        write_log_probs(model_trace)
+        write_log_probs(guide_trace)
         kls = [_kl(model_trace.nodes[k], s) for k, s in latent_sites(guide_trace)]
         observed = [s["log_prob_sum"] for _, s in sample_sites(model_trace) if s["is_observed"]]
         return sum(observed, torch.zeros(())), kls
@@ -111,7 +111,7 @@ class _WeightedModule(ELBOModule):
         reported = likelihood - total
         if torch.is_grad_enabled():
             self.steps += 1
-        return -(trained + (reported - trained).detach())
+        return told_unless_finite("WeightedKL_ELBO", -(trained + (reported - trained).detach()))
 
     def finish(self, *args: Any, **kwargs: Any) -> None:
         """Say, once a fit has ended, that the weight never reached its value."""

@@ -93,6 +93,8 @@ class RatioCheck:
 def calibration(log_ratio: Tensor) -> RatioCheck:
     """The check of a log ratio, from its values at draws of the reference."""
     n = log_ratio.numel()
+    if not n:
+        raise ValueError("DensityRatio.check: no rows, expected draws of the reference, one or more.")
     ratio = log_ratio.detach().double().reshape(-1).exp()
     total = float(ratio.sum())
     squares = float(ratio.square().sum())

@@ -17,7 +17,7 @@ from torch.distributions import Distribution, Independent, constraints
 
 from pyro_dgm.core import MLP, DistributionModule, LearnedDistribution, Standardize, broadcast_cat
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_count, as_tensor_like, check_context, is_real
+from pyro_dgm.core.shapes import as_count, as_tensor_like, check_context, check_value_shape, is_real
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.vae.likelihoods import arguments_of, has_data_units, in_data_units
 
@@ -25,6 +25,7 @@ __all__ = [
     "Chain",
     "Conditional",
     "Encoded",
+    "cut",
     "refuse_context",
     "refuse_mismatch",
     "refuse_width",
@@ -96,7 +97,9 @@ class Conditional(DistributionModule):
         says so.
         """
         size = self.event_shape.numel()
-        rows = as_tensor_like("Conditional", "data", x, None).reshape(-1, size)
+        x = as_tensor_like("Conditional", "data", x, None)
+        check_value_shape("Conditional", x, self.event_shape)
+        rows = x.reshape(-1, size)
         here = torch.tensor(has_data_units(self.make, size), device=rows.device)
         seen = here.expand(rows.shape) if mask is None else here & mask.reshape(rows.shape)
         self._say_far(rows, ~here if mask is None else ~here & mask.reshape(rows.shape))
@@ -311,6 +314,11 @@ def _refuse_unknown(shared: Sequence[str], names: Sequence[str]) -> None:
     unknown = [n for n in shared if n not in names]
     if unknown:
         raise ValueError(f"Conditional: shared={unknown} are no arguments of make, which takes {list(names)}.")
+
+
+def cut(values: Tensor | None, rows: slice) -> Tensor | None:
+    """These rows of a context or mask, where there is one."""
+    return None if values is None else values[rows]
 
 
 def refuse_mismatch(prior: DistributionModule, likelihood: DistributionModule, posterior: DistributionModule) -> None:

@@ -23,10 +23,10 @@ from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import refuse_batch_norm
 from pyro_dgm.core.shapes import as_tensor_like, check_value_shape, reference
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.vae.conditional import Conditional, refuse_context, refuse_mismatch, refuse_width_of_posterior
-from pyro_dgm.vae.likelihoods import refuse_outside
+from pyro_dgm.vae.conditional import Conditional, cut, refuse_context, refuse_mismatch, refuse_width_of_posterior
+from pyro_dgm.vae.likelihoods import drawn_or, refuse_outside
 
-__all__ = ["VAE", "as_data", "cut", "mean_of", "plate", "prior_given", "register"]
+__all__ = ["VAE", "as_data", "mean_of", "plate", "prior_given", "register"]
 
 _DRAWS = 32  # behind a mean that has no closed form; not measured, chosen by hand
 _ACTIVE_VARIANCE = 0.01  # of E[z|x] over the data: Burda et al. (2016), section 5.2
@@ -223,7 +223,7 @@ class Decoder(nn.Module):
             )
         entries = self.likelihood.entries(inputs)
         with torch.no_grad():
-            drawn = entries.sample().to(x.dtype).reshape(-1, *x.shape)[0]  # of the first particle
+            drawn = drawn_or(x, entries).to(x.dtype).reshape(-1, *x.shape)[0]  # of the first particle
         filled = refuse_outside(entries, torch.where(mask, x, drawn))
         return entries.mask(mask).to_event(len(self.likelihood.event_shape)), filled
 
@@ -316,11 +316,6 @@ def mean_of(q: Distribution, draws: int = _DRAWS) -> Tensor:
     except NotImplementedError:
         with fork_rng(0):
             return q.sample(Size([draws])).mean(0)
-
-
-def cut(values: Tensor | None, rows: slice) -> Tensor | None:
-    """These rows of a context or mask, where there is one."""
-    return None if values is None else values[rows]
 
 
 def _flat(x: Tensor, event_shape: Size) -> Tensor:

@@ -131,3 +131,15 @@ def test_an_encoder_inverts_a_frozen_generator():
     for i in range(2):
         assert torch.corrcoef(torch.stack([z[:, i], code[:, i]]))[0, 1] > 0.7
     assert (code.std(0) - 1.0).abs().max() < 0.35
+
+
+@pytest.mark.parametrize("method, named", [("sir", "classifier"), ("mh", "chains"), ("nuts", "chain")])
+def test_the_steps_of_a_correction_are_counted_on_a_bar(shifted, method, named, capfd):
+    """Planted fault: the classifier's steps move no bar."""
+    generator, data = shifted
+    options = {"method": method, "max_steps": 300, "seed": 0}
+    quiet = dgm.refine(generator, data, 3, progress=False, **options)
+    assert capfd.readouterr().err == ""
+    shown = dgm.refine(generator, data, 3, **options)
+    said = capfd.readouterr().err
+    assert "300/300" in said and f"{named}: " in said and torch.equal(quiet.draws, shown.draws)

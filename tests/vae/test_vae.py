@@ -1,5 +1,6 @@
 """The VAE pair: exact cases, everything of Pyro that takes a pair, its parts, structure, and bad input."""
 
+import inspect
 import math
 import subprocess
 import sys
@@ -559,3 +560,19 @@ def test_a_logistic_of_no_finite_scale_is_refused_while_pyro_validates():
         dgm.vae.DiscretizedLogistic(torch.zeros(()), inf, 8)
     with pyro.validation_enabled(False):
         assert dgm.vae.DiscretizedLogistic(torch.zeros(()), inf, 8).log_prob(torch.zeros(())).shape == ()
+
+
+@pytest.mark.parametrize("make", [parts.normal, parts.poisson, parts.negative_binomial, parts.zero_inflated_poisson])
+def test_an_exponential_that_overflows_is_refused_while_pyro_validates(make):
+    """Planted fault: infinity is positive to torch, and draws are infinite or NaN without a word."""
+    huge = {k: torch.full((2,), 200.0) for k in inspect.signature(make).parameters}
+    with pytest.raises(ValueError, match="no exponential may overflow"):
+        make(**huge)
+    with pyro.validation_enabled(False):
+        make(**huge)
+
+
+def test_pictures_of_no_pixels_are_refused():
+    for images in (torch.zeros(3, 4, 0), torch.zeros(0, 4, 4)):
+        with pytest.raises(ValueError, match="none of them 0"):
+            dgm.vae.plot_images(images)
