@@ -84,7 +84,7 @@ class WeightedKL_ELBO(Trace_ELBO):
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
         write_log_probs(model_trace)
         write_log_probs(guide_trace)
-        kls = [_kl(model_trace.nodes[k], s) for k, s in latent_sites(guide_trace)]
+        kls = [_kl(_of_model(k, model_trace), s) for k, s in latent_sites(guide_trace)]
         observed = [s["log_prob_sum"] for _, s in sample_sites(model_trace) if s["is_observed"]]
         return sum(observed, torch.zeros(())), kls
 
@@ -121,6 +121,16 @@ class _WeightedModule(ELBOModule):
                 f"a KL weight of {self.weight():.2f} instead of {self.elbo.beta:g}: the posterior is not fitted to the "
                 "ELBO. Train longer, or shorten warmup_steps."
             )
+
+
+def _of_model(name: str, trace: poutine.Trace) -> Any:
+    """The model's site of that name; autoguides sample others, of which the KL is not known site by site."""
+    if name not in trace.nodes:
+        raise ValueError(
+            f"WeightedKL_ELBO: guide site '{name}' is no latent of the model. It needs a guide that samples the model's latents "
+            "themselves, as that of a VAE; use STL_ELBO or Trace_ELBO for autoguides."
+        )
+    return trace.nodes[name]
 
 
 def _kl(prior: Any, posterior: Any) -> tuple[Tensor, float]:

@@ -182,14 +182,17 @@ def rows(x=None):
         pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
 
 
+def level(x=None):
+    pyro.sample("mu", dist.Normal(pyro.param("loc", torch.zeros(())), 0.5))
+
+
 ALL_BOUNDS = {**BOUNDS, "WeightedKL_ELBO": WeightedKL_ELBO}
 
 
 @pytest.mark.parametrize("bound", ALL_BOUNDS)
 def test_arrays_are_data_by_name_too(bound):
     """Planted fault: arguments are converted by position only, and an array of float64 makes a bound of float64."""
-    guide = pyro.infer.autoguide.AutoNormal(rows)
-    loss = ALL_BOUNDS[bound]()(rows, guide)
+    loss = ALL_BOUNDS[bound]()(rows, level)
     x = np.linspace(-1.0, 1.0, 5)
     torch.manual_seed(0)
     by_name = loss(x=x)
@@ -200,8 +203,7 @@ def test_arrays_are_data_by_name_too(bound):
 @pytest.mark.parametrize("bound", ALL_BOUNDS)
 def test_a_loss_of_nan_data_is_told_of_alone_and_not_within_a_fit(bound):
     """Planted fault: nothing is said, and a loop of the user's own trains on NaN."""
-    guide = pyro.infer.autoguide.AutoNormal(rows)
-    loss = ALL_BOUNDS[bound]()(rows, guide)
+    loss = ALL_BOUNDS[bound]()(rows, level)
     x = torch.tensor([0.0, torch.nan, 1.0])
     with pyro.validation_enabled(False), pytest.warns(UserWarning, match=f"{bound}: the loss is nan"):
         loss(x)
@@ -223,3 +225,9 @@ def test_data_without_a_density_are_refused_by_the_site(kind, match):
     guide = dgm.AutoFlow(counted)
     with pyro.validation_enabled(False), pytest.raises(TypeError, match=f"site 'x': its .*{match}"):
         dgm.STL_ELBO(2)(counted, guide)(kind(torch.ones(5)))
+
+
+def test_a_guide_of_other_sites_has_no_weighted_kl():
+    """Planted fault: a bare KeyError of the auxiliary site."""
+    with pytest.raises(ValueError, match="guide site 'mu_unconstrained' is no latent of the model"):
+        WeightedKL_ELBO()(rows, pyro.infer.autoguide.AutoNormal(rows))(torch.zeros(3))
