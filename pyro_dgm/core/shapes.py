@@ -40,6 +40,7 @@ __all__ = [
     "refuse_two_precisions",
 ]
 
+_LARGEST: Any = {True: 2**64, False: torch.finfo(torch.float64).max}  # of settings, by whether they are whole
 _NUMBERS = "biuf"  # numpy's kinds that become tensors: booleans, integers with and without a sign, floats
 
 
@@ -368,7 +369,7 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise TypeError(message)
     too_small = (least is not None and value < least) or (above is not None and value <= above)
-    if too_small or not abs(value) <= (2**64 if whole else torch.finfo(torch.float64).max):
+    if too_small or not abs(value) <= _LARGEST[whole]:
         raise ValueError(message)
 
 
