@@ -365,7 +365,8 @@ def check_number(
     bounds = [f">= {least:g}"] if least is not None else []
     bounds += [f"> {above:g}"] if above is not None else []
     expected = " ".join(["a whole number" if whole else "a finite number", *bounds])
-    message = " ".join([f"{owner}: {name}={value!r}, expected {expected}.", advice]).strip()
+    got = " ".join(repr(value).split())[:200]
+    message = " ".join([f"{owner}: {name}={got}, expected {expected}.", advice]).strip()
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise TypeError(message)
     too_small = (least is not None and value < least) or (above is not None and value <= above)

@@ -19,6 +19,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.pace import in_fit
 from pyro_dgm.core.shapes import as_tensor_like, broadcast_batch, check_number, check_support, of_entries
 
 __all__ = [
@@ -68,12 +69,13 @@ def _entries(make: Make) -> Make:
     def door(*args: Any, **kwargs: Any) -> TorchDistribution:
         given = dict(zip(names, args, strict=False)) | kwargs
         if not all(
-            isinstance(v, Tensor) and v.is_floating_point() and v.layout is torch.strided for v in given.values()
+            isinstance(v, Tensor) and v.is_floating_point() and v.layout is torch.strided and not v.is_nested
+            for v in given.values()
         ):
             given = {k: _as_float(make.__name__, k, v) for k, v in given.items()}
         try:
             made = make(**given)
-            if Distribution._validate_args and not _is_finite(made):
+            if Distribution._validate_args and not in_fit() and not _is_finite(made):  # a fit leaves such a step out
                 raise ValueError("infinite parameters")
             return made
         except (ValueError, RuntimeError) as error:
