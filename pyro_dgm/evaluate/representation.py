@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_dgm.core.devices import as_array
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, refuse_immoderate
 from pyro_dgm.core.warn import warn_user
@@ -60,7 +61,6 @@ def linear_probe(codes: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: i
     """
     rows = as_rows("linear_probe", "codes", codes).cpu().numpy()
     y = as_tensor_like("linear_probe", "labels", labels, None).detach().cpu()
-    y = y.double() if y.is_floating_point() else y  # numpy has no bfloat16
     if y.shape != (len(rows),) or not y.double().isfinite().all() or (y == y[0]).all():
         raise ValueError(
             f"linear_probe: labels have shape {tuple(y.shape)}, expected ({len(rows)},), finite and not all equal."
@@ -92,7 +92,7 @@ def _predictions(codes: np.ndarray, y: Tensor, folds: int, seed: int) -> np.ndar
         )
     split = (KFold if real else StratifiedKFold)(folds, shuffle=True, random_state=seed % 2**32)
     model = make_pipeline(StandardScaler(), Ridge() if real else LogisticRegression(max_iter=1000))
-    return cross_val_predict(model, codes, y.numpy(), cv=split)
+    return cross_val_predict(model, codes, as_array(y), cv=split)
 
 
 @checked()

@@ -148,15 +148,16 @@ def _nuts(generator: Generator, ratio: DensityRatio, n: int) -> tuple[Tensor, fl
         generator.requires_grad_(False).eval()  # in training mode pyro.module warns of frozen parameters
         with pyro.get_param_store().scope():
             warm_up = max(60, n // 4)
-            moves = steps("chain", warm_up + n)
-            chain = MCMC(NUTS(model), n, warm_up, disable_progbar=True, hook_fn=lambda *_: next(moves, None))
+            kept = max(n, 4)  # of fewer Pyro has no diagnosis
+            moves = steps("chain", warm_up + kept)
+            chain = MCMC(NUTS(model), kept, warm_up, disable_progbar=True, hook_fn=lambda *_: next(moves, None))
             chain.run()
             made = pyro.infer.Predictive(model, chain.get_samples(), return_sites=["x"], parallel=True)()["x"]
     finally:
         for p in live:
             p.requires_grad_(True)
         generator.train(training)
-    return made.reshape(n, *generator.event_shape).detach(), _accepted(chain)
+    return made.reshape(kept, *generator.event_shape)[:n].detach(), _accepted(chain)
 
 
 def _accepted(chain: MCMC) -> float:
