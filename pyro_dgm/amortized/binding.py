@@ -40,7 +40,7 @@ class Arguments:
     @cached_property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
         fn = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
-        return inspect.signature(fn).parameters
+        return dict(inspect.signature(fn).parameters)  # a mapping proxy can neither be copied nor pickled
 
     @cached_property
     def names(self) -> list[str]:
@@ -140,6 +140,8 @@ class Arguments:
                 f"ForwardKL: the simulations hold {sorted(batch)}, without {lacking}. Simulate with the guide's model, and "
                 "keep covariates beside the sites: {**sims, 'name': covariate}."
             )
+        for site in structure.observed:
+            site.refuse_empty("ForwardKL", batch[site.name], 1)
 
     def checked_data(
         self,
@@ -214,6 +216,7 @@ def _checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
             f"condition: '{site.name}' has shape {tuple(value.shape)}, expected ({expected}) "
             "with any number of leading dimensions for many data sets."
         )
+    site.refuse_empty("condition", value, lead)
     bad = ~value.isfinite() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
     if mask is not None:
         if mask.dim() > value.dim() or any(m not in (1, n) for m, n in zip(mask.shape, value.shape, strict=False)):

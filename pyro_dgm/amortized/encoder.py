@@ -187,9 +187,10 @@ class Trained(nn.Module):
                     else f"{int(outside.min()):,} to {int(outside.max()):,}"
                 )
                 many = f" in {len(outside):,} of {len(counts[plate]):,} data sets" if len(counts[plate]) > 1 else ""
+                wider = (max(1, min(low, int(outside.min()))), max(high, int(outside.max())))
                 yield (
                     f"plate '{plate}' has {sizes} elements{many}, and the guide was trained on {low:,} to {high:,}. Refine the "
-                    f"posterior, or train on such sizes: simulate(..., sizes={{'{plate}': (1, {int(outside.max())})}})."
+                    f"posterior, or train on such sizes: simulate(..., sizes={{'{plate}': {wider}}})."
                 )
 
     def unusual_data(self, features: Tensor) -> str:

@@ -23,6 +23,7 @@ from pyro_dgm.cnf.matching import FlowMatching
 from pyro_dgm.core.devices import device_of, to_device
 from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.shapes import check_number
+from pyro_dgm.core.warn import told_unless_finite
 from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
 
@@ -121,7 +122,7 @@ class ForwardKL(nn.Module):
             _refuse_no_simulations(batch)
         batch = self._thinned(self._fresh() if batch is None else batch)
         with _training(self._families() if step else []):
-            return -self.guide.log_prob(batch, batch, 1, _term).mean()
+            return told_unless_finite("ForwardKL", -self.guide.log_prob(batch, batch, 1, _term).mean())
 
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take units from the simulations, unless the guide has some, and note the sizes of plates."""

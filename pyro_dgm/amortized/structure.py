@@ -69,6 +69,16 @@ class Site:
         """Dimensions of a value that stand left of the site's: 1 for a batch of simulations, 0 for one data set."""
         return value.dim() - self.depth - len(self.event_shape)
 
+    def refuse_empty(self, who: str, value: Tensor, lead: int) -> None:
+        """Refuse a value that has a plate without elements."""
+        batch = value.shape[lead : lead + self.depth]
+        empty = [p for p, d in zip(self.plates, self.dims, strict=True) if -d <= len(batch) and batch[d] == 0]
+        if empty:
+            raise ValueError(
+                f"{who}: '{self.name}' has shape {tuple(value.shape)}, so plate '{empty[0]}' holds no element, expected one at "
+                "least. Without data the posterior is the prior: pyro.infer.Predictive(model, num_samples=n)()."
+            )
+
     def laid(self, value: Tensor, nesting: int, lead: int) -> Tensor:
         """Values ``(*lead, *batch, *event)`` as ``(*lead, 1, .., *batch, *event)`` with ``nesting`` batch dimensions."""
         shape = value.shape

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core.shapes import check_number
 
 __all__ = [
+    "as_array",
     "device_of",
     "fork_rng",
     "frozen",
@@ -39,6 +41,12 @@ def to_device(data: Any, device: torch.device | None) -> Any:
     return type(data)(to_device(v, device) for v in data) if type(data) in (tuple, list) else data
 
 
+def as_array(x: Tensor) -> np.ndarray:
+    """A tensor's numbers for numpy, which has no bfloat16: that becomes float32."""
+    x = x.detach().cpu()
+    return (x.float() if x.dtype is torch.bfloat16 else x).numpy()
+
+
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """Draws inside come from the seed and do not advance the global random state; with None they do.
@@ -55,6 +63,8 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
         return
     check_number("seeded", "seed", seed, least=-(2**63), whole=True)
+    if seed >= 2**64:
+        raise ValueError(f"seeded: seed={seed}, expected less than 2**64.")
     with fork_rng(seed):
         yield
 

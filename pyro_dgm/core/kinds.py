@@ -21,6 +21,8 @@ from pyro_dgm.core.warn import plain_errors
 
 __all__ = ["Above", "checked", "shown"]
 
+_SEEDS = (-(2**63), 2**64 - 1)  # that torch takes; numpy's begin at 0, which a function says by its bound
+_LARGEST = 2**64  # of whole numbers: no size, count or seed is larger
 _LONGEST = 60  # characters of a value in a message
 _WORDS = {
     int: "a whole number", float: "a finite number", bool: "True or False", str: "a text", type(None): "None", Tensor: "a tensor",
@@ -147,6 +149,8 @@ def _checked_value(who: str, name: str, kind: Any, value: Any, bound: float | No
     for number in fitted if isinstance(fitted, tuple | list) else [fitted]:
         if isinstance(number, int | float) and not isinstance(number, bool) and not _within(number, bound):
             raise ValueError(_message(who, name, kind, value, bound, advice))
+    if name == "seed" and isinstance(fitted, int) and not _SEEDS[0] <= fitted <= _SEEDS[1]:
+        raise ValueError(f"{who}: seed={fitted}, expected a whole number from {_SEEDS[0]} to {_SEEDS[1]}.")
     return fitted
 
 
@@ -162,6 +166,8 @@ def _of_numbers(kind: Any) -> bool:
 
 
 def _within(number: float, bound: float | None) -> bool:
+    if isinstance(number, int) and abs(number) > _LARGEST:
+        return False
     if bound is None:
         return True
     return math.isfinite(number) and (number > bound if isinstance(bound, Above) else number >= bound)
@@ -229,19 +235,21 @@ def _fitted_single(who: str, name: str, kind: Any, value: Any) -> Any:
 def _fitted_int(value: Any) -> int:
     try:
         return index(_if(not isinstance(value, bool), value))
-    except TypeError:
+    except (TypeError, RuntimeError):  # of torch, for a tensor on the meta device
         raise _UnfitError from None
 
 
 def _fitted_float(value: Any) -> Any:
-    if (
-        isinstance(value, Tensor | np.ndarray)
-        and value.ndim == 0
-        and not _if(not getattr(value, "is_meta", False), False)
-    ):
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        _if(not _has_no_numbers(value), value)
         value = value.item()
     _if(isinstance(value, Real) and not isinstance(value, bool), value)
     return float(value) if isinstance(value, np.floating) else value
+
+
+def _has_no_numbers(value: Any) -> bool:
+    """Whether it is a tensor on the meta device, which has a shape only."""
+    return isinstance(value, Tensor) and value.is_meta
 
 
 def _fitted_sequence(who: str, name: str, origin: Any, kinds: tuple[Any, ...], value: Any) -> Any:
@@ -250,7 +258,9 @@ def _fitted_sequence(who: str, name: str, origin: Any, kinds: tuple[Any, ...], v
     _if(isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | type), value)
     _if(not (isinstance(value, Tensor | np.ndarray) and value.ndim == 0), value)
     each = kinds[0] if kinds else Any
-    if each is Any or isinstance(value, Iterator):
+    if isinstance(value, Iterator) and origin is not Iterator:
+        value = tuple(value)  # it can be gone through once
+    if each is Any or origin is Iterator:
         return value
     if origin is tuple and len(kinds) > 1 and kinds[1] is not ...:
         values = list(value)
@@ -308,7 +318,7 @@ def shown(value: Any) -> str:
     >>> shown(np.zeros((2, 3))), shown("abc"), shown(None)
     ('an array of shape (2, 3)', "'abc'", 'None')
     """
-    if isinstance(value, Tensor | np.ndarray) and (value.ndim or getattr(value, "is_meta", False)):
+    if isinstance(value, Tensor | np.ndarray) and (value.ndim or _has_no_numbers(value)):
         return f"{'a tensor' if isinstance(value, Tensor) else 'an array'} of shape {tuple(value.shape)}"
     if isinstance(value, nn.Module) or getattr(type(value), "__repr__", None) is object.__repr__:
         return f"a {type(value).__name__}"

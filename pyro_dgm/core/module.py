@@ -17,7 +17,7 @@ from torch.distributions.transforms import IndependentTransform, ReshapeTransfor
 from pyro_dgm.core.data import reads_context, was_trained
 from pyro_dgm.core.distribution import LearnedDistribution
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import ShapeAttribute, as_count, as_shape, as_tensor_like, check_built, of_entries
+from pyro_dgm.core.shapes import ShapeAttribute, as_count, as_shape, as_tensor_like, fitting_context, of_entries
 from pyro_dgm.core.units import InputUnits, Standardize
 from pyro_dgm.core.upstream import PyroABCMeta, drop_weak_references, zuko
 
@@ -112,10 +112,11 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
             >>> bool(flow.context_units(year).abs().max() < 5)
             True
         """
+        if context is not None:
+            context = fitting_context(type(self).__name__, self, context)
         if x is not None or context is None:
             self.fit_events(as_tensor_like(type(self).__name__, "data", x, None))
         if context is not None:
-            self._refuse_no_context()
             self.context_units.fit(context, who=f"{type(self).__name__}, context")
         return self
 
@@ -128,18 +129,11 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
 
     def has_units(self) -> bool:
         """Whether the units of contexts were taken before, or the family was trained without."""
-        return self.context_units.loaded or not self.context_units.is_identity() or was_trained(self)
+        return self.context_units.known or was_trained(self)
 
     def take_units(self, context: Tensor) -> None:
         """Take the units of contexts."""
         self.context_units.fit(context, who=f"{type(self).__name__}, context")
-
-    def _refuse_no_context(self) -> None:
-        if not self.context_features:
-            raise ValueError(
-                f"{type(self).__name__}: got a context to take units from, but the family is unconditional. Build it with "
-                "context_features=..., or leave the context out."
-            )
 
     def start_at_identity(self) -> DistributionModule:
         """Become the base distribution, where the family can (flows do); returns the family itself."""
@@ -195,7 +189,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
                 raise
             raise self._unbuilt(context, error) from error
         if self._support is not None or built.event_shape != self.event_shape:
-            check_built(self, built.event_shape, self.unconstrained_shape)
+            _check_built(self, built.event_shape, self.unconstrained_shape)
         return built
 
     def _unbuilt(self, context: Tensor | None, error: ValueError) -> ValueError:
@@ -257,6 +251,15 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
     def __getstate__(self) -> dict[str, Any]:
         drop_weak_references(self)
         return dict(self.__dict__)
+
+
+def _check_built(family: DistributionModule, event_shape: Size, expected: Size) -> None:
+    """Refuse a ``build`` whose event shape is not the declared one (flat or in shape)."""
+    if event_shape not in (expected, Size((expected.numel(),))):
+        raise ValueError(
+            f"{type(family).__name__}.build returned event shape {tuple(event_shape)}, expected {tuple(expected)} "
+            f"(event_shape {tuple(family.event_shape)}). Use .to_event(n) to move batch dimensions into the event."
+        )
 
 
 def tensors_of(module: nn.Module, *, buffers: bool = True) -> list[Tensor]:

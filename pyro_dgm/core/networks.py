@@ -157,8 +157,8 @@ class ConvDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         z = as_tensor_like("ConvDecoder", "latent", z, self.first.weight)
         check_value_shape("ConvDecoder", z, Size((self.first.in_features,)))
-        small = self.first(z).reshape(-1, *self.small)
-        return self.convolutions(small).reshape(*z.shape[:-1], -1)
+        images = self.convolutions(self.first(z).reshape(-1, *self.small))
+        return images.reshape(*z.shape[:-1], images.shape[-1])
 
 
 def _checked_image(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["few_threads", "moved", "seconds_left", "show", "steps", "took", "within", "working"]
+__all__ = ["few_threads", "in_fit", "moved", "seconds_left", "show", "steps", "took", "within", "working"]
 
 # Entries of the largest tensor of a step (rows x width), from which it keeps torch's threads. Measured by steps of Adam on
 # three layers, on 2 cores with 4 busy processes beside: two threads take 25 times as long as one at 4,000 entries, 6 to 14 times
@@ -116,6 +116,11 @@ def moved() -> None:
     bar = _PACE.get().bar
     if bar is not None and bar.n < (bar.total or math.inf):
         bar.update()
+
+
+def in_fit() -> bool:
+    """Whether a fit is at work, which looks at its losses itself."""
+    return _PACE.get().history is not None
 
 
 def took(stage: tuple[str, int, float, float]) -> None:

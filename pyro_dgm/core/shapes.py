@@ -24,11 +24,11 @@ __all__ = [
     "as_tensor_like",
     "broadcast_batch",
     "check_batch",
-    "check_built",
     "check_context",
     "check_number",
     "check_support",
     "check_value_shape",
+    "fitting_context",
     "from_arrays",
     "in_context_units",
     "is_moderate",
@@ -40,6 +40,7 @@ __all__ = [
     "refuse_two_precisions",
 ]
 
+_LARGEST: Any = {True: 2**64, False: torch.finfo(torch.float64).max}  # of settings, by whether they are whole
 _NUMBERS = "biuf"  # numpy's kinds that become tensors: booleans, integers with and without a sign, floats
 
 
@@ -55,12 +56,8 @@ def as_tensor_like(who: str, what: str, value: Any, like: Tensor | None) -> Tens
     >>> as_tensor_like("NSF", "value", [[1, 2]], torch.zeros(3))
     tensor([[1., 2.]])
     """
-    if isinstance(value, Tensor) and value.layout is torch.strided:
-        if like is None:
-            fits = not (value.is_complex() or value.is_meta)
-        else:
-            fits = value.dtype is like.dtype and value.device == like.device
-        if fits:
+    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:
+        if not _is_odd(value) if like is None else value.dtype is like.dtype and value.device == like.device:
             return value
     tensor = value if isinstance(value, Tensor) else _from_array(who, what, value)
     _refuse_other_kinds(who, what, tensor)
@@ -79,12 +76,16 @@ def from_arrays(who: str, value: Any) -> Any:
         return {k: from_arrays(who, v) for k, v in value.items()}
     if type(value) in (tuple, list):
         return type(value)(from_arrays(who, v) for v in value)
-    if isinstance(value, Tensor) and (value.is_meta or value.is_complex()):
+    if isinstance(value, Tensor) and _is_odd(value):
         _refuse_other_kinds(who, "data", value)
     if isinstance(value, Tensor | np.generic | type) or not hasattr(value, "__array__"):
         return value
     tensor = _from_array(who, "data", value)
     return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+
+
+def _is_odd(x: Tensor) -> bool:
+    return x.is_meta or x.is_complex() or x.is_quantized or x.is_nested
 
 
 def _from_array(who: str, what: str, value: Any) -> Tensor:
@@ -157,26 +158,21 @@ def as_shape(shape: int | Iterable[int], what: str = "event_shape", least: int =
     >>> as_shape(3), as_shape(()), as_shape([28, 28])
     (torch.Size([3]), torch.Size([]), torch.Size([28, 28]))
     """
-    if type(shape) is Size:
-        sizes = shape
-    else:
-        sizes = Size(_integers(shape, what))
-    if any(n < least for n in sizes):
+    sizes = shape if type(shape) is Size else Size(_integers(shape, what))
+    if any(n < least for n in sizes) or math.prod(sizes) >= 2**63:
         allowed = "positive sizes" if least == 1 else "no negative sizes"
+        allowed = allowed if all(n < 2**31 for n in sizes) else "sizes of fewer than 2**63 numbers"
         raise ValueError(f"{what} must hold {allowed}, got {tuple(sizes)}; () is a single number.")
     return sizes
 
 
 def _integers(shape: Any, what: str) -> tuple[int, ...]:
     try:
-        return (index(shape),)
-    except TypeError:
-        pass
-    try:
-        return tuple(map(index, shape))
-    except TypeError as error:
+        one = not isinstance(shape, Iterable) or not getattr(shape, "ndim", 1)
+        return tuple(map(index, (shape,) if one else shape))
+    except (TypeError, RuntimeError) as error:  # the latter of torch, for a tensor on the meta device
         raise TypeError(
-            f"{what} is {shape!r}, expected an integer or a tuple of integers, such as 3 or (28, 28)."
+            f"{what} is {' '.join(repr(shape).split())[:200]}, expected an integer or a tuple of integers, such as 3 or (28, 28)."
         ) from error
 
 
@@ -188,10 +184,10 @@ def as_count(who: str, what: str, value: int) -> int:
     """
     try:
         count = index(value)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         raise TypeError(f"{who}: {what} is {value!r}, expected an integer.") from error
-    if count < 0:
-        raise ValueError(f"{who}: {what} is {count}, expected 0 (none) or more.")
+    if not 0 <= count < 2**63:
+        raise ValueError(f"{who}: {what} is {count}, expected 0 (none) or more, below 2**63.")
     return count
 
 
@@ -213,27 +209,44 @@ class ShapeAttribute:
 
 def check_context(family: DistributionModule, context: Tensor | None) -> Tensor | None:
     """The context as a family's networks read it; one that does not fit is refused, and while Pyro validates one with NaN."""
-    name, expected = type(family).__name__, family.context_features
+    context = fitting_context(type(family).__name__, family, context)
+    return None if context is None else in_context_units(type(family).__name__, family, context)
+
+
+def fitting_context(who: str, module: Any, context: Any) -> Tensor | None:
+    """The context as a tensor, or an error where a family, critic or ratio was built for another one, or for none."""
+    name, expected = type(module).__name__.removeprefix("Pyro"), module.context_features
     if context is None:
         if expected:
             raise ValueError(
-                f"{name}: no context given, expected shape (..., {expected}). Call it as family(context); for an "
-                "unconditional family leave context_features out."
+                f"{who}: no context given, expected shape (..., {expected}). Pass it too, as in family(context); to do "
+                f"without, build {name}(...) without context_features."
             )
         return None
-    context = as_tensor_like(name, "context", context, None)
+    context = as_tensor_like(who, "context", context, None)
+    got = context.shape[-1] if context.dim() else 1
     if not expected:
         raise ValueError(
-            f"{name}: got a context of shape {tuple(context.shape)}, but the family is unconditional. Build it with "
-            f"{name}(..., context_features={context.shape[-1] if context.dim() else 1})."
+            f"{who}: got a context of shape {tuple(context.shape)}, but {name} is unconditional. Build it with "
+            f"{name}(..., context_features={got}), or leave the context out.{_what_it_may_be(module, context)}"
         )
-    if not context.dim() or context.shape[-1] != expected:
-        got = context.shape[-1] if context.dim() else "no"
+    if not context.dim() or got != expected:
         raise ValueError(
-            f"{name}: context has {got} features, expected {expected} (context shape {tuple(context.shape)}). Build "
-            f"it with {name}(..., context_features={got}) or pass the columns you trained on."
+            f"{who}: context has {got if context.dim() else 'no'} features, expected {expected} (context shape "
+            f"{tuple(context.shape)}). Build it with {name}(..., context_features={got}) or pass the columns you trained on."
+            f"{_what_it_may_be(module, context)}"
         )
-    return in_context_units(name, family, context)
+    return context
+
+
+def _what_it_may_be(module: Any, context: Tensor) -> str:
+    """What a context that does not fit seems to be, by its shape."""
+    event = module.event_shape
+    if not event or context.shape[-len(event) :] != event:
+        return ""
+    if context.dtype is torch.bool:
+        return " A mask is no context: of rows with missing entries train a VAE."
+    return " It has the shape of an event: are x and context swapped?" if module.context_features else ""
 
 
 def in_context_units(name: str, module: Any, context: Tensor) -> Tensor:
@@ -243,15 +256,6 @@ def in_context_units(name: str, module: Any, context: Tensor) -> Tensor:
         refuse = refuse_immoderate if raw else refuse_non_finite
         refuse(name, context.reshape(-1, module.context_features), "contexts")
     return as_tensor_like(name, "context", context if raw else module.context_units(context), reference(module))
-
-
-def check_built(family: DistributionModule, event_shape: Size, expected: Size) -> None:
-    """Refuse a ``build`` whose event shape is not the declared one (flat or in shape)."""
-    if event_shape not in (expected, Size((expected.numel(),))):
-        raise ValueError(
-            f"{type(family).__name__}.build returned event shape {tuple(event_shape)}, expected {tuple(expected)} "
-            f"(event_shape {tuple(family.event_shape)}). Use .to_event(n) to move batch dimensions into the event."
-        )
 
 
 def check_value_shape(name: str, value: Tensor, event_shape: Size) -> None:
@@ -304,28 +308,21 @@ def check_batch(
     name: str, family: DistributionModule, x: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """A family's events and contexts, as tensors of its kind; those that do not fit it, or hold NaN, are refused."""
-    like = reference(family)
-    x = as_tensor_like(name, "data", x, like)
+    context = fitting_context(name, family, context)  # its kind follows when it is put in units
+    x = as_tensor_like(name, "data", x, reference(family))
     shape, event = tuple(x.shape), tuple(family.event_shape)
     if x.dim() != 1 + len(event) or shape[1:] != event:
         raise ValueError(
             f"{name}: data have shape {shape}, expected (N, {', '.join(map(str, event))}): rows of events."
         )
-    if (context is None) != (family.context_features == 0):
-        raise ValueError(
-            f"{name}: {type(family).__name__} has context_features={family.context_features}, but the data hold "
-            f"{'no' if context is None else 'a'} context. Pass (x, context) for a conditional family, (x,) otherwise."
-        )
     refuse_non_finite(name, x)
-    if context is None:
-        return x, None
-    context = as_tensor_like(name, "context", context, None)  # its kind follows when it is put in units
-    if context.shape != (len(x), family.context_features):
+    if context is not None and context.shape != (len(x), family.context_features):
         raise ValueError(
             f"{name}: the context has shape {tuple(context.shape)}, expected ({len(x)}, {family.context_features}): one row "
             "for each event."
         )
-    refuse_non_finite(name, context, "contexts")
+    if context is not None:
+        refuse_non_finite(name, context, "contexts")
     return x, context
 
 
@@ -368,11 +365,12 @@ def check_number(
     bounds = [f">= {least:g}"] if least is not None else []
     bounds += [f"> {above:g}"] if above is not None else []
     expected = " ".join(["a whole number" if whole else "a finite number", *bounds])
-    message = " ".join([f"{owner}: {name}={value!r}, expected {expected}.", advice]).strip()
+    got = " ".join(repr(value).split())[:200]
+    message = " ".join([f"{owner}: {name}={got}, expected {expected}.", advice]).strip()
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise TypeError(message)
     too_small = (least is not None and value < least) or (above is not None and value <= above)
-    if too_small or not math.isfinite(value):
+    if too_small or not abs(value) <= _LARGEST[whole]:
         raise ValueError(message)
 
 

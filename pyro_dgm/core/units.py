@@ -71,7 +71,7 @@ class Standardize(nn.Module):
         self._asked: tuple[Tensor, int, Tensor, int, Tensor, int] | None = None
         self._identity = True
         self._straight = True
-        self.loaded = False  # with a state, which may be of a module that was trained in the units that it has
+        self.loaded = False
 
     @torch.no_grad()
     def fit(
@@ -150,6 +150,11 @@ class Standardize(nn.Module):
             return False
         self._look()
         return self._identity
+
+    @property
+    def known(self) -> bool:
+        """Whether it has units, of data or of a loaded state, which may be of a module that was trained in these."""
+        return self.loaded or not self.is_identity()
 
     def is_straight(self) -> bool:
         """Whether the map is linear in every column."""

@@ -14,8 +14,11 @@ from itertools import count
 
 import pyro
 import torch
+from torch import Tensor
 
-__all__ = ["plain", "plain_errors", "warn_user"]
+from pyro_dgm.core.pace import in_fit
+
+__all__ = ["plain", "plain_errors", "told_unless_finite", "warn_user"]
 
 _HERE = pathlib.Path(__file__).parents[1]
 _INSIDE = (
@@ -33,7 +36,19 @@ def warn_user(message: str) -> None:
     warnings.warn(message, stacklevel=level + 1)
 
 
+def told_unless_finite(who: str, loss: Tensor) -> Tensor:
+    """The loss, of which a warning tells where it is NaN or infinite. In a fit, which looks by itself, nothing is said."""
+    unseen = torch._C._functorch.is_functorch_wrapped_tensor(loss)
+    if not (in_fit() or unseen or bool(loss.detach().isfinite().all())):
+        warn_user(
+            f"{who}: the loss is {float(loss.detach().sum()):g}, expected a finite number. Look for NaN, infinity and numbers of "
+            "another scale in the data and in the parameters; fit names them, and leaves such steps out."
+        )
+    return loss
+
+
 _AT_SITE = re.compile(r"""(?:Error while .*? at site '(.+?)':\s*|at site "(.+?)", )""")
+_NO_KERNEL = re.compile(r"Could not run 'aten::(\w+)[^']*' with arguments from the '(\w+)' backend")
 _LONGEST = 500  # characters of what Pyro says of a site
 
 
@@ -42,6 +57,12 @@ def plain(error: Exception) -> Exception:
 
     Raise it ``from error``: Pyro's page is then shown above it.
     """
+    lacking = _NO_KERNEL.match(str(error))
+    if lacking:
+        return TypeError(
+            f"torch has no {lacking[1]} of tensors of the kind {lacking[2]}, expected dense numbers. Convert the data: "
+            "x.to_dense(), x.dequantize(), x.float()."
+        )
     first = error
     while isinstance(first.__cause__, Exception) and str(first.__cause__) in str(first) and _is_pyros(first):
         first = first.__cause__

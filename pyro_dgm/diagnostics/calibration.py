@@ -137,6 +137,7 @@ def sbc(model: Model | None, posterior: Any, *args: Any, **options: Unpack[Exper
         simulations: of :func:`~pyro_dgm.simulate`, the first M of which are taken; they must not have been trained on.
         model_kwargs: further arguments of the model, by name.
         seed: makes it reproducible.
+        progress (True): show a bar, of the posteriors and of the joint densities.
 
     Raises:
         ValueError: if ``observed`` names no data, or the posterior no latent.

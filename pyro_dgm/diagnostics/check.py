@@ -342,7 +342,7 @@ def _size_of(d2: float) -> str:
 # --- Resampling ---
 
 
-@checked()
+@checked(seed=0, num_samples=1)
 def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = None) -> Any:
     r"""A container whose draws are picked in proportion to :math:`w = p(x, \theta) / q(\theta)`, Pareto-smoothed.
 

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.diagnostics.calibration import Calibration, sbc
-from pyro_dgm.evaluate.score import Score
+from pyro_dgm.evaluate.score import Score, as_rows
 from pyro_dgm.flows import NSF, RealNVP
 from pyro_dgm.flows.base import NormalizingFlow
 from pyro_dgm.objectives import MaximumLikelihood
@@ -133,7 +133,7 @@ def conditionals(
         >>> print(conditionals(lambda n: pair(n, 0.95), held_out, [0], max_steps=200, seed=0))  # doctest: +ELLIPSIS
         conditionals: 1000 held-out rows, p = ... Not those of the data: held-out entries spread 1.4... times as far as its...
     """
-    rows = held_out.reshape(len(held_out), -1)
+    rows = as_rows("conditionals", "held_out", held_out)
     hidden = _hidden(rows, seen)
     sample = _drawn_from(generator)
     with seeded(seed):
@@ -154,6 +154,7 @@ def conditionals(
                     observed=["seen"],
                     num_simulations=len(truths),
                     num_draws=num_draws,
+                    progress=progress,
                 )
             )
     return _compared(*found)

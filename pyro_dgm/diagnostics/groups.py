@@ -16,6 +16,7 @@ import numpy as np
 import pyro
 from torch import Tensor
 
+from pyro_dgm.core.devices import as_array
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.diagnostics.containers import DATA_GROUPS, RESERVED, Arrays, ContainerOptions, Names, build
 from pyro_dgm.model.handlers import Undrawn
@@ -267,7 +268,7 @@ def _tensors_by_name(program: Program) -> dict[str, np.ndarray]:
 
 
 def _as_arrays(data: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {k: v.detach().cpu().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in data.items()}
+    return {k: as_array(v) if isinstance(v, Tensor) else np.asarray(v) for k, v in data.items()}
 
 
 _REMEDIES = {

@@ -12,9 +12,11 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.pace import show
 from pyro_dgm.diagnostics.sharpness import Sharpness, sharpness_of
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws
@@ -32,11 +34,13 @@ class ExperimentOptions(TypedDict, total=False):
     simulations: Mapping[str, Tensor] | None
     model_kwargs: dict[str, Any] | None
     seed: int | None
+    progress: bool
 
 
 EXPERIMENT: dict[str, Any] = dict.fromkeys(ExperimentOptions.__annotations__) | {
     "num_simulations": 300,
     "num_draws": 199,
+    "progress": True,
 }
 
 
@@ -129,15 +133,14 @@ def experiment(
             f"posterior={posterior!r}: expected an object with .condition(**data), or a function of {{site: value}} that "
             "returns draws {site: (S, *site)}."
         )
-    with seeded(options["seed"]), torch.no_grad():
+    bar = tqdm(desc="simulate", disable=not options["progress"], mininterval=0.5, miniters=1)
+    with bar, seeded(options["seed"]), torch.no_grad():
         program = None
         if model is not None:
             program = Program(model, None, args, options["model_kwargs"] or {}, draws={}, new=True)
         rows, names = _simulations(program, options)
         data = {k: rows[k] for k in names}
-        drawn = _draw_at_once(posterior, data, options["num_draws"]) or _draw_each(
-            posterior, data, options["num_draws"]
-        )
+        drawn = _drawn(posterior, data, options["num_draws"], bar)
         latents = set(rows) if program is None else {*program.sites("latent"), *program.enumerable}
         sites = [k for k in rows if k in drawn.draws and k in latents and k not in names]
         if not sites:
@@ -152,11 +155,11 @@ def experiment(
         if densities and len(densities[1]) > 1:
             of_others = drawn.at_truth({k: v.roll(1, 0) for k, v in truth.items()})
             if program is not None or drawn.has_model:
-                joint = _joint_if_known(program, posterior, draws, truth, data)
+                joint = _joint_if_known(program, posterior, draws, truth, data, bar)
         arrays = (_arrays(truth), _arrays(draws))
         sharpness = sharpness_of(arrays[1], arrays[0], densities, of_others, joint)
         if density and not densities:
-            densities = _joint_densities(program, drawn.draws, truth, data)
+            densities = _joint_densities(program, drawn.draws, truth, data, bar)
     return Experiment(*arrays, densities, sharpness)
 
 
@@ -248,11 +251,21 @@ class _Drawn:
         return _array(torch.stack(rows))
 
 
-def _draw_at_once(posterior: Any, data: Draws, n: int) -> _Drawn | None:
-    """From all posteriors together; None where they are not for many data sets."""
+def _drawn(posterior: Any, data: Draws, n: int, bar: Any) -> _Drawn:
+    """From all posteriors together where they are for many data sets, otherwise from one after the other."""
+    m = len(next(iter(data.values())))
+    show(bar, "posteriors", m)
+    drawn = _draw_at_once(posterior, data, n, m)
+    if drawn is None:
+        return _draw_each(posterior, data, n, bar)
+    bar.update(m)
+    return drawn
+
+
+def _draw_at_once(posterior: Any, data: Draws, n: int, m: int) -> _Drawn | None:
+    """None where the posterior is not for many data sets."""
     if not _is_amortised(posterior) or isinstance(posterior, Refit):
         return None
-    m = len(next(iter(data.values())))
     try:
         q = posterior.condition(**data)
     except Exception:  # whatever a posterior for one data set says of many
@@ -266,32 +279,33 @@ def _draw_at_once(posterior: Any, data: Draws, n: int) -> _Drawn | None:
     return _Drawn({k: v.transpose(0, 1) for k, v in draws.items()}, together=q)
 
 
-def _draw_each(posterior: Any, data: Draws, n: int) -> _Drawn:
+def _draw_each(posterior: Any, data: Draws, n: int, bar: Any) -> _Drawn:
     """From one posterior after the other; a function has draws and no density."""
-    rows = [dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True)]
-    if not _is_amortised(posterior):
-        draws = [posterior(row) for row in rows]
-        posteriors = [None] * len(rows)
-    else:
-        draws = []
-        posteriors = []
-        for row in rows:
+    draws = []
+    posteriors = []
+    for values in zip(*data.values(), strict=True):
+        row = dict(zip(data, values, strict=True))
+        q = None
+        if _is_amortised(posterior):
             with torch.enable_grad():
                 q = posterior.condition(**row)
-            draws.append(q.sample((n,)))
-            posteriors.append(q)
+        draws.append(posterior(row) if q is None else q.sample((n,)))
+        posteriors.append(q)
+        bar.update()
     stacked = {k: torch.stack([d[k].reshape(n, *d[k].shape[1:]) for d in draws]) for k in draws[0]}
     return _Drawn(stacked, each=posteriors)
 
 
 def _joint_densities(
-    program: Program | None, draws: Draws, truth: Draws, data: Draws, posterior: Any = None
+    program: Program | None, draws: Draws, truth: Draws, data: Draws, bar: Any, posterior: Any = None
 ) -> Densities:
     """Log joint densities of the draws and of the truth by the model; by the posterior's own where none was given."""
     if program is None and not _is_amortised(posterior):
         raise ValueError("coverage: the posterior has no log_prob, so it needs the model's density: pass the model.")
     totals = []
-    for i in range(len(next(iter(data.values())))):
+    m = len(next(iter(data.values())))
+    show(bar, "joint densities", m)
+    for i in range(m):
         rows = {k: torch.cat([draws[k][i].reshape(-1, *v.shape[1:]), v[None, i]]) for k, v in truth.items()}
         n = len(next(iter(rows.values())))
         row = {k: v[i] for k, v in data.items()}
@@ -306,6 +320,7 @@ def _joint_densities(
         if not one.has_density:
             raise ValueError("The model has no density.")
         totals.append(one.scored(rows, n).total(n))
+        bar.update()
     joint = _array(torch.stack(totals))
     return joint[:, :-1], joint[:, -1]
 
@@ -318,7 +333,9 @@ def _densities_if_known(drawn: Any, truth: Draws) -> Densities:
         return ()
 
 
-def _joint_if_known(program: Program | None, posterior: Any, draws: Draws, truth: Draws, data: Draws) -> Densities:
+def _joint_if_known(
+    program: Program | None, posterior: Any, draws: Draws, truth: Draws, data: Draws, bar: Any
+) -> Densities:
     """Of the first simulations; empty where the joint density is not known, or the model runs one draw at a time."""
     if program is not None and program.runs.how == "loop":
         return ()
@@ -326,6 +343,6 @@ def _joint_if_known(program: Program | None, posterior: Any, draws: Draws, truth
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _joint_densities(program, drawn, true, given, posterior)
+            return _joint_densities(program, drawn, true, given, bar, posterior)
     except Exception:  # a model without a density, a posterior of some of its latents: whatever they say
         return ()

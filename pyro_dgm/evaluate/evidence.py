@@ -19,7 +19,8 @@ from pyro_dgm.core.shapes import as_tensor_like, check_batch, check_context, ref
 from pyro_dgm.core.weights import evidence_error, log_mean_exp, psis
 from pyro_dgm.evaluate.score import Score, mean_score
 from pyro_dgm.gan.generator import Generator
-from pyro_dgm.vae.model import VAE, as_data, cut, prior_given
+from pyro_dgm.vae.conditional import cut
+from pyro_dgm.vae.model import VAE, as_data, prior_given
 
 __all__ = ["AIS", "EvidenceBound", "ais", "evidence_bound"]
 

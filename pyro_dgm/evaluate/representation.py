@@ -13,8 +13,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_dgm.core.devices import as_array
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, refuse_immoderate
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.evaluate.score import CHUNK, Score, as_rows, jackknife, mean_score
 
 if TYPE_CHECKING:
@@ -88,9 +90,9 @@ def _predictions(codes: np.ndarray, y: Tensor, folds: int, seed: int) -> np.ndar
         raise ValueError(
             f"linear_probe: {folds} folds, but the smallest class has {smallest} rows; expected 2 to that."
         )
-    split = (KFold if real else StratifiedKFold)(folds, shuffle=True, random_state=seed)
+    split = (KFold if real else StratifiedKFold)(folds, shuffle=True, random_state=seed % 2**32)
     model = make_pipeline(StandardScaler(), Ridge() if real else LogisticRegression(max_iter=1000))
-    return cross_val_predict(model, codes, y.numpy(), cv=split)
+    return cross_val_predict(model, codes, as_array(y), cv=split)
 
 
 @checked()
@@ -211,7 +213,13 @@ def mutual_information_gap(codes: ArrayLike, factors: ArrayLike, *, bins: int = 
         )
     binned = torch.stack([_binned(c, bins) for c in rows.T], -1)
     levels = torch.stack([f.unique(return_inverse=True)[1] for f in known.T], -1)
-    return Score(float(_mig(binned, levels)), float(jackknife(_mig, binned, levels)))
+    error = float(jackknife(_mig, binned, levels))
+    if math.isnan(error):
+        warn_user(
+            "mutual_information_gap: the standard error is NaN, since a factor has one value outside of a block of rows. "
+            "Leave rare factors out."
+        )
+    return Score(float(_mig(binned, levels)), error)
 
 
 def _binned(code: Tensor, bins: int) -> Tensor:
@@ -239,10 +247,10 @@ def _codes_and_factors(codes: ArrayLike, factors: ArrayLike) -> tuple[Tensor, Te
     rows = as_rows("mutual_information_gap", "codes", codes)
     known = as_tensor_like("mutual_information_gap", "factors", factors, None).detach()
     known = known[:, None] if known.dim() == 1 else known
-    if rows.shape[1] < 2 or known.dim() != 2 or len(known) != len(rows):
+    if rows.shape[1] < 2 or known.dim() != 2 or len(known) != len(rows) or not known.shape[1]:
         raise ValueError(
             f"mutual_information_gap: codes {tuple(rows.shape)} and factors {tuple(known.shape)}, expected (N, D >= 2) "
-            "and (N, K)."
+            "and (N, K >= 1)."
         )
     if not known.double().isfinite().all() or (known == known[0]).all(0).any():
         raise ValueError("mutual_information_gap: a factor is constant, NaN or infinite; leave it out.")

@@ -140,6 +140,8 @@ def as_rows(who: str, what: str, x: ArrayLike) -> Tensor:
             f"{who}: {what} has shape {tuple(rows.shape)}, expected (N, ...) with N >= 2 rows, one row a draw."
         )
     rows = rows.reshape(len(rows), -1)
+    if not rows.shape[1]:
+        raise ValueError(f"{who}: {what} has rows of no numbers, expected one or more in each.")
     if rows.dtype not in (torch.float32, torch.float64):
         rows = rows.float()
     refuse_immoderate(who, rows, f"rows of {what}")

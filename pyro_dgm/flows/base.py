@@ -163,8 +163,8 @@ class NormalizingFlow(DistributionModule):
             >>> z.shape, bool(torch.allclose(flow.decode(z), x, atol=1e-4))
             (torch.Size([5, 6]), True)
         """
-        x = self._events(x, self.event_shape)
         built = self._with_transform(context)
+        x = self._events(x, self.event_shape)
         batch = broadcast_batch(type(self).__name__, x.shape[: x.dim() - len(self.event_shape)], built.batch_shape)
         x = x.expand(batch + self.event_shape)
         to_event = self.bijection(built)

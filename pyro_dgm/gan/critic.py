@@ -36,6 +36,7 @@ from pyro_dgm.core.shapes import (
     as_shape,
     as_tensor_like,
     check_value_shape,
+    fitting_context,
     in_context_units,
     refuse_immoderate,
 )
@@ -101,6 +102,7 @@ class Critic(nn.Module):
                     nn.utils.parametrizations.spectral_norm(layer)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = fitting_context("Critic", self, context)
         return self.score(self.units(x), context)
 
     def units(self, x: Tensor) -> Tensor:
@@ -114,9 +116,7 @@ class Critic(nn.Module):
 
     def score(self, u: Tensor, context: Tensor | None = None) -> Tensor:
         """Logits of vectors in the critic's units."""
-        if context is not None:
-            context = as_tensor_like("Critic", "context", context, None)
-        self._check_context(context)
+        context = fitting_context("Critic", self, context)
         if context is not None:
             context = in_context_units("Critic", self, context)
         inputs = u if context is None else broadcast_cat(u, context)
@@ -136,6 +136,7 @@ class Critic(nn.Module):
 
         A context ``(N, context_features)`` fixes its units too.
         """
+        context = fitting_context("Critic.standardize", self, context) if context is not None else None
         x = as_tensor_like("Critic.standardize", "data", x, self.standard.loc)
         check_value_shape("Critic.standardize", x, self.event_shape)
         flat = x.reshape(-1, self.event_shape.numel())
@@ -143,16 +144,6 @@ class Critic(nn.Module):
         if context is not None:
             self.context_units.fit(context, who="Critic.standardize, context")
         return self
-
-    def _check_context(self, context: Tensor | None) -> None:
-        got: int | str = 0
-        if context is not None:
-            got = context.shape[-1] if context.dim() else "no"
-        if got != self.context_features:
-            raise ValueError(
-                f"Critic: context has {got} features, expected {self.context_features}. Build it with "
-                "Critic(..., context_features=...) and pass the same context as to the generator."
-            )
 
 
 def _as_network(network: nn.Module | int | None, inputs: int) -> nn.Module:

@@ -20,7 +20,7 @@ from torch.distributions import biject_to
 from pyro_dgm.core.devices import fork_rng, same_bits
 from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.module import values_of
-from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.core.shapes import as_tensor_like, from_arrays
 from pyro_dgm.core.upstream import drop_weak_references
 from pyro_dgm.model.coordinates import Constrain, Coordinates
 from pyro_dgm.model.log_joint import LogJoint, ascend, prior_draws, spread
@@ -88,7 +88,8 @@ class VectorGuide(AutoContinuous):
     def setup(self, *args: Any, **kwargs: Any) -> Any:
         """Read the model's structure and create all parameters, without a training step; returns the guide."""
         if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+            who = type(self).__name__
+            self._setup_prototype(*from_arrays(who, args), **from_arrays(who, kwargs))
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:

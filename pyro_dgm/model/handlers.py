@@ -18,7 +18,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import Site, is_data
+from pyro_dgm.model.sites import Site, is_data, write_log_probs
 
 __all__ = [
     "EndOfRun",
@@ -148,7 +148,7 @@ def posterior_draws_of(model: Callable[..., Any], first_available_dim: int) -> C
         with poutine.block():
             trace = poutine.trace(poutine.enum(model, first_available_dim)).get_trace(*args, **kwargs)
         trace = prune_subsample_sites(trace)
-        trace.compute_log_prob()
+        write_log_probs(trace)
         trace.pack_tensors()
         for site in trace.nodes.values():
             if site["type"] == "sample":

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.pace import steps
+from pyro_dgm.core.shapes import from_arrays
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.coordinates import Constrain, Coordinates, HasCoordinates
 from pyro_dgm.model.runs import Runs, rounds_of
@@ -99,6 +100,7 @@ class LogJoint:
         whole: bool = False,
         how: How | None = None,
     ) -> None:
+        args, kwargs = from_arrays("the model", args), from_arrays("the model", kwargs)
         self.guide = guide
         self.dim = guide.latent_dim
         self._fixed = None if isinstance(guide, HasCoordinates) else Coordinates.of(guide)
@@ -132,7 +134,8 @@ class LogJoint:
 
     def at(self, *args: Any, **kwargs: Any) -> LogJoint:
         """The same density, of other data."""
-        self.engine = replace(self.engine, args=args, kwargs=kwargs)
+        given = from_arrays("the model", args), from_arrays("the model", kwargs)
+        self.engine = replace(self.engine, args=given[0], kwargs=given[1])
         return self
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoCallable, AutoGuide, AutoGuideList
 
-from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.devices import as_array, fork_rng
 from pyro_dgm.core.shapes import from_arrays
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.coordinates import HasCoordinates
@@ -323,7 +323,7 @@ class Program:
 
     def array(self, table: Table, name: str) -> np.ndarray:
         """A site's values, ``(n, *plates, *event)``."""
-        return table.values[name].cpu().numpy()
+        return as_array(table.values[name])
 
     def observed(self, draws: Draws | None = None) -> dict[str, np.ndarray]:
         """The data, by site; all rows of subsampled plates."""
@@ -332,7 +332,7 @@ class Program:
         else:
             first = {k: v[:1] for k, v in (draws or {}).items() if k in self.runs.layouts}
             table = self.runs.run(1, first, keep=set(self.sites("observed")) | set(self.runs.latents))
-        return {k: table.values[k][0].cpu().numpy() for k in self.sites("observed")}
+        return {k: as_array(table.values[k][0]) for k in self.sites("observed")}
 
     def sites(self, kind: str) -> list[str]:
         """Names of latent, deterministic or observed sites of the model; latents without the enumerable ones."""

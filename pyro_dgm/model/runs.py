@@ -32,6 +32,7 @@ from pyro_dgm.model.sites import (
     sample_sites,
     subsampled,
     with_shape,
+    write_log_probs,
 )
 from pyro_dgm.model.terms import Term, is_scored, merge_terms, plain_term, terms_of, total
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, How, Model, enumerated, first_line, in_draws_plate
@@ -330,7 +331,7 @@ class Runs:
             with _OwnNoise(zero):
                 trace = poutine.trace(Given(row | index)(fn)).get_trace(*self.args, **self.kwargs)
             if options.score:
-                trace.compute_log_prob(is_scored)
+                write_log_probs(trace, is_scored)
             sites = {k: s for k, s in trace.nodes.items() if k in self.layouts}
             return {k: s["value"] for k, s in sites.items() if options.keeps(k)}, {
                 k: s["log_prob"] for k, s in sites.items() if "log_prob" in s

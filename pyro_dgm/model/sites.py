@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame as Frame
 from torch import Size, Tensor
 
 from pyro_dgm.core.distribution import ImplicitDistribution
+from pyro_dgm.core.shapes import as_tensor_like
 
 __all__ = [
     "Frame",
@@ -37,6 +38,7 @@ __all__ = [
     "sample_sites",
     "subsampled",
     "with_shape",
+    "write_log_probs",
 ]
 
 Site = dict[str, Any]  # a node of a trace
@@ -52,6 +54,30 @@ def sample_sites(trace: Trace) -> Iterator[tuple[str, Site]]:
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not is_subsample(site):
             yield name, site
+
+
+def write_log_probs(trace: Trace, wanted: Callable[[str, Site], bool] = lambda name, site: True) -> None:
+    """Write their log probabilities into the sites of a trace.
+
+    Raises:
+        TypeError: for a value of a kind that has no density: sparse, on the meta device, booleans under a density of numbers.
+    """
+    try:
+        trace.compute_log_prob(wanted)
+    except (RuntimeError, TypeError):
+        for name, site in sample_sites(trace):
+            if "log_prob" not in site and isinstance(site["value"], Tensor):
+                _refuse_kind(name, site)
+        raise
+
+
+def _refuse_kind(name: str, site: Site) -> None:
+    value = as_tensor_like(f"site '{name}'", "its value", site["value"], None)
+    if value.dtype is torch.bool and site["is_observed"]:
+        raise TypeError(
+            f"site '{name}': its data are of torch.bool, of which {type(site['fn']).__name__} has no density, expected numbers. "
+            "Convert them: x.float()."
+        )
 
 
 def latent_sites(trace: Trace) -> Iterator[tuple[str, Site]]:

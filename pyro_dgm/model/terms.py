@@ -30,6 +30,7 @@ from pyro_dgm.model.sites import (
     is_subsample,
     subsampled,
     with_shape,
+    write_log_probs,
 )
 from pyro_dgm.model.supports import simple_parts
 from pyro_dgm.model.vectorize import DRAWS
@@ -78,7 +79,7 @@ def subsampling_factor(site: Site) -> float:
 
 def terms_of(trace: poutine.Trace, n: int, layouts: dict[str, Layout]) -> dict[str, Term]:
     """Terms of a trace of n draws (in a plate ``_draws``, or one draw), by site or joined names of summed-out sites."""
-    trace.compute_log_prob(is_scored)
+    write_log_probs(trace, is_scored)
     sites = {k: s for k, s in trace.nodes.items() if s["type"] == "sample" and is_scored(k, s)}
     groups = _enumerated_groups(trace, sites)
     summed = {name for group in groups for name in group}

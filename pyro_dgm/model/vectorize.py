@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.model.handlers import Given, is_enumerated
-from pyro_dgm.model.sites import left_of_plates, sample_sites
+from pyro_dgm.model.sites import left_of_plates, sample_sites, write_log_probs
 
 __all__ = [
     "DRAWS",
@@ -53,6 +53,7 @@ NOT_VECTORIZED = (
 # How far log joints of one draw may lie apart, run together and run singly. Not measured; chosen by hand.
 _RELATIVE = 1e-4
 _ABSOLUTE = 1e-3  # nats
+_LONGEST = 300  # letters of what an error says
 _ROUNDINGS = 8.0  # of float32, of the whole sum; and of what a rounding of the values changes
 
 
@@ -237,7 +238,7 @@ def _short(values: Tensor) -> str:
 
 def _log_probs(trace: poutine.Trace) -> list[Tensor]:
     """Log probabilities (with scales and masks) of all sample sites; enumerated sites are summed out."""
-    trace.compute_log_prob()
+    write_log_probs(trace)
     if _has_enumerated(trace):
         terms = list(packed_log_probs(trace))  # which names the dimensions
         return [_draws_first(t, trace.plate_to_symbol.get(DRAWS, "")) for t in terms]
@@ -246,7 +247,7 @@ def _log_probs(trace: poutine.Trace) -> list[Tensor]:
 
 def packed_log_probs(trace: poutine.Trace) -> Iterator[Tensor]:
     """The same terms with named dimensions (``term._pyro_dims``, symbols of ``trace.plate_to_symbol``)."""
-    trace.compute_log_prob()
+    write_log_probs(trace)
     trace.pack_tensors()
     if not _has_enumerated(trace):
         yield from (s["packed"]["log_prob"] for _, s in sample_sites(trace))
@@ -279,4 +280,4 @@ def per_draw(terms: Iterable[Tensor], n: int) -> Tensor:
 def first_line(error: Exception) -> str:
     """The first line of what an error says, or its kind."""
     said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
+    return said.splitlines()[0][:_LONGEST] if said else type(error).__name__

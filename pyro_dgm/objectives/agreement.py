@@ -14,6 +14,7 @@ from pyro.poutine.guide import GuideMessenger
 from torch import Size, Tensor
 
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.shapes import from_arrays
 from pyro_dgm.model.sites import Site, is_computed, is_subsample, latent_sites, plate_frames, sample_sites
 from pyro_dgm.model.supports import onto, unwrapped
 from pyro_dgm.model.vectorize import DRAWS, Engine, fault_of, in_draws_plate, per_draw, seeded_run
@@ -33,6 +34,11 @@ class Pair(NamedTuple):
     guide: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pair:
+        """The pair with tensors in the place of the arrays among its arguments."""
+        return cls(model, guide, from_arrays("the bound", args), from_arrays("the bound", kwargs))
 
     def trace(self, fn: Any) -> poutine.Trace:
         """One run of a program with these arguments."""

@@ -32,8 +32,7 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution
 
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import from_arrays
-from pyro_dgm.core.warn import plain_errors, warn_user
+from pyro_dgm.core.warn import plain_errors, told_unless_finite, warn_user
 from pyro_dgm.model.sites import Site, latent_sites, sample_sites, subsampled
 from pyro_dgm.model.terms import parameters_of
 from pyro_dgm.objectives.agreement import Pair
@@ -124,7 +123,10 @@ class IWAE_ELBO(ParticleELBO):
 
     @plain_errors()
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        weights = self._weights(Pair(model, guide, from_arrays("the bound", args), kwargs))
+        return told_unless_finite("IWAE_ELBO", self._loss(Pair.of(model, guide, args, kwargs)))
+
+    def _loss(self, pair: Pair) -> Tensor:
+        weights = self._weights(pair)
         if weights.strays:
             return -(weights.shared + weights.scale * weights.local.mean(0).sum())
         log_mean = weights.local.logsumexp(0) - math.log(len(weights.local))
@@ -138,7 +140,7 @@ class IWAE_ELBO(ParticleELBO):
 
     def log_weights(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         r""":math:`\log w_{ik}`, in nats: shape ``(num_particles, *units)`` with one entry for each unit of the plates."""
-        weights = self._weights(Pair(model, guide, from_arrays("the bound", args), kwargs))
+        weights = self._weights(Pair.of(model, guide, args, kwargs))
         return weights.local.expand(self.num_particles, *weights.local.shape[1:])
 
     def _weights(self, pair: Pair) -> _Weights:

@@ -15,6 +15,7 @@ from pyro_dgm.cnf.matching import FEW_STEPS, RATE, FlowMatching, match, recipe_f
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch, check_number
+from pyro_dgm.core.warn import told_unless_finite
 from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
 
@@ -104,9 +105,10 @@ class MaximumLikelihood(nn.Module):
         """The loss of events ``(N, *event_shape)`` with contexts ``(N, context_features)``."""
         x, context = check_batch("MaximumLikelihood", self.family, x, context)
         if not self.weights:
-            return -self.family(context).log_prob(x).mean()
+            return told_unless_finite("MaximumLikelihood", -self.family(context).log_prob(x).mean())
         score, costs = self.family.score_and_costs(x, context, list(self.weights))
-        return -score.mean() + costs.mean(0) @ costs.new_tensor(list(self.weights.values()))
+        loss = -score.mean() + costs.mean(0) @ costs.new_tensor(list(self.weights.values()))
+        return told_unless_finite("MaximumLikelihood", loss)
 
     def recipe(self, rows: int | None) -> Recipe:
         """Few rows are in part held out."""

@@ -18,7 +18,7 @@ from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match, warn_if_nan
+from pyro.util import check_model_guide_match
 from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng, random_states
@@ -33,6 +33,7 @@ from pyro_dgm.model.sites import (
     plate_frames,
     sample_sites,
     subsampled,
+    write_log_probs,
 )
 from pyro_dgm.model.supports import unwrapped
 from pyro_dgm.model.vectorize import DRAWS, NOT_VECTORIZED, enumerated, in_draws_plate, over_draws, packed_log_probs
@@ -196,15 +197,12 @@ class ParticleELBO(Trace_ELBO):
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         with torch.no_grad():
-            loss = self.differentiable_loss(model, guide, *args, **kwargs).item()
-        warn_if_nan(loss, "loss")
-        return loss
+            return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
-        warn_if_nan(loss, "loss")
         return loss.item()
 
     @property
@@ -295,7 +293,7 @@ class ParticleELBO(Trace_ELBO):
         trace.nodes["_INPUT"]["random_states"] = states  # for another run like it
         self._refuse_unpathed(trace)
         if self._runs > 1:
-            trace.compute_log_prob()  # some transforms of Pyro remember their last draw only
+            write_log_probs(trace)  # some transforms of Pyro remember their last draw only
         return trace
 
     def _model_traces(self, pair: Pair, drawn: list[poutine.Trace], *, same_rows: bool = False) -> list[poutine.Trace]:

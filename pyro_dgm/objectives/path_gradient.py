@@ -46,7 +46,7 @@ from pyro_dgm.core import frozen
 from pyro_dgm.core.devices import fork_rng, put_random_states
 from pyro_dgm.core.shapes import of_entries
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import Site, is_factor, latent_sites, sample_sites
+from pyro_dgm.model.sites import Site, is_factor, latent_sites, sample_sites, write_log_probs
 from pyro_dgm.model.supports import declares_support, holds_grad, same_ends, simple_parts, unwrapped
 from pyro_dgm.model.terms import forget_inverses, parameters_of, registered_in
 
@@ -85,7 +85,7 @@ class PathGradient:
 
         ``run`` is the guide as it made the draws: alone, or in a plate of draws.
         """
-        drawn.compute_log_prob()
+        write_log_probs(drawn)
         if not torch.is_grad_enabled():
             return prune_subsample_sites(drawn)
         constant = self.learn(guide, run, drawn, args, kwargs)
@@ -111,7 +111,7 @@ class PathGradient:
         It is found once for a guide, and again where new sites appear or other tensors are trained. Draws that all
         others share (``shared``) are parameters to the rest.
         """
-        drawn.compute_log_prob()  # before another run, while transforms still remember these draws
+        write_log_probs(drawn)  # before another run, while transforms still remember these draws
         constant = parameters_of(guide, drawn)
         self._recall(guide, drawn, constant, shared)
         names = {k for k, _ in sample_sites(drawn)}
@@ -192,7 +192,7 @@ def rescored(
             site = trace.nodes[name]
             if isinstance(unwrapped(site["fn"]), dist.Delta):
                 site["value"] = site["fn"].mean  # its own place, whatever the last digit
-        trace.compute_log_prob(lambda name, _: name in names)
+        write_log_probs(trace, lambda name, _: name in names)
     for name in names:
         forget_inverses(trace.nodes[name]["fn"])  # which hold no gradient towards what was constant
     return trace

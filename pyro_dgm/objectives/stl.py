@@ -22,8 +22,7 @@ from torch import Tensor
 
 from pyro_dgm.core import LearnedDistribution
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import from_arrays
-from pyro_dgm.core.warn import plain_errors
+from pyro_dgm.core.warn import plain_errors, told_unless_finite
 from pyro_dgm.core.weights import psis
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.objectives.agreement import Pair
@@ -84,7 +83,7 @@ class STL_ELBO(ParticleELBO):
     @plain_errors()
     def log_weights(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         r""":math:`\log p(x, \theta) - \log q(\theta)` of every particle, shape ``(num_particles,)``, with path gradients."""
-        pair = Pair(model, guide, from_arrays("the bound", args), kwargs)
+        pair = Pair.of(model, guide, args, kwargs)
         self._meet(pair)
         q = _learned_posterior(pair) if self.vectorize_particles else None
         if q is not None:
@@ -116,7 +115,7 @@ class STL_ELBO(ParticleELBO):
         return joint.at(*pair.args, **pair.kwargs)(latent) - q.detach().log_prob(latent)
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return -self.log_weights(model, guide, *args, **kwargs).mean()
+        return told_unless_finite("STL_ELBO", -self.log_weights(model, guide, *args, **kwargs).mean())
 
 
 def _learned_posterior(pair: Pair) -> LearnedDistribution | None:
@@ -135,7 +134,7 @@ class _STLModule(ELBOModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         log_weights = self.elbo.log_weights(self.model, self.guide, *args, **kwargs)
         self._recent.append(log_weights.detach())
-        return -log_weights.mean()
+        return told_unless_finite("STL_ELBO", -log_weights.mean())
 
     def converged(self) -> bool:
         r"""Whether :math:`\mathrm{KL}(q\|p) \approx \frac12 \mathrm{Var}\log w` is below 0.01 nat and Pareto k below 0.6.

@@ -22,8 +22,9 @@ from torch.distributions import kl_divergence
 
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_number
-from pyro_dgm.core.warn import plain_errors, warn_user
-from pyro_dgm.model.sites import latent_sites, plate_frames, sample_sites
+from pyro_dgm.core.warn import plain_errors, told_unless_finite, warn_user
+from pyro_dgm.model.sites import latent_sites, plate_frames, sample_sites, write_log_probs
+from pyro_dgm.objectives.agreement import Pair
 
 __all__ = ["WeightedKL_ELBO"]
 
@@ -77,12 +78,13 @@ class WeightedKL_ELBO(Trace_ELBO):
     @plain_errors()
     def terms(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensor, list[tuple[Tensor, float]]]:
         """The expected log likelihood, and for each latent site its KL (both scaled) with the rows that it stands for."""
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        pair = Pair.of(model, guide, args, kwargs)
+        guide_trace = pair.trace(guide)
+        model_trace = pair.trace(poutine.replay(model, trace=guide_trace))
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-        model_trace.compute_log_prob()
-        guide_trace.compute_log_prob()
-        kls = [_kl(model_trace.nodes[k], s) for k, s in latent_sites(guide_trace)]
+        write_log_probs(model_trace)
+        write_log_probs(guide_trace)
+        kls = [_kl(_of_model(k, model_trace), s) for k, s in latent_sites(guide_trace)]
         observed = [s["log_prob_sum"] for _, s in sample_sites(model_trace) if s["is_observed"]]
         return sum(observed, torch.zeros(())), kls
 
@@ -109,7 +111,7 @@ class _WeightedModule(ELBOModule):
         reported = likelihood - total
         if torch.is_grad_enabled():
             self.steps += 1
-        return -(trained + (reported - trained).detach())
+        return told_unless_finite("WeightedKL_ELBO", -(trained + (reported - trained).detach()))
 
     def finish(self, *args: Any, **kwargs: Any) -> None:
         """Say, once a fit has ended, that the weight never reached its value."""
@@ -119,6 +121,16 @@ class _WeightedModule(ELBOModule):
                 f"a KL weight of {self.weight():.2f} instead of {self.elbo.beta:g}: the posterior is not fitted to the "
                 "ELBO. Train longer, or shorten warmup_steps."
             )
+
+
+def _of_model(name: str, trace: poutine.Trace) -> Any:
+    """The model's site of that name; autoguides sample others, of which the KL is not known site by site."""
+    if name not in trace.nodes:
+        raise ValueError(
+            f"WeightedKL_ELBO: guide site '{name}' is no latent of the model. It needs a guide that samples the model's latents "
+            "themselves, as that of a VAE; use STL_ELBO or Trace_ELBO for autoguides."
+        )
+    return trace.nodes[name]
 
 
 def _kl(prior: Any, posterior: Any) -> tuple[Tensor, float]:

@@ -20,7 +20,7 @@ from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import seconds_left, steps, took
 from pyro_dgm.core.shapes import check_number
-from pyro_dgm.core.warn import warn_user
+from pyro_dgm.core.warn import told_unless_finite, warn_user
 from pyro_dgm.core.weights import psis
 from pyro_dgm.model.log_joint import LogJoint, uncovered
 from pyro_dgm.ratio.contrast import Contrast, Diagnosis, diagnosed
@@ -157,7 +157,7 @@ class Adversarial_ELBO(nn.Module):
         if torch.is_grad_enabled():
             self._averaged().update()
             self._critic_steps(self.critic_steps, *args, **kwargs)
-        return -self._log_weights(self.guide.draw(self.num_particles)[0]).mean()
+        return told_unless_finite("Adversarial_ELBO", -self._log_weights(self.guide.draw(self.num_particles)[0]).mean())
 
     def critic_step(self, *args: Any, **kwargs: Any) -> float:
         """One step of the classifier; returns its loss (nats per pair)."""

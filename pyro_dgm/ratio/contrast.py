@@ -134,7 +134,7 @@ class Contrast(nn.Module):
         r = self.reference()
         other = r.sample((len(theta),))
         both = torch.cat([theta, other])
-        excess, of_other = (log_joint(both) - r.log_prob(both)).chunk(2)
+        excess, of_other = (log_joint(both) - r.log_prob(both)).to(both).chunk(2)
         return excess, other, of_other
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -26,11 +26,13 @@ from torch.nn.functional import softplus
 from pyro_dgm.core.devices import frozen
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import MLP, broadcast_cat
+from pyro_dgm.core.pace import moved
 from pyro_dgm.core.shapes import (
     as_count,
     as_shape,
     as_tensor_like,
     check_value_shape,
+    fitting_context,
     refuse_immoderate,
     refuse_non_finite,
 )
@@ -91,6 +93,8 @@ class RatioCheck:
 def calibration(log_ratio: Tensor) -> RatioCheck:
     """The check of a log ratio, from its values at draws of the reference."""
     n = log_ratio.numel()
+    if not n:
+        raise ValueError("DensityRatio.check: no rows, expected draws of the reference, one or more.")
     ratio = log_ratio.detach().double().reshape(-1).exp()
     total = float(ratio.sum())
     squares = float(ratio.square().sum())
@@ -159,16 +163,11 @@ class DensityRatio(nn.Module):
 
     def inputs(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Events as vectors beside their contexts, ``(*batch, features)``."""
-        x = as_tensor_like("DensityRatio", "value", x, self.standard.loc)
+        context = fitting_context("DensityRatio", self, context)
         if context is not None:
             context = as_tensor_like("DensityRatio", "context", context, self.standard.loc)
+        x = as_tensor_like("DensityRatio", "value", x, self.standard.loc)
         check_value_shape("DensityRatio", x, self.event_shape)
-        given = 0 if context is None or not context.dim() else context.shape[-1]
-        if given != self.context_features:
-            raise ValueError(
-                f"DensityRatio: context has {given or 'no'} features, expected {self.context_features}. Build it with "
-                "DensityRatio(..., context_features=...)."
-            )
         rows = x.reshape(*x.shape[: x.dim() - len(self.event_shape)], self.event_shape.numel())
         inputs = broadcast_cat(rows, context)
         if Distribution._validate_args:
@@ -287,7 +286,8 @@ class _Best:
 
     @torch.no_grad()
     def look(self, steps: int) -> None:
-        """Every 50 steps, and after the last."""
+        """Every 50 steps, and after the last; each moves the bar of the work that it is part of."""
+        moved()
         if steps % _LOOK_EVERY and steps != self.max_steps:
             return
         score = float(logistic_loss(self.ratio(self.p), self.ratio(self.r)))

@@ -13,10 +13,12 @@ import pyro
 import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.pace import steps, working
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.core.weights import stratified
 from pyro_dgm.gan.generator import Generator
@@ -25,6 +27,7 @@ from pyro_dgm.ratio.ratio import DensityRatio, RatioCheck, learn_ratio
 __all__ = ["CorrectedDraws", "refine"]
 
 _METHODS = ("sir", "mh", "nuts")
+_PROPOSALS = 100  # of each independence chain; not measured, chosen by hand
 _FEW = 0.05  # share of effective draws under which a warning is given
 
 
@@ -60,6 +63,7 @@ def refine(
     network: nn.Module | None = None,
     max_steps: int = 2000,
     seed: int | None = None,
+    progress: bool = True,
 ) -> CorrectedDraws:
     r"""Draws of a trained generator, corrected by a fresh classifier of its draws against data.
 
@@ -75,6 +79,7 @@ def refine(
         network: of the classifier, from flat rows to one logit; None for two hidden layers of 64.
         max_steps: of its training.
         seed: makes the draws reproducible, and leaves the global random state as it was.
+        progress: show a bar, of the classifier's steps and of the chains.
 
     Returns:
         Draws with mean :math:`e^{T}` (must be 1), effective number of draws, and acceptance; ``print`` shows them.
@@ -94,7 +99,8 @@ def refine(
         True
     """
     _check_arguments(generator, data, n, method)
-    with seeded(seed):
+    bar = tqdm(desc="classifier", total=max_steps, disable=not progress, mininterval=0.5, miniters=1)
+    with seeded(seed), bar, working(None, bar):
         ratio, check = learn_ratio(data, lambda n: generator().sample((n,)), network=network, max_steps=max_steps)
         _refuse_bad(check)
         ratio.requires_grad_(False)
@@ -112,7 +118,7 @@ def _sir(generator: DistributionModule, ratio: DensityRatio, n: int) -> tuple[Te
 
 
 @torch.no_grad()
-def _mh(generator: DistributionModule, ratio: DensityRatio, n: int, steps: int = 100) -> tuple[Tensor, float]:
+def _mh(generator: DistributionModule, ratio: DensityRatio, n: int) -> tuple[Tensor, float]:
     """Independence chains, all at once; a chain starts at the best of four draws."""
     start = generator().sample((4, n))
     score = ratio(start)
@@ -120,14 +126,14 @@ def _mh(generator: DistributionModule, ratio: DensityRatio, n: int, steps: int =
     x = start[best, torch.arange(n)]
     log_ratio = score.max(0).values
     shares = []
-    for _ in range(steps):
+    for _ in steps("chains", _PROPOSALS):
         new = generator().sample((n,))
         of_new = ratio(new)
         taken = torch.rand(n).to(of_new).log() < of_new - log_ratio
         x[taken] = new[taken]
         log_ratio = torch.where(taken, of_new, log_ratio)
         shares.append(float(taken.float().mean()))
-    return x, sum(shares) / steps
+    return x, sum(shares) / len(shares)
 
 
 def _nuts(generator: Generator, ratio: DensityRatio, n: int) -> tuple[Tensor, float]:
@@ -141,14 +147,17 @@ def _nuts(generator: Generator, ratio: DensityRatio, n: int) -> tuple[Tensor, fl
     try:
         generator.requires_grad_(False).eval()  # in training mode pyro.module warns of frozen parameters
         with pyro.get_param_store().scope():
-            chain = MCMC(NUTS(model), num_samples=n, warmup_steps=max(60, n // 4), disable_progbar=True)
+            warm_up = max(60, n // 4)
+            kept = max(n, 4)  # of fewer Pyro has no diagnosis
+            moves = steps("chain", warm_up + kept)
+            chain = MCMC(NUTS(model), kept, warm_up, disable_progbar=True, hook_fn=lambda *_: next(moves, None))
             chain.run()
             made = pyro.infer.Predictive(model, chain.get_samples(), return_sites=["x"], parallel=True)()["x"]
     finally:
         for p in live:
             p.requires_grad_(True)
         generator.train(training)
-    return made.reshape(n, *generator.event_shape).detach(), _accepted(chain)
+    return made.reshape(kept, *generator.event_shape)[:n].detach(), _accepted(chain)
 
 
 def _accepted(chain: MCMC) -> float:

@@ -22,7 +22,7 @@ from pyro_dgm.core.data import Fingerprints
 from pyro_dgm.core.pace import few_threads, working
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_drawn, is_factor, is_subsample, observed_sites
-from pyro_dgm.model.vectorize import NOT_VECTORIZED, plate_nesting
+from pyro_dgm.model.vectorize import NOT_VECTORIZED, first_line, plate_nesting
 from pyro_dgm.simulation.blocks import TOO_FEW, Blocks, Part, fault_of_plate, random_state, run_job, run_whole_job
 from pyro_dgm.simulation.design import checked_sizes, resizable, truncated, whole
 from pyro_dgm.simulation.folder import begun, locked
@@ -254,7 +254,7 @@ def _first_run(blocks: Blocks) -> Any:
             last = error
     raise ValueError(
         f"simulate: the model failed in each of {_ATTEMPTS} runs. Call it once with the same arguments and no data to see "
-        f"where. The last error: {type(last).__name__}: {last}"
+        f"where. The last error: {type(last).__name__}: {first_line(last)}"
     ) from last
 
 

@@ -109,7 +109,7 @@ class Simulations(Mapping[str, Tensor]):
         )
         if index is None or index.dim() > 1 or (index.numel() and (index.is_floating_point() or index.is_complex())):
             raise TypeError(
-                f"Simulations: [{key!r}]: expected a site, a number, a slice, or a vector of numbers or of truths."
+                f"Simulations: [{shown(key)}]: expected a site, a number, a slice, or a vector of numbers or of truths."
             )
         self._refuse_outside(index)
         return index if index.dtype is torch.bool else index.reshape(-1).long() % max(len(self), 1)

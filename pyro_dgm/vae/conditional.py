@@ -17,11 +17,20 @@ from torch.distributions import Distribution, Independent, constraints
 
 from pyro_dgm.core import MLP, DistributionModule, LearnedDistribution, Standardize, broadcast_cat
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_count, as_tensor_like, check_context, is_real
+from pyro_dgm.core.shapes import as_count, as_tensor_like, check_context, check_value_shape, is_real
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.vae.likelihoods import arguments_of, has_data_units, in_data_units
 
-__all__ = ["Chain", "Conditional", "Encoded", "described", "refuse_mismatch", "refuse_width"]
+__all__ = [
+    "Chain",
+    "Conditional",
+    "Encoded",
+    "cut",
+    "refuse_context",
+    "refuse_mismatch",
+    "refuse_width",
+    "refuse_width_of_posterior",
+]
 
 _FAR = 30.0  # from which real data are said to be far from the unit scale; not measured, chosen by hand
 _MANY = 200  # entries from which nobody is told of a single column
@@ -88,7 +97,9 @@ class Conditional(DistributionModule):
         says so.
         """
         size = self.event_shape.numel()
-        rows = as_tensor_like("Conditional", "data", x, None).reshape(-1, size)
+        x = as_tensor_like("Conditional", "data", x, None)
+        check_value_shape("Conditional", x, self.event_shape)
+        rows = x.reshape(-1, size)
         here = torch.tensor(has_data_units(self.make, size), device=rows.device)
         seen = here.expand(rows.shape) if mask is None else here & mask.reshape(rows.shape)
         self._say_far(rows, ~here if mask is None else ~here & mask.reshape(rows.shape))
@@ -305,12 +316,9 @@ def _refuse_unknown(shared: Sequence[str], names: Sequence[str]) -> None:
         raise ValueError(f"Conditional: shared={unknown} are no arguments of make, which takes {list(names)}.")
 
 
-def described(parts: list[Tensor], context: Tensor | None) -> str:
-    """What an encoder is given, in words: flat data, maybe their mask, maybe a context."""
-    names = [f"x of {parts[0].shape[-1]}"]
-    names += [f"its mask of {p.shape[-1]}" for p in parts[1:]]
-    names += [] if context is None else [f"a context of {context.shape[-1]}"]
-    return ", ".join(names)
+def cut(values: Tensor | None, rows: slice) -> Tensor | None:
+    """These rows of a context or mask, where there is one."""
+    return None if values is None else values[rows]
 
 
 def refuse_mismatch(prior: DistributionModule, likelihood: DistributionModule, posterior: DistributionModule) -> None:
@@ -337,10 +345,45 @@ def refuse_mismatch(prior: DistributionModule, likelihood: DistributionModule, p
         )
 
 
-def refuse_width(name: str, family: DistributionModule, inputs: Tensor, described: str) -> None:
+def refuse_context(expected: int, latent: int, context: Tensor | None) -> None:
+    """A VAE gets a context where its likelihood was built for one behind the latent, and none where it was not."""
+    given = 0 if context is None else context.shape[-1] if context.dim() else 1
+    if given == expected:
+        return
+    if context is None:
+        raise ValueError(
+            f"VAE: no context given, expected shape (N, {expected}): the likelihood was built for {latent + expected} features, "
+            f"{latent} of them the latent's. Pass context=..., or build the likelihood with context_features={latent}."
+        )
+    wanted = f"expected (N, {expected})" if expected else "but the likelihood was built for the latent alone"
+    is_mask = " It holds only 0 and 1: a mask goes in by name, mask=..., or third, (x, None, mask)."
+    raise ValueError(
+        f"VAE: got a context of shape {tuple(context.shape)}, {wanted}. Build the likelihood with context_features="
+        f"{latent + given}, the posterior and a conditional prior for it too, or leave it out."
+        f"{is_mask if bool(((context == 0) | (context == 1)).all()) else ''}"
+    )
+
+
+def refuse_width(name: str, family: DistributionModule, inputs: Tensor, described: str, advice: str = "") -> None:
     """The family must have been built for what it is given."""
     if family.context_features != inputs.shape[-1]:
         raise ValueError(
-            f"VAE: the {name} was built for {family.context_features} context features, but {described} and what goes "
-            f"with it make {inputs.shape[-1]}. Build it with context_features={inputs.shape[-1]}."
+            f"VAE: the {name} was built for {family.context_features} context features, but {described} make "
+            f"{inputs.shape[-1]}. Build it with context_features={inputs.shape[-1]}{advice}."
         )
+
+
+def refuse_width_of_posterior(
+    family: DistributionModule, inputs: Tensor, parts: list[Tensor], context: Tensor | None
+) -> None:
+    """Of an encoder that is given flat data, maybe their mask, maybe a context."""
+    width = parts[0].shape[-1]
+    names = [f"x of {width}"]
+    names += [f"its mask of {width}" for _ in parts[1:]]
+    names += [] if context is None else [f"a context of {context.shape[-1]}"]
+    advice = ""
+    if family.context_features - inputs.shape[-1] == width:
+        advice = ", or pass a mask of x, mask=, True where an entry was seen, which it seems to be built for"
+    elif inputs.shape[-1] - family.context_features == width and parts[1:]:
+        advice = ", or leave the mask out"
+    refuse_width("posterior", family, inputs, ", ".join(names), advice)

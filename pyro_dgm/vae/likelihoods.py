@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from pyro.infer.util import is_validation_enabled
 from torch import Size, Tensor
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.pace import in_fit
 from pyro_dgm.core.shapes import as_tensor_like, broadcast_batch, check_number, check_support, of_entries
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "columns",
     "continuous_bernoulli",
     "discretized_logistic",
+    "drawn_or",
     "has_data_units",
     "in_data_units",
     "negative_binomial",
@@ -67,11 +69,15 @@ def _entries(make: Make) -> Make:
     def door(*args: Any, **kwargs: Any) -> TorchDistribution:
         given = dict(zip(names, args, strict=False)) | kwargs
         if not all(
-            isinstance(v, Tensor) and v.is_floating_point() and v.layout is torch.strided for v in given.values()
+            isinstance(v, Tensor) and v.is_floating_point() and v.layout is torch.strided and not v.is_nested
+            for v in given.values()
         ):
             given = {k: _as_float(make.__name__, k, v) for k, v in given.items()}
         try:
-            return make(**given)
+            made = make(**given)
+            if Distribution._validate_args and not in_fit() and not _is_finite(made):  # a fit leaves such a step out
+                raise ValueError("infinite parameters")
+            return made
         except (ValueError, RuntimeError) as error:
             shapes = ", ".join(f"{k} {tuple(v.shape)} up to {_largest(v):.3g}" for k, v in given.items())
             raise ValueError(
@@ -80,6 +86,23 @@ def _entries(make: Make) -> Make:
             ) from error
 
     return cast(Make, door)
+
+
+def drawn_or(x: Tensor, entries: TorchDistribution) -> Tensor:
+    """A draw, or x where the distribution is one of NaN, on a trajectory that diverges: its density is NaN there anyhow."""
+    try:
+        return entries.sample()
+    except RuntimeError:
+        return x
+
+
+def _is_finite(made: Any) -> bool:
+    """Whether the numbers that a distribution was made of are finite: an exponential that overflows is positive to torch."""
+    numbers = [made.__dict__.get(k) for k in made.arg_constraints]
+    inner = getattr(made, "base_dist", None)
+    return all(bool(v.isfinite().all()) for v in numbers if isinstance(v, Tensor)) and (
+        inner is None or _is_finite(inner)
+    )
 
 
 def _as_float(who: str, name: str, value: Any) -> Tensor:

@@ -21,12 +21,12 @@ from pyro_dgm.core.data import reads, was_trained
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import refuse_batch_norm
-from pyro_dgm.core.shapes import as_tensor_like, reference
+from pyro_dgm.core.shapes import as_tensor_like, check_value_shape, reference
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.vae.conditional import Conditional, described, refuse_mismatch, refuse_width
-from pyro_dgm.vae.likelihoods import refuse_outside
+from pyro_dgm.vae.conditional import Conditional, cut, refuse_context, refuse_mismatch, refuse_width_of_posterior
+from pyro_dgm.vae.likelihoods import drawn_or, refuse_outside
 
-__all__ = ["VAE", "as_data", "cut", "mean_of", "plate", "prior_given", "register"]
+__all__ = ["VAE", "as_data", "mean_of", "plate", "prior_given", "register"]
 
 _DRAWS = 32  # behind a mean that has no closed form; not measured, chosen by hand
 _ACTIVE_VARIANCE = 0.01  # of E[z|x] over the data: Burda et al. (2016), section 5.2
@@ -90,7 +90,7 @@ class VAE(nn.Module):
         for family in (prior, likelihood, posterior):
             refuse_batch_norm(f"VAE: {type(family).__name__}", family)
         self.model = Decoder(prior, likelihood, size)
-        self.guide = Encoder(posterior, likelihood.event_shape, size)
+        self.guide = Encoder(posterior, likelihood.event_shape, size, self.model.extra)
 
     @property
     def prior(self) -> DistributionModule:
@@ -153,6 +153,11 @@ class Decoder(nn.Module):
         self.likelihood = likelihood
         self.size = size
 
+    @property
+    def extra(self) -> int:
+        """Length of the context, which the likelihood reads behind the latent."""
+        return self.likelihood.context_features - self.prior.features
+
     def forward(
         self, x: Tensor | None = None, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1
     ) -> Tensor:
@@ -171,12 +176,9 @@ class Decoder(nn.Module):
 
     def has_units(self) -> bool:
         """Whether units were taken before, or the networks were trained without."""
-        return any(u.loaded or not u.is_identity() for u in self._units()) or was_trained(self.likelihood)
-
-    def _units(self) -> list[Standardize]:
-        found: list[Standardize | None] = [self.likelihood.event_units()]
-        found += [f.context_units for f in (self.likelihood, self.prior) if f.context_features]
-        return [units for units in found if units is not None]
+        units: list[Standardize | None] = [self.likelihood.event_units()]
+        units += [f.context_units for f in (self.likelihood, self.prior) if f.context_features]
+        return any(u is not None and u.known for u in units) or was_trained(self.likelihood)
 
     @torch.no_grad()
     def take_units(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> None:
@@ -187,9 +189,8 @@ class Decoder(nn.Module):
             self.likelihood.fit_events(x)
         if context is None or len(context) < 2:
             return
-        rows = torch.cat(
-            [context.new_zeros(len(context), self.likelihood.context_features - context.shape[-1]), context], -1
-        )
+        latents = context.new_zeros(len(context), self.likelihood.context_features - context.shape[-1])
+        rows = torch.cat([latents, context], -1)
         is_context = torch.arange(rows.shape[-1], device=rows.device) >= rows.shape[-1] - context.shape[-1]
         self.likelihood.context_units.fit(rows, mask=is_context, who="VAE, context")
         if self.prior.context_features:
@@ -198,9 +199,10 @@ class Decoder(nn.Module):
     def inputs(self, z: Tensor, context: Tensor | None) -> Tensor:
         """The likelihood's context: the flat latent and the context."""
         z = as_tensor_like("VAE", "latent", z, reference(self.likelihood))
-        inputs = broadcast_cat(_flat(z, self.prior.event_shape), _context(self.likelihood, context))
-        refuse_width("likelihood", self.likelihood, inputs, f"the latent of {self.prior.features}")
-        return inputs
+        check_value_shape("VAE, latent", z, self.prior.event_shape)
+        context = _context(self.likelihood, context)
+        refuse_context(self.extra, self.prior.features, context)
+        return broadcast_cat(_flat(z, self.prior.event_shape), context)
 
     def observation(
         self, x: Tensor, z: Tensor, context: Tensor | None = None, mask: Tensor | None = None
@@ -221,7 +223,7 @@ class Decoder(nn.Module):
             )
         entries = self.likelihood.entries(inputs)
         with torch.no_grad():
-            drawn = entries.sample().to(x.dtype).reshape(-1, *x.shape)[0]  # of the first particle
+            drawn = drawn_or(x, entries).to(x.dtype).reshape(-1, *x.shape)[0]  # of the first particle
         filled = refuse_outside(entries, torch.where(mask, x, drawn))
         return entries.mask(mask).to_event(len(self.likelihood.event_shape)), filled
 
@@ -229,11 +231,12 @@ class Decoder(nn.Module):
 class Encoder(nn.Module):
     """The Pyro guide of a VAE; see :class:`VAE` for its arguments."""
 
-    def __init__(self, posterior: DistributionModule, event_shape: Size, size: int | None) -> None:
+    def __init__(self, posterior: DistributionModule, event_shape: Size, size: int | None, extra: int) -> None:
         super().__init__()
         self.posterior = posterior
         self.event_shape = event_shape
         self.size = size
+        self.extra = extra  # length of the context
 
     def forward(
         self, x: Tensor | None = None, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1
@@ -257,8 +260,7 @@ class Encoder(nn.Module):
         there = [_flat(seen, self.event_shape)]
         there += [] if mask is None else [torch.zeros_like(there[0])]
         there += [] if context is None else [torch.ones_like(context, dtype=torch.bool)]
-        inputs = broadcast_cat(*rows, context)
-        refuse_width("posterior", self.posterior, inputs, described(rows, context))
+        inputs = self._joined(rows, context)
         units = self.posterior.context_units
         units.fit(inputs, mask=torch.cat(there, -1), who="VAE")
         if len(self.event_shape) > 1:
@@ -275,8 +277,13 @@ class Encoder(nn.Module):
         reads(self, x, context, mask)
         seen = x if mask is None else torch.where(mask, x, self._middle(x))
         parts = [_flat(part, self.event_shape).to(x.dtype) for part in (seen, mask) if part is not None]
+        return self._joined(parts, context)
+
+    def _joined(self, parts: list[Tensor], context: Tensor | None) -> Tensor:
+        """The posterior's context: the flat data, maybe their mask, maybe a context."""
+        refuse_context(self.extra, self.posterior.features, context)
         inputs = broadcast_cat(*parts, context)
-        refuse_width("posterior", self.posterior, inputs, described(parts, context))
+        refuse_width_of_posterior(self.posterior, inputs, parts, context)
         return inputs
 
     @torch.no_grad()
@@ -309,11 +316,6 @@ def mean_of(q: Distribution, draws: int = _DRAWS) -> Tensor:
     except NotImplementedError:
         with fork_rng(0):
             return q.sample(Size([draws])).mean(0)
-
-
-def cut(values: Tensor | None, rows: slice) -> Tensor | None:
-    """These rows of a context or mask, where there is one."""
-    return None if values is None else values[rows]
 
 
 def _flat(x: Tensor, event_shape: Size) -> Tensor:
@@ -379,11 +381,13 @@ def _check_data(event_shape: Size, x: Tensor, context: Tensor | None, mask: Tens
     if x.dim() != len(event_shape) + 1 or x.shape[1:] != event_shape:
         rows = ", ".join(["N", *map(str, event_shape)])
         advice = "Add the row: x[None]." if x.shape == event_shape else "Reshape x, or build the likelihood for it."
+        if context is not None and context.shape[1:] == event_shape:
+            advice = "The context has an event's shape: are x and the context swapped?"
         raise ValueError(f"VAE: x has shape {tuple(x.shape)}, expected ({rows}) of the likelihood's event. {advice}")
     if mask is not None and (mask.shape != x.shape or mask.dtype != torch.bool):
         raise ValueError(
             f"VAE: mask has shape {tuple(mask.shape)} and {mask.dtype}, expected {tuple(x.shape)} and torch.bool "
-            "(True where the entry was seen)."
+            "(True where the entry was seen). A context goes in as context=."
         )
     if context is not None and (context.dim() != 2 or len(context) != len(x)):
         raise ValueError(

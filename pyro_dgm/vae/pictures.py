@@ -43,8 +43,8 @@ def plot_images(images: Tensor, columns: int = 10, ax: Axes | None = None) -> Ax
     """
     import matplotlib.pyplot as plt
 
-    if images.dim() != 3:
-        raise ValueError(f"plot_images: images have shape {tuple(images.shape)}, expected (N, H, W).")
+    if images.dim() != 3 or not images.numel():
+        raise ValueError(f"plot_images: images have shape {tuple(images.shape)}, expected (N, H, W), none of them 0.")
     n, h, w = images.shape
     rows = -(-n // columns)
     gap = max(1, h // 14)

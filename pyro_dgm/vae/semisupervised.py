@@ -25,7 +25,7 @@ from pyro_dgm.core.data import reads, was_trained
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import refuse_batch_norm
 from pyro_dgm.core.shapes import as_tensor_like, reference
-from pyro_dgm.core.warn import plain_errors
+from pyro_dgm.core.warn import plain_errors, told_unless_finite
 from pyro_dgm.vae.conditional import refuse_width
 from pyro_dgm.vae.likelihoods import refuse_outside
 from pyro_dgm.vae.model import plate, register
@@ -94,7 +94,9 @@ def _rows(family: DistributionModule, x: Tensor) -> Tensor:
     """Data as a tensor of the family's kind, one event a row."""
     x = as_tensor_like("SemiSupervisedVAE", "x", x, reference(family))
     if x.dim() < 2 or not x.numel():
-        raise ValueError(f"SemiSupervisedVAE: x has shape {tuple(x.shape)}, expected (N, *event): one row or more.")
+        raise ValueError(
+            f"SemiSupervisedVAE: x has shape {tuple(x.shape)}, expected (N, *event): one row or more, and labels second."
+        )
     return x
 
 
@@ -137,7 +139,7 @@ class _Model(nn.Module):
     def has_units(self) -> bool:
         """Whether units were taken before, or the networks were trained without."""
         units = self.likelihood.event_units()
-        return units is None or units.loaded or not units.is_identity() or was_trained(self.likelihood)
+        return units is None or units.known or was_trained(self.likelihood)
 
     @torch.no_grad()
     def take_units(self, x: Tensor) -> None:
@@ -225,7 +227,7 @@ class SemiSupervised(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         pair = (self.vae.model, self.vae.guide)
         if not torch.is_grad_enabled():  # where TraceEnum_ELBO's differentiable loss refuses to run
-            return torch.tensor(self.elbo.loss(*pair, x, y))
+            return told_unless_finite("SemiSupervised", torch.tensor(self.elbo.loss(*pair, x, y)))
         bound = self.elbo.differentiable_loss(*pair, x, y)
         added = self.weight * self.vae.classification(x, y)
-        return bound + added - added.detach()
+        return told_unless_finite("SemiSupervised", bound + added - added.detach())

@@ -1,6 +1,8 @@
 """Plates of sizes that were not trained, and data that were not: what is learned, what is kept, and what is said."""
 
+import copy
 import math
+import pickle
 import warnings
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import pyro_dgm as dgm
+from pyro_dgm.amortized.encoder import Trained
 from pyro_dgm.amortized.forward_kl import thinned
 from pyro_dgm.amortized.sets import SetEncoder, Sets, Statistics
 from tests.amortized.amortized_models import groups
@@ -258,3 +261,26 @@ def test_a_guide_that_was_trained_on_data_knows_them():
     guide = dgm.AmortizedGuide(groups, ["y"])
     dgm.fit(dgm.STL_ELBO()(groups, guide), (y,), max_steps=5, progress=False, seed=0)
     assert said(guide, y=y)[1] == [] and said(guide, y=torch.zeros(9))[1] == []
+
+
+def test_a_plate_without_elements_is_refused_and_advised_sizes_can_be_simulated():
+    """Planted faults: no element is a size like any other, and what is advised for 0 elements are sizes from 1 to 0."""
+    guide = dgm.AmortizedGuide(level, ["y"])
+    for call in (lambda: guide.condition(y=torch.zeros(0)), lambda: guide(y=torch.zeros(0))):
+        with pytest.raises(ValueError, match=r"'y' has shape \(0,\), so plate 'row' holds no element"):
+            call()
+    with pytest.raises(ValueError, match="ForwardKL: .* holds no element"):
+        dgm.ForwardKL(guide)({"mu": torch.zeros(4), "y": torch.zeros(4, 0)})
+    said = Trained(["row"], 1)
+    said.on_sizes({"row": torch.tensor([5, 10])})
+    assert "sizes={'row': (2, 10)}" in next(said.unusual_sizes({"row": torch.tensor([2])}))
+    assert "sizes={'row': (1, 10)}" in next(said.unusual_sizes({"row": torch.tensor([0])}))
+
+
+def test_a_guide_can_be_copied_and_pickled_after_it_was_used():
+    """Planted fault: it keeps the proxy of the model's parameters, of which no copy can be made."""
+    guide = dgm.AmortizedGuide(level, ["y"])
+    assert guide.arguments.names == ["n", "y"]
+    score = guide.condition(y=torch.zeros(4)).log_prob({"mu": torch.zeros(3)})
+    for again in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        torch.testing.assert_close(again.condition(y=torch.zeros(4)).log_prob({"mu": torch.zeros(3)}), score)

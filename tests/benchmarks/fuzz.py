@@ -64,6 +64,17 @@ def _frame(rng, x):
     return pd.DataFrame(x.numpy()) if x.dim() == 2 else pd.Series(x.reshape(-1).numpy())
 
 
+def _labelled(rng, x):
+    return _frame(rng, x).astype(object).map(str) if x.dim() == 2 else _frame(rng, x).astype(str)
+
+
+def _gap(rng, x):
+    frame = _frame(rng, x).astype(float)
+    if frame.size:
+        frame.iloc[0] = None
+    return frame
+
+
 def _strided(rng, x):
     return torch.stack([x, x], -1)[..., 0]
 
@@ -78,12 +89,23 @@ OF_TENSORS = {
     "complex": lambda rng, x: x.to(torch.complex64),
     "sparse": lambda rng, x: x.to_sparse(),
     "meta": lambda rng, x: x.to("meta"),
+    "quantized": lambda rng, x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8) if x.dim() else x,
+    "nested": lambda rng, x: torch.nested.nested_tensor(list(x.float())) if x.dim() > 1 and len(x) else x,
+    "uint8": lambda rng, x: x.abs().to(torch.uint8),
+    "int32": lambda rng, x: x.int(),
     "requires_grad": lambda rng, x: x.clone().float().requires_grad_(),
     "inside a graph": lambda rng, x: x.clone().float().requires_grad_() * 1.0,
     "non-contiguous": _strided,
     "expanded": lambda rng, x: x[:1].expand_as(x) if x.dim() else x,
     "numpy": lambda rng, x: x.numpy(),
     "numpy float64": lambda rng, x: x.numpy().astype(float),
+    "numpy float16": lambda rng, x: x.numpy().astype(np.float16),
+    "numpy longdouble": lambda rng, x: x.numpy().astype(np.longdouble),
+    "numpy uint8": lambda rng, x: np.abs(x.numpy()).astype(np.uint8),
+    "numpy dates": lambda rng, x: x.numpy().astype(int).astype("datetime64[D]"),
+    "numpy records": lambda rng, x: np.rec.fromarrays([x.numpy()], names="a"),
+    "big-endian numpy": lambda rng, x: x.numpy().astype(">f4"),
+    "negative strides": lambda rng, x: x.numpy()[::-1] if x.dim() else x.numpy(),
     "numpy int": lambda rng, x: x.numpy().astype(int),
     "numpy bool": lambda rng, x: x.numpy() > 0,
     "numpy object": lambda rng, x: x.numpy().astype(object),
@@ -92,8 +114,18 @@ OF_TENSORS = {
     "numpy masked": lambda rng, x: np.ma.masked_array(x.numpy(), mask=False),
     "read-only numpy": lambda rng, x: np.broadcast_to(x.numpy(), x.shape),
     "pandas": _frame,
+    "pandas with a text": _labelled,
+    "pandas with a gap": _gap,
+    "pandas nullable": lambda rng, x: _frame(rng, x).astype("Float64"),
     "list": lambda rng, x: x.tolist(),
     "tuple": lambda rng, x: tuple(x.tolist()) if x.dim() else x,
+    "ragged list": lambda rng, x: [*x.tolist(), [1.0]] if x.dim() else [[1.0], [1.0, 2.0]],
+    "list of numpy": lambda rng, x: list(x.numpy()) if x.dim() else [x.numpy()],
+    "iterator": lambda rng, x: iter(x.tolist()) if x.dim() else x,
+    "in a dictionary": lambda rng, x: {"x": x},
+    "in a tuple": lambda rng, x: (x,),
+    "as a function": lambda rng, x: lambda: x,
+    "as a parameter": lambda rng, x: nn.Parameter(x.clone().float()),
     "list of tensors": lambda rng, x: list(x) if x.dim() else [x],
     "NaN": _entry(float("nan")),
     "inf": _entry(float("inf")),
@@ -128,9 +160,12 @@ OF_TENSORS = {
 OTHER_TYPES = {
     "None": None, "text": "abc", "a number": 3, "a fraction": 2.5, "a dictionary": {"a": 1}, "an empty tuple": (),
     "an empty list": [], "a function": len, "a class": dict, "an object": object(), "a set": {1, 2}, "bytes": b"x",
-    "True": True, "a module": nn.Linear(2, 2), "Ellipsis": ...,
+    "True": True, "a module": nn.Linear(2, 2), "Ellipsis": ..., "a distribution": torch.distributions.Normal(0.0, 1.0),
+    "a generator": (i for i in range(3)), "a parameter": nn.Parameter(torch.ones(2)), "a path": pathlib.Path("x"),
+    "a complex number": 1j, "a range": range(3), "a device": torch.device("cpu"), "a type": float, "a warning": UserWarning("x"),
 }  # fmt: skip
 NUMBERS = [0, 1, -1, 2, 3, 7, 2.5, -0.5, 0.5, float("nan"), float("inf"), -float("inf"), 1e-30, True, "3", None, [2], (2, 2),
+           -(2**70), 2**70, 10**400, np.bool_(True), np.float16(2.0), torch.tensor(2, device="meta"), np.array(2.0), "NaN",
            np.int64(2), np.float32(0.5), torch.tensor(2), torch.tensor([1.0, 2.0]), 1j, b"2"]  # fmt: skip
 SHAPES = [
     (),
@@ -149,8 +184,37 @@ SHAPES = [
     (None,),
     ("a",),
     True,
+    (2**40, 2**40),
+    (2, -1),
+    (np.int64(2),),
+    torch.tensor([2]),
+    (1j,),
+    {"a": 2},
+    range(2),
 ]
-TEXTS = ["", "abc", "x", "mu", "row", None, 3, ["x"], b"x", ("x", "x"), 0.5]
+TEXTS = [
+    "",
+    " ",
+    "SPHERICAL",
+    "é",
+    "a" * 80,
+    "x.y/z",
+    0,
+    True,
+    ["mu", "mu"],
+    {"mu"},
+    ("mu", 3),
+    "abc",
+    "x",
+    "mu",
+    "row",
+    None,
+    3,
+    ["x"],
+    b"x",
+    ("x", "x"),
+    0.5,
+]
 
 
 def mutate(rng, value):
@@ -173,7 +237,7 @@ def mutate(rng, value):
         return _of_sequence(rng, value)
     if isinstance(value, nn.Module) and rng.random() < 0.3:
         return copy.deepcopy(value).double(), "a module of float64"
-    kinds = [k for k in OTHER_TYPES if not (callable(value) and k in ("a function", "a class", "a module"))]
+    kinds = [k for k in OTHER_TYPES if not (callable(value) and k in ("a function", "a class", "a type", "a module"))]
     kind = rng.choice(kinds)  # what a wrong program of the user does is theirs
     return OTHER_TYPES[kind], kind
 
@@ -288,15 +352,15 @@ def _kept(value):
     return value
 
 
+def _has_no_plain_numbers(x):
+    return x.is_meta or x.is_quantized or x.is_nested or x.layout is not torch.strided
+
+
 def _same(kept, value):
     if isinstance(value, torch.Tensor):
         if kept[2] != value.requires_grad or (value.is_leaf and value.grad is not None):
             return False
-        return (
-            value.is_meta
-            or value.layout is not torch.strided
-            or torch.equal(kept[1].nan_to_num(), value.detach().nan_to_num())
-        )
+        return _has_no_plain_numbers(value) or torch.equal(kept[1].nan_to_num(), value.detach().nan_to_num())
     if isinstance(value, np.ndarray):
         return np.array_equal(kept[1], value, equal_nan=value.dtype.kind == "f")
     if type(value) in (list, tuple):
@@ -321,7 +385,8 @@ def _of_result(call, result, told, case):
 def tensors_of(result):
     """All numbers in a result."""
     if isinstance(result, torch.Tensor):
-        yield result.detach()
+        if not _has_no_plain_numbers(result):
+            yield result.detach()
     elif isinstance(result, (np.ndarray, np.floating, float)) and not isinstance(result, bool):
         if np.asarray(result).dtype.kind == "f":
             yield torch.as_tensor(np.array(result), dtype=torch.float32)  # of Python and numpy: no dtype to keep

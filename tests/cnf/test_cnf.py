@@ -412,8 +412,14 @@ def test_objectives_refuse_what_does_not_fit():
     for objective in (dgm.FlowMatching, dgm.MaximumLikelihood):
         with pytest.raises(ValueError, match=r"data have shape \(5, 3\), expected \(N, 2\)"):
             objective(cnf)(torch.zeros(5, 3))
-        with pytest.raises(ValueError, match="context_features=3, but the data hold no context"):
+        with pytest.raises(ValueError, match="no context given, expected shape .* build FFJORD"):
             objective(conditional)(torch.zeros(5, 2))
+        with pytest.raises(ValueError, match="are x and context swapped"):
+            objective(conditional)(torch.zeros(5, 3), torch.zeros(5, 2))
+        with pytest.raises(ValueError, match=r"Build it with FFJORD\(..., context_features=4\)"):
+            objective(cnf)(torch.zeros(5, 2), torch.zeros(5, 4))
+        with pytest.raises(ValueError, match="A mask is no context"):
+            objective(cnf)(torch.zeros(5, 2), torch.ones(5, 2, dtype=torch.bool))
         with pytest.raises(ValueError, match="1 of 5 rows hold NaN or infinity"):
             objective(cnf)(torch.tensor([[0.0, 1.0]] * 4 + [[math.inf, 0.0]]))
 

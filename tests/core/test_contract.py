@@ -208,8 +208,12 @@ def test_bad_contexts_are_refused_by_name(name):
         family(torch.zeros(5, 4))
     with pytest.raises(ValueError, match=r"no context given, expected shape \(\.\.\., 3\)"):
         family()
-    with pytest.raises(ValueError, match="is unconditional"):
+    with pytest.raises(ValueError, match=r"is unconditional. Build it with .*context_features=4\)"):
         make(name)(torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="are x and context swapped"):
+        family(torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="are x and context swapped"):
+        family.standardize(torch.zeros(5, 3), torch.zeros(5, 2))
 
 
 @pytest.mark.parametrize("name", NAMES)

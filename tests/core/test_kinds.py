@@ -126,3 +126,53 @@ def test_errors_of_the_users_own_pass():
 
     with pytest.raises(Mine, match="several"), plain_errors():
         model()
+
+
+@checked()
+def seeded_walk(steps: int = 1, seed: int | None = None):
+    return steps, seed
+
+
+@pytest.mark.parametrize("options, match", [
+    ({"seed": 2**64}, "seed=18446744073709551616, expected a whole number from"),
+    ({"seed": -(2**63) - 1}, "seed="),
+    ({"steps": 2**70}, "steps=1180591620717411303424, expected a whole number"),
+    ({"steps": 10**400}, "steps=1000"),
+])  # fmt: skip
+def test_whole_numbers_beyond_all_sizes_and_seeds_are_refused(options, match):
+    """Planted fault: they pass, and torch says 'Overflow when unpacking long long' somewhere inside."""
+    with pytest.raises(ValueError, match=match) as raised:
+        seeded_walk(**options)
+    assert len(str(raised.value)) < 200
+    assert seeded_walk(3, seed=2**64 - 1) == (3, 2**64 - 1)
+
+
+def test_the_entries_of_a_generator_are_looked_at():
+    """Planted fault: it passes as it is, and its entries, and that it has no length, show somewhere inside."""
+    assert walk(sizes=(n for n in [1, np.int64(2)]))[2] == (1, 2)
+    with pytest.raises(TypeError, match="sizes"):
+        walk(sizes=(n for n in ["a"]))
+
+
+def test_a_tensor_without_numbers_is_no_number():
+    nothing = torch.tensor(2, device="meta")
+    with pytest.raises(TypeError, match="steps=a tensor of shape"):
+        walk(steps=nothing)
+    with pytest.raises(TypeError, match="rate=a tensor of shape"):
+        walk(rate=nothing)
+    with pytest.raises(TypeError, match="event_shape is"):
+        dgm.MAF(nothing)
+
+
+def test_an_operation_that_torch_lacks_for_a_kind_is_said_in_one_line():
+    """Planted fault: the page of torch's dispatcher, 50 lines of it, comes through a door."""
+
+    @checked()
+    def product(x: Any):
+        return x * x
+
+    with pytest.raises(
+        TypeError, match=r"torch has no mul of tensors of the kind QuantizedCPU.*x.dequantize"
+    ) as raised:
+        product(torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
+    assert "\n" not in str(raised.value)

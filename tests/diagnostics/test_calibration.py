@@ -297,3 +297,15 @@ def test_a_posterior_whose_log_prob_takes_other_values_is_ranked_all_the_same():
 
     result = dgm.sbc(model, Own(), observed=["x"], num_simulations=40, num_draws=19, seed=0)
     assert min(result.p_values.values()) > 0.001 and result.sharpness.log_q is None
+
+
+@pytest.mark.parametrize("posterior, named", [(draws_only(Amortised(), 19), "posteriors"), (Amortised(), "joint")])
+@pytest.mark.parametrize("check", [dgm.sbc, dgm.coverage, dgm.tarp])
+def test_the_posteriors_are_counted_on_a_bar(check, posterior, named, capfd):
+    """Planted fault: the bar is made and never moved."""
+    options = {"observed": ["x"], "num_simulations": 20, "num_draws": 19, "seed": 0}
+    check(model, posterior, progress=False, **options)
+    assert capfd.readouterr().err == ""
+    check(model, posterior, **options)
+    last = capfd.readouterr().err
+    assert "posteriors: " in last and "20/20" in last and named in last

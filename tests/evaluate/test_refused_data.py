@@ -1,6 +1,7 @@
 """Scores of data that cannot be scored: refused, never a verdict."""
 
 import numpy as np
+import pyro
 import pytest
 import torch
 
@@ -70,3 +71,33 @@ def test_loo_names_the_data_that_are_impossible():
     groups = {"posterior": {"m": np.zeros((1, 50))}, "sample_stats": {}, "log_likelihood": {"y": ll}}
     with pytest.raises(ValueError, match=r"\[\(2,\)\]"):
         dgm.loo({"groups": groups, "dims": {}, "coords": {}, "attrs": {}})
+
+
+def test_annealing_survives_trajectories_that_diverge_beside_a_mask():
+    """Planted fault: unseen entries are drawn from a likelihood of NaN, and torch's error ends it."""
+    vae = dgm.VAE(
+        dgm.vae.StandardNormal(2), dgm.vae.Conditional(2, 2, dgm.vae.normal), dgm.vae.Conditional(2, 4, dgm.vae.normal)
+    )
+    x, mask = torch.zeros(3, 2), torch.tensor([True, False]).expand(3, 2)
+    with pyro.validation_enabled(False):
+        distribution, filled = vae.model.observation(x, torch.full((3, 2), torch.nan), None, mask)
+        assert filled.isfinite().all() and distribution.log_prob(filled).isnan().all()
+
+
+def test_a_gap_without_an_error_is_told_of_and_one_without_factors_refused():
+    """Planted fault: a factor that is constant outside of a block makes a standard error of NaN, and nothing is said."""
+    rare = torch.zeros(60, dtype=torch.long)
+    rare[3] = 1
+    with pytest.warns(UserWarning, match="one value outside of a block"):
+        assert np.isnan(evaluate.mutual_information_gap(X, rare, bins=4).standard_error)
+    with pytest.raises(ValueError, match="K >= 1"):
+        evaluate.mutual_information_gap(X, rare[:, None][:, :0], bins=4)
+    with pytest.raises(ValueError, match="rows of no numbers"):
+        evaluate.linear_probe(X[:, :0], rare)
+
+
+def test_labels_of_bfloat16_and_seeds_beyond_numpys_are_taken():
+    """Planted faults: numpy has no bfloat16, and scikit-learn no seed of 33 bits."""
+    exact = evaluate.linear_probe(X, X[:, 0], seed=1)
+    assert evaluate.linear_probe(X, X[:, 0].bfloat16(), seed=1).value == pytest.approx(exact.value, abs=0.05)
+    assert evaluate.linear_probe(X, X[:, 0], seed=1 + 2**32) == exact

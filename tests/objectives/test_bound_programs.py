@@ -4,6 +4,9 @@ import math
 import warnings
 from functools import partial
 
+import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -12,6 +15,8 @@ import tests.objectives.bound_programs_guides
 import tests.objectives.bound_programs_models
 import tests.objectives.bound_programs_plates
 import tests.objectives.bound_programs_terms  # noqa: F401  (their programs)
+from pyro_dgm.core import pace
+from pyro_dgm.objectives import WeightedKL_ELBO
 from tests.objectives.bound_programs import PROGRAMS
 from tests.objectives.bound_references import FAULTS, Renyi, SingleRuns, losses, pyros, same_draws, same_mean
 
@@ -169,3 +174,60 @@ def test_wrong_units_are_seen(name, wrong):
     """Planted fault: a shared latent drawn anew for each weight; one logarithm for all data."""
     with pytest.raises(AssertionError, match="means|draws"):
         check_weights(PROGRAMS[name]._replace(**wrong), k=20, seeds=40)
+
+
+def rows(x=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+def level(x=None):
+    pyro.sample("mu", dist.Normal(pyro.param("loc", torch.zeros(())), 0.5))
+
+
+ALL_BOUNDS = {**BOUNDS, "WeightedKL_ELBO": WeightedKL_ELBO}
+
+
+@pytest.mark.parametrize("bound", ALL_BOUNDS)
+def test_arrays_are_data_by_name_too(bound):
+    """Planted fault: arguments are converted by position only, and an array of float64 makes a bound of float64."""
+    loss = ALL_BOUNDS[bound]()(rows, level)
+    x = np.linspace(-1.0, 1.0, 5)
+    torch.manual_seed(0)
+    by_name = loss(x=x)
+    torch.manual_seed(0)
+    assert by_name.dtype is torch.float32 and by_name.item() == loss(x).item()
+
+
+@pytest.mark.parametrize("bound", ALL_BOUNDS)
+def test_a_loss_of_nan_data_is_told_of_alone_and_not_within_a_fit(bound):
+    """Planted fault: nothing is said, and a loop of the user's own trains on NaN."""
+    loss = ALL_BOUNDS[bound]()(rows, level)
+    x = torch.tensor([0.0, torch.nan, 1.0])
+    with pyro.validation_enabled(False), pytest.warns(UserWarning, match=f"{bound}: the loss is nan"):
+        loss(x)
+    with warnings.catch_warnings(record=True) as said, pyro.validation_enabled(False):
+        warnings.simplefilter("always")
+        with pace.working(None, None, dgm.History()):
+            loss(x)
+    assert not [w for w in said if "the loss is" in str(w.message)]
+
+
+@pytest.mark.parametrize("kind, match", [(torch.Tensor.to_sparse, "x.to_dense"), (torch.Tensor.bool, "x.float")])
+def test_data_without_a_density_are_refused_by_the_site(kind, match):
+    """Planted fault: torch's own error of a sparse tensor comes through."""
+
+    def counted(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(mu, 1.0).expand([5]).to_event(1), obs=x)
+
+    guide = dgm.AutoFlow(counted)
+    with pyro.validation_enabled(False), pytest.raises(TypeError, match=f"site 'x': its .*{match}"):
+        dgm.STL_ELBO(2)(counted, guide)(kind(torch.ones(5)))
+
+
+def test_a_guide_of_other_sites_has_no_weighted_kl():
+    """Planted fault: a bare KeyError of the auxiliary site."""
+    with pytest.raises(ValueError, match="guide site 'mu_unconstrained' is no latent of the model"):
+        WeightedKL_ELBO()(rows, pyro.infer.autoguide.AutoNormal(rows))(torch.zeros(3))

@@ -174,8 +174,12 @@ def test_bad_input_says_what_to_do():
         learn_ratio(torch.cat([rows[1:], torch.full((1, 2), torch.nan)]), rows)
     with pytest.raises(ValueError, match="expected one logit a row"):
         dgm.DensityRatio(2, network=torch.nn.Linear(2, 2))(rows)
-    with pytest.raises(ValueError, match="context has no features, expected 3"):
+    with pytest.raises(ValueError, match="no context given, expected shape"):
         dgm.DensityRatio(2, context_features=3)(rows)
+    with pytest.raises(ValueError, match="are x and context swapped"):
+        dgm.DensityRatio(2, context_features=3)(torch.randn(200, 3), rows)
+    with pytest.raises(ValueError, match=r"Build it with DensityRatio\(..., context_features=3\)"):
+        dgm.DensityRatio(2)(rows, torch.randn(200, 3))
     with pytest.raises(ValueError, match=r"value has shape \(200, 2\), expected \(\.\.\., 3\)"):
         dgm.DensityRatio(3)(rows)
     with pytest.raises(TypeError, match="expected a DensityRatio, got Linear"):

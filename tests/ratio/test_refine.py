@@ -131,3 +131,18 @@ def test_an_encoder_inverts_a_frozen_generator():
     for i in range(2):
         assert torch.corrcoef(torch.stack([z[:, i], code[:, i]]))[0, 1] > 0.7
     assert (code.std(0) - 1.0).abs().max() < 0.35
+
+
+@pytest.mark.parametrize("method, named", [("sir", "classifier"), ("mh", "chains"), ("nuts", "chain")])
+def test_the_steps_of_a_correction_are_counted_on_a_bar(shifted, method, named, capfd):
+    """Planted fault: the chains move no bar. Of three draws by NUTS Pyro's diagnosis fails."""
+    generator, data = shifted
+    assert dgm.refine(generator, data, 3, method, max_steps=200, seed=0).draws.shape == (3, 2)
+    said = capfd.readouterr().err
+    assert "classifier: " in said and "0/200" in said and f"{named}: " in said
+
+
+def test_a_correction_without_a_bar_is_the_same(shifted, capfd):
+    quiet = dgm.refine(*shifted, 3, max_steps=200, seed=0, progress=False)
+    assert capfd.readouterr().err == ""
+    assert torch.equal(quiet.draws, dgm.refine(*shifted, 3, max_steps=200, seed=0).draws)

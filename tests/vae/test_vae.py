@@ -1,5 +1,6 @@
 """The VAE pair: exact cases, everything of Pyro that takes a pair, its parts, structure, and bad input."""
 
+import inspect
 import math
 import subprocess
 import sys
@@ -483,21 +484,38 @@ def test_bad_data_are_refused_with_what_to_do():
         vae.guide(x[0])
     with pytest.raises(ValueError, match="mask has shape"):
         vae.model(x, None, torch.ones(4, D))
-    with pytest.raises(
-        ValueError, match="its mask of 6 and what goes with it make 12. Build it with context_features=12"
-    ):
-        vae.guide(x, None, torch.ones(4, D, dtype=torch.bool))
+    seen = torch.ones(4, D, dtype=torch.bool)
+    with pytest.raises(ValueError, match="its mask of 6 make 12. Build it with context_features=12, or leave the mask"):
+        vae.guide(x, None, seen)
     with pytest.raises(ValueError, match=r"context has shape \(3, 1\), expected \(4, features\)"):
         vae.guide(x, torch.zeros(3, 1))
     with pytest.raises(ValueError, match="got 4 rows, more than size=3"):
         dgm.VAE(vae.prior, vae.likelihood, vae.posterior, size=3).guide(x)
-    with pytest.raises(ValueError, match="likelihood was built for 2 context features, but .* make 3"):
-        small(parts.bernoulli, extra=1).model(x, torch.zeros(4, 1))
+    with pytest.raises(ValueError, match=r"no context given, expected shape \(N, 1\): .* context_features=2"):
+        small(context=1, extra=1).encode(x)
+    with pytest.raises(ValueError, match=r"expected \(N, 1\). Build the likelihood with context_features=5"):
+        small(context=1, extra=1).model(x, torch.randn(4, 3))
+    with pytest.raises(ValueError, match="are x and the context swapped"):
+        small(context=1, extra=1).log_joint(torch.zeros(4, 1), torch.zeros(4, 2), x)
+    with pytest.raises(ValueError, match=r"VAE, latent: value has shape \(4, 3\)"):
+        vae.decode(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="x of 6 make 6. .* pass a mask of x, mask="):
+        small(parts.bernoulli, extra=D).encode(x)
     with pytest.raises(ValueError, match="VAE.guide: it needs the data x"):
         vae.guide()
     joint = dgm.VAE(parts.StandardNormal(LATENT), dgm.MAF(D, LATENT), parts.Conditional(LATENT, 2 * D, parts.normal))
     with pytest.raises(ValueError, match="a mask needs a likelihood with independent entries, and MAF is joint"):
         joint.model(x, None, torch.ones(4, D, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("call", ["encode", "standardize", "model", "log_joint"])
+def test_a_mask_in_the_place_of_the_context_is_named(call):
+    """Planted fault: widths alone are compared, so that an encoder which reads a mask takes it, and all entries as seen."""
+    vae = small(extra=D)
+    x, mask = torch.randn(4, D), torch.rand(4, D) > 0.5
+    args = (x, torch.zeros(4, LATENT), mask) if call == "log_joint" else (x, mask)
+    with pytest.raises(ValueError, match="but the likelihood was built for the latent alone.*mask goes in by name"):
+        getattr(vae, call)(*args)
 
 
 def test_families_that_do_not_fit_are_refused():
@@ -542,3 +560,19 @@ def test_a_logistic_of_no_finite_scale_is_refused_while_pyro_validates():
         dgm.vae.DiscretizedLogistic(torch.zeros(()), inf, 8)
     with pyro.validation_enabled(False):
         assert dgm.vae.DiscretizedLogistic(torch.zeros(()), inf, 8).log_prob(torch.zeros(())).shape == ()
+
+
+@pytest.mark.parametrize("make", [parts.normal, parts.poisson, parts.negative_binomial, parts.zero_inflated_poisson])
+def test_an_exponential_that_overflows_is_refused_while_pyro_validates(make):
+    """Planted fault: infinity is positive to torch, and draws are infinite or NaN without a word."""
+    huge = {k: torch.full((2,), 200.0) for k in inspect.signature(make).parameters}
+    with pytest.raises(ValueError, match="no exponential may overflow"):
+        make(**huge)
+    with pyro.validation_enabled(False):
+        make(**huge)
+
+
+def test_pictures_of_no_pixels_are_refused():
+    for images in (torch.zeros(3, 4, 0), torch.zeros(0, 4, 4)):
+        with pytest.raises(ValueError, match="none of them 0"):
+            dgm.vae.plot_images(images)
