@@ -23,8 +23,17 @@ from pyro_dgm.core.data import warn_of_ties
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch, check_context
 from pyro_dgm.flows.base import NormalizingFlow
-from pyro_dgm.flows.few_rows import DRAWS, FEW_ROWS, FEW_ROWS_ALONE, LEAST_ROWS, MOST_COLUMNS, Pairs, are_few
-from pyro_dgm.train.batches import few_rows, first_rows
+from pyro_dgm.flows.few_rows import (
+    DRAWS,
+    FEW_ROWS,
+    FEW_ROWS_ALONE,
+    LEAST_ROWS,
+    MANY_ROWS,
+    MOST_COLUMNS,
+    Pairs,
+    are_few,
+)
+from pyro_dgm.train.batches import FEW, few_rows, first_rows
 from pyro_dgm.train.descend import Stages, adam, cosine, warm_up
 from pyro_dgm.train.hooks import Recipe
 
@@ -40,6 +49,9 @@ _FARTHEST = (
 )
 _IN_PROPORTION = 5  # steps on such draws for each step that a fit is limited to, at most; not measured
 FEW_STEPS = 1500  # of flow matching on draws of what stands in for few rows (docs/benchmarks/small.md)
+_MOST_HELD_OUT = (
+    2_000  # of many rows: a check costs a continuous flow about as much as three of the 50 steps between checks
+)
 _BLOCK = 64  # rows among which noise is matched to data; the cost of a match grows with their cube
 
 
@@ -48,7 +60,7 @@ class FlowMatching(nn.Module):
 
     One step costs one evaluation of the field, 10 to 20 times less than a step of maximum likelihood. The loss is no
     likelihood, and its least value is not zero: it is the variance of the paths' velocities. :func:`~pyro_dgm.fit` takes
-    the flow's units from the data first, and treats few rows as :class:`~pyro_dgm.MaximumLikelihood` does.
+    the flow's units from the data first, and treats few rows and many as :class:`~pyro_dgm.MaximumLikelihood` does.
 
     Args:
         cnf: an :class:`~pyro_dgm.FFJORD` or :class:`~pyro_dgm.OTFlow`.
@@ -108,7 +120,7 @@ class FlowMatching(nn.Module):
             start_from_few(self.cnf, self, batches, stages or Stages(), FEW_STEPS, RATE)
 
     def recipe(self, rows: int | None) -> Recipe:
-        """Few rows are in part held out."""
+        """Rows are in part held out; of many, minibatches are taken."""
         return recipe_for(self.cnf, rows)
 
 
@@ -142,13 +154,20 @@ def _matched(noise: Tensor, data: Tensor) -> Tensor:
 def recipe_for(family: DistributionModule, rows: int | None, starts: bool = True) -> Recipe:
     """How a density is trained: of few rows gently, where draws of what stands in for them come first (``starts``).
 
-    The rate falls with the square of the rows: ten held-out rows do not tell when to stop.
+    The rate falls with the square of the rows: ten held-out rows do not tell when to stop. Of many rows minibatches are taken.
     """
     if rows is None or not are_few(rows):
-        return Recipe()
+        return Recipe() if rows is None or rows <= FEW else _of_many(family, rows)
     if not starts or not _can_start(family) or not family.standard.is_identity():
         return FEW_ROWS_ALONE
     return replace(FEW_ROWS, lr=FEW_ROWS.lr * min(1.0, rows / _TRUSTED) ** 2)
+
+
+def _of_many(family: DistributionModule, rows: int) -> Recipe:
+    """The recipe of many rows; only flows of few columns in one pass were measured to stand its rate."""
+    quick = _can_start(family) and not isinstance(family, ContinuousFlow)
+    share = min(MANY_ROWS.validation or 0.0, _MOST_HELD_OUT / rows)
+    return replace(MANY_ROWS, lr=MANY_ROWS.lr if quick else RATE, validation=share)
 
 
 def _can_start(family: DistributionModule) -> TypeGuard[NormalizingFlow]:

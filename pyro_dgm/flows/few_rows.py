@@ -32,6 +32,7 @@ __all__ = [
     "FEW_ROWS",
     "FEW_ROWS_ALONE",
     "LEAST_ROWS",
+    "MANY_ROWS",
     "MOST_COLUMNS",
     "Decorrelate",
     "Pairs",
@@ -39,9 +40,10 @@ __all__ = [
     "are_few",
 ]
 
-# How a density of few rows is trained. Measured on the simulated tables of docs/benchmarks/small.md.
+# How a density is trained. Measured on the simulated tables of docs/benchmarks/small.md.
 FEW_ROWS = Recipe(lr=5e-4, max_steps=1000, validation=0.1, patience=8, averaging=0.95)  # after draws of the stand-in
 FEW_ROWS_ALONE = Recipe(lr=3e-3, max_steps=1000, validation=0.1, patience=8, averaging=0.95)  # without them
+MANY_ROWS = Recipe(lr=1e-2, batch_size=256, max_steps=3000, validation=0.1, averaging=0.99, every=50)  # of more rows
 DRAWS = 512  # of the stand-in, a step
 MOST_COLUMNS = 100  # above which neither is done: a covariance has too many entries. Not measured; chosen by hand
 LEAST_ROWS = 10  # below which neither is done. Not measured; chosen by hand

@@ -30,7 +30,7 @@ _FEW_RATE = 1e-2  # of these
 class MaximumLikelihood(nn.Module):
     r"""Negative log likelihood of a batch, in nats per event, plus the costs of a continuous flow's paths.
 
-    ``fit(MaximumLikelihood(family), (x,), batch_size=512)`` is the whole recipe: it takes the flow's units from the data,
+    ``fit(MaximumLikelihood(family), (x,))`` is the whole recipe: it takes the flow's units from the data,
     a continuous flow is trained by flow matching first (cheap: no equation is solved) and then by likelihood, with steps
     that are checked against twice as many. A family that was already trained or standardised goes straight to likelihood.
 
@@ -39,6 +39,11 @@ class MaximumLikelihood(nn.Module):
     is first trained on draws of a smooth density that stands in for them: a mixture of mixtures of normals and of kernels,
     weighted by cross-validation. Up to 1,000 steps on the rows follow, and end early. ``History.held_out`` and ``.stopped`` say
     so; ``fit(..., validation=0)`` holds nothing out, and then only ``max_steps`` keeps rows from being learned by heart.
+
+    More rows are taken in minibatches of 256, for up to 3,000 steps. A tenth of them is held out, 2,000 at most, and checked each
+    50 steps. The averaged weights that score them best are kept; the fit ends after 750 steps without a better score. What is
+    given to ``fit`` (``batch_size=``, ``validation=``, ``patience=``, limits) stands instead. Of a ``DataLoader``, whose
+    rows are not known, none of this is done.
 
     Args:
         family: any family with a density.
@@ -111,7 +116,7 @@ class MaximumLikelihood(nn.Module):
         return told_unless_finite("MaximumLikelihood", loss)
 
     def recipe(self, rows: int | None) -> Recipe:
-        """Few rows are in part held out."""
+        """Rows are in part held out; of many, minibatches are taken."""
         return recipe_for(self.family, rows, starts=self.steps > 0)
 
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -81,14 +82,15 @@ def fit(
         lr: peak learning rate, used where ``optimizer`` is None; 0.005, or what the objective asks for (the flow of an
             :class:`~pyro_dgm.AutoFlow`: 0.015). Of an adversarial
             pair it is the critic's, and the generator's in proportion. So with the other
-            arguments that are None: :class:`~pyro_dgm.ForwardKL` brings a recipe, other objectives none.
+            arguments that are None: :class:`~pyro_dgm.ForwardKL`, :class:`~pyro_dgm.MaximumLikelihood` and
+            :class:`~pyro_dgm.FlowMatching` bring a recipe, other objectives none.
         max_steps, max_epochs, max_seconds: limits; the first that is reached ends the fit. The seconds count from the call; a
             start, a step or a last check that has begun is not cut short.
-        batch_size: rows per minibatch, taken from the first dimension of all tensors; None for full batches.
+        batch_size: rows per minibatch, taken from the first dimension of all tensors; None for full batches, or the objective's.
         validation: held-out arguments, given as ``data`` are, or the fraction of rows to hold out; the best parameters are
             then those with the lowest held-out loss, the first ones included. Held-out losses are taken with the same
             random numbers each time, and as the mean of several draws where the objective is random. 0 holds nothing out;
-            None leaves it to the objective: :class:`~pyro_dgm.MaximumLikelihood` holds rows out where they are few.
+            None leaves it to the objective: :class:`~pyro_dgm.MaximumLikelihood` holds a tenth out, at most 2,000 rows.
         patience: checks without improvement before the fit stops. A check is made each 50 steps; with minibatches each epoch, or
             each few of them where an epoch has less than 25 steps. None with validation for 500 steps, and at least a
             quarter of the way to the limit.
@@ -130,6 +132,8 @@ def fit(
     with seeded(seed):
         rows = row_count(data)
         recipe = objective.recipe(rows) if isinstance(objective, Recommending) else Recipe()
+        if held_out is not None or patience is not None:
+            recipe = replace(recipe, every=None)  # checks are what the user counts, or of rows that may be very many
         held_out = recipe.validation if held_out is None else held_out
         held_out = None if isinstance(held_out, float) and not held_out else held_out
         batch_size = batch_size or recipe.batch_size

@@ -126,6 +126,7 @@ class Recipe:
         validation: share of the rows to hold out.
         weight_decay: of AdamW; 0 for Adam.
         averaging: decay of the running average of the weights, which is what is validated and kept; 0 for none.
+        every: steps between checks, where what is held out and for how long to wait is the recipe's; None for the usual.
     """
 
     lr: float = 5e-3
@@ -136,6 +137,7 @@ class Recipe:
     patience: int | None = None
     weight_decay: float = 0.0
     averaging: float = 0.0
+    every: int | None = None
 
 
 @runtime_checkable

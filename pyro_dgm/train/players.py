@@ -140,7 +140,8 @@ class OnePlayer:
         self.optimizers = [made]
         self.average = Average(parameters, recipe.averaging)
         self.validation = validation
-        self.every = batches.epoch * -(-_SHORTEST // batches.epoch) if batches.epoch else _WINDOW
+        usual = batches.epoch * -(-_SHORTEST // batches.epoch) if batches.epoch else _WINDOW
+        self.every = recipe.every or usual
         self.draws: int | None = None  # of the held-out loss; found at the first check
         self.batch: tuple[Any, ...] = ()
 

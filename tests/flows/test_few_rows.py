@@ -164,12 +164,9 @@ def test_few_rows_with_a_context():
         assert law.log_prob(test).mean() - flow(at).log_prob(test).mean() < 0.45
 
 
-def test_nothing_is_held_out_where_that_is_asked_for_or_rows_are_many():
+def test_nothing_is_held_out_where_that_is_asked_for():
     x, _ = correlated(100)
     assert fitted(dgm.MAF(3), x, max_steps=5, validation=0).held_out == ""
-    many, _ = correlated(4000)
-    history = fitted(dgm.MAF(3), many, max_steps=5)
-    assert history.held_out == "" and not history.validation
 
 
 @pytest.mark.parametrize("flow", [zuko.flows.NCSF(2), zuko.mixtures.GMM(2, components=3), zuko.flows.BPF(2)], ids=str)
