@@ -33,7 +33,7 @@ _RATES_DISTILLED = (
     1e-3,
     1e-5,
 )  # a faster generator blurs distilled digits before the critic is good (docs/benchmarks/gan.md)
-_FEW = 16  # entries of an event, up to which the flow is narrow. Not measured; chosen by hand.
+_FEW = 16  # entries of an event, up to which the flow takes more steps. Not measured; chosen by hand.
 _STEPS_NARROW = 8000  # of the flow (docs/gan.md: shares near the modes of a grid)
 _STEPS_WIDE = 4000  # of a wide flow: a step costs more and brings more (docs/benchmarks/gan.md, digits)
 _STEPS_PER_ROW = 4  # at most: rows that are met more often are memorised (docs/gan.md)
@@ -66,7 +66,7 @@ class Adversarial(nn.Module):
         pretrain: steps that teach a continuous flow the data by flow matching, on an untrained pair with a
             :class:`~pyro_dgm.Generator`; the generator then learns, half as long, to do in one pass what the flow does. Every
             mode is met before the critic looks. The generator's learning rate is then a hundredth of the critic's, so that it
-            is not moved before the critic has learned. None for 8,000, or 4,000 of a wider flow where an event has more than
+            is not moved before the critic has learned. None for 8,000, or 4,000 where an event has more than
             16 entries, and at most four for each row of data (500 at least); 0 for adversarial training alone.
 
     Raises:

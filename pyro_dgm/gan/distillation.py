@@ -24,10 +24,12 @@ from pyro_dgm.train.descend import Limits, Stages, adam, warm_up
 
 __all__ = ["distil"]
 
-# Widths: measured on digits, see test_images_are_distilled_from_a_wide_flow_of_all_pixels. The others were not measured, but
-# chosen by hand.
-_WIDTHS = (64, 256)  # of the flow, for points of a few entries and for images
-_RATE = 1e-2  # of a flow of the least width; less of a wider one
+# The widths were measured: of images on digits (test_images_are_distilled_from_a_wide_flow_of_all_pixels), of points of a few
+# entries by their conditionals (docs/implicit.md). The others were not, but chosen by hand.
+_WIDTHS = (64, 128, 256)  # of the flow: the least, and the most for points of a few entries and for images
+_WIDER = (32, 4)  # with each entry, up to the second and to the third
+_FLOW_RATE = 0.64  # of the flow, times its width
+_RATE = 1e-2  # of the distillation
 _ROWS = 512  # of a step
 _PAIRS = 32_768  # of a latent and what the flow makes of it, at most
 _PATH_STEPS = 16  # of the flow's solver
@@ -39,7 +41,7 @@ def distil(generator: Generator, batches: Iterator[tuple[Any, ...]], steps: int,
     """Train a flow for so many steps, then distil it into a :class:`~pyro_dgm.Generator` for half as many."""
     stages = stages or Stages()
     teacher = _Teacher(generator, *_rows(generator, first_rows(batches)))
-    rate = _RATE * _WIDTHS[0] / _width(teacher.flow.features)
+    rate = _FLOW_RATE / _width(teacher.flow.features)
     optimizer = adam([p for p in teacher.flow.parameters() if p.requires_grad], rate)
 
     def matching() -> Tensor:
@@ -128,8 +130,8 @@ def _principal(u: Tensor, size: int) -> Tensor:
 
 
 def _width(features: int) -> int:
-    """Of a flow: 64 for a point of a few entries, 256 for an image of 64, which a narrow one cannot learn."""
-    return max(_WIDTHS[0], min(4 * features, _WIDTHS[1]))
+    """Of a flow: 64 for two entries, 128 from four on, 256 for an image of 64, which a narrow one cannot learn."""
+    return max(_WIDTHS[0], *(min(by * features, most) for by, most in zip(_WIDER, _WIDTHS[1:], strict=True)))
 
 
 @torch.no_grad()

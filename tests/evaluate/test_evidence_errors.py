@@ -69,6 +69,19 @@ def test_errors_of_the_evidence_cover_it(name, n):
     assert hits / REPETITIONS > 0.95 - 3 * (0.05 * 0.95 / REPETITIONS) ** 0.5
 
 
+def test_errors_cover_where_few_draws_hold_the_tail():
+    """Student's tails in five dimensions, 600 sets of 1,000 draws: 96.8 %. Planted fault: 0.75 of the largest weight beside a
+    cubic factor, as it was before, covers 93.7 %."""
+    rng = np.random.default_rng(31)
+    hits = []
+    for df, scale in ((6, 1.0), (5, 1.29)):
+        for _ in range(300):
+            x = scale * rng.normal(size=(1_000, 5))
+            lw = (stats.t.logpdf(x, df) - stats.norm.logpdf(x, 0.0, scale)).sum(1)
+            hits.append(abs(float(log_mean(lw))) < 1.96 * evidence_error(lw, *psis(lw)))
+    assert np.mean(hits) > 0.955
+
+
 def test_errors_of_good_weights_stay_near_the_central_limit_theorem():
     """A wide error would cover, too: it is at most a third wider where k-hat is low."""
     lw = normal(1.1, 0.1, 3)(4_000)

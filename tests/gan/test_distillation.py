@@ -43,6 +43,22 @@ def test_images_are_distilled_from_a_wide_flow_of_all_pixels():
     assert near.coverage.value > 0.58
 
 
+@pytest.mark.parametrize("event, width", [(1, 64), (2, 64), (3, 96), (8, 128), (20, 128), (40, 160), ((8, 8), 256)])
+def test_the_flow_is_wider_for_more_entries(monkeypatch, event, width):
+    """Planted fault: 64 up to 16 entries, which leaves conditionals of eight 20 % too wide (docs/implicit.md)."""
+    made = []
+    flow = dgm.FFJORD
+
+    def noted(*args, **kwargs):
+        made.append(kwargs["hidden_features"])
+        return flow(*args, **kwargs)
+
+    monkeypatch.setattr("pyro_dgm.gan.distillation.FFJORD", noted)
+    generator = dgm.Generator(event)
+    distil(generator, endless(torch.randn(600, *generator.event_shape)), 1)
+    assert made == [width]
+
+
 @pytest.mark.filterwarnings("ignore:fit. at step")
 @pytest.mark.parametrize("pretrain, share", [(2, 0.01), (0, 1.0)])
 def test_a_distilled_generator_moves_slowly(pretrain, share):

@@ -1,5 +1,6 @@
 """A fit keeps to its seconds, from the start to the settling, and shows what it does."""
 
+import logging
 import time
 
 import numpy as np
@@ -12,10 +13,13 @@ from torch.utils.data import DataLoader
 
 import pyro_dgm as dgm
 
+SLEPT = []  # seconds, by the slow model
+
 
 def slow(y):
     """A model whose run costs .01 s: its start takes about 5 s without a limit, its classifier's last steps 3 s."""
     time.sleep(0.01)
+    SLEPT.append(0.01)
     a = pyro.sample("a", dist.Normal(0.0, 2.0))
     b = pyro.sample("b", dist.Normal(0.0, 2.0))
     with pyro.plate("row", len(y)):
@@ -42,7 +46,8 @@ def pair():
 @pytest.mark.parametrize("make, data", [(posterior, torch.zeros(3)), (implicit, torch.zeros(3)), (density, torch.randn(99, 2)),
                                         (pair, torch.randn(99, 2))])  # fmt: skip
 def test_seconds_include_start_and_settling(make, data):
-    """Planted fault: without deadlines in the start and in the last steps the first two take 5 s and more."""
+    """Planted fault: without deadlines in the start and in the last steps the first two take 4.8 and 10 s (here 1.2 to 1.7)."""
+    SLEPT.clear()
     objective = make()
     torch.optim.Adam(
         [torch.zeros(1, requires_grad=True)]
@@ -51,7 +56,7 @@ def test_seconds_include_start_and_settling(make, data):
     with pyro.get_param_store().scope():
         history = dgm.fit(objective, data, max_seconds=1.5, progress=False, seed=0)
     # CPU and sleep: what other processes take does not count
-    assert time.process_time() - began[0] < 2.5 and time.perf_counter() - began[1] < 6.0
+    assert time.process_time() - began[0] + sum(SLEPT) < 2.5
     assert history.seconds == pytest.approx(time.perf_counter() - began[1], abs=0.5)
 
 
@@ -78,6 +83,7 @@ def test_every_stage_has_a_name_and_a_total(capfd):
 
 
 def test_a_fit_by_seconds_has_a_total_too(capfd):
+    """Planted fault: no steps are foreseen."""
     dgm.fit(
         dgm.MaximumLikelihood(dgm.MAF(2, transforms=1, hidden_features=(4,))),
         torch.randn(50, 2),
@@ -88,15 +94,19 @@ def test_a_fit_by_seconds_has_a_total_too(capfd):
     assert not any("fit: :" in line for line in lines) and any("%|" in line for line in lines if line.startswith("fit"))
 
 
-def test_a_stock_bound_tells_nothing_into_the_bar(capfd):
+def test_a_stock_bound_tells_nothing_into_the_bar(caplog, monkeypatch):
+    """Planted fault: Pyro's messages are let through; its handler writes to the stream of its import, which capfd does not see."""
+    monkeypatch.setattr(logging.getLogger("pyro"), "propagate", True)
+
     def model(y):
         a = pyro.sample("a", dist.Normal(0.0, 2.0))
         pyro.sample("y", dist.Normal(a, 1.0), obs=y)
 
     guide = pyro.infer.autoguide.AutoNormal(model)
     bound = pyro.infer.Trace_ELBO(2, vectorize_particles=True)(model, guide)
-    dgm.fit(bound, torch.tensor(0.5), max_steps=3, seed=0)
-    assert not any("Guessed" in line for line in shown(capfd))
+    with caplog.at_level(logging.INFO, "pyro"):
+        dgm.fit(bound, torch.tensor(0.5), max_steps=3, seed=0)
+    assert "Guessed" not in caplog.text
 
 
 def test_a_failed_block_moves_one_by_one(capfd):
@@ -117,6 +127,7 @@ def test_a_failed_block_moves_one_by_one(capfd):
 
 
 def test_the_fit_puts_torchs_threads_back():
+    """Planted fault: one thread is left behind."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     seen = []
@@ -162,6 +173,7 @@ def test_data_as_people_have_them_are_trained_on(data):
 
 
 def test_fit_says_what_to_write_instead():
+    """Planted fault: gradients that are switched off are not looked for."""
     flow = dgm.MAF(2)
     for call in (lambda: dgm.fit(slow, posterior, torch.zeros(3)), lambda: dgm.fit(flow, X), lambda: dgm.fit(slow, X)):
         with pytest.raises(TypeError, match=r"fit\(STL_ELBO\(\)\(model, guide\), data\)"):

@@ -29,7 +29,7 @@ def fitted(vae, *data, steps=60):
 
 
 def test_a_raw_table_scores_what_the_scaled_one_does():
-    """Planted: a likelihood that is not mapped, or maps its location alone, is 10 nats off."""
+    """Planted faults: a likelihood that is not mapped (7e7 nats off), or that maps its location alone (1e6 nats)."""
     u = rows()
     scaled, raw = fitted(pair(), u), fitted(pair(), u * SD + LOC)
     bound, error = dgm.evaluate.evidence_bound(scaled, u, 50, seed=0).mean()
@@ -39,7 +39,7 @@ def test_a_raw_table_scores_what_the_scaled_one_does():
 
 
 def test_unseen_entries_give_no_units_and_are_the_middle_to_the_encoder():
-    """Planted: zeros in the place of unseen entries are 100 sds away."""
+    """Planted fault: zeros in the place of unseen entries, which the encoder reads as -20 and -3.5 for a 0."""
     x = rows() * SD + LOC
     mask = torch.rand(1000, 3) < 0.8
     vae = fitted(pair(encoder=6), torch.where(mask, x, -999.0), torch.zeros(1000, 0), mask, steps=1)
@@ -51,6 +51,7 @@ def test_unseen_entries_give_no_units_and_are_the_middle_to_the_encoder():
 
 
 def test_a_context_has_units_beside_a_latent_that_has_none():
+    """Planted fault: units of the zeros that stand for the latent (a constant column counts for nothing)."""
     x, c = rows() * SD + LOC, 2000.0 + 5.0 * torch.randn(1000, 1)
     prior = dgm.vae.Conditional(2, 1, normal, hidden_features=(8,))
     vae = fitted(pair(encoder=4, decoder=3, prior=prior), x, c, steps=1)
@@ -60,6 +61,7 @@ def test_a_context_has_units_beside_a_latent_that_has_none():
 
 
 def test_of_mixed_columns_the_normal_ones_are_in_units():
+    """Planted fault: units for all columns."""
     u = rows()
     x = torch.stack([u[:, 0] * 900 + 101325, torch.poisson(u[:, 1].exp()), (u[:, 2] > 0).float()], 1)
     vae = fitted(pair(dgm.vae.columns([normal, dgm.vae.poisson, dgm.vae.bernoulli])), x)
@@ -70,6 +72,8 @@ def test_of_mixed_columns_the_normal_ones_are_in_units():
 
 
 def test_a_likelihood_of_the_users_is_read_in_the_datas_units_and_far_data_are_warned_of():
+    """Planted fault: far data that no warning names."""
+
     def student(loc, log_scale):
         return torch.distributions.StudentT(5.0, loc, log_scale.exp())
 
@@ -80,6 +84,7 @@ def test_a_likelihood_of_the_users_is_read_in_the_datas_units_and_far_data_are_w
 
 
 def test_numbers_that_are_no_parameters_are_not_all_printed():
+    """Planted fault: the distribution's own error, which tells nothing of the network."""
     vae = pair()
     with torch.no_grad():
         next(vae.likelihood.network.parameters()).fill_(torch.inf)
@@ -89,6 +94,7 @@ def test_numbers_that_are_no_parameters_are_not_all_printed():
 
 
 def test_pseudo_data_of_a_prior_move_in_units():
+    """Planted faults: pseudo-data that the encoder reads raw, or that start twice; both overflow."""
     x = rows() * SD + LOC
     q = dgm.vae.Conditional(2, 3, normal, hidden_features=(8,))
     prior = dgm.vae.VampPrior(q, x[:4])
