@@ -12,7 +12,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from pyro_dgm.core import Standardize
-from pyro_dgm.core.networks import MLP
+from pyro_dgm.core.networks import MLP, LinearPosterior
 
 __all__ = ["Range", "SetEncoder", "Sets", "Statistics"]
 
@@ -84,11 +84,7 @@ class Statistics(nn.Module):
 
     Of each feature the mean and the log of its deviation; of raw data also the log distances of the mean to the ends of the
     range (a rate's and a probability's natural parameter); of few features all correlations. Where data have inputs beside
-    them, their regression on these with a prior of one unit,
-
-    .. math:: \beta = (n S_{xx} / s^2 + 1)^{-1} n S_{xy} / s^2,
-
-    its intercept, the log of its residual deviation, and of the coefficients' errors times :math:`\sqrt n`.
+    them, the posterior of their regression on these, intercept included (:class:`~pyro_dgm.core.networks.LinearPosterior`).
 
     Args:
         told: features, the first of the elements.
@@ -111,6 +107,7 @@ class Statistics(nn.Module):
         self.register_buffer("low", torch.full((self.told,), -1.0))
         self.register_buffer("high", torch.full((self.told,), 1.0))
         self.register_buffer("step", torch.zeros(self.told))
+        self.linear = LinearPosterior(1 + self.inputs, told - self.inputs) if self.inputs else None
         self.features = self._features()
         self.standard = Standardize(self.features)
         self.register_buffer("least", torch.full((self.features,), -torch.inf))
@@ -123,8 +120,7 @@ class Statistics(nn.Module):
         return found + [0] * (self.features - len(found))
 
     def _features(self) -> int:
-        p, r = self.inputs, self.told - self.inputs
-        regression = r * (2 * p + 2) if p else 0
+        regression = self.linear.features if self.linear else 0
         pairs = self.told * (self.told - 1) // 2 if self.pairs else 0
         return 1 + (4 if self.raw else 2) * self.told + pairs + regression
 
@@ -135,7 +131,7 @@ class Statistics(nn.Module):
             self.low.copy_(x.amin(0))
             self.high.copy_(x.amax(0))
             self.step.copy_(torch.stack([_step(column) for column in x.T]))
-        found = self.of(x, sets, there)
+        found = self.of(x, sets, there, fit=True)
         self.standard.fit(found)
         found = self.standard(found)
         self.least.copy_(found.amin(0))
@@ -156,8 +152,8 @@ class Statistics(nn.Module):
         out[..., logs] = self.inside(statistics)[..., logs]
         return out
 
-    def of(self, x: Tensor, sets: Sets, there: Tensor | None) -> Tensor:
-        """The same in their own units."""
+    def of(self, x: Tensor, sets: Sets, there: Tensor | None, fit: bool = False) -> Tensor:
+        """The same in their own units; ``fit`` takes the prior of a regression from them."""
         total = sets.count(x).clamp_min(0.5)
         found = [total.log()]
         if not self.told:
@@ -172,7 +168,7 @@ class Statistics(nn.Module):
             margin = (0.5 * self.step + _MARGIN) / n.clamp_min(1.0)
             found += [(end.clamp_min(0.0) + margin).log() for end in (mean - self.low, self.high - mean)]
         if self.pairs or self.inputs:
-            found += self._second(sets, d, n, mean, variance)
+            found += self._second(sets, d, n, mean, fit)
         return torch.cat(found, -1)
 
     def _variance(self, squares: Tensor, n: Tensor) -> Tensor:
@@ -180,39 +176,32 @@ class Statistics(nn.Module):
         variance = squares / (n - 1.0).clamp_min(1.0) + 0.5 * self.step.square() / n.clamp_min(1.0)
         return torch.where(n < 1.5, 1.0, variance.clamp_min(_LEAST_VARIANCE))
 
-    def _second(self, sets: Sets, d: Tensor, n: Tensor, mean: Tensor, variance: Tensor) -> list[Tensor]:
+    def _second(self, sets: Sets, d: Tensor, n: Tensor, mean: Tensor, fit: bool) -> list[Tensor]:
         products = sets.sum((d.unsqueeze(-1) * d.unsqueeze(-2)).flatten(1)).unflatten(-1, (self.told, self.told))
         found: list[Tensor] = []
         if self.pairs:
             i, j = torch.triu_indices(self.told, self.told, 1, device=d.device)
             scale = products.diagonal(dim1=-2, dim2=-1).clamp_min(_LEAST_VARIANCE).sqrt()
             found.append(products[:, i, j] / (scale[:, i] * scale[:, j]))
-        if self.inputs:
-            found += self._regression(products, n.amin(-1, keepdim=True), mean, variance)
+        if self.linear:
+            sums = self._sums(products, n.amin(-1, keepdim=True), mean)
+            if fit:
+                self.linear.fit(*sums)
+            found.append(self.linear(*sums))
         return found
 
-    def _regression(self, products: Tensor, n: Tensor, mean: Tensor, variance: Tensor) -> list[Tensor]:
+    def _sums(self, products: Tensor, n: Tensor, mean: Tensor) -> list[Tensor]:
+        """What a regression takes: sums of products of inputs, a one before them, and responses; rows, and least variance."""
         p = self.inputs
-        xx = products[:, :p, :p]
-        xy = products[:, :p, p:]
-        yy = products.diagonal(dim1=-2, dim2=-1)[:, p:]
-        eye = torch.eye(p, dtype=xx.dtype, device=xx.device)
-        jitter = 1e-4 * xx.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None] / n[..., None].clamp_min(1.0) ** 2 + 1e-6
-        first = torch.linalg.solve(xx + jitter * eye, xy)
-        free = n - p - 1.0
-        rest = (yy - (first * xy).sum(1)).clamp_min(0.0) / free.clamp_min(1.0) + 0.5 * self.step[
-            p:
-        ].square() / n.clamp_min(1.0)
-        rest = torch.where(free < 0.5, variance[:, p:], rest.clamp_min(_LEAST_VARIANCE))
-        found: list[Tensor] = [0.5 * rest.log()]
-        for k in range(rest.shape[-1]):
-            inverse = torch.linalg.inv(xx + rest[:, k, None, None] * eye)
-            beta = (inverse @ xy[:, :, k : k + 1])[..., 0]
-            error = (
-                rest[:, k : k + 1] * inverse.diagonal(dim1=-2, dim2=-1).clamp_min(_LEAST_VARIANCE) * n.clamp_min(1.0)
-            )
-            found += [beta, 0.5 * error.log(), mean[:, p + k : p + k + 1] - (beta * mean[:, :p]).sum(-1, keepdim=True)]
-        return found
+        whole = products + n.unsqueeze(-1) * mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        sums = n * mean
+        gram = nn.functional.pad(whole[:, :p, :p], (1, 0, 1, 0))
+        gram[:, 0, 0] = n[:, 0]
+        gram[:, 0, 1:] = gram[:, 1:, 0] = sums[:, :p]
+        cross = torch.cat([sums[:, None, p:], whole[:, :p, p:]], 1)
+        square = whole.diagonal(dim1=-2, dim2=-1)[:, p:]
+        least = 0.5 * self.step[p:].square() / n.clamp_min(1.0) + _LEAST_VARIANCE
+        return [gram, cross, square, n[:, 0], least]
 
 
 def _step(column: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from pyro_dgm.core.upstream import zuko
 
 __all__ = [
     "LOG_WIDTHS",
+    "LinearPosterior",
     "MLP",
     "ConvDecoder",
     "ConvEncoder",
@@ -28,12 +29,21 @@ __all__ = [
 # Of a regression with a width of its own; not measured, chosen by hand.
 _RIDGE = 1e-6
 _ENOUGH = 10  # rows for each feature
-_ROUNDS = 30  # of reweighting
+_ROUNDS = 30  # of reweighting, at most
+_STILL = 1e-4  # nats a row that a round must bring for another one
 _FLOORS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # of deviations, from which on rows count as exact
 _WORTH = 0.05  # nats a row that bent features must bring
 _TAIL_DEGREES = 4.0  # of freedom of the Student distribution that it takes for its errors
 _NORMAL = 0.17  # by which the log deviation of normal errors is larger than that width (measured: 0.16 to 0.20)
 LOG_WIDTHS = (-12.0, 1.0)  # of its width, in the units of x
+
+# Of the posterior of a regression; not measured, chosen by hand.
+_SCORING = 12  # steps
+_LONGEST = 1.5  # of a step, in nats of the deviation
+_SURPLUS = 10  # rows more than coefficients, in sets from which a prior is learned
+_SETS = 50  # so many of them
+_NARROWEST = (0.02, 0.1)  # deviations of a learned prior: of coefficients, and of the log deviation
+_SPREAD = 3.0**0.5  # of the outer of three points, in deviations (Gauss and Hermite)
 
 
 class MLP(nn.Sequential):
@@ -231,6 +241,7 @@ def _reweighted(rows: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
     nu = _TAIL_DEGREES
     gram = rows.mT @ rows / len(rows) + 1e3 * _RIDGE * torch.eye(rows.shape[-1]).to(rows)
     width = rows.new_zeros(rows.shape[-1], x.shape[-1])
+    gain = x.new_full((x.shape[-1],), -torch.inf)
     for round_ in range(_ROUNDS):
         place = _weighted_place(rows, x, weights)
         square = (x - rows @ place.mT).square()
@@ -241,7 +252,10 @@ def _reweighted(rows: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
         width = width + (nu + 3.0) / (2.0 * nu) * torch.linalg.solve(gram, rows.mT @ excess / len(rows))
         spread = torch.exp(2.0 * (rows @ width).clamp(*LOG_WIDTHS))
         weights = (nu + 1.0) / (nu * spread + square)
-    gain = -(0.5 * spread.log() + 0.5 * (nu + 1.0) * torch.log1p(square / (nu * spread))).mean(0)
+        before = gain
+        gain = -(0.5 * spread.log() + 0.5 * (nu + 1.0) * torch.log1p(square / (nu * spread))).mean(0)
+        if bool((gain - before < _STILL).all()):
+            break
     return place, width.mT, gain
 
 
@@ -261,17 +275,126 @@ def chosen_place_and_width(
     few data, by their counts, are left out where enough others are there: a line cannot be right for both, and it is to hold
     for many data.
     """
-    large = torch.ones_like(context[:, 0], dtype=torch.bool)
     if counts is not None and bool(counts.any()):
-        large = (context[:, counts] >= context[:, counts].median(0).values).all(1)
-    if int(large.sum()) >= _ENOUGH * int(steady.sum()):
-        context, x = context[large], x[large]
+        context, x = _large(context, x, counts, _ENOUGH * int(steady.sum()))
     bent = torch.zeros_like(steady, dtype=torch.long) if bent is None else bent
-    known = torch.where(steady, context, torch.zeros_like(context)).double()
     best: list[Tensor] = []
     for level in torch.unique(bent[steady]).tolist():
-        found = place_and_width(torch.where(bent <= level, known, torch.zeros_like(known)), x.double())
+        used = steady & (bent <= level)
+        place, offset, log_slope, log_offset, gain = place_and_width(context[:, used].double(), x.double())
+        found = [_among(place, used), offset, _among(log_slope, used), log_offset, gain]
         better = found[-1] - best[-1] > _WORTH if best else torch.ones_like(found[-1], dtype=torch.bool)
         pairs = zip(found, best or found, strict=True)
         best = [torch.where(better if a.dim() == 1 else better.unsqueeze(-1), a, b) for a, b in pairs]
     return [part.to(x) for part in best[:-1]]
+
+
+def _large(context: Tensor, x: Tensor, counts: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """The rows with many data: the upper half of the counts' range or of the rows, whichever has more data; all if too few."""
+    n = context[:, counts]
+    half = n.median(0).values
+    for limit in (torch.maximum(half, 0.5 * (n.amin(0) + n.amax(0))), half):
+        large = (n >= limit).all(1)
+        if int(large.sum()) >= least:
+            return context[large], x[large]
+    return context, x
+
+
+def _among(slopes: Tensor, used: Tensor) -> Tensor:
+    """Slopes of the used features among those of all."""
+    out = slopes.new_zeros(len(slopes), len(used))
+    out[:, used] = slopes
+    return out
+
+
+class LinearPosterior(nn.Module):
+    r"""What sets of rows say of a regression :math:`y = x \cdot b + s \epsilon`, however few they are: its Gaussian posterior.
+
+    .. math:: b_i \sim N(m_i, \tau_i), \qquad \log s \sim N(l, k), \qquad b \mid s, y \sim
+              N\big(m + V X^\top (y - X m) / s^2,\; V\big), \quad V = (X^\top X / s^2 + \tau^{-2})^{-1}
+
+    Log s is that of largest marginal likelihood, and b is averaged over three points around it. The prior is the spread of
+    the coefficients between large sets, so that a set with fewer rows than coefficients is read as the model means it.
+
+    Args:
+        inputs: P, coefficients of a response.
+        outputs: responses, each with coefficients of its own.
+    """
+
+    place: Tensor
+    scale: Tensor
+    noise: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.register_buffer("place", torch.zeros(outputs, inputs))
+        self.register_buffer("scale", torch.ones(outputs, inputs))
+        self.register_buffer("noise", torch.tensor([-0.5, 2.0]).expand(outputs, 2).clone())
+        self.features = outputs * (2 * inputs + 1)
+
+    @torch.no_grad()
+    def fit(self, gram: Tensor, cross: Tensor, square: Tensor, n: Tensor, least: Tensor) -> None:
+        """Take the prior from sets with many rows, if there are some."""
+        many = n >= gram.shape[-1] + _SURPLUS
+        if int(many.sum()) < _SETS:
+            return
+        rows = [t[many] for t in (gram, cross, square, n, least)]
+        for k in range(len(self.place)):
+            log_sd, mean, error = self._of(k, *rows)
+            self.place[k] = mean.mean(0)
+            self.scale[k] = (mean.var(0) - error.square().mean(0)).clamp_min(_NARROWEST[0] ** 2).sqrt()
+            self.noise[k] = torch.stack([log_sd.mean(), log_sd.std().clamp_min(_NARROWEST[1])])
+
+    def forward(self, gram: Tensor, cross: Tensor, square: Tensor, n: Tensor, least: Tensor) -> Tensor:
+        r"""Log s, and of each coefficient mean and log of :math:`\sqrt n` times its deviation, ``(S, features)``.
+
+        Args:
+            gram, cross, square: sums of products of inputs ``(S, P, P)``, with responses ``(S, P, R)``, of these ``(S, R)``.
+            n: rows, ``(S,)``.
+            least: variance below which no residuals are believed, ``(S, R)``.
+        """
+        found: list[Tensor] = []
+        for k in range(len(self.place)):
+            log_sd, mean, error = self._of(k, gram, cross, square, n, least)
+            found += [log_sd.unsqueeze(-1), mean, error.log() + 0.5 * n.clamp_min(1.0).log().unsqueeze(-1)]
+        return torch.cat(found, -1)
+
+    def _of(
+        self, k: int, gram: Tensor, cross: Tensor, square: Tensor, n: Tensor, least: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log s, and mean and deviation of the coefficients, of one response."""
+        gram, place, scale = gram.double(), self.place[k].double(), self.scale[k].double()
+        along = cross[..., k].double()
+        rest = square[..., k].double() - 2.0 * along @ place + (gram @ place) @ place
+        values, axes = torch.linalg.eigh(scale[:, None] * gram * scale)
+        values = values.clamp_min(0.0)
+        seen = (axes.mT @ (scale * (along - gram @ place)).unsqueeze(-1))[..., 0]
+        log_sd, sd = self._noise(k, values, seen, rest, n.double(), least[..., k].double())
+        first, second = torch.zeros_like(seen), torch.zeros_like(gram)
+        for point, weight in ((-_SPREAD, 1 / 6), (0.0, 2 / 3), (_SPREAD, 1 / 6)):
+            variance = torch.exp(2.0 * (log_sd + point * sd)).unsqueeze(-1)
+            mean = seen / (values + variance)
+            first = first + weight * mean
+            inner = torch.diag_embed(variance / (values + variance)) + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+            second = second + weight * inner
+        second = second - first.unsqueeze(-1) * first.unsqueeze(-2)
+        mean = place + scale * (axes @ first.unsqueeze(-1))[..., 0]
+        error = scale * (axes * (axes @ second)).sum(-1).clamp_min(1e-20).sqrt()
+        return log_sd.to(self.place), mean.to(self.place), error.to(self.place)
+
+    def _noise(
+        self, k: int, values: Tensor, seen: Tensor, rest: Tensor, n: Tensor, least: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The log s of largest density, and its deviation, by Fisher scoring."""
+        loc, scale = self.noise[k].double()
+        floor, free = 0.5 * least.log(), n - values.shape[-1]
+        log_sd = precision = torch.maximum(loc.expand_as(n), floor)
+        for _ in range(_SCORING):
+            v = torch.exp(2.0 * log_sd).unsqueeze(-1)
+            share = v / (values + v)
+            left = (rest - (seen.square() / (values + v)).sum(-1)).clamp_min(0.0)
+            slope = left / v[..., 0] - (seen / (values + v)).square().sum(-1) - free - share.sum(-1)
+            precision = 2.0 * (free + share.square().sum(-1)).clamp_min(0.0) + scale**-2
+            step = (slope - (log_sd - loc) / scale**2) / precision
+            log_sd = torch.maximum(log_sd + step.clamp(-_LONGEST, _LONGEST), floor)
+        return log_sd, precision.rsqrt()

@@ -12,6 +12,7 @@ networks"). Places and widths are relative to a regression with a width of its o
 
 so that a linear Gaussian is nearly there from the start, and so is a posterior whose width shrinks with the number of data
 over decades. The networks see a context inside the range of that regression's rows only; outside, the regression goes on.
+One more component is as wide as all rows: few data leave long tails, in which the density must not vanish.
 
 An entry on an interval has its mixture cut off at the ends. The constant is exact, and nothing is rejected. Draws are
 differentiable by the implicit function theorem (Figurnov et al. 2018, arXiv 1805.08498, eq. 3): with the distribution
@@ -47,6 +48,8 @@ _WIDEST_SHARED = 128  # shared features at most; slcp 3.75 without any, 3.55 wit
 _DROPOUT = 0.05  # for each entry beyond two; slcp 3.30 without, 3.18 with
 _MOST_DROPOUT = 0.1
 _LOG_SCALE_BOUND = 6.0  # on minus the log scale relative to the regression; not measured, chosen by hand
+_RARE = -4.0  # log weight of the component that is as wide as all rows, at the start; not measured, chosen by hand
+_FADING = 2.0  # power of the width in its weight: so its share of the variance does not grow as widths shrink
 _WIDEST_LOG_SCALE = 2.0  # on the log scale; with 6 a set of three rows whose sd is 0.004 gave infinite draws
 
 # Numbers that float32 asks for.
@@ -193,10 +196,10 @@ class AutoregressiveMixture(TorchDistribution):
 class MixtureChain(DistributionModule):
     r"""A chain of mixtures of normals: :math:`q(x \mid c) = \prod_i \sum_k w_{ik} N(x_i; m_{ik}, s_{ik})`.
 
-    Weights, places and widths of an entry's mixture follow the entries before it and the context. Densities take one pass
-    of the network. Draws come entry by entry, and all entries together compute about as much as one pass; they have path
-    gradients. It is the default family of :class:`~pyro_dgm.AmortizedGuide`: few steps bring it near a posterior, several
-    modes and sharp edges included. It is no transform of a base, so it has no codes and no NeuTra.
+    Weights, places and widths of an entry's mixture follow the entries before it and the context. Densities take one pass of the
+    network, and draws, entry by entry, compute about as much; they have path gradients. It is the default family of
+    :class:`~pyro_dgm.AmortizedGuide`: few steps bring it near a posterior, several modes and sharp edges included. It is no
+    transform of a base, so it has no codes and no NeuTra.
 
     Args:
         event_shape: an int (a vector) or a shape; D numbers.
@@ -204,15 +207,12 @@ class MixtureChain(DistributionModule):
         support: constraint of the event, through ``biject_to``.
         box: lower and upper ends of the entries, each ``(D,)``, infinite where there is none: every mixture is cut off
             there, with its exact constant. The density outside is 0, which the support does not say. None for no box.
-        components: of each mixture.
+        components: of each mixture, beside the wide one.
         hidden_features: of the masked network; None for three layers of 64 D units, 192 at most.
         shared_features: of the context; None for 64 D, 128 at most. 0 for none, where the context is a learned summary.
-        dropout: share of hidden units that a step in training mode leaves out; None for 0.05 (D - 2), between 0 and 0.1:
-            with it few entries learn too slowly, without it many overfit. A chain is built in eval mode; ``train()``
-            switches dropout on, and :class:`~pyro_dgm.ForwardKL` does so in its steps on a fixed budget of simulations.
-
-    References:
-        | Germain et al. (2015), "MADE", arXiv 1502.03509. Bishop (1994), "Mixture density networks".
+        dropout: share of hidden units that a step in training mode leaves out; None for 0.05 (D - 2), between 0 and 0.1: with
+            it few entries learn too slowly, without it many overfit. A chain is built in eval mode; ``train()`` switches dropout
+            on, and so does :class:`~pyro_dgm.ForwardKL` in its steps on a fixed budget of simulations.
 
     Example:
         >>> import torch
@@ -252,26 +252,21 @@ class MixtureChain(DistributionModule):
         super().__init__(event_shape, context_features, support=support)
         size = self.features
         seen = max(1, context_features)  # without a context one zero takes its place
-        if dropout is None:
-            dropout = min(_MOST_DROPOUT, _DROPOUT * max(0, size - 2))
-        if hidden_features is None:
-            hidden_features = (min(_WIDEST, _WIDTH * size),) * _LAYERS
-        if shared_features is None:
-            shared_features = min(_WIDEST_SHARED, _WIDTH * size) if context_features else 0
+        dropout = min(_MOST_DROPOUT, _DROPOUT * max(0, size - 2)) if dropout is None else dropout
+        hidden_features = (min(_WIDEST, _WIDTH * size),) * _LAYERS if hidden_features is None else hidden_features
+        shared = min(_WIDEST_SHARED, _WIDTH * size) if context_features else 0
+        shared_features = shared if shared_features is None else shared_features
         self.components = components
         self.bounded = box is not None and bool(box[0].isfinite().any())
         self.reader = Reader(seen, shared_features, dropout) if shared_features else None
-        self.net = _masked(size, shared_features + seen, 3 * components, hidden_features, dropout)
+        self.net = _masked(size, shared_features + seen, 3 * (components + 1), hidden_features, dropout)
         self.linear = nn.Linear(seen, size)
         if box is not None and not all(end.shape == (size,) for end in box):
-            raise ValueError(
-                f"MixtureChain: box has ends of shapes {[*(tuple(e.shape) for e in box)]}, expected ({size},)."
-            )
-        low, high = box or (torch.full((size,), -torch.inf), torch.full((size,), torch.inf))
-        self.register_buffer("slope", torch.zeros(size, seen))
-        self.register_buffer("offset", torch.zeros(size))
-        self.register_buffer("log_slope", torch.zeros(size, seen))
-        self.register_buffer("log_offset", torch.zeros(size))
+            raise ValueError(f"MixtureChain: box of shapes {[tuple(e.shape) for e in box]}, expected ({size},).")
+        low, high = box or (torch.full((size,), end) for end in (-torch.inf, torch.inf))
+        for name in ("", "log_"):
+            self.register_buffer(f"{name}slope", torch.zeros(size, seen))
+            self.register_buffer(f"{name}offset", torch.zeros(size))
         self.register_buffer("least", torch.full((seen,), -torch.inf))
         self.register_buffer("most", torch.full((seen,), torch.inf))
         self.register_buffer("counts", torch.zeros(seen, dtype=torch.bool))
@@ -314,15 +309,17 @@ class MixtureChain(DistributionModule):
     def _run(self, context: Tensor, batch: Size) -> Run:
         linears: list[Any] = [layer for layer in self.net if isinstance(layer, nn.Linear)]
         order = torch.arange(self.features, device=context.device)
-        passes = schedule(order, [layer.mask for layer in linears], 3 * self.components)
+        passes = schedule(order, [layer.mask for layer in linears], 3 * (self.components + 1))
         return Run(linears, [nn.functional.silu] * (len(linears) - 1), passes, self._read(context), batch)
 
     def _mixture(self, numbers: Tensor, around: _Around, interval: Interval) -> NormalMixture:
-        weight, loc, raw = numbers.unflatten(-1, (self.components, 3)).unbind(-1)
+        weight, loc, raw = numbers.unflatten(-1, (self.components + 1, 3)).unbind(-1)
         relative = torch.where(raw > 0.0, soft_clip(raw, _WIDEST_LOG_SCALE), soft_clip(raw, _LOG_SCALE_BOUND))
-        log_scale = around.log_scale.unsqueeze(-1) + relative
-        loc = around.centre.unsqueeze(-1) + around.log_scale.exp().unsqueeze(-1) * (around.shift.unsqueeze(-1) + loc)
-        return NormalMixture(weight, loc, log_scale, interval if self.bounded else None)
+        centre, width, shift = around.of(self.components)
+        fading = _FADING * around.log_scale.clamp_max(0.0).unsqueeze(-1)
+        weight = weight + nn.functional.pad(fading, (self.components, 0))
+        loc = centre + width.exp() * (shift + loc)
+        return NormalMixture(weight, loc, width + relative, interval if self.bounded else None)
 
     @torch.no_grad()
     def _start(self) -> None:
@@ -331,10 +328,10 @@ class MixtureChain(DistributionModule):
             tensor.zero_()
         last: Any = self.net[-1]
         last.weight.mul_(0.1)
-        numbers = last.bias.view(self.features, self.components, 3)
-        numbers[..., 0] = 0.0
-        numbers[..., 1] = torch.linspace(-0.9, 0.9, self.components)
-        numbers[..., 2] = -0.2
+        numbers = last.bias.view(self.features, self.components + 1, 3)
+        numbers[..., 0] = torch.tensor([*[0.0] * self.components, _RARE])
+        numbers[..., 1] = torch.tensor([*torch.linspace(-0.9, 0.9, self.components), 0.0])
+        numbers[..., 2] = torch.tensor([*[-0.2] * self.components, 0.0])
 
     @torch.no_grad()
     def regress(
@@ -366,10 +363,7 @@ class MixtureChain(DistributionModule):
 
 @dataclass(frozen=True)
 class _Around:
-    """What mixtures are relative to: place and log width of the regression, ``(..., D)``, and a learned shift.
-
-    ``context`` is that of the networks.
-    """
+    """What mixtures are relative to: the networks' context, place and log width of the regression, and a learned shift."""
 
     context: Tensor
     centre: Tensor
@@ -382,6 +376,11 @@ class _Around:
 
     def entry(self, i: int) -> _Around:
         return _Around(self.context, self.centre[..., i], self.log_scale[..., i], self.shift[..., i])
+
+    def of(self, components: int) -> list[Tensor]:
+        """Place, log width and shift of each component, ``(..., K + 1)``; the last is around 0, of width 1."""
+        own = (self.centre, self.log_scale, self.shift)
+        return [nn.functional.pad(t.unsqueeze(-1).expand(*t.shape, components), (0, 1)) for t in own]
 
     def standard(self, x: Tensor) -> Tensor:
         """Values in the units of the regression, from where it and the shift put them."""

@@ -113,7 +113,7 @@ class Loop:
             if self.validation is not None:
                 self._refuse_bad_start("held-out loss", self.validation)
         self._begin()
-        if self.validation is not None and not self.players.keeps_last and not self.history.steps:
+        if self.validation is not None and not self.players.keeps_last and not self.history.validation:
             self._check()  # the start is a candidate too
         try:
             with self.interruption:
