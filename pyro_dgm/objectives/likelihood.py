@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
-from pyro_dgm.cnf.matching import FEW_STEPS, RATE, FlowMatching, match, recipe_for, standardize_once, start_from_few
+from pyro_dgm.cnf.matching import FEW_STEPS, Course, FlowMatching, match, recipe_for, standardize_once, start_from_few
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch, check_number
@@ -24,7 +24,9 @@ __all__ = ["MaximumLikelihood", "Transformed"]
 _KINETIC = 0.02  # weight of a continuous flow's kinetic cost, unless given (docs/benchmarks/cnf.md)
 _MATCHING_STEPS = 2000  # of flow matching before the first step (docs/benchmarks/cnf.md)
 _FEW_STEPS = 800  # of likelihood on draws of what stands in for few rows (docs/benchmarks/small.md)
-_FEW_RATE = 1e-2  # of these
+# Steps of likelihood, and draws of each, after a continuous flow's matching of draws. FFJORD beside a mixture, simulated clusters
+# of 13 columns (two laws) and of 4: from -.18, -.15 and -.05 to -.09, -.03 and -.02 nats a column (docs/benchmarks/small.md)
+_FEW_FINE = (150, 256)
 
 
 class MaximumLikelihood(nn.Module):
@@ -53,7 +55,8 @@ class MaximumLikelihood(nn.Module):
             accurate. None for 0.02 with a continuous flow.
         jacobian: weight of :math:`\int |\epsilon^\top \nabla v|^2 / D\, dt`, one probe.
         pretrain: steps before the first step: of flow matching, for continuous flows; of few rows at most so many on draws of
-            what stands in for them (1,500 of flow matching, 800 of likelihood). 0 changes nothing beforehand, not even the units.
+            what stands in for them (800 of flow matching and 150 of likelihood; of other flows 800 of likelihood). 0 changes
+            nothing beforehand, not even the units.
 
     Raises:
         ValueError: for a negative weight, path costs of a family without paths, ``hjb`` without a potential, and data that
@@ -127,8 +130,10 @@ class MaximumLikelihood(nn.Module):
             return
         continuous = isinstance(family, ContinuousFlow)
         cheap = FlowMatching(family) if continuous else self
-        steps = min(self.steps, FEW_STEPS if continuous else _FEW_STEPS)
-        few = start_from_few(family, cheap, batches, stages, steps, RATE if continuous else _FEW_RATE)
+        courses = [Course(cheap, min(self.steps, FEW_STEPS if continuous else _FEW_STEPS))]
+        if continuous:
+            courses.append(Course(self, min(self.steps, _FEW_FINE[0]), _FEW_FINE[1]))
+        few = start_from_few(family, courses, batches, stages)
         if continuous and not few:
             match("flow matching", family, lambda: cheap(*next(batches)), stages, self.steps)
 
