@@ -63,11 +63,7 @@ _WIDTHS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)  # of kernels
 _ITERATIONS = 60  # of a mixture's EM at most
 _TOLERANCE = 1e-3  # nats a row, that an iteration has to bring
 _RIDGE = 1e-4  # in the common covariance: a spike of equal rows has a width of .01
-_FAR = (
-    2.0,
-    6.0,
-    20.0,
-)  # widths of normals for far rows: MAF on simulated heavy tails -.15 nats a column without, -.01 with
+_FAR = (2.0, 6.0, 20.0)  # widths of normals for far rows: MAF on heavy tails -.15 nats a column without, -.01 with
 _FAR_WEIGHT = 0.005
 _LEAST_GAIN = 0.02  # nats a row above the normal law, for the stand-in to be worth while. Not measured; chosen by hand
 _SNAPPED = 0.1  # of the rows: the most values of a context's column that counts as one of classes. Not measured
