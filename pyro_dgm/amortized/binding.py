@@ -16,6 +16,7 @@ from torch import Size, Tensor
 
 from pyro_dgm.amortized.structure import Site, Structure, refuse_unequal_plates
 from pyro_dgm.core.devices import fork_rng, to_device
+from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.model.sites import is_computed, plate_frames, sample_sites
 from pyro_dgm.model.vectorize import Engine, first_line
@@ -140,6 +141,9 @@ class Arguments:
                 f"ForwardKL: the simulations hold {sorted(batch)}, without {lacking}. Simulate with the guide's model, and "
                 "keep covariates beside the sites: {**sims, 'name': covariate}."
             )
+        odd = [k for k in names if not isinstance(batch[k], Tensor)]
+        if odd:
+            raise TypeError(f"ForwardKL: '{odd[0]}' of the simulations is {shown(batch[odd[0]])}, expected a tensor.")
         for site in structure.observed:
             site.refuse_empty("ForwardKL", batch[site.name], 1)
 

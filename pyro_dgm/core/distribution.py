@@ -350,10 +350,10 @@ class ImplicitDistribution(TorchDistribution):
         support: constraints.Constraint | None = None,
         name: str = "ImplicitDistribution",
     ) -> None:
-        if not callable(push) or not isinstance(base, Distribution):
-            raise TypeError(
-                f"{name}: push is a {type(push).__name__}, base a {type(base).__name__}; expected a function, a distribution."
-            )
+        fit = callable(push), isinstance(base, Distribution), isinstance(support, constraints.Constraint | None)
+        if not all(fit):
+            got = ", ".join(type(x).__name__ for x in (push, base, support))
+            raise TypeError(f"{name}: push, base and support are {got}; expected a function, a distribution, a set.")
         self._push = push
         self._base = base
         self._name = name

@@ -200,7 +200,8 @@ def soft_clip(raw: Tensor, bound: float) -> Tensor:
     >>> soft_clip(torch.tensor([0.0, 1.0, -1e6]), 1.0)
     tensor([ 0.0000,  0.5000, -1.0000])
     """
-    return raw / (1.0 + raw.abs() / bound)
+    size = raw.abs() if bound == 1.0 else raw.abs() / bound
+    return raw / (1.0 + size)
 
 
 def refuse_batch_norm(name: str, network: nn.Module) -> None:
@@ -367,16 +368,15 @@ class LinearPosterior(nn.Module):
         along = cross[..., k].double()
         rest = square[..., k].double() - 2.0 * along @ place + (gram @ place) @ place
         values, axes = torch.linalg.eigh(scale[:, None] * gram * scale)
-        values = values.clamp_min(0.0)
         seen = (axes.mT @ (scale * (along - gram @ place)).unsqueeze(-1))[..., 0]
-        log_sd, sd = self._noise(k, values, seen, rest, n.double(), least[..., k].double())
+        log_sd, sd = self._noise(k, values := values.clamp_min(0.0), seen, rest, n.double(), least[..., k].double())
         first, second = torch.zeros_like(seen), torch.zeros_like(gram)
         for point, weight in ((-_SPREAD, 1 / 6), (0.0, 2 / 3), (_SPREAD, 1 / 6)):
             variance = torch.exp(2.0 * (log_sd + point * sd)).unsqueeze(-1)
             mean = seen / (values + variance)
             first = first + weight * mean
-            inner = torch.diag_embed(variance / (values + variance)) + mean.unsqueeze(-1) * mean.unsqueeze(-2)
-            second = second + weight * inner
+            spread = torch.diag_embed(variance / (values + variance))
+            second = second + weight * (spread + mean[..., None] * mean[..., None, :])
         second = second - first.unsqueeze(-1) * first.unsqueeze(-2)
         mean = place + scale * (axes @ first.unsqueeze(-1))[..., 0]
         error = scale * (axes * (axes @ second)).sum(-1).clamp_min(1e-20).sqrt()

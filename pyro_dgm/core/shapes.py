@@ -185,7 +185,7 @@ def as_count(who: str, what: str, value: int) -> int:
     try:
         count = index(value)
     except (TypeError, RuntimeError) as error:
-        raise TypeError(f"{who}: {what} is {value!r}, expected an integer.") from error
+        raise TypeError(f"{who}: {what} is {' '.join(repr(value).split())[:80]}, expected an integer.") from error
     if not 0 <= count < 2**63:
         raise ValueError(f"{who}: {what} is {count}, expected 0 (none) or more, below 2**63.")
     return count

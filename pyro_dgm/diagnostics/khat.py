@@ -28,7 +28,7 @@ from pyro_dgm.core.weights import (
 )
 from pyro_dgm.diagnostics.containers import group_attrs, log_weights_of
 
-__all__ = ["Exploration", "KHat", "Rows", "correction", "judge", "judge_rows", "khat"]
+__all__ = ["Exploration", "KHat", "Rows", "correction", "judge", "judge_elements", "judge_rows", "khat"]
 
 # Thresholds. Unless said otherwise they were set on 105 fits of posteriordb models, of 4,000 draws: 34 bad ones (a mean off by
 # more than 0.1 sd, a log sd or the KL by more than 0.1) and 71 good ones. Pareto k >= 0.7 alone fires on 19 and 4 of them.
@@ -40,7 +40,7 @@ _MOST_ROWS = (
     0.95  # share of rows that must be good for a good verdict: k-hat of one in twenty is off by two of its errors
 )
 _SEEN_ROWS = 2_000  # rows of a plate that get a k-hat, evenly spaced. Not measured; chosen by hand
-_DRIFT = 0.25  # sd; 512 chains from exact draws drift by 0.12 to 0.16, largest over coordinates
+_DRIFT = 0.25  # sd; chains from exact draws drift by 0.03 to 0.07, largest over coordinates
 _DRIFT_SD = 0.2  # log sd; fires on 31 and 1
 _ACCEPTANCE = 0.4  # share; any of these three fires on 33 and 1
 _CORRECTION = 0.1  # sd; fires on 25 and 0
@@ -61,6 +61,7 @@ class Exploration:
         correction: largest change of a posterior mean by importance weights, in standard deviations.
         unseen: why no chains were run and no modes were looked for; empty where they were.
         unfitted: what shows that the guide was never fitted; empty where nothing does.
+        unsure: why the weights themselves are not known well enough; empty where they are.
     """
 
     drift: float = 0.0
@@ -70,16 +71,21 @@ class Exploration:
     correction: float = 0.0
     unseen: str = ""
     unfitted: str = ""
+    unsure: str = ""
 
     @property
     def moved(self) -> bool:
         """Whether the chains left the guide, by more than they do by chance."""
         return self.drift >= _DRIFT or self.drift_sd >= _DRIFT_SD or self.acceptance < _ACCEPTANCE
 
+    def scaled(self, factor: float) -> Exploration:
+        """With drifts so many times as large."""
+        return replace(self, drift=factor * self.drift, drift_sd=factor * self.drift_sd)
+
     @property
     def contradicts(self) -> bool:
         """Whether something was found that a good guide does not have."""
-        return self.moved or self.other_modes > 0 or self.correction >= _CORRECTION
+        return self.moved or self.other_modes > 0 or self.correction >= _CORRECTION or bool(self.unsure)
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,8 @@ class KHat(Exploration):
             return "Use the draws as they are."
         if self.unfitted:
             return f"The guide was never fitted ({self.unfitted}): call fit(STL_ELBO()(model, guide), data) first."
+        if self.unsure:
+            return f"{self.unsure}: structure='joint', or NUTS."
         if self.other_modes:
             return "Draws miss a mode: warm_start, or NUTS from there."
         if self.repairable:
@@ -253,7 +261,16 @@ def khat(idata: Any) -> KHat:
         own = {f.name: attrs["khat" if f.name == "k" else f.name] for f in fields(KHat) if f.name != "rows"}
         return KHat(**{k: _plain(v) for k, v in own.items()}, rows=rows)
     explored = Exploration(**{f.name: attrs[f.name] for f in fields(Exploration) if f.name in attrs})
-    return replace(judge(log_weight, explored), rows=rows)
+    return _with_rows(judge(log_weight, explored), rows)
+
+
+def _with_rows(verdict: KHat, rows: Rows | None) -> KHat:
+    """The verdict with that on the rows of a plate given the rest, which may lower it."""
+    if rows is None:
+        return verdict
+    least = next(s for s in _STATUSES[1:] if rows.share(s) >= _MOST_ROWS)
+    least = "exact" if least == "good" else least
+    return replace(verdict, rows=rows, status=max(verdict.status, least, key=_STATUSES.index))
 
 
 def _plain(value: Any) -> Any:
@@ -334,6 +351,18 @@ def judge_rows(
         status=next(s for s in _STATUSES if rows.share(s) >= _MOST_ROWS),
         rows=rows,
     )
+
+
+def judge_elements(
+    log_weight: np.ndarray,
+    explored: Exploration,
+    local: np.ndarray,
+    values: np.ndarray,
+    plate: str,
+    given: Sequence[str],
+) -> KHat:
+    """The verdict on weights ``(n,)`` of the globals; that of the elements, by weights ``(n, J)`` given these, may lower it."""
+    return _with_rows(judge(log_weight, explored), judge_rows(local, values, Exploration(), plate, given).rows)
 
 
 def _status(k: float, threshold: float, ess: float, gap: float, top: float) -> Status:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_dgm.core.devices import seeded
-from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.pace import show
 from pyro_dgm.diagnostics.sharpness import Sharpness, sharpness_of
 from pyro_dgm.model.program import Model, Program
@@ -130,7 +130,7 @@ def experiment(
     """
     if isinstance(posterior, type) or not (_is_amortised(posterior) or callable(posterior)):
         raise TypeError(
-            f"posterior={posterior!r}: expected an object with .condition(**data), or a function of {{site: value}} that "
+            f"posterior={shown(posterior)}: expected an object with .condition(**data), or a function of {{site: value}} that "
             "returns draws {site: (S, *site)}."
         )
     bar = tqdm(desc="simulate", disable=not options["progress"], mininterval=0.5, miniters=1)

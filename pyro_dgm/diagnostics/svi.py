@@ -22,9 +22,11 @@ from typing_extensions import Unpack
 from pyro_dgm.core.devices import seed_everywhere, seeded
 from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.diagnostics.containers import CONTAINER, ContainerOptions, with_defaults
+from pyro_dgm.diagnostics.elements import groups_by_elements
 from pyro_dgm.diagnostics.explore import explore, never_fitted
 from pyro_dgm.diagnostics.groups import Groups, all_groups, container_of
 from pyro_dgm.diagnostics.khat import Exploration, correction, judge, judge_rows
+from pyro_dgm.guides.autoflow import AutoFlow
 from pyro_dgm.model.program import Model, Program, refuse_guides_as_models
 from pyro_dgm.model.runs import Table
 from pyro_dgm.model.sites import (
@@ -189,6 +191,10 @@ def _from_guides(
         unfitted = unfitted or never_fitted(guides[0])
         if seed is not None:
             seed_everywhere(seed)
+        plated = [guide for guide in guides if isinstance(guide, AutoFlow) and guide.follows_plates]
+        if len(plated) == len(guides):
+            found = groups_by_elements(who, model, plated, args, n, options, check=check, unfitted=unfitted)
+            return container_of(found.program, found.groups, options, found.attrs, chains, "svi")
         programs = [Program(model, guide, args, kwargs, options["parallel"], who=who) for guide in guides]
         drawn = [program.guided(n) for program in programs]
         for program, table in zip(programs, drawn, strict=True):

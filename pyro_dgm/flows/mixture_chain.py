@@ -329,9 +329,10 @@ class MixtureChain(DistributionModule):
         last: Any = self.net[-1]
         last.weight.mul_(0.1)
         numbers = last.bias.view(self.features, self.components + 1, 3)
-        numbers[..., 0] = torch.tensor([*[0.0] * self.components, _RARE])
-        numbers[..., 1] = torch.tensor([*torch.linspace(-0.9, 0.9, self.components), 0.0])
-        numbers[..., 2] = torch.tensor([*[-0.2] * self.components, 0.0])
+        numbers.zero_()
+        numbers[..., -1, 0] = _RARE
+        numbers[..., :-1, 1] = torch.linspace(-0.9, 0.9, self.components)
+        numbers[..., :-1, 2] = -0.2
 
     @torch.no_grad()
     def regress(

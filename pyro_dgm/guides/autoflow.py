@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -17,19 +18,25 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform
 
-from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
+from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, frozen, zuko
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.flows.base import StandardNormalBase
-from pyro_dgm.flows.coupling import StudentTBase, TailedCoupling
+from pyro_dgm.flows.coupling import StableStudentT, StudentTBase, TailedCoupling
 from pyro_dgm.guides.modes import Modes, WhitenedPosterior
+from pyro_dgm.guides.plate_start import start_plates
+from pyro_dgm.guides.plates import PlatedPosterior, WithNormals
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
+from pyro_dgm.model.elements import Elements, Factors, NotFactoredError, elements_of, relative_sites
 from pyro_dgm.model.log_joint import LogJoint
 
 __all__ = ["AutoFlow", "as_pyro"]
 
+_WIDE = 50  # latents above which a posterior follows plates by itself. Not measured; chosen by hand
+_NORMAL = 1e6  # degrees of freedom of what is normal
+_JUDGED = 256  # draws by which a posterior of many elements is judged, at least
 _LEAST_WEIGHT = 1e-3  # of a mode, by the Gaussians of the start
 
 
@@ -48,6 +55,9 @@ class AutoFlow(VectorGuide):
             ``functools.partial(dgm.MAF, fast="sampling")``, ``dgm.NSF``, ``lambda D: dgm.ZukoFlow(zuko.flows.BPF(D))``.
         init_loc_fn: where the posterior starts, as in Pyro's autoguides.
         init_scale: standard deviation of the start, in unconstrained units.
+        structure: "plates" for a posterior that follows the plates of the model: a flow of the global latents, and of each
+            element of a plate a normal law given them, at a cost that is linear in the elements. "joint" for one flow over all
+            latents. "auto" for plates where there are more than 50 latents and the model is a product over elements.
         reparam: strategies of :mod:`pyro.infer.reparam` (``AutoReparam()``, or ``{"theta": LocScaleReparam()}`` for a
             learned centring). The posterior is then of the reparameterised model, :attr:`target`: pass that one to
             bounds and diagnostics, ``fit(STL_ELBO()(guide.target, guide), data)``.
@@ -75,7 +85,7 @@ class AutoFlow(VectorGuide):
         (torch.Size([]), 1)
     """
 
-    lost_by_pickle = (*VectorGuide.lost_by_pickle, "_make_family")
+    lost_by_pickle = (*VectorGuide.lost_by_pickle, "_make_family", "_factors")
 
     @checked()
     def __init__(
@@ -86,6 +96,7 @@ class AutoFlow(VectorGuide):
         init_loc_fn: Callable[..., Tensor] = init_to_median,
         init_scale: float = 0.1,
         reparam: Any = None,
+        structure: str = "auto",
     ) -> None:
         if reparam is not None and not (callable(reparam) or isinstance(reparam, dict)):
             raise TypeError(
@@ -94,20 +105,49 @@ class AutoFlow(VectorGuide):
         model = model if reparam is None else poutine.reparam(model, config=reparam)
         super().__init__(model, init_loc_fn=init_loc_fn)
         check_number("AutoFlow", "init_scale", init_scale, above=0)
+        if structure not in ("auto", "plates", "joint"):
+            raise ValueError(f"AutoFlow: structure={structure!r}, expected 'auto', 'plates' or 'joint'.")
         self._make_family = (family or TailedCoupling,)
+        self._structure = structure
+        self._factors: Factors | None = None
         self.init_scale = init_scale
         self._registered: int | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        family = self._make_family[0](self.latent_dim)
+        elements = self._find_elements(args, kwargs)
+        size = self.latent_dim - sum(each.index.numel() for each in elements)
+        family = self._make_family[0](size)
         if not isinstance(family, DistributionModule):
             raise TypeError(
-                f"AutoFlow: family({self.latent_dim}) is a {type(family).__name__}, expected a family, as dgm.NSF makes one."
+                f"AutoFlow: family({size}) is a {type(family).__name__}, expected a family, as dgm.NSF makes one."
             )
         family = family.start_at_identity()
-        self.posterior = Modes(WhitenedPosterior(family, self._init_loc().detach(), self.init_scale))
+        loc = self._init_loc().detach()
+        if elements:
+            self.posterior = Modes(PlatedPosterior(family, loc, self.init_scale, elements))
+        else:
+            self.posterior = Modes(WhitenedPosterior(family, loc, self.init_scale))
         self._untouched = values_of(self._posterior, buffers=True)
+
+    def _find_elements(self, args: Any, kwargs: Any) -> list[Elements]:
+        """The elements of plates that the posterior follows; from then on they are measured in units of their prior."""
+        if self._structure == "joint" or (self._structure == "auto" and self.latent_dim <= _WIDE):
+            return []
+        before = self._coordinates
+        elements = elements_of(self.prototype_trace, before)
+        try:
+            if not elements or sum(each.index.numel() for each in elements) == self.latent_dim:
+                raise NotFactoredError("no plate of 8 or more elements holds latents, with others outside of it")
+            relative = relative_sites(self.prototype_trace, elements)
+            self._coordinates = replace(before, moving=before.moving | relative, relative=relative)
+            self._factors = Factors(LogJoint(self, self.target, args, kwargs), elements)
+        except NotFactoredError as error:
+            self._coordinates = before
+            if self._structure == "plates":
+                raise ValueError(f"AutoFlow: structure='plates', but {error}. Use structure='joint'.") from error
+            return []
+        return elements
 
     def warm_start(self, *args: Any, **kwargs: Any) -> None:
         """Whiten by the best Gaussian of :func:`~pyro_dgm.guides.start.find_start`; a trained guide stays as it is.
@@ -121,15 +161,57 @@ class AutoFlow(VectorGuide):
         if log_joint.missing:  # they were blocked from the guide: the density is not known
             return
         self.centre_circles(log_joint)
+        if self.follows_plates:
+            start_plates(log_joint, self.factors_of(log_joint), self.plated)
+            self._start_with_tails(self.plated)
+            return
         start = find_start(log_joint)
         self._posterior.grow(len(start.loc))
         for component, loc, scale_tril in zip(self._posterior.components, start.loc, start.scale_tril, strict=True):
             component.whiten(loc, scale_tril)
-            if isinstance(component.family, TailedCoupling):
-                component.family.start_with_tails()
+            self._start_with_tails(component)
         if len(start.loc) > 1:
             weights = self._posterior.weigh(LogJoint(self, self.target, args, kwargs, whole=True, how=log_joint.how))
             self._posterior.keep([i for i, w in enumerate(weights.tolist()) if w >= _LEAST_WEIGHT])
+
+    def _start_with_tails(self, component: WhitenedPosterior | PlatedPosterior) -> None:
+        """Give a component tails, without making it wider."""
+        outer = component.outer if isinstance(component, PlatedPosterior) else component
+        if isinstance(outer.family, TailedCoupling):
+            component.whiten(outer.loc, outer.scale_tril / outer.family.start_with_tails())
+
+    @property
+    def follows_plates(self) -> bool:
+        """Whether the posterior is one of globals, and of the elements of plates given them."""
+        return isinstance(self._posterior.components[0], PlatedPosterior)
+
+    @property
+    def plated(self) -> PlatedPosterior:
+        """That posterior."""
+        return self._posterior.components[0]
+
+    def factors_of(self, log_joint: LogJoint) -> Factors:
+        """The log joint by elements; what belongs to which is found again where the arguments are others."""
+        known = self._factors
+        if known is None or not known.is_of(log_joint):
+            known = self._factors = Factors(log_joint, [group.elements() for group in self.plated.groups])
+        return known
+
+    def integrated(self, log_joint: LogJoint, num_particles: int) -> tuple[Tensor, Tensor] | None:
+        r""":math:`\log \hat p(x, g) - \log q(g)` of draws of the globals, the elements of plates integrated out, and the draws.
+
+        None where the posterior does not follow plates.
+        """
+        if not self.follows_plates:
+            return None
+        own = self.plated
+        q = own.outer()
+        at_once = own.particles(num_particles)
+        g = q.rsample((at_once if torch.is_grad_enabled() else min(num_particles, max(at_once, _JUDGED)),))
+        factors = self.factors_of(log_joint)
+        with frozen(*own.locals.parameters(), own.outer.affine):
+            value = torch.cat([own.marginal(factors, some) for some in g.split(at_once)])
+        return value - q.detach().log_prob(g), g
 
     def finish(self, *args: Any, **kwargs: Any) -> None:
         """Weigh the modes of a trained posterior anew; nothing happens where there is one mode."""
@@ -176,7 +258,7 @@ class AutoFlow(VectorGuide):
         The whitening is no parameter, but is kept in the store as one, so that the store alone restores the guide.
         """
         store, posterior, prefix = pyro.get_param_store(), self._posterior, f"{self._pyro_name}.posterior"
-        known = store._params.get(param_with_module_name(prefix, "components.0.affine"))
+        known = store._params.get(param_with_module_name(prefix, posterior.affine_name))
         if known is posterior.affine and self._registered == posterior.buffer_version():
             return False
         fill = known is not None and self._is_untouched(self._posterior)
@@ -202,6 +284,9 @@ def as_pyro(base: Any) -> Any:
         return as_pyro(base.base_dist).to_event(base.reinterpreted_batch_ndims)
     if isinstance(base, StandardNormalBase):
         return dist.Normal(base.zero, 1.0).to_event(1)
+    if isinstance(base, WithNormals):
+        df = base.base.df if isinstance(base.base, StudentTBase) else torch.full(base.base.event_shape, _NORMAL)
+        return StableStudentT(torch.cat([df, df.new_full((base.more,), _NORMAL)])).to_event(1)
     if isinstance(base, StudentTBase):  # not as Pyro's own StudentT, which loses .02 nat per dimension near df = 1e6
         return base.as_pyro()
     if isinstance(base, TorchDistributionMixin):

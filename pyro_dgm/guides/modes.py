@@ -108,10 +108,10 @@ class Modes(DistributionModule):
     log_weight: Tensor
     components: Any
 
-    def __init__(self, component: WhitenedPosterior) -> None:
+    def __init__(self, component: DistributionModule) -> None:
         super().__init__(component.event_shape, support=constraints.real_vector)
         self.components = nn.ModuleList([component])
-        self.register_buffer("log_weight", component.loc.new_zeros(1))
+        self.register_buffer("log_weight", self.affine.detach().new_zeros(1))
 
     def build(self, context: Tensor | None) -> Distribution:
         if len(self.components) == 1:
@@ -124,7 +124,12 @@ class Modes(DistributionModule):
     @property
     def affine(self) -> Tensor:
         """Shift and log scale of the first component: the first parameter of any guide."""
-        return self.get_parameter("components.0.affine")
+        return self.components[0].affine
+
+    @property
+    def affine_name(self) -> str:
+        """The name of that parameter."""
+        return next(name for name, p in self.named_parameters() if p is self.affine)
 
     @torch.no_grad()
     def grow(self, count: int) -> None:

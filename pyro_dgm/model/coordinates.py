@@ -2,6 +2,9 @@ r"""The continuous latents of a model as one vector of real numbers, :math:`\the
 
 The map of a site leads onto its support. Where that follows other latents, as in ``Uniform(0, top)``, it is the support that the
 site has in the run at hand, so the latents before it are known: the model is run, and each site takes its part of the vector.
+
+A site may also be measured in units of its own prior given the latents before it: of ``Normal(mu, tau)`` the coordinate is
+:math:`(\theta - \mu) / \tau`, so that a centred model and a non-centred one are the same.
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Size, Tensor
-from torch.distributions import Transform
+from torch.distributions import Transform, constraints
+from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform
 
 from pyro_dgm.model.handlers import EndOfRun, run_to_end
 from pyro_dgm.model.sites import Site, latent_sites
-from pyro_dgm.model.supports import onto, place_of, same_support
+from pyro_dgm.model.supports import onto, place_of, same_support, unwrapped
 
-__all__ = ["Constrain", "Coordinates", "HasCoordinates", "Latent"]
+__all__ = ["Constrain", "Coordinates", "HasCoordinates", "Latent", "in_units_of"]
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,14 @@ class Coordinates:
     Attributes:
         latents: by name.
         moving: sites whose support follows other latents or parameters.
+        relative: sites in units of their own prior given the latents before them; they move, too.
         circular: sites that live on a circle.
         centre: where each circle's coordinate is zero, shape ``(D,)``; None without circles.
     """
 
     latents: dict[str, Latent]
     moving: frozenset[str] = frozenset()
+    relative: frozenset[str] = frozenset()
     circular: frozenset[str] = frozenset()
     centre: Tensor | None = None
 
@@ -85,7 +91,9 @@ class Coordinates:
         return out
 
     def bijection(self, name: str, fn: Any) -> Transform:
-        """The map onto the support that the site has with this distribution."""
+        """The map onto the support that the site has with this distribution, or from this distribution's units."""
+        if name in self.relative:
+            return in_units_of(fn) or onto(fn, None)
         return onto(fn, self._centre_of(name) if name in self.circular else None)
 
     def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -117,6 +125,49 @@ class Coordinates:
         if self.centre is None:
             raise ValueError(f"Coordinates: site '{name}' is circular and no centre was given.")
         return self.parts(self.centre)[name]
+
+
+_LOCATED = tuple(getattr(torch.distributions, k) for k in ("Normal", "StudentT", "Laplace", "Cauchy", "Gumbel"))
+
+
+def in_units_of(fn: Any) -> Transform | None:
+    """The map from the units of a distribution's own location and scale to its values; None where it has no such."""
+    inner = unwrapped(fn)
+    to_value = _located(inner)
+    more = fn.event_dim - inner.event_dim
+    return IndependentTransform(to_value, more) if to_value is not None and more else to_value
+
+
+def _located(fn: Any) -> Transform | None:
+    if isinstance(fn, torch.distributions.MultivariateNormal):
+        return _Tilted(fn.loc, fn.scale_tril)
+    if isinstance(fn, _LOCATED):
+        return AffineTransform(fn.loc, fn.scale)
+    if isinstance(fn, torch.distributions.LogNormal):
+        return ComposeTransform([AffineTransform(fn.loc, fn.scale), *fn.transforms])
+    return None
+
+
+class _Tilted(Transform):
+    """``y = L x + m`` for vectors, L lower triangular (that of Pyro has no log-determinant for batches of L)."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
+        super().__init__()
+        self.loc = loc
+        self.scale_tril = scale_tril
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.loc + (self.scale_tril @ x[..., None])[..., 0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.scale_tril, (y - self.loc)[..., None], upper=False)[..., 0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1).expand(x.shape[:-1])
 
 
 @runtime_checkable

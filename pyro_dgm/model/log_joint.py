@@ -8,9 +8,12 @@ between them.
 
 from __future__ import annotations
 
+import math
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,9 +22,11 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.pace import steps
+from pyro_dgm.core.record import Recordable, Records, with_gradients
 from pyro_dgm.core.shapes import from_arrays
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.coordinates import Constrain, Coordinates, HasCoordinates
@@ -33,11 +38,12 @@ from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine, How, Model, over_dr
 __all__ = [
     "Density",
     "LogJoint",
+    "PulledBack",
     "ascend",
     "barrier",
+    "climbed",
     "other_modes",
     "prior_draws",
-    "pulled_back",
     "spread",
     "uncovered",
     "value_and_grad",
@@ -49,29 +55,80 @@ Density = Callable[[Tensor], Tensor]  # of many points, in nats
 
 def value_and_grad(log_density: Density, u: Tensor) -> tuple[Tensor, Tensor]:
     """A log density of many points and its gradient; where either is not finite the value is -inf and the gradient zero."""
+    found = log_density.replayed(u) if isinstance(log_density, _Recorded) else None
+    value, grad = derived(log_density, u) if found is None else found
+    inside = value.isfinite() & grad.isfinite().all(-1)
+    return torch.where(inside, value, -torch.inf), torch.where(inside[:, None], grad, 0.0)
+
+
+def derived(log_density: Density, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, as they are."""
     u = u.detach().requires_grad_()
     with torch.enable_grad():
         value = log_density(u)
         total = torch.where(value.isfinite(), value, torch.zeros_like(value)).sum()
         (grad,) = torch.autograd.grad(total, u)
-    inside = value.isfinite() & grad.isfinite().all(-1)
-    return torch.where(inside, value, -torch.inf).detach(), torch.where(inside[:, None], grad, 0.0)
+    return value.detach(), grad
 
 
 _LATEST: WeakKeyDictionary[AutoContinuous, weakref.ref[LogJoint]] = WeakKeyDictionary()
 
 
-def pulled_back(log_joint: LogJoint, transform: Any) -> Density:
-    """The log density of z where theta = T(z) has the given one, T with ``call_and_ladj``."""
+class _Recorded:
+    """A log density of many points that is recorded, and replayed, where that can be done."""
 
-    def density(z: Tensor) -> Tensor:
-        u, ladj = transform.call_and_ladj(z)
-        return log_joint(u) + ladj
+    def __init__(self) -> None:
+        self._records = Records()
 
-    return density
+    def __call__(self, u: Tensor) -> Tensor:
+        found = self.replayed(u) if torch.is_grad_enabled() and u.requires_grad else None
+        return self.evaluated(u) if found is None else with_gradients(found[0], found[1:], [u])
+
+    def replayed(self, u: Tensor) -> Any:
+        """Values and gradients from a record; None where there is none."""
+        reads = self.reads()
+        return None if reads is None else self._records.replay(Recordable(partial(derived, self.plain), reads), u)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it is replayed, for some number of points."""
+        return bool(self._records)
+
+    @abstractmethod
+    def evaluated(self, u: Tensor) -> Tensor:
+        """Its values, by running the model."""
+
+    @abstractmethod
+    def plain(self, u: Tensor) -> Tensor:
+        """The same in one run, which a matrix that cannot be factorised ends."""
+
+    @abstractmethod
+    def reads(self) -> tuple[Any, ...] | None:
+        """What its values depend on; None where no run gives them all."""
 
 
-class LogJoint:
+class PulledBack(_Recorded):
+    """The log density of z where theta = T(z) has the given one, T with ``call_and_ladj`` and frozen parameters."""
+
+    def __init__(self, log_joint: LogJoint, transform: Any) -> None:
+        super().__init__()
+        self.log_joint = log_joint
+        self.transform = transform
+
+    def evaluated(self, u: Tensor) -> Tensor:
+        theta, ladj = self.transform.call_and_ladj(u)
+        return self.log_joint.evaluated(theta) + ladj
+
+    def plain(self, u: Tensor) -> Tensor:
+        theta, ladj = self.transform.call_and_ladj(u)
+        return self.log_joint.plain(theta) + ladj
+
+    def reads(self) -> tuple[Any, ...] | None:
+        inner = self.log_joint.reads()
+        return inner and (*inner, self.transform)
+
+
+class LogJoint(_Recorded):
     """``log_joint(u)``: shape ``(N, D) -> (N,)``, in nats, differentiable; NaN and failed Cholesky factors become -inf.
 
     All N vectors run in one outer plate or by vmap, as a check against single runs allows; otherwise one by one, with a
@@ -100,6 +157,7 @@ class LogJoint:
         whole: bool = False,
         how: How | None = None,
     ) -> None:
+        super().__init__()
         args, kwargs = from_arrays("the model", args), from_arrays("the model", kwargs)
         self.guide = guide
         self.dim = guide.latent_dim
@@ -119,10 +177,19 @@ class LogJoint:
             self._runs = Runs(model, args, kwargs, trace, self.engine.nesting, self.how, rounds, with_grad=True)
         _LATEST[guide] = weakref.ref(self)
 
-    def __call__(self, u: Tensor) -> Tensor:
-        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
+    def evaluated(self, u: Tensor) -> Tensor:
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample", "observe"]):
             value = self._parallel(u) if self.vectorized else torch.cat([self._parallel(v) for v in u.split(1)])
-        return value.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+        return _finite(value)
+
+    def plain(self, u: Tensor) -> Tensor:
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample", "observe"]):
+            return _finite(over_draws(self.how, self._density, u))
+
+    def reads(self) -> tuple[Any, ...] | None:
+        if not self.vectorized or self._runs is not None:
+            return None
+        return self.engine.model, self.coordinates.latents, *tree_leaves((self.engine.args, self.engine.kwargs))
 
     @classmethod
     def known(cls, guide: AutoContinuous, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
@@ -192,6 +259,14 @@ class LogJoint:
         joint = self.engine.joint_of(made(self.engine.model), n, enumerate_sites=self.how != "vmap")
         return joint + _summed(made.log_dets, n)
 
+    def terms(self, u: Tensor) -> list[Tensor]:
+        """The log joint in parts, each ``(N, entries)``, of a model that runs in a plate; log-determinants are parts, too."""
+        n = len(u)
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample", "observe"]):
+            made = self._constrain(u, n)
+            found = [*self.engine.terms_of(made(self.engine.model), n), *made.log_dets.values()]
+        return [t.reshape(n, -1) if t.shape[:1] == (n,) else t.sum().expand(n, 1) for t in found]
+
     def _whole(self, u: Tensor) -> Tensor:
         """With all rows of subsampled plates."""
         values, log_det = self.constrain(u)
@@ -210,6 +285,10 @@ class LogJoint:
         if how == "loop":
             warn_user(NOT_VECTORIZED.format(fault))
         return how
+
+
+def _finite(value: Tensor) -> Tensor:
+    return value.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def _summed(log_dets: dict[str, Tensor], rows: int | None = None) -> Tensor:
@@ -234,11 +313,17 @@ def _prior_run(log_joint: LogJoint, n: int | None = None) -> Tensor:
     return log_joint.coordinates.vector(sites, n or 1).nan_to_num(0.0, 1e3, -1e3)
 
 
-def barrier(log_density: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:
-    """How far the log density on the straight segment falls below its lower end, in nats."""
+def barriers(log_density: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """How far the log density on straight segments between rows of ``a`` and ``b`` falls below its lower end, in nats."""
     t = torch.linspace(0.0, 1.0, 21).to(a)[:, None]
-    value = log_density(a + t * (b - a)).detach()
-    return float(torch.minimum(value[0], value[-1]) - value.min())
+    points = a[:, None] + t * (b - a)[:, None]
+    value = torch.cat([log_density(p).detach() for p in points.flatten(0, 1).split(512)]).reshape(points.shape[:2])
+    return torch.minimum(value[:, 0], value[:, -1]) - value.amin(1)
+
+
+def barrier(log_density: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> float:
+    """The same, of one segment."""
+    return float(barriers(log_density, a[None], b[None]))
 
 
 def spread(u: Tensor) -> Tensor:
@@ -246,28 +331,34 @@ def spread(u: Tensor) -> Tensor:
     return (u.quantile(0.84, 0) - u.quantile(0.16, 0)).div(2).clamp(1e-3, 1e3)
 
 
-def other_modes(
-    log_joint: LogJoint, best: Tensor, u: Tensor, limit: int = 3, name: str = "other modes"
-) -> list[Tensor]:
-    """Other modes: ends of gradient ascent from prior draws, at least 1 nat apart from ``best`` and from one another."""
+def climbed(log_joint: LogJoint, u: Tensor, name: str = "other modes") -> list[Tensor]:
+    """The best end of gradient ascent from prior draws ``u``, and other modes among the ends."""
     if not log_joint.vectorized:
         return []
     ends = ascend(log_joint, u[:32], spread(u), name)
+    ends = ends[log_joint(ends).detach().argsort(descending=True)]
+    return [ends[0], *other_modes(log_joint, ends[0], ends[1:])]
+
+
+def other_modes(log_joint: LogJoint, best: Tensor, ends: Tensor, limit: int = 3) -> list[Tensor]:
+    """Those of the ``ends`` that are at least 1 nat apart from ``best`` and from one another, the first ones first."""
     found = [best]
-    for i in log_joint(ends).detach().argsort(descending=True).tolist():
-        if len(found) <= limit and all(barrier(log_joint, ends[i], known) > 1.0 for known in found):
-            found.append(ends[i])
+    while len(found) <= limit and len(ends):
+        ends = ends[barriers(log_joint, ends, found[-1].expand_as(ends)) > 1.0]
+        found.extend(ends[:1])
     return found[1:]
 
 
-def ascend(log_joint: LogJoint, u: Tensor, scale: Tensor, name: str, most: int = 60) -> Tensor:
-    """Points after some steps of Adam uphill, each on its own, in units of ``scale``."""
-    v = (u / scale).clone().requires_grad_()
-    optimizer = torch.optim.Adam([v], lr=0.15)
-    for _ in steps(name, most):
-        v.grad = -log_joint.value_and_grad(v.detach() * scale)[1] * scale
-        optimizer.step()
-    return v.detach() * scale
+@torch.no_grad()
+def ascend(log_joint: LogJoint, u: Tensor, scale: Tensor, name: str, most: int = 32) -> Tensor:
+    """Points after some steps of Adam uphill, each on its own, in units of ``scale``; rates fall from half a unit to none."""
+    u, mean, square = u.clone(), torch.zeros_like(u), torch.zeros_like(u)
+    for i, _ in steps(name, most):
+        grad = log_joint.value_and_grad(u)[1] * scale
+        mean, square = mean.lerp(grad, 0.1), square.lerp(grad.square(), 0.01)
+        size = 0.5 * (1.0 - i / most) * math.sqrt(1.0 - 0.99 ** (i + 1)) / (1.0 - 0.9 ** (i + 1))
+        u += size * scale * mean / square.sqrt().clamp_min(1e-8)
+    return u
 
 
 def uncovered(
@@ -277,13 +368,19 @@ def uncovered(
 
     Valleys are looked for on straight lines of ``z = to_z(u)``, whose log density is given.
     """
+    if not log_joint.vectorized:
+        return []
     value = log_joint(u).detach()
-    ends = other_modes(log_joint, u[value.argmax()], prior_draws(log_joint, 256))
-    dense = [end for end in ends if float(log_joint(end[None])) > float(value.median()) - 6.0]
-    return [end for end in dense if _apart(density, to_z, end, u)]
+    prior = prior_draws(log_joint, 256)
+    ends = ascend(log_joint, prior[:32], spread(prior), "other modes")
+    dense = log_joint(ends).detach()
+    order = dense.argsort(descending=True)
+    ends = ends[order[dense[order] > value.median() - 6.0]]
+    found = other_modes(log_joint, u[value.argmax()], ends)
+    return [end for end in found if _apart(density, to_z, end, u)]
 
 
 def _apart(density: Callable[[Tensor], Tensor], to_z: Callable[[Tensor], Tensor], end: Tensor, u: Tensor) -> bool:
     near = u[((u - end) / u.std(0)).square().sum(-1).argsort()[:8]]
-    z_end = to_z(end[None])[0]
-    return all(barrier(density, z_end, z) > 1.0 for z in to_z(near))
+    z = to_z(torch.cat([end[None], near]))
+    return bool((barriers(density, z[:1].expand_as(z[1:]), z[1:]) > 1.0).all())

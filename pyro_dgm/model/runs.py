@@ -340,7 +340,7 @@ class Runs:
         with (
             self._grad(),
             pyro.validation_enabled(False),
-            poutine.block(hide_types=["sample"]),
+            poutine.block(hide_types=["sample", "observe"]),
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", message=_SLOW_SAMPLER)

@@ -139,11 +139,15 @@ class Engine:
 
     def joint_of(self, model: Model, n: int | None = None, *, enumerate_sites: bool = True) -> Tensor:
         """Log joint of a model that holds its latents: of one draw, a scalar, or of ``n`` draws in a plate, ``(n,)``."""
+        terms = self.terms_of(model, n, enumerate_sites=enumerate_sites)
+        return sum((t.sum() for t in terms), torch.zeros(())) if n is None else per_draw(terms, n)
+
+    def terms_of(self, model: Model, n: int | None = None, *, enumerate_sites: bool = True) -> list[Tensor]:
+        """The terms of that log joint, each with the draws first where it depends on them."""
         run = self.wide(n, model)
         if enumerate_sites:
             run = enumerated(run, self.nesting + (n is not None))
-        terms = _log_probs(poutine.trace(run).get_trace(*self.args, **self.kwargs))
-        return sum((t.sum() for t in terms), torch.zeros(())) if n is None else per_draw(terms, n)
+        return _log_probs(poutine.trace(run).get_trace(*self.args, **self.kwargs))
 
     def wide(self, n: int | None, model: Model | None = None) -> Model:
         """The model, in a plate of ``n`` draws where there is a number."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng, random_states
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.shapes import check_number
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import (
     Frame,
@@ -165,6 +166,7 @@ class ParticleELBO(Trace_ELBO):
         jit_options: dict[str, Any] | None = None,
         tail_adaptive_beta: float = -1.0,
     ) -> None:
+        check_number(type(self).__name__, "num_particles", num_particles, least=1, whole=True)
         nesting = max_iarange_nesting or max_plate_nesting
         if not nesting >= 0:
             raise ValueError(
@@ -331,7 +333,7 @@ class ParticleELBO(Trace_ELBO):
             local, rest = unit_terms(traces[-1], units, 1)
             return local[0], rest[0]
 
-        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample", "observe"]):
             return over_draws("vmap", one, rows), traces[0]
 
     def _refuse_unpathed(self, guide_trace: poutine.Trace) -> None:

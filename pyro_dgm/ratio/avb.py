@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core.devices import seeded
-from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.pace import seconds_left, steps, took
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.core.warn import told_unless_finite, warn_user
@@ -284,9 +284,9 @@ def _check_arguments(guide: object, critic: object, contrast: str) -> None:
         raise TypeError(
             f"Adversarial_ELBO: critic is {critic!r}, expected a module from (*batch, D) to one logit, or None."
         )
-    if contrast != "adaptive":
+    if not isinstance(contrast, str) or contrast != "adaptive":
         raise ValueError(
-            f"Adversarial_ELBO: contrast={contrast!r}, expected 'adaptive'. Leave it out: against the prior no ratio can be "
+            f"Adversarial_ELBO: contrast={shown(contrast)}, expected 'adaptive'. Leave it out: against the prior no ratio can be "
             "learned beyond a few dimensions."
         )
 

@@ -22,6 +22,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_dgm.amortized.binding import Arguments, size_arguments
+from pyro_dgm.core.kinds import shown
 from pyro_dgm.model.handlers import EndOfRun, Redraw, run_to_end
 from pyro_dgm.model.sites import is_drawn, plate_frames
 from pyro_dgm.simulation.blocks import Blocks, Resizable, random_state
@@ -133,9 +134,9 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
     expected = "an int" if least is None else f"an int, at least {least}"
     try:
         number = operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # the second of a tensor on the meta device
         kind = ValueError if isinstance(value, float) else TypeError
-        raise kind(f"simulate: {name}={value!r}, expected {expected}.") from None
+        raise kind(f"simulate: {name}={shown(value)}, expected {expected}.") from None
     if isinstance(value, bool) or (least is not None and number < least):
         raise ValueError(f"simulate: {name}={value!r}, expected {expected}.")
     return number

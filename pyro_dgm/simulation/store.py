@@ -58,6 +58,8 @@ class Simulations(Mapping[str, Tensor]):
     def __init__(self, values: Mapping[str, Tensor], observed: Any, *, mask: Mapping[str, Tensor] | None = None,
                  failed: Tensor | None = None, reasons: Mapping[str, int] | None = None, args: tuple[Any, ...] = (),
                  seed: int | None = None, acceptance: float | None = None) -> None:  # fmt: skip
+        if not isinstance(values, Mapping):
+            raise TypeError(f"Simulations: values is {shown(values)}, expected a dictionary of tensors, by site.")
         self._values = dict(values)
         if not isinstance(observed, Iterable) or not all(isinstance(name, str) for name in observed):
             raise TypeError(f"Simulations: observed is {shown(observed)}, expected a list of names.")

@@ -62,7 +62,8 @@ def fit(
     """Minimise ``objective(*batch)`` over all its parameters, and keep the best ones.
 
     Parts of the objective that can find their own start (an :class:`~pyro_dgm.AutoFlow`) do so first. Without a limit
-    training goes in rounds of 300, 600 and 1,200 steps, each with a cosine schedule, until a round brings nothing; with
+    training goes in rounds of 300, 600 and 1,200 steps, each with a cosine schedule, until a round brings nothing, or a posterior
+    is right by the weights of its draws (it may be so from the start); with
     ``max_steps``, ``max_epochs`` or ``max_seconds`` it is one such round. Gradients are clipped to norm 10. A
     non-finite step is left out; 20 in a row end the fit. Parameters of ``pyro.param`` and ``pyro.module`` statements
     are trained too and stand in the param store afterwards. An :class:`~pyro_dgm.Adversarial` objective has two players:
@@ -80,7 +81,7 @@ def fit(
             moved to the objective's device.
         optimizer: makes the optimiser from a list of parameters; None for Adam with betas (0.9, 0.99).
         lr: peak learning rate, used where ``optimizer`` is None; 0.005, or what the objective asks for (the flow of an
-            :class:`~pyro_dgm.AutoFlow`: 0.015). Of an adversarial
+            :class:`~pyro_dgm.AutoFlow`: 0.03). Of an adversarial
             pair it is the critic's, and the generator's in proportion. So with the other
             arguments that are None: :class:`~pyro_dgm.ForwardKL`, :class:`~pyro_dgm.MaximumLikelihood` and
             :class:`~pyro_dgm.FlowMatching` bring a recipe, other objectives none.

@@ -8,7 +8,7 @@ method                       of                                           called
 ``warm_start(*args)``        any part of the objective                    before training, with the data or a first batch
 ``prepare(batches, stages)`` any part of the objective                    after its ``warm_start``
 ``peak_rate()``              any part of the objective                    when the optimiser is made
-``converged()``              the objective                                after each round of a fit without limits
+``converged(*args)``         the objective                                before the first step of an open fit, and at checks
 ``finish(*args)``            any part of the objective                    after training, with the data or a first batch
 ``changed_arguments(args)``  an objective around another one              where parts inside are prepared: what they get
 ``settling``                 a part with a ``finish``                     once, for the share of ``max_seconds`` to leave for it
@@ -97,8 +97,8 @@ class Paced(Protocol):
 class Convergent(Protocol):
     """An objective that can tell whether more training is worth while."""
 
-    def converged(self) -> bool:
-        """Whether the loss is so near its limit that a longer round would change nothing a user sees."""
+    def converged(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the parameters, as they are, are so good that more training would change nothing a user sees."""
 
 
 @runtime_checkable

@@ -157,6 +157,9 @@ class Loop:
 
     def _steps(self) -> None:
         show(self.bar, "fit", self.limits.max_steps or (round_length(0) if self.limits.open else None))
+        if not self.history.steps and self._converged():
+            self.history.stopped = "converged"
+            self._keep(finite_loss(self.objective, self.batches.example()))
         while not self._done():
             epoch_one = self.history.steps < (self.batches.epoch or 0)
             with pyro.validation_enabled(epoch_one and __debug__):
@@ -214,6 +217,9 @@ class Loop:
                 standing.stale += 1
             if known and (self.players.keeps_last or score <= standing.lowest + 3.0 * error):
                 self._keep(score)
+            if self._converged():
+                self.history.stopped = "converged"
+                self._keep(score)
             if known:
                 standing.round_best = min(standing.round_best, score)
                 standing.lowest = min(standing.lowest, score)
@@ -227,6 +233,8 @@ class Loop:
 
     def _done(self) -> bool:
         history = self.history
+        if history.stopped:
+            return True
         if self.interruption.asked:
             history.stopped = "interrupted"
         elif self._out_of_patience():
@@ -236,6 +244,12 @@ class Loop:
         elif self.limits.open and self._progress() >= 1.0:
             self._next_round()
         return bool(history.stopped)
+
+    def _converged(self) -> bool:
+        """Whether the objective says of its parameters, as they are, that more training would change nothing."""
+        if not isinstance(self.objective, Convergent) or not self.limits.open or self.batches.epoch:
+            return False
+        return self.objective.converged(*self.batches.example())
 
     def _out_of_patience(self) -> bool:
         standing = self.standing
@@ -252,9 +266,7 @@ class Loop:
         """End an open fit that has converged or gains nothing; otherwise begin a longer round at a lower rate."""
         standing = self.standing
         error = smoothed(self.history)[1]
-        if isinstance(self.objective, Convergent) and self.objective.converged():
-            self.history.stopped = "converged"
-        elif standing.previous_best - standing.round_best < max(2.0 * error, _LEAST_GAIN) and error < _LARGEST_ERROR:
+        if standing.previous_best - standing.round_best < max(2.0 * error, _LEAST_GAIN) and error < _LARGEST_ERROR:
             self.history.stopped = "a round brought no improvement"
         elif round_length(standing.round + 1) is None:
             self.history.stopped = "last round ended; the loss on the training data was still falling"

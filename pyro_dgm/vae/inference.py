@@ -59,6 +59,7 @@ def refine(
             f"refine: {type(family).__name__} has no network in front; use Conditional, FullRank or Encoded."
         )
     x, context, mask = as_data(family, vae.guide.event_shape, x, context, mask)
+    x = x.detach()
     with torch.no_grad():
         output = family.network(check_context(family, vae.guide.inputs(x, context, mask)))
     output = output.clone().requires_grad_()

@@ -14,6 +14,7 @@ from torch.distributions import Distribution, Independent
 
 from pyro_dgm.core import LearnedDistribution
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.shapes import check_number
 from pyro_dgm.vae.model import VAE, as_data, prior_given
 
 __all__ = ["LatentMMD", "Penalised", "TotalCorrelation"]
@@ -49,6 +50,8 @@ class Penalised(nn.Module):
     def __init__(self, objective: nn.Module, *terms: tuple[float, nn.Module]) -> None:
         super().__init__()
         self.objective = objective
+        for weight, _ in terms:
+            check_number("Penalised", "a weight", float(weight))
         self.weights = [float(weight) for weight, _ in terms]
         self.terms = nn.ModuleList(term for _, term in terms)
 

@@ -91,7 +91,7 @@ OF_TENSORS = {
     "meta": lambda rng, x: x.to("meta"),
     "quantized": lambda rng, x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8) if x.dim() else x,
     "nested": lambda rng, x: torch.nested.nested_tensor(list(x.float())) if x.dim() > 1 and len(x) else x,
-    "uint8": lambda rng, x: x.abs().to(torch.uint8),
+    "uint8": lambda rng, x: x.float().abs().to(torch.uint8),
     "int32": lambda rng, x: x.int(),
     "requires_grad": lambda rng, x: x.clone().float().requires_grad_(),
     "inside a graph": lambda rng, x: x.clone().float().requires_grad_() * 1.0,

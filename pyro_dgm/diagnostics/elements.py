@@ -1,0 +1,151 @@
+r"""Draws and weights of a guide that follows plates.
+
+The globals are weighted with the elements integrated out, :math:`w(g) = \hat p(x, g) / q(g)`; a weight of thousands of
+latents together would say that any guide is bad. Each element is then one of some draws given the globals, in proportion to
+their weights, and is judged by weights of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_dgm.diagnostics.containers import ContainerOptions
+from pyro_dgm.diagnostics.converters import groups_of_samples
+from pyro_dgm.diagnostics.groups import Groups
+from pyro_dgm.diagnostics.khat import Exploration, correction, judge, judge_elements
+from pyro_dgm.guides.autoflow import AutoFlow
+from pyro_dgm.guides.plates import PlatedPosterior
+from pyro_dgm.model.elements import Factors
+from pyro_dgm.model.log_joint import LogJoint, uncovered
+from pyro_dgm.model.program import Model, Program
+from pyro_dgm.model.runs import Draws
+
+__all__ = ["FoundByElements", "groups_by_elements"]
+
+# Not measured; chosen by hand.
+_PROPOSALS = 8  # of an element given the globals, of which one is kept
+_AT_ONCE = 2**22  # element evaluations
+_COMPARED = 16  # draws at which a quadrature is compared with a finer one
+_TOLERANCE = 0.02  # nats that its error may vary by from draw to draw; a gap of .05 is a good posterior's most
+_OFFSET = 0.1  # nats that it may be off by in all draws
+_LOOKED = 64  # draws around which modes are looked for
+
+
+class FoundByElements(NamedTuple):
+    """What a container is made of."""
+
+    program: Program
+    groups: Groups
+    attrs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _GuideDraws:
+    """What n draws of a guide that follows plates leave behind.
+
+    Attributes:
+        draws: values of all latents, by site.
+        vectors: the same as unconstrained vectors, ``(n, D)``.
+        log_weight: of the globals, ``(n,)``.
+        local: log weight of one draw of each element given the globals, normalised, ``(n, J)``.
+        values: of that draw, ``(n, J, F)``, unconstrained; F is that of the largest element.
+        unsure: why the weights are not known well enough for a verdict; empty where they are.
+    """
+
+    draws: Draws
+    vectors: Tensor
+    log_weight: np.ndarray
+    local: np.ndarray
+    values: np.ndarray
+    unsure: str
+
+
+def groups_by_elements(
+    who: str,
+    model: Model,
+    guides: list[AutoFlow],
+    args: tuple[Any, ...],
+    n: int,
+    options: ContainerOptions,
+    *,
+    check: bool,
+    unfitted: str,
+) -> FoundByElements:
+    """The groups of n draws of each guide, with weights of the globals, and the verdict on both."""
+    joints = [LogJoint.known(guide, model, args, options["model_kwargs"] or {}) for guide in guides]
+    drawn = [_draw(guide, joint, n) for guide, joint in zip(guides, joints, strict=True)]
+    draws = {k: torch.cat([each.draws[k] for each in drawn]) for k in drawn[0].draws}
+    program, groups = groups_of_samples(who, model, draws, args, options)
+    log_weight = np.concatenate([each.log_weight for each in drawn])
+    stats = groups.arrays["sample_stats"]
+    stats["log_weight"] = log_weight
+    stats["log_q"] = stats["lp"] - log_weight
+    plates = [(group.plate, group.sites) for group in guides[0].plated.groups]
+    given = [k for k in draws if not any(k in sites for _, sites in plates)]
+    values = np.concatenate([draws[k].reshape(len(log_weight), -1).double().cpu().numpy() for k in given], -1)
+    explored = _look(joints[0], drawn[0]) if check else Exploration(unseen="it was not asked for")
+    unsure = max(each.unsure for each in drawn)
+    explored = replace(explored, unfitted=unfitted, unsure=unsure, correction=correction(values, log_weight))
+    local = np.concatenate([each.local for each in drawn])
+    inside = np.concatenate([each.values for each in drawn])
+    plate = ", ".join(dict.fromkeys(name for name, _ in plates))
+    verdict = judge_elements(log_weight, explored, local, inside, plate, given)
+    attrs = {"guide": type(guides[0]).__name__} | verdict.attrs()
+    if len(guides) > 1:
+        attrs["khat_by_chain"] = [judge(w).k for w in np.split(log_weight, len(guides))]
+    return FoundByElements(program, groups, attrs)
+
+
+@torch.no_grad()
+def _draw(guide: AutoFlow, log_joint: LogJoint, n: int) -> _GuideDraws:
+    """Draws of the posterior's globals and elements, with their weights."""
+    posterior = guide.plated
+    factors = guide.factors_of(log_joint)
+    g = posterior.outer().sample((n,))
+    order, unsure = _order_for(posterior, factors, g)
+    parts = [_drawn(posterior, factors, rows, order) for rows in g.split(_rows_at_once(posterior, order))]
+    u, marginal, local, values = (torch.cat(each) for each in zip(*parts, strict=True))
+    log_weight = marginal - posterior.outer().log_prob(g).double()
+    weights, shares, inside = (x.double().cpu().numpy() for x in (log_weight, local, values))
+    return _GuideDraws(log_joint.constrain(u)[0], u, weights, shares, inside, unsure)
+
+
+def _rows_at_once(posterior: PlatedPosterior, order: int | None) -> int:
+    points = max(_PROPOSALS, len(posterior.nodes(1, order=order)[0]))
+    return max(1, _AT_ONCE // (points * sum(map(len, posterior.groups))))
+
+
+def _drawn(posterior: PlatedPosterior, factors: Factors, g: Tensor, order: int | None) -> tuple[Tensor, ...]:
+    """Vectors, log densities of the globals, and log weights and values of one draw of each element."""
+    made = posterior.inner(factors, g, _PROPOSALS)
+    first = torch.nn.utils.rnn.pad_sequence([u[0].flatten(2).movedim(-1, 0) for u in made.latents], batch_first=True)
+    values = torch.cat(list(first.movedim(1, -1)), 1)
+    exact = posterior.marginal(factors, g, order=order)
+    return posterior.chosen(g, made), exact, made.log_ratio[0] - made.integral, values
+
+
+def _order_for(posterior: PlatedPosterior, factors: Factors, g: Tensor) -> tuple[int | None, str]:
+    """The coarsest quadrature of which the one before says the same of some draws, and what is wrong where none is.
+
+    Where elements have too many latents for a quadrature, two sets of random points are compared.
+    """
+    some = g[:_COMPARED]
+    orders: tuple[int | None, ...] = posterior.orders() or (None, None)
+    for coarse, fine in zip(orders, orders[1:], strict=False):
+        gap = posterior.marginal(factors, some, order=coarse) - posterior.marginal(factors, some, order=fine)
+        if bool(gap.isfinite().all()) and float(gap.std()) < _TOLERANCE and float(gap.mean().abs()) < _OFFSET:
+            return fine, ""
+    return orders[-1], (
+        f"The elements of a plate are integrated out to {float(gap.std()):.2g} nats only, so the weights are not known well"
+    )
+
+
+def _look(log_joint: LogJoint, drawn: _GuideDraws) -> Exploration:
+    """Look for modes that the draws miss; no chains are run, since each element has weights of its own."""
+    found = uncovered(log_joint, drawn.vectors[:_LOOKED], lambda x: x, log_joint)
+    return Exploration(other_modes=len(found))

@@ -1,0 +1,397 @@
+r"""A posterior that follows the plates of a model: globals by a flow, the latents of each element given them.
+
+.. math:: q(g, e) = q(g) \prod_j N\big(e_j;\ P_j^{-1} R_j^\top t_j,\ P_j^{-1}\big), \qquad P_j = I + R_j^\top R_j
+
+:math:`e_j` are the latents of element j in units of their prior given the globals. Of the upper triangular :math:`R_j` the
+logarithm of the diagonal and the other entries, and of :math:`t_j` all, are linear in the whitened globals :math:`w`. It is what
+Bayes' rule gives for a normal prior :math:`N(0, I)` and normal data :math:`R_j e_j \approx t_j`, so the posterior of a normal
+hierarchy is of this form however it is centred, with :math:`R_j = \tau / \sigma_j` and :math:`t_j = (y_j - \mu) / \sigma_j`. Its
+size and cost are linear in the elements.
+
+What is trained and judged is the marginal of the globals. The elements are integrated out,
+
+.. math:: \log \hat p(x, g) = r(g) + \sum_j \log \sum_k \omega_k\,
+          \exp\big(\ell_j(g, e_{jk}) - \log q(e_{jk} \mid g)\big),
+
+by Gauss-Hermite quadrature around :math:`q(e_j \mid g)` where elements have one or two latents (Naylor & Smith 1982), and by
+importance sampling where they have more (Geffner & Domke 2022, "Variational inference with locally enhanced bounds for
+hierarchical models", arXiv 2203.04432). The quadrature of a product of thousands of integrals is exact to some 1e-3 nats, where
+64 draws of each leave a noise of .1 to .6.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Categorical, Distribution, Transform, constraints
+
+from pyro_dgm.core import DistributionModule, zuko
+from pyro_dgm.guides.modes import WhitenedPosterior
+from pyro_dgm.model.elements import Elements, Factors
+
+__all__ = ["LocalNormals", "Nodes", "PlatedPosterior", "WithNormals", "quadrature"]
+
+_WIDEST = 3.0  # standard deviation of an element before anything is known of it, in units of its prior
+_BOUND = 8.0  # on |log diagonal of R|
+_ORDERS = {1: (9, 13, 21, 33), 2: (5, 7, 11)}  # of quadratures, coarse to fine, by the latents of an element
+_DRAWS = 16  # in its place, of elements with more latents
+_ROWS = 2**20  # element evaluations at once
+_LEAST = 16  # draws of the globals, however many elements there are
+
+
+class Nodes(NamedTuple):
+    """Points of a standard normal: ``z (K, J, F)`` or ``(K, n, J, F)``, with their log weights ``(K,)``."""
+
+    z: Tensor
+    log_weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.log_weight)
+
+
+def quadrature(features: int, order: int, like: Tensor) -> Nodes:
+    """Gauss-Hermite points, ``order`` each way, the same for all elements and draws."""
+    points, weights = np.polynomial.hermite_e.hermegauss(order)
+    grid = torch.cartesian_prod(*[torch.as_tensor(points)] * features).reshape(-1, features)
+    log_weight = torch.as_tensor(np.log(weights / weights.sum()))
+    total = torch.cartesian_prod(*[log_weight] * features).reshape(-1, features).sum(-1)
+    return Nodes(grid[:, None, None].to(like), total.to(like))
+
+
+class LocalNormals(nn.Module):
+    """Latents of J elements given the whitened globals, F of each.
+
+    Args:
+        elements: where they stand in the vector of all latents.
+        size: the number of globals.
+        loc, scale: where all of them are before anything is known, ``(J, F)``, and how wide.
+    """
+
+    index: Tensor
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, elements: Elements, size: int, loc: Tensor, scale: float) -> None:
+        super().__init__()
+        count, features = elements.index.shape
+        self.features = features
+        self.plate = elements.plate
+        self.sites = elements.sites
+        self.register_buffer("index", elements.index.clone())
+        self.register_buffer("loc", loc.clone())
+        self.register_buffer("scale", torch.full_like(loc, max(_WIDEST, 1.01 * scale)))
+        self.shift = nn.Parameter(loc.new_zeros(count, features, 1 + size))
+        self.log_root = nn.Parameter(loc.new_zeros(count, features, 1 + size))
+        self.tilt = nn.Parameter(loc.new_zeros(count, features, features, 1 + size if features > 1 else 0))
+        with torch.no_grad():
+            self.log_root[..., 0] = 0.5 * torch.log((self.scale / scale).square() - 1.0)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def elements(self) -> Elements:
+        """What it was made for."""
+        return Elements(self.plate, self.sites, self.index.cpu())
+
+    def given(self, w: Tensor) -> LocalLaw:
+        """The law of the elements for whitened globals ``(*batch, G)``."""
+        h = torch.cat([torch.ones_like(w[..., :1]), w], -1)
+        shift = torch.einsum("...h,jfh->...jf", h, self.shift)
+        root = torch.einsum("...h,jfh->...jf", h, self.log_root).clamp(-_BOUND, _BOUND).exp()
+        if self.features == 1:
+            return LocalLaw(shift, root[..., None], self.loc, self.scale)
+        tilt = torch.triu(torch.einsum("...h,jfkh->...jfk", h, self.tilt), 1)
+        return LocalLaw(shift, torch.diag_embed(root) + tilt, self.loc, self.scale)
+
+
+class LocalLaw:
+    """Normal laws of J elements, each with F latents: ``shift (*batch, J, F)``, ``root (*batch, J, F, F)``."""
+
+    def __init__(self, shift: Tensor, root: Tensor, loc: Tensor, scale: Tensor) -> None:
+        self.shift = shift
+        self.root = root
+        self.loc = loc
+        self.scale = scale
+        self.alone = shift.shape[-1] == 1
+        if self.alone:
+            self.tril = (1.0 + root.square()).sqrt()
+            self.mean = root[..., 0] * shift / self.tril[..., 0].square()
+        else:
+            precision = root.mT @ root + torch.eye(shift.shape[-1]).to(shift)
+            self.tril = torch.linalg.cholesky(precision)
+            self.mean = torch.cholesky_solve(root.mT @ shift[..., None], self.tril)[..., 0]
+
+    def place(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents of standard normal z ``(..., J, F)``, and log determinants ``(..., J)``."""
+        if self.alone:
+            e = self.mean + z / self.tril[..., 0]
+        else:
+            e = self.mean + torch.linalg.solve_triangular(self.tril.mT, z[..., None], upper=True)[..., 0]
+        return self.loc + self.scale * e, self._ladj()
+
+    def undo(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The z of latents, and the log determinants of :meth:`place`."""
+        e = (u - self.loc) / self.scale - self.mean
+        z = self.tril[..., 0] * e if self.alone else (self.tril.mT @ e[..., None])[..., 0]
+        return z, self._ladj()
+
+    def _ladj(self) -> Tensor:
+        return self.scale.log().sum(-1) - self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+class PlatedPosterior(DistributionModule):
+    """A family over :math:`R^D` of which some entries are latents of elements, given the others.
+
+    Args:
+        family: of the globals, over vectors of length G.
+        loc: the centre, shape ``(D,)``.
+        scale: the standard deviation at the start, in each dimension.
+        elements: of the model's plates.
+    """
+
+    order: Tensor
+    place: Tensor
+
+    def __init__(self, family: DistributionModule, loc: Tensor, scale: float, elements: list[Elements]) -> None:
+        super().__init__(len(loc), support=constraints.real_vector)
+        inside = torch.cat([each.index.reshape(-1) for each in elements])
+        outside = torch.ones(len(loc), dtype=torch.bool, device="cpu")
+        outside[inside] = False
+        free = outside.nonzero()[:, 0]
+        self.size = len(free)
+        self.outer = WhitenedPosterior(family, loc[free.to(loc.device)], scale)
+        self.locals = nn.ModuleList(
+            LocalNormals(each, self.size, loc[each.index.to(loc.device)], scale) for each in elements
+        )
+        self.register_buffer("order", torch.cat([free, inside]))
+        self.register_buffer("place", self.order.argsort())
+
+    @property
+    def affine(self) -> nn.Parameter:
+        """Shift and log scale of the globals."""
+        return self.outer.affine
+
+    @property
+    def family(self) -> DistributionModule:
+        """That of the globals."""
+        return self.outer.family
+
+    @property
+    def groups(self) -> list[LocalNormals]:
+        """The latents of elements."""
+        return [each for each in self.locals if isinstance(each, LocalNormals)]
+
+    def buffer_version(self) -> int:
+        """A number that grows when the whitening is set."""
+        return self.outer.buffer_version() + sum(g.loc._version + g.scale._version for g in self.groups)
+
+    @torch.no_grad()
+    def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Set the whitening of the globals; the laws of the elements stay as they are, told in the new units."""
+        outer = self.outer
+        turned = torch.linalg.solve_triangular(outer.scale_tril, scale_tril, upper=False)
+        moved = torch.linalg.solve_triangular(outer.scale_tril, (loc - outer.loc)[:, None], upper=False)[:, 0]
+        for answer in (p for group in self.groups for p in group.parameters() if p.numel()):
+            constant, linear = answer[..., :1], answer[..., 1:]
+            answer.copy_(torch.cat([constant + (linear @ moved)[..., None], linear @ turned], -1))
+        outer.whiten(loc, scale_tril)
+
+    def build(self, context: Tensor | None) -> Distribution:
+        inner = self.outer.family.checked_build(context)
+        if not isinstance(inner, zuko.distributions.NormalizingFlow):
+            raise NotImplementedError(
+                f"AutoFlow: {type(self.outer.family).__name__} is no transform of a base distribution."
+            )
+        base = WithNormals(inner.base, len(self.order) - self.size)
+        return zuko.distributions.NormalizingFlow(_Head(inner.transform, self.size), base)
+
+    def bijection(self, built: Any) -> Transform:
+        inner = zuko.distributions.NormalizingFlow(built.transform.inner, built.base.base)
+        return _Placed(self, self.outer.bijection(inner))
+
+    def white(self, g: Tensor) -> Tensor:
+        """Whitened globals ``(*batch, G)``."""
+        rows = (g - self.outer.loc).reshape(-1, self.size)
+        return torch.linalg.solve_triangular(self.outer.scale_tril.mT, rows, upper=True, left=False).reshape(g.shape)
+
+    def join(self, g: Tensor, latents: list[Tensor]) -> Tensor:
+        """Vectors ``(*batch, D)`` of globals ``(*batch, G)`` and latents of each group of elements ``(*batch, J, F)``."""
+        return self.in_order(g, latents)[..., self.place]
+
+    def in_order(self, g: Tensor, latents: list[Tensor]) -> Tensor:
+        """The same, globals first."""
+        return torch.cat([g, *(each.reshape(*g.shape[:-1], -1) for each in latents)], -1)
+
+    def cut(self, ordered: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Globals and the latents of each group, of vectors with the globals first."""
+        g, *rest = ordered.split([self.size, *(each.index.numel() for each in self.groups)], -1)
+        return g, [r.reshape(*r.shape[:-1], *each.index.shape) for r, each in zip(rest, self.groups, strict=True)]
+
+    # --- Elements integrated out ---
+
+    def orders(self) -> tuple[int, ...]:
+        """Of the quadratures that there are, coarse to fine; none where elements have more latents, or differ in number."""
+        features = {group.features for group in self.groups}
+        return _ORDERS.get(features.pop(), ()) if len(features) == 1 else ()
+
+    def nodes(self, n: int, draws: int | None = None, order: int | None = None) -> list[Nodes]:
+        """Points of each group for n draws of the globals: of a quadrature, or random where there is none or ``draws``."""
+        like = self.outer.loc
+        orders = self.orders()
+        if draws is None and orders:
+            return [quadrature(group.features, order or orders[0], like) for group in self.groups]
+        count = draws or _DRAWS
+        each = [torch.randn(count, n, len(group), group.features).to(like) for group in self.groups]
+        return [Nodes(z, like.new_full((count,), -math.log(count))) for z in each]
+
+    def particles(self, most: int) -> int:
+        """How many draws of the globals are taken at once."""
+        each = sum(map(len, self.groups)) * len(self.nodes(1)[0])
+        return max(_LEAST, min(most, _ROWS // each))
+
+    def marginal(self, factors: Factors, g: Tensor, order: int | None = None) -> Tensor:
+        """The log density of globals ``(n, G)`` with the elements integrated out, in nats, summed in float64."""
+        made = self.inner(factors, g, order=order)
+        return made.rest.double() + made.integral.double().sum(-1)
+
+    def inner(self, factors: Factors, g: Tensor, draws: int | None = None, order: int | None = None) -> Inner:
+        """Each element at some points given globals ``(n, G)``; at ``draws`` random ones, where that is asked."""
+        n = len(g)
+        w = self.white(g)
+        nodes = self.nodes(n, draws, order)
+        count = len(nodes[0])
+        placed = [group.given(w).place(each.z) for group, each in zip(self.groups, nodes, strict=True)]
+        latents = [u.expand(count, n, *u.shape[-2:]) for u, _ in placed]
+        u = self.join(g.expand(count, *g.shape), latents)
+        rest, local = factors(u.reshape(count * n, -1))
+        log_q = [_log_normal(each.z) - ladj for each, (_, ladj) in zip(nodes, placed, strict=True)]
+        log_ratio = local.reshape(count, n, -1) - torch.cat(log_q, -1)
+        weighted = log_ratio + nodes[0].log_weight[:, None, None]
+        return Inner(rest.reshape(count, n)[0], weighted.logsumexp(0), latents, weighted, log_ratio)
+
+    @torch.no_grad()
+    def chosen(self, g: Tensor, made: Inner) -> Tensor:
+        """Vectors ``(n, D)``: of each element one of its points, in proportion to their weights."""
+        k = Categorical(logits=made.weighted.permute(1, 2, 0)).sample()
+        kept = []
+        for latents, own in zip(made.latents, k.split([len(group) for group in self.groups], -1), strict=True):
+            kept.append(latents.gather(0, own[None, :, :, None].expand(1, *latents.shape[1:]))[0])
+        return self.join(g, kept)
+
+
+class Inner(NamedTuple):
+    """Elements at K points given n draws of the globals.
+
+    Attributes:
+        rest: log density of what belongs to no element, ``(n,)``.
+        integral: logarithm of the integral over each element, ``(n, J)``.
+        latents: the points of each group, ``(K, n, J, F)``.
+        weighted: logarithm of each point's part of the integral, ``(K, n, J)``.
+        log_ratio: log density over that of q, ``(K, n, J)``.
+    """
+
+    rest: Tensor
+    integral: Tensor
+    latents: list[Tensor]
+    weighted: Tensor
+    log_ratio: Tensor
+
+
+def _log_normal(z: Tensor) -> Tensor:
+    return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2.0 * math.pi)
+
+
+class WithNormals(Distribution):
+    """A base distribution with independent standard normals behind it."""
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, base: Any, more: int, batch_shape: Any = ()) -> None:
+        self.base = base
+        self.more = more
+        super().__init__(Size(batch_shape), Size((base.event_shape[0] + more,)), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> WithNormals:
+        return WithNormals(self.base.expand(batch_shape), self.more, batch_shape)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        x = self.base.rsample(sample_shape)
+        return torch.cat([x, torch.randn(*x.shape[:-1], self.more).to(x)], -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        x, z = value.split([value.shape[-1] - self.more, self.more], -1)
+        return self.base.log_prob(x) + _log_normal(z)
+
+
+class _Head(Transform):
+    """A transform of the first entries of vectors."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, inner: Any, size: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.size = size
+
+    @property
+    def inv(self) -> _Head:
+        return _Head(self.inner.inv, self.size)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The image and the log-determinant, in one pass."""
+        y, ladj = self.inner.call_and_ladj(x[..., : self.size])
+        more = ladj.dim() - x.dim() + 1
+        return torch.cat([y, x[..., self.size :]], -1), ladj.flatten(-more).sum(-1) if more else ladj
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inv.call_and_ladj(y)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[1]
+
+
+class _Placed(Transform):
+    """From a flow's globals and standard normals to the vector of all latents."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, posterior: PlatedPosterior, outer: Transform) -> None:
+        super().__init__()
+        self.posterior = posterior
+        self.outer = outer
+
+    def call_and_ladj(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The image and the log-determinant, in one pass."""
+        own = self.posterior
+        x, zs = own.cut(v)
+        g = self.outer(x)
+        ladj = self.outer.log_abs_det_jacobian(x, g)
+        w = own.white(g)
+        placed = [group.given(w).place(z) for group, z in zip(own.groups, zs, strict=True)]
+        return own.join(g, [u for u, _ in placed]), ladj + sum(d.sum(-1) for _, d in placed)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        own = self.posterior
+        g, latents = own.cut(y[..., own.order])
+        w = own.white(g)
+        zs = [group.given(w).undo(u)[0] for group, u in zip(own.groups, latents, strict=True)]
+        return own.in_order(self.outer.inv(g), zs)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[1]

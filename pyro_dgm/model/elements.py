@@ -1,0 +1,198 @@
+r"""Elements of a plate: latents that are independent of those of other elements, given the global ones.
+
+.. math:: \log p(x, \theta) = r(g) + \sum_j \ell_j(g, e_j)
+
+with global latents :math:`g` and latents :math:`e_j` of element j. Which entry of which term of the log joint belongs to
+which element is found by moving them: each of :math:`\log_2 J` pairs of runs moves half of the elements and then the other
+half, by the binary digits of j. An entry that both runs change depends on two elements, and the model is no such product. Data
+in a plate of their own, as in ``theta[group]``, are found to belong to their group as those in a nested plate are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.model.coordinates import Coordinates, Latent, in_units_of
+from pyro_dgm.model.log_joint import LogJoint
+from pyro_dgm.model.sites import Site, latent_sites, plate_frames
+
+__all__ = ["Elements", "Factors", "NotFactoredError", "elements_of", "relative_sites"]
+
+# Chosen by hand; not measured.
+_FEWEST = 8  # elements of a plate that are told apart
+_MOST_EACH = 16  # latents of an element: a Cholesky factor of theirs is taken at every draw
+_ROUNDS = 3  # in which owners are looked for, around different points: in one, a change may cancel by chance
+_CHANGE = 1e-5  # relative change of an entry that is more than rounding
+
+
+class NotFactoredError(ValueError):
+    """The model is no product over elements."""
+
+
+@dataclass(frozen=True)
+class Elements:
+    """The latents of a plate's elements.
+
+    Attributes:
+        plate: its name; several joined by a comma.
+        sites: the latents inside.
+        index: where the F latents of each of the J elements stand in the vector of all, ``(J, F)``.
+    """
+
+    plate: str
+    sites: tuple[str, ...]
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def elements_of(trace: poutine.Trace, coordinates: Coordinates) -> list[Elements]:
+    """Plates of some size that hold latents, those that overlap together; nested latents belong to the outer element."""
+    sites = {k: s for k, s in latent_sites(trace) if k in coordinates.latents}
+    frames = {k: {f.name: f.dim for f in plate_frames(s)} for k, s in sites.items()}
+    start = dict(_starts(coordinates))
+    found = []
+    for cluster in _clusters({k: set(f) for k, f in frames.items() if f}):
+        shared = set.intersection(*(set(frames[k]) for k in cluster))
+        plates = sorted(shared, key=lambda p: frames[cluster[0]][p])
+        if not plates:
+            continue
+        parts = [_rows(coordinates.latents[k], start[k], [frames[k][p] for p in plates]) for k in cluster]
+        index = torch.cat(parts, 1)
+        if len(index) >= _FEWEST and index.shape[1] <= _MOST_EACH:
+            found.append(Elements(", ".join(plates), tuple(cluster), index))
+    return found
+
+
+def relative_sites(trace: poutine.Trace, elements: list[Elements]) -> frozenset[str]:
+    """The latents in elements whose prior has a location and a scale."""
+    inside = {k for each in elements for k in each.sites}
+    return frozenset(k for k, s in latent_sites(trace) if k in inside and _is_located(s))
+
+
+def _is_located(site: Site) -> bool:
+    return in_units_of(site["fn"]) is not None
+
+
+def _starts(coordinates: Coordinates) -> Iterator[tuple[str, int]]:
+    at = 0
+    for name, latent in coordinates.latents.items():
+        yield name, at
+        at += latent.inner.numel()
+
+
+def _clusters(plates: dict[str, set[str]]) -> list[list[str]]:
+    """Sites that share plates, directly or by way of others."""
+    clusters: list[tuple[set[str], list[str]]] = []
+    for name, own in plates.items():
+        near = [c for c in clusters if c[0] & own]
+        clusters = [c for c in clusters if not c[0] & own]
+        clusters.append((own.union(*(c[0] for c in near)), [k for c in near for k in c[1]] + [name]))
+    return [names for _, names in clusters]
+
+
+def _rows(latent: Latent, start: int, dims: list[int]) -> Tensor:
+    """Where a site's entries stand in the vector, one row for each element of the plates at these dimensions."""
+    index = torch.arange(start, start + latent.inner.numel(), device="cpu").reshape(latent.inner)
+    axes = [d + index.dim() - latent.inner_dim for d in dims]
+    index = index.movedim(axes, list(range(len(axes))))
+    return index.reshape(math.prod(index.shape[: len(axes)]), -1)
+
+
+class Factors:
+    """The log joint as a sum over elements: which entries of its terms belong to which element.
+
+    Raises:
+        NotFactoredError: where an entry depends on two elements, where the parts do not add up to the log joint, and where
+            the model does not run in a plate.
+    """
+
+    def __init__(self, log_joint: LogJoint, elements: list[Elements]) -> None:
+        if log_joint.how != "plate" or log_joint.rounds > 1:
+            raise NotFactoredError("the model does not run in a plate")
+        self.log_joint = log_joint
+        self.elements = elements
+        self.count = sum(map(len, elements))
+        with fork_rng(0), torch.no_grad():
+            self.owners = self._owners()
+            self._refuse_another_sum()
+
+    def is_of(self, log_joint: LogJoint) -> bool:
+        """Whether it was made for this model and these arguments."""
+        engine = self.log_joint.engine
+        return engine.model == log_joint.engine.model and engine.is_called_with(
+            log_joint.engine.args, log_joint.engine.kwargs
+        )
+
+    def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Of vectors ``(N, D)``: what belongs to no element ``(N,)``, and what belongs to each ``(N, J)``, in nats."""
+        terms = self.log_joint.terms(u)
+        dtype = max((t.dtype for t in terms), key=lambda d: d.itemsize)  # data may be more precise than latents
+        rest = torch.zeros(len(u), dtype=dtype, device=u.device)
+        local = torch.zeros(len(u), self.count + 1, dtype=dtype, device=u.device)
+        for term, owner in zip(terms, self.owners, strict=True):
+            if owner is None:
+                rest = rest + term.sum(-1)
+            elif len(owner) == self.count and bool(self._in_order[id(owner)]):
+                local = local + torch.nn.functional.pad(term, (0, 1))
+            else:
+                local = local.index_add(1, owner.to(term.device), term.to(dtype))
+        return rest + local[:, -1], local[:, :-1]
+
+    def _owners(self) -> list[Tensor | None]:
+        """For each term the element of each entry; J for those that belong to none, and None where all do."""
+        looks = [self._changed() for _ in range(_ROUNDS)]
+        owners = [self._owner_of(torch.stack(seen).any(0)) for seen in zip(*looks, strict=True)]
+        kept = [None if bool((o == self.count).all()) else o for o in owners]
+        own = torch.arange(self.count)
+        self._in_order = {id(o): len(o) == self.count and torch.equal(o, own) for o in kept if o is not None}
+        return kept
+
+    def _changed(self) -> list[Tensor]:
+        """Which entries of each term change, ``(digits, 2, entries)``, with either half of the elements."""
+        u = self._somewhere()
+        digits = range(max(1, (self.count - 1).bit_length()))
+        moved = [u, *(self._moved(u, bit, on) for bit in digits for on in (True, False))]
+        terms = self.log_joint.terms(torch.stack(moved))
+        if not all(bool(t.isfinite().all()) for t in terms):
+            raise NotFactoredError("a term is not finite")
+        far = [(t[1:] - t[:1]).abs() > _CHANGE * (1.0 + t[:1].abs()) for t in terms]
+        return [f.reshape(len(digits), 2, -1).cpu() for f in far]
+
+    def _somewhere(self) -> Tensor:
+        loc = self.log_joint.guide._init_loc().detach()
+        return loc + 0.3 * torch.randn_like(loc)
+
+    def _moved(self, u: Tensor, bit: int, on: bool) -> Tensor:
+        """The vector with all elements moved whose number has this binary digit."""
+        u = u.clone()
+        first = 0
+        for each in self.elements:
+            number = torch.arange(first, first + len(each))
+            rows = each.index[((number >> bit) & 1) == int(on)].to(u.device).reshape(-1)
+            u[rows] += 0.5 + torch.rand(len(rows)).to(u)
+            first += len(each)
+        return u
+
+    def _owner_of(self, changed: Tensor) -> Tensor:
+        """The element whose number has the digits of the halves that change an entry."""
+        on, off = changed.unbind(1)
+        owned = (on | off).any(0)
+        if bool((on == off)[:, owned].any()):
+            raise NotFactoredError("a term of its density depends on several elements")
+        digits = torch.arange(len(on))[:, None]
+        return torch.where(owned, (on.long() << digits).sum(0), self.count)
+
+    def _refuse_another_sum(self) -> None:
+        u = torch.stack([self._somewhere() for _ in range(3)])
+        rest, local = self(u)
+        if not torch.allclose(rest + local.sum(-1), self.log_joint(u), rtol=1e-4, atol=1e-2):
+            raise NotFactoredError("its terms do not add up")

@@ -1,0 +1,166 @@
+"""Hierarchies of 8 to 10,000 groups: AutoFlow to its verdict, beside exact numbers and NumPyro's NUTS.
+
+Groups of normal data, counts with exposure, or five trials each, centred or not: ``--only poisson:1000 normal:50:n`` takes some rows
+(n: non-centred). Exact numbers are by fine grids, over each group and over the two globals. NUTS has four chains of
+1,000 draws after 1,000, on the non-centred model; it is left out where NumPyro is not installed. CPU seconds of the process, compilation included, one thread; set XLA_FLAGS for NumPyro's.
+"""
+
+import math
+import os
+import time
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+
+import pyro_dgm as dgm
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+KINDS, GROUPS = ("normal", "poisson", "binomial"), (8, 50, 200, 1000, 10_000)
+NUTS_MOST = 1000  # groups up to which NUTS is run without being asked for
+
+
+def likelihood(kind, theta, known):
+    if kind == "normal":
+        return dist.Normal(theta, known)
+    if kind == "poisson":
+        return dist.Poisson((theta + known.log()).exp())
+    return dist.Binomial(5, logits=theta)
+
+
+def drawn(kind, groups, seed):
+    generator = torch.Generator().manual_seed(seed)
+    theta = 1.0 + 0.7 * torch.randn(groups, generator=generator)
+    known = 0.5 + torch.rand(groups, generator=generator) * (1.0 if kind == "normal" else 4.0)
+    with pyro.util.ignore_jit_warnings():
+        pyro.set_rng_seed(seed)
+        return known, likelihood(kind, theta, known).sample()
+
+
+def model_of(kind, centred):
+    def model(known, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(2.0))
+        with pyro.plate("group", len(known)):
+            if centred:
+                theta = pyro.sample("theta", dist.Normal(mu, tau))
+            else:
+                theta = pyro.deterministic("theta", mu + tau * pyro.sample("eta", dist.Normal(0.0, 1.0)))
+            pyro.sample("y", likelihood(kind, theta, known), obs=y)
+
+    return model
+
+
+def exact(kind, known, y, loc, sd):
+    """Means and sds of mu, log tau and theta, and the log evidence."""
+    z = torch.linspace(-7.5, 7.5, 301).double()[:, None]
+    log_w = dist.Normal(0.0, 1.0).log_prob(z) + math.log(15.0 / 300)
+    axes = [torch.linspace(-5.0, 5.0, 21).double() * s + m for m, s in zip(loc, sd, strict=True)]
+    found = []
+    for mu in axes[0]:
+        for log_tau in axes[1]:
+            theta = mu + log_tau.exp() * z
+            each = likelihood(kind, theta, known.double()).log_prob(y.double()) + log_w
+            prior = dist.Normal(0.0, 5.0).log_prob(mu) + dist.HalfCauchy(2.0).log_prob(log_tau.exp()) + log_tau
+            share = each.softmax(0)
+            mean = (share * theta).sum(0)
+            found.append((each.logsumexp(0).sum() + prior, mean, (share * theta.square()).sum(0)))
+    log_p = torch.stack([f[0] for f in found])
+    weight = log_p.softmax(0)
+    grid = torch.cartesian_prod(*axes)
+    mean = weight @ grid
+    cell = math.prod(float(a[1] - a[0]) for a in axes)
+    theta = weight @ torch.stack([f[1] for f in found])
+    square = weight @ torch.stack([f[2] for f in found])
+    return (
+        mean,
+        (weight @ (grid - mean).square()).sqrt(),
+        float(log_p.logsumexp(0)) + math.log(cell),
+        theta,
+        (square - theta**2).sqrt(),
+    )
+
+
+def ours(kind, known, y, centred, seed):
+    """CPU seconds, verdict, and draws of mu, log tau and theta."""
+    pyro.clear_param_store()
+    model = model_of(kind, centred)
+    began = time.process_time()
+    guide = dgm.AutoFlow(model, structure="plates")
+    dgm.fit(dgm.STL_ELBO()(model, guide), (known, y), seed=seed, progress=False)
+    fitted = time.process_time()
+    idata = dgm.from_svi(model, guide, known, y, seed=seed, prior=0, num_chains=4,
+                         num_samples=1000 if len(known) <= 1000 else 250, log_likelihood=False, posterior_predictive=False)  # fmt: skip
+    verdict = dgm.khat(idata)
+    seconds = (fitted - began, time.process_time() - fitted)
+    draws = [torch.as_tensor(idata.posterior[k].values).double() for k in ("mu", "tau", "theta")]
+    draws = [d.reshape(-1, *d.shape[2:]) for d in draws]
+    return seconds, verdict, torch.stack([draws[0], draws[1].log()], -1), draws[2]
+
+
+def nuts(kind, known, y, seed):
+    """CPU seconds of NumPyro's NUTS, and draws of mu and log tau; None where it is not installed."""
+    try:
+        import jax
+        import numpyro
+        import numpyro.distributions as nd
+        from numpyro.infer import MCMC, NUTS
+    except ImportError:
+        return None
+    known, y = np.asarray(known), np.asarray(y)
+
+    def model():
+        mu = numpyro.sample("mu", nd.Normal(0.0, 5.0))
+        tau = numpyro.sample("tau", nd.HalfCauchy(2.0))
+        with numpyro.plate("group", len(known)):
+            theta = mu + tau * numpyro.sample("eta", nd.Normal(0.0, 1.0))
+            law = {
+                "normal": lambda: nd.Normal(theta, known),
+                "poisson": lambda: nd.Poisson(jax.numpy.exp(theta) * known),
+                "binomial": lambda: nd.Binomial(5, logits=theta),
+            }
+            numpyro.sample("y", law[kind](), obs=y)
+
+    began = time.process_time()
+    mcmc = MCMC(
+        NUTS(model), num_warmup=1000, num_samples=1000, num_chains=4, chain_method="sequential", progress_bar=False
+    )
+    mcmc.run(jax.random.PRNGKey(seed))
+    samples = mcmc.get_samples()
+    return time.process_time() - began, np.stack([samples["mu"], np.log(samples["tau"])], -1)
+
+
+def row(kind, groups, centred, seed):
+    known, y = drawn(kind, groups, seed)
+    seconds, verdict, outer, theta = ours(kind, known, y, centred, seed)
+    loc, sd = outer.mean(0), outer.std(0)
+    mean, spread, evidence, of_theta, sd_theta = exact(kind, known, y, loc, sd)
+    off = ((loc - mean) / spread).abs().max()
+    ratio = (sd / spread).log().abs().max()
+    local = (theta.mean(0) - of_theta).abs() / sd_theta
+    width = (theta.std(0) / sd_theta).log().abs()
+    peer = nuts(kind, known, y, seed) if groups <= NUTS_MOST else None
+    print(
+        f"| {kind} | {groups} | {'centred' if centred else 'non-centred'} | {seconds[0]:.1f} + {seconds[1]:.1f} | {verdict.status}, "
+        f"{verdict.k:.2f} | {float(off):.3f} / {float(ratio):.3f} | {float(local.quantile(0.99)):.3f} / "
+        f"{float(width.quantile(0.99)):.3f} | {verdict.log_evidence - evidence:+.3f} +- {verdict.log_evidence_error:.3f} | "
+        f"{'' if peer is None else f'{peer[0]:.1f}'} |",
+        flush=True,
+    )
+
+
+def main(arguments):
+    torch.set_num_threads(1)
+    print(
+        "| data | groups | model | CPU s: fit + verdict | verdict, k-hat | globals: mean off (sd) / log sd off | groups, 99 %: mean "
+        "/ log sd | evidence - exact | NUTS, CPU s |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    only = set(arguments.only or ())
+    for kind in KINDS:
+        for groups in GROUPS:
+            for centred in (True, False):
+                names = {kind, f"{kind}:{groups}", f"{kind}:{groups}:{'c' if centred else 'n'}", str(groups)}
+                if not only or only & names:
+                    for seed in arguments.seeds:
+                        row(kind, groups, centred, seed)

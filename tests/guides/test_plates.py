@@ -1,0 +1,351 @@
+"""Posteriors that follow plates: exact where the model is normal, linear in the elements, and judged by element."""
+
+import copy
+import math
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+
+import pyro_dgm as dgm
+from pyro_dgm.model.elements import Factors, NotFactoredError, elements_of
+from pyro_dgm.model.log_joint import LogJoint
+
+J = 60
+MU, LOG_TAU = torch.meshgrid(torch.linspace(-1.0, 3.0, 161), torch.linspace(-2.5, 1.5, 161), indexing="ij")
+
+
+def data(seed=1, groups=J):
+    generator = torch.Generator().manual_seed(seed)
+    sigma = 0.5 + torch.rand(groups, generator=generator)
+    theta = 1.0 + 0.7 * torch.randn(groups, generator=generator)
+    return sigma, theta + sigma * torch.randn(groups, generator=generator)
+
+
+def hierarchy(centred=True, likelihood=None):
+    def model(sigma, y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(2.0))
+        with pyro.plate("group", len(sigma)):
+            if centred:
+                theta = pyro.sample("theta", dist.Normal(mu, tau))
+            else:
+                theta = mu + tau * pyro.sample("eta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", likelihood(theta, sigma) if likelihood else dist.Normal(theta, sigma), obs=y)
+
+    return model
+
+
+def poisson(theta, exposure):
+    return dist.Poisson((theta + exposure.log()).exp())
+
+
+def exact(log_likelihood):
+    """Means and sds of mu and log tau, and the log evidence, on a grid; ``log_likelihood(mu, tau)`` has no elements left."""
+    tau = LOG_TAU.exp()
+    log_p = dist.Normal(0.0, 5.0).log_prob(MU) + dist.HalfCauchy(2.0).log_prob(tau) + LOG_TAU
+    log_p = (log_p + log_likelihood(MU, tau)).double()
+    weight = log_p.flatten().softmax(0)
+    points = torch.stack([MU.flatten(), LOG_TAU.flatten()], -1).double()
+    mean = weight @ points
+    cell = float((MU[1, 0] - MU[0, 0]) * (LOG_TAU[0, 1] - LOG_TAU[0, 0]))
+    return mean, (weight @ (points - mean).square()).sqrt(), float(log_p.flatten().logsumexp(0)) + math.log(cell)
+
+
+def exact_normal(sigma, y):
+    def log_likelihood(mu, tau):
+        scale = (tau[..., None].square() + sigma.square()).sqrt()
+        return dist.Normal(mu[..., None], scale).log_prob(y).sum(-1)
+
+    return exact(log_likelihood)
+
+
+def started(model, *args, **options):
+    pyro.set_rng_seed(0)
+    guide = dgm.AutoFlow(model, **options)
+    guide.warm_start(*args)
+    return guide
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_normal_hierarchy_is_right_before_the_first_step(centred):
+    """Planted: responses that are left in the old units when the globals move; the evidence is then off by 2 nats."""
+    sigma, y = data()
+    model = hierarchy(centred)
+    guide = started(model, sigma, y)
+    mean, sd, evidence = exact_normal(sigma, y)
+    assert guide.follows_plates
+    outer = guide.plated.outer
+    assert bool(((outer.loc - mean).abs() < 0.15 * sd).all())  # the best normal law of a skewed posterior
+    idata = dgm.from_svi(model, guide, sigma, y, seed=0, prior=0, num_samples=2000)
+    verdict = dgm.khat(idata)
+    assert abs(verdict.log_evidence - evidence) < 4 * verdict.log_evidence_error + 0.005
+    weight = torch.as_tensor(idata.sample_stats["log_weight"].values.ravel()).softmax(0)
+    mu = torch.as_tensor(idata.posterior["mu"].values.ravel()).double()
+    assert abs(float(weight @ mu - mean[0])) < 0.1 * float(sd[0])
+    assert verdict.rows is not None and verdict.rows.plate == "group" and verdict.rows.fine == 1.0
+
+
+def test_the_elements_given_the_globals_are_exact():
+    """Planted: the answer to the globals left out; means are then off by half a standard deviation."""
+    sigma, y = data()
+    guide = started(hierarchy(), sigma, y)
+    own = guide.plated
+    g = own.outer().sample((200,))
+    with torch.no_grad():
+        law = own.groups[0].given(own.white(g))
+    tau = g[:, 1:].exp()
+    precision = 1.0 + (tau / sigma).square()
+    mean = (tau / sigma) * (y - g[:, :1]) / sigma / precision  # of (theta - mu) / tau
+    assert float(((law.mean[..., 0] - mean) * precision.sqrt()).abs().mean()) < 0.02
+    assert float((law.tril[..., 0, 0] / precision.sqrt()).log().abs().mean()) < 0.02
+
+
+def test_counts_with_skewed_elements_are_integrated_out():
+    """Planted: one node in the place of nine, which is the bound without integration; the mean of log tau is then .3 sd off."""
+    exposure, y = data(3, 200)
+    y = torch.poisson(exposure * y.exp(), generator=torch.Generator().manual_seed(0))
+    model = hierarchy(likelihood=poisson)
+    guide = started(model, exposure, y)
+    own = guide.plated
+    factors = guide.factors_of(LogJoint(guide, model, (exposure, y), {}))
+    g = own.outer().sample((16,))
+    rows = [torch.linspace(-8.0, 8.0, 801)[:, None] * tau + mu for mu, tau in zip(g[:, 0], g[:, 1].exp(), strict=True)]
+    step = 16.0 / 800
+    with torch.no_grad():
+        marginal = own.marginal(factors, g)
+    for theta, (mu, log_tau), found in zip(rows, g, marginal, strict=True):
+        each = poisson(theta, exposure).log_prob(y) + dist.Normal(0.0, 1.0).log_prob((theta - mu) / log_tau.exp())
+        integral = float((each.double().logsumexp(0) + math.log(step)).sum())
+        prior = dist.Normal(0.0, 5.0).log_prob(mu) + dist.HalfCauchy(2.0).log_prob(log_tau.exp()) + log_tau
+        assert abs(float(found) - integral - float(prior)) < 0.02
+
+
+def test_slopes_with_a_learned_correlation():
+    generator = torch.Generator().manual_seed(2)
+    group = torch.arange(40).repeat_interleave(6)
+    x = torch.randn(240, generator=generator)
+    tril = torch.tensor([[0.8, 0.0], [-0.2, 0.4]])
+    b = torch.tensor([1.0, -0.5]) + torch.randn(40, 2, generator=generator) @ tril.T
+    y = b[group, 0] + b[group, 1] * x + 0.6 * torch.randn(240, generator=generator)
+
+    def model(group, x, y):
+        m = pyro.sample("m", dist.Normal(0.0, 3.0).expand([2]).to_event(1))
+        s = pyro.sample("s", dist.HalfNormal(2.0).expand([2]).to_event(1))
+        chol = pyro.sample("chol", dist.LKJCholesky(2, 2.0))
+        with pyro.plate("group", 40):
+            beta = pyro.sample("beta", dist.MultivariateNormal(m, scale_tril=s[..., :, None] * chol))
+        with pyro.plate("data", 240):
+            own = beta[..., group, :]
+            pyro.sample("y", dist.Normal(own[..., 0] + own[..., 1] * x, 0.6), obs=y)
+
+    guide = started(model, group, x, y)
+    assert guide.follows_plates and guide.plated.groups[0].index.shape == (40, 2)
+    verdict = dgm.khat(dgm.from_svi(model, guide, group, x, y, seed=0, prior=0, posterior_predictive=False))
+    assert verdict.gap < 0.2 and verdict.ess > 0.8 * verdict.draws and verdict.rows.fine > 0.9
+    posterior = guide.draws(500, group, x, y)["beta"].mean(0)
+    assert float((posterior - b).abs().mean()) < 0.3
+
+
+def test_densities_and_draws_agree():
+    """Planted: the determinant of one element left out."""
+    sigma, y = data(groups=30)
+    guide = started(hierarchy(), sigma, y, structure="plates")
+    q = guide.get_posterior(sigma, y)
+    u, log_q = q.rsample_and_log_prob((5,))
+    assert torch.allclose(q.log_prob(u), log_q, atol=2e-3)
+    v = torch.randn(32, dtype=torch.float64).float()
+    built = guide.plated.build(None)
+    placed = guide.plated.bijection(built)
+    jacobian = torch.autograd.functional.jacobian(placed, v).double()
+    assert abs(float(torch.linalg.slogdet(jacobian)[1]) - float(placed.call_and_ladj(v)[1])) < 1e-3
+
+
+def test_before_a_start_it_is_the_diagonal_normal():
+    sigma, y = data()
+    guide = dgm.AutoFlow(hierarchy(), init_scale=0.2).setup(sigma, y)
+    u = guide.get_posterior(sigma, y).sample((4000,))
+    assert torch.allclose(u.mean(0), guide._init_loc(), atol=0.02)
+    assert torch.allclose(u.std(0), torch.tensor(0.2), atol=0.02)
+
+
+# --- Which models have elements ---
+
+
+def coupled(sigma, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("group", len(sigma)):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+    middle = theta.mean(-1, keepdim=True) if theta.dim() else theta
+    with pyro.plate("data", len(sigma)):
+        pyro.sample("y", dist.Normal(theta - middle, sigma), obs=y)
+
+
+def nested(sigma, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("group", 20, dim=-2):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        with pyro.plate("item", 3, dim=-1):
+            phi = pyro.sample("phi", dist.Normal(theta, 0.5))
+            pyro.sample("y", dist.Normal(phi, sigma.reshape(20, 3)), obs=y.reshape(20, 3))
+
+
+def crossed(sigma, y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("row", 30):
+        a = pyro.sample("a", dist.Normal(mu, 1.0))
+    with pyro.plate("column", 30):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(sigma)):
+        i = torch.arange(len(sigma))
+        pyro.sample("y", dist.Normal(a[..., i % 30] + b[..., (7 * i) // 2 % 30], sigma), obs=y)
+
+
+@pytest.mark.parametrize("model", [coupled, crossed])
+def test_where_elements_hang_together_there_is_one_flow(model):
+    """Planted: owners by one half of each pair of runs, without the other; both models then count as products."""
+    sigma, y = data()
+    assert not dgm.AutoFlow(model).setup(sigma, y).follows_plates
+    with pytest.raises(ValueError, match="structure='plates', but a term of its density depends on several elements"):
+        dgm.AutoFlow(model, structure="plates").setup(sigma, y)
+
+
+def test_nested_latents_belong_to_the_outer_element():
+    sigma, y = data()
+    guide = started(nested, sigma, y)
+    assert guide.plated.groups[0].index.shape == (20, 4)
+    verdict = dgm.khat(dgm.from_svi(nested, guide, sigma, y, seed=0, prior=0))
+    mean, variance = y.reshape(20, 3), sigma.reshape(20, 3).square() + 0.25
+    within = torch.diag_embed(variance) + 1.0
+    whole = torch.block_diag(*within) + 25.0
+    evidence = float(dist.MultivariateNormal(torch.zeros(60), whole).log_prob(mean.reshape(-1)))
+    assert abs(verdict.log_evidence - evidence) < 0.05 and verdict.status in ("good", "exact")
+
+
+def test_each_term_goes_to_its_element():
+    sigma, y = data()
+    model = hierarchy()
+    guide = dgm.AutoFlow(model).setup(sigma, y)
+    joint = LogJoint(guide, model, (sigma, y), {})
+    factors = Factors(joint, elements_of(guide.prototype_trace, guide.coordinates))
+    u = torch.randn(4, 2 + J)
+    rest, local = factors(u)
+    assert torch.allclose(rest + local.sum(-1), joint(u), atol=1e-3)
+    moved = u.clone()
+    moved[:, 2 + 7] += 1.0
+    changed = (factors(moved)[1] - local).abs() > 1e-6
+    assert changed[:, 7].all() and changed.sum() == 4
+
+
+def test_few_latents_and_a_wish_for_one_flow_have_one():
+    sigma, y = data(groups=8)
+    assert not dgm.AutoFlow(hierarchy()).setup(sigma, y).follows_plates
+    assert dgm.AutoFlow(hierarchy(), structure="plates").setup(sigma, y).follows_plates
+    assert not dgm.AutoFlow(hierarchy(), structure="joint").setup(*data()).follows_plates
+    with pytest.raises(ValueError, match="structure='plate', expected 'auto', 'plates' or 'joint'"):
+        dgm.AutoFlow(hierarchy(), structure="plate")
+    with pytest.raises(ValueError, match="no plate of 8 or more elements holds latents"):
+        dgm.AutoFlow(hierarchy(), structure="plates").setup(*data(groups=5))
+    with pytest.raises(NotFactoredError, match="does not run in a plate"):
+        guide = dgm.AutoFlow(hierarchy(), structure="plates").setup(sigma, y)
+        joint = LogJoint(guide, guide.target, (sigma, y), {}, how="vmap")
+        Factors(joint, elements_of(guide.prototype_trace, guide.coordinates))
+
+
+# --- Verdicts ---
+
+
+@pytest.mark.parametrize(
+    "fault", ["globals too narrow", "globals shifted", "an element shifted", "elements too narrow"]
+)
+def test_faults_are_seen(fault):
+    sigma, y = data()
+    model = hierarchy()
+    guide = started(model, sigma, y)
+    own, group = guide.plated, guide.plated.groups[0]
+    with torch.no_grad():
+        if fault == "globals too narrow":
+            own.affine[1] -= 0.7
+        if fault == "globals shifted":
+            own.affine[0, 0] += 0.7
+        if fault == "an element shifted":
+            group.shift[:6, 0, 0] += 8.0
+        if fault == "elements too narrow":
+            group.log_root[..., 0] += 1.5
+    verdict = dgm.khat(dgm.from_svi(model, guide, sigma, y, seed=0, prior=0))
+    assert verdict.status in ("usable", "bad"), str(verdict)
+
+
+def test_an_unfitted_guide_is_told_so():
+    sigma, y = data()
+    guide = dgm.AutoFlow(hierarchy()).setup(sigma, y)
+    verdict = dgm.khat(dgm.from_svi(hierarchy(), guide, sigma, y, seed=0, prior=0))
+    assert verdict.status == "bad" or "never fitted" in str(verdict)
+
+
+# --- As any guide ---
+
+
+def test_fit_trains_the_globals_and_ends():
+    sigma, y = data()
+    model = hierarchy()
+    pyro.clear_param_store()
+    guide = dgm.AutoFlow(model)
+    history = dgm.fit(dgm.STL_ELBO()(model, guide), (sigma, y), seed=0, progress=False, max_steps=100)
+    verdict = dgm.khat(dgm.from_svi(model, guide, sigma, y, seed=0, prior=0))
+    assert guide.follows_plates and verdict.gap < 0.03
+    assert abs(min(history.loss[-10:]) + exact_normal(sigma, y)[2]) < 0.2
+
+
+def test_stock_svi_trains_the_elements_too():
+    sigma, y = data()
+    model = hierarchy()
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = dgm.AutoFlow(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(16, vectorize_particles=True))
+    losses = [svi.step(sigma, y) for _ in range(300)]
+    assert sum(losses[-20:]) / 20 < -exact_normal(sigma, y)[2] + 15.0 < losses[0]
+    pyro.clear_param_store()
+
+
+def test_states_copies_and_pickles():
+    sigma, y = data()
+    model = hierarchy()
+    guide = started(model, sigma, y)
+    other = dgm.AutoFlow(model).setup(sigma, y)
+    other.load_state_dict(guide.state_dict())
+    u = guide.get_posterior(sigma, y).sample((3,))
+    expected = guide.get_posterior(sigma, y).log_prob(u)
+    for same in (other, copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        assert torch.equal(same.get_posterior(sigma, y).log_prob(u), expected)
+    assert other.quantiles([0.5], sigma, y)["theta"].shape == (1, J)
+
+
+def test_long_chains_run_in_its_coordinates():
+    sigma, y = data(groups=12)
+    model = hierarchy()
+    guide = started(model, sigma, y, structure="plates")
+    idata = dgm.neutra(model, guide, sigma, y, num_samples=150, warmup_steps=50, num_chains=1, seed=0, progress=False)
+    mean, sd, _ = exact_normal(sigma, y)
+    assert abs(float(idata.posterior["mu"].values.mean()) - float(mean[0])) < 0.4 * float(sd[0])
+
+
+def test_double_precision():
+    sigma, y = (t.double() for t in data())
+
+    def model(sigma, y):
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0, dtype=torch.float64), 5.0))
+        with pyro.plate("group", len(sigma)):
+            theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+    guide = started(model, sigma, y)
+    assert guide.draws(3, sigma, y)["theta"].dtype == torch.float64
+    verdict = dgm.khat(dgm.from_svi(model, guide, sigma, y, seed=0, prior=0))
+    scale = torch.diag(1.0 + sigma.square()) + 25.0
+    evidence = float(dist.MultivariateNormal(torch.zeros(J).double(), scale).log_prob(y))
+    assert abs(verdict.log_evidence - evidence) < 0.01
