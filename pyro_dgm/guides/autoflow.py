@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, frozen, zuko
+from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import check_number
@@ -36,6 +37,7 @@ __all__ = ["AutoFlow", "as_pyro"]
 
 _WIDE = 50  # latents above which a posterior follows plates by itself. Not measured; chosen by hand
 _NORMAL = 1e6  # degrees of freedom of what is normal
+_FAR_OFF = 20.0  # variance of log weights, in nats squared, above which a start is none. Not measured; chosen by hand
 _JUDGED = 256  # draws by which a posterior of many elements is judged, at least
 _LEAST_WEIGHT = 1e-3  # of a mode, by the Gaussians of the start
 
@@ -117,17 +119,38 @@ class AutoFlow(VectorGuide):
         super()._setup_prototype(*args, **kwargs)
         elements = self._find_elements(args, kwargs)
         size = self.latent_dim - sum(each.index.numel() for each in elements)
-        family = self._make_family[0](size)
-        if not isinstance(family, DistributionModule):
-            raise TypeError(
-                f"AutoFlow: family({size}) is a {type(family).__name__}, expected a family, as dgm.NSF makes one."
-            )
-        family = family.start_at_identity()
+        family = self._made_family(size)
         loc = self._init_loc().detach()
         if elements:
             self.posterior = Modes(PlatedPosterior(family, loc, self.init_scale, elements))
         else:
             self.posterior = Modes(WhitenedPosterior(family, loc, self.init_scale))
+        self._untouched = values_of(self._posterior, buffers=True)
+
+    def _made_family(self, size: int) -> DistributionModule:
+        family = self._make_family[0](size)
+        if not isinstance(family, DistributionModule):
+            raise TypeError(
+                f"AutoFlow: family({size}) is a {type(family).__name__}, expected a family, as dgm.NSF makes one."
+            )
+        return family.start_at_identity()
+
+    def _is_near(self, log_joint: LogJoint) -> bool:
+        """Whether a posterior that follows plates came near its target: else one flow may do better."""
+        with torch.no_grad(), fork_rng(0):
+            log_weight = self.integrated(log_joint, _JUDGED)[0]  # type: ignore[index]
+        return bool(log_weight.isfinite().all()) and float(log_weight.var()) < _FAR_OFF
+
+    def _become_joint(self) -> None:
+        """Have one flow over all latents, as if no plate had been found."""
+        store = pyro.get_param_store()
+        for name in [k for k in store if k.startswith(f"{self._pyro_name}.posterior")]:
+            del store[name]
+        relative = self._coordinates.relative
+        self._coordinates = replace(self._coordinates, moving=self._coordinates.moving - relative, relative=frozenset())
+        self._factors = None
+        family = self._made_family(self.latent_dim)
+        self.posterior = Modes(WhitenedPosterior(family, self._init_loc().detach(), self.init_scale))
         self._untouched = values_of(self._posterior, buffers=True)
 
     def _find_elements(self, args: Any, kwargs: Any) -> list[Elements]:
@@ -163,8 +186,11 @@ class AutoFlow(VectorGuide):
         self.centre_circles(log_joint)
         if self.follows_plates:
             start_plates(log_joint, self.factors_of(log_joint), self.plated)
-            self._start_with_tails(self.plated)
-            return
+            if self._structure == "plates" or self._is_near(log_joint):
+                self._start_with_tails(self.plated)
+                return
+            self._become_joint()
+            log_joint = LogJoint(self, self.target, args, kwargs, how=log_joint.how)
         start = find_start(log_joint)
         self._posterior.grow(len(start.loc))
         for component, loc, scale_tril in zip(self._posterior.components, start.loc, start.scale_tril, strict=True):

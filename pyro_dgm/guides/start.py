@@ -235,8 +235,7 @@ def _antithetic(m: Tensor, draws: int) -> Tensor:
     """Normal draws in pairs of opposite sign, of covariance one where they are many enough: exact for a Gaussian density."""
     e = torch.randn(len(m), draws // 2, m.shape[-1]).to(m)
     if 2 * m.shape[-1] <= draws:
-        root = torch.linalg.cholesky(e.mT @ e / e.shape[1])
-        e = torch.linalg.solve_triangular(root.mT, e, upper=True, left=False)
+        e = torch.linalg.qr(e).Q * math.sqrt(e.shape[1])
     return torch.cat([e, -e], 1)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_dgm.core.data import Fingerprints
+from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.pace import few_threads, working
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_drawn, is_factor, is_subsample, observed_sites
@@ -282,10 +283,10 @@ def _observed(
 
 def _names(wanted: Any) -> tuple[str, ...]:
     if not isinstance(wanted, (str, Sequence, Set)):
-        raise TypeError(f"simulate: observed={wanted!r}, expected a list of names of data sites.")
+        raise TypeError(f"simulate: observed={shown(wanted)}, expected a list of names of data sites.")
     names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     if not all(isinstance(k, str) for k in names):
-        raise TypeError(f"simulate: observed={wanted!r}, expected a list of names of data sites.")
+        raise TypeError(f"simulate: observed={shown(wanted)}, expected a list of names of data sites.")
     twice = sorted({str(k) for k in names if names.count(k) > 1})
     if twice:
         raise ValueError(f"simulate: observed={list(names)} names {twice} twice. Give each name once.")

@@ -349,3 +349,20 @@ def test_double_precision():
     scale = torch.diag(1.0 + sigma.square()) + 25.0
     evidence = float(dist.MultivariateNormal(torch.zeros(J).double(), scale).log_prob(y))
     assert abs(verdict.log_evidence - evidence) < 0.01
+
+
+def test_where_elements_are_not_found_near_there_is_one_flow():
+    """Gamma rates whose logarithms have prior draws at -1e3. Planted: without the way back the first loss is NaN."""
+    y = (3.0 * torch.randn(J, generator=torch.Generator().manual_seed(0)).abs()).round()
+
+    def model(y):
+        shape = pyro.sample("shape", dist.LogNormal(0.0, 1.0))
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("group", J):
+            pyro.sample("y", dist.Poisson(pyro.sample("r", dist.Gamma(shape, rate))), obs=y)
+
+    pyro.clear_param_store()
+    guide = dgm.AutoFlow(model)
+    history = dgm.fit(dgm.STL_ELBO()(model, guide), (y,), seed=0, progress=False, max_steps=20)
+    assert math.isfinite(history.loss[-1])
+    assert guide.quantiles([0.5], y)["r"].shape == (1, J)
