@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Transform, constraints
 
 from pyro_dgm.core.devices import same_bits
+from pyro_dgm.core.module import OnePass
 from pyro_dgm.core.shapes import check_number
 
 if TYPE_CHECKING:
@@ -222,15 +222,11 @@ class _Solved(NamedTuple):
     result: tuple[Tensor, Tensor]
 
 
-class FlowMap(Transform):
+class FlowMap(OnePass):
     r"""From data at time 1 to the base at time 0, or (``sampling``) from the base to data.
 
     The base draw that was solved last is remembered with its image and log-determinant, while all parameters keep their values.
     """
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
 
     def __init__(self, family: ContinuousFlow, context: Tensor | None, sampling: bool = False) -> None:
         super().__init__()
@@ -260,12 +256,3 @@ class FlowMap(Transform):
             last = _Solved(x, asked, values, self.family.solve(x, self.context, sampling=True)[:2])
             self._last = last
         return last.result
-
-    def _call(self, x: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[0]
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return self.inv.call_and_ladj(y)[0]
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[1]

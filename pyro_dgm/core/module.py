@@ -21,7 +21,16 @@ from pyro_dgm.core.shapes import ShapeAttribute, as_count, as_shape, as_tensor_l
 from pyro_dgm.core.units import InputUnits, Standardize
 from pyro_dgm.core.upstream import PyroABCMeta, drop_weak_references, zuko
 
-__all__ = ["DistributionModule", "compose", "composed", "resize_to_saved", "tensors_of", "values_of", "whole_event"]
+__all__ = [
+    "DistributionModule",
+    "OnePass",
+    "compose",
+    "composed",
+    "resize_to_saved",
+    "tensors_of",
+    "values_of",
+    "whole_event",
+]
 
 _NOTHING = nullcontext()
 _OF_DISTRIBUTIONS = {
@@ -296,6 +305,27 @@ def composed(parts: list[Transform]) -> Any:
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else zuko.transforms.ComposedTransform(*parts)
+
+
+class OnePass(Transform):
+    """Abstract: a bijection of vectors, and its inverse, that give image and log-determinant in one pass."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    @abstractmethod
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The image of ``x``, shape ``(*batch, D)``, and the log-determinant there, shape ``(*batch,)``."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inv.call_and_ladj(y)[0]  # type: ignore[attr-defined]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[1]
 
 
 def _event_support(name: str, support: constraints.Constraint | None, event_shape: Size) -> Any:

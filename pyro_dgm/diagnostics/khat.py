@@ -266,10 +266,9 @@ def khat(idata: Any) -> KHat:
 
 def _with_rows(verdict: KHat, rows: Rows | None) -> KHat:
     """The verdict with that on the rows of a plate given the rest, which may lower it."""
-    if rows is None:
-        return verdict
-    least = next(s for s in _STATUSES[1:] if rows.share(s) >= _MOST_ROWS)
-    least = "exact" if least == "good" else least
+    if rows is None or rows.fine >= _MOST_ROWS:
+        return replace(verdict, rows=rows)
+    least: Status = "usable" if rows.share("usable") >= _MOST_ROWS else "bad"
     return replace(verdict, rows=rows, status=max(verdict.status, least, key=_STATUSES.index))
 
 

@@ -23,6 +23,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from pyro_dgm.core import DistributionModule, zuko
+from pyro_dgm.core.module import OnePass
 from pyro_dgm.core.networks import soft_clip
 
 __all__ = ["TailedCoupling"]
@@ -94,12 +95,8 @@ class Conditioner(nn.Module):
         return torch.add(self.gains[0] * skip, bent, alpha=self.gains[1])
 
 
-class Couplings(Transform):
+class Couplings(OnePass):
     r"""Affine couplings :math:`b \mapsto b\, e^{s(a)} + t(a)` in pairs, each pair on an order of the coordinates of its own."""
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
 
     def __init__(self, conditioners: Sequence[nn.Module], order: Tensor, *, inverted: bool = False) -> None:
         super().__init__()
@@ -113,7 +110,6 @@ class Couplings(Transform):
         return Couplings(self.conditioners, self.order, inverted=not self.inverted)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The image and the log-determinant, in one pass."""
         log_scales: list[Tensor] = []
         pairs = list(zip(self.order, self.undo, self.conditioners[::2], self.conditioners[1::2], strict=False))
         for order, undo, first, second in reversed(pairs) if self.inverted else pairs:
@@ -134,15 +130,6 @@ class Couplings(Transform):
         log_scale = soft_clip(raw, _SOFT_BOUND)
         log_scales.append(log_scale)
         return (x - shift) * torch.exp(-log_scale) if self.inverted else torch.addcmul(shift, x, log_scale.exp())
-
-    def _call(self, x: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[0]
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return self.inv.call_and_ladj(y)[0]
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[1]
 
 
 def _orders(features: int, pairs: int) -> Iterator[Tensor]:

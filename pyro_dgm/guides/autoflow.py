@@ -117,23 +117,18 @@ class AutoFlow(VectorGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        elements = self._find_elements(args, kwargs)
-        size = self.latent_dim - sum(each.index.numel() for each in elements)
-        family = self._made_family(size)
-        loc = self._init_loc().detach()
-        if elements:
-            self.posterior = Modes(PlatedPosterior(family, loc, self.init_scale, elements))
-        else:
-            self.posterior = Modes(WhitenedPosterior(family, loc, self.init_scale))
-        self._untouched = values_of(self._posterior, buffers=True)
+        self._make_posterior(self._find_elements(args, kwargs))
 
-    def _made_family(self, size: int) -> DistributionModule:
+    def _make_posterior(self, elements: list[Elements]) -> None:
+        size = self.latent_dim - sum(each.index.numel() for each in elements)
         family = self._make_family[0](size)
         if not isinstance(family, DistributionModule):
             raise TypeError(
                 f"AutoFlow: family({size}) is a {type(family).__name__}, expected a family, as dgm.NSF makes one."
             )
-        return family.start_at_identity()
+        start = family.start_at_identity(), self._init_loc().detach(), self.init_scale
+        self.posterior = Modes(PlatedPosterior(*start, elements) if elements else WhitenedPosterior(*start))
+        self._untouched = values_of(self._posterior, buffers=True)
 
     def _is_near(self, log_joint: LogJoint) -> bool:
         """Whether a posterior that follows plates came near its target: else one flow may do better."""
@@ -149,9 +144,13 @@ class AutoFlow(VectorGuide):
         relative = self._coordinates.relative
         self._coordinates = replace(self._coordinates, moving=self._coordinates.moving - relative, relative=frozenset())
         self._factors = None
-        family = self._made_family(self.latent_dim)
-        self.posterior = Modes(WhitenedPosterior(family, self._init_loc().detach(), self.init_scale))
-        self._untouched = values_of(self._posterior, buffers=True)
+        self._make_posterior([])
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A saved guide whose start came near no product over elements has one flow: so has this one then."""
+        if f"{prefix}posterior.components.0.affine" in state and "posterior" in self._modules and self.follows_plates:
+            self._become_joint()
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def _find_elements(self, args: Any, kwargs: Any) -> list[Elements]:
         """The elements of plates that the posterior follows; from then on they are measured in units of their prior."""
@@ -235,7 +234,7 @@ class AutoFlow(VectorGuide):
         at_once = own.particles(num_particles)
         g = q.rsample((at_once if torch.is_grad_enabled() else min(num_particles, max(at_once, _JUDGED)),))
         factors = self.factors_of(log_joint)
-        with frozen(*own.locals.parameters(), own.outer.affine):
+        with frozen(*own.locals.parameters()):
             value = torch.cat([own.marginal(factors, some) for some in g.split(at_once)])
         return value - q.detach().log_prob(g), g
 

@@ -26,7 +26,13 @@ from pyro_dgm.core import DistributionModule, LearnedDistribution
 from pyro_dgm.core.module import composed
 from pyro_dgm.core.weights import stratified
 
-__all__ = ["Modes", "WhitenedPosterior", "fitted_log_weights"]
+__all__ = ["Modes", "WhitenedPosterior", "fitted_log_weights", "whitened"]
+
+
+def whitened(y: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
+    """Vectors ``(*batch, D)`` in units of a normal law."""
+    rows = (y - loc).reshape(-1, y.shape[-1])
+    return torch.linalg.solve_triangular(scale_tril.mT, rows, upper=True, left=False).reshape(y.shape)
 
 
 class Whitening(Transform):
@@ -47,9 +53,7 @@ class Whitening(Transform):
         return nn.functional.linear(torch.addcmul(self.shift, self.log_scale.exp(), x), self.scale_tril, self.loc)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        rows = (y - self.loc).reshape(-1, y.shape[-1])
-        white = torch.linalg.solve_triangular(self.scale_tril.mT, rows, upper=True, left=False).reshape(y.shape)
-        return (white - self.shift) * torch.exp(-self.log_scale)
+        return (whitened(y, self.loc, self.scale_tril) - self.shift) * torch.exp(-self.log_scale)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return (self.scale_tril.diagonal().log() + self.log_scale).sum().expand(x.shape[:-1])

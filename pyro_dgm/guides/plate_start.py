@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pyro_dgm.core.pace import steps
-from pyro_dgm.guides.plates import LocalLaw, LocalNormals, PlatedPosterior
-from pyro_dgm.guides.start import natural_step
+from pyro_dgm.guides.plates import LocalLaw, LocalNormals, PlatedPosterior, precision_of
+from pyro_dgm.guides.start import antithetic, natural_step, shortened
 from pyro_dgm.model.elements import Factors
 from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread
 
@@ -64,15 +64,13 @@ def _take_prior(log_joint: LogJoint, posterior: PlatedPosterior) -> None:
     """Whiten the globals by the prior's draws, and let the elements be as they are there."""
     u = prior_draws(log_joint, 256)
     centre, width = u.median(0).values, spread(u)
-    relative = torch.zeros(len(centre), dtype=torch.bool)
-    at = 0
-    for name, latent in log_joint.coordinates.latents.items():
-        relative[at : at + latent.inner.numel()] = name in log_joint.coordinates.relative
-        at += latent.inner.numel()
+    relative = torch.zeros_like(centre, dtype=torch.bool)
+    for name in log_joint.coordinates.relative:
+        log_joint.coordinates.parts(relative)[name].fill_(True)
     free = posterior.order[: posterior.size]
     posterior.whiten(centre[free], width[free].diag())
     for group in posterior.groups:
-        known = relative.to(group.index.device)[group.index]
+        known = relative[group.index]
         group.loc.copy_(torch.where(known, 0.0, centre[group.index]))
         group.scale.copy_(torch.where(known, 1.0, _WIDER * width[group.index]))
         for parameter in group.parameters():
@@ -83,9 +81,9 @@ def _take_prior(log_joint: LogJoint, posterior: PlatedPosterior) -> None:
 def _joint_step(log_joint: LogJoint, posterior: PlatedPosterior, n: int, rho: float, *, move: bool = True) -> None:
     """A step of the elements, and one of the globals where these ``move``."""
     outer = posterior.outer
-    w = _antithetic(n, posterior.size, outer.loc).requires_grad_()
+    w = antithetic(outer.loc[None], n)[0].requires_grad_()
     laws = [group.given(w) for group in posterior.groups]
-    zs = [_antithetic(n, each.index.numel(), outer.loc).reshape(n, *each.index.shape) for each in posterior.groups]
+    zs = [antithetic(each.loc.reshape(1, -1), n).reshape(n, *each.index.shape) for each in posterior.groups]
     placed = [law.place(z) for law, z in zip(laws, zs, strict=True)]
     g = outer.loc + w @ outer.scale_tril.mT
     value = log_joint.evaluated(posterior.join(g, [u for u, _ in placed]))  # curvature needs two derivatives
@@ -129,10 +127,9 @@ def _informed(group: LocalNormals, law: LocalLaw, u: Tensor, slope: Tensor, rho:
 
 def _near(root: Tensor, mean: Tensor, informed: Tensor) -> Tensor:
     """What moves the mean of elements to where it says, or so far at most."""
-    precision = root.mT @ root + torch.eye(root.shape[-1]).to(root)
+    precision = precision_of(root)
     move = torch.linalg.solve(precision, informed) - mean if root.shape[-1] > 1 else informed / precision[..., 0] - mean
-    length = move.norm(dim=-1, keepdim=True)
-    move = torch.where(length.isfinite(), move * (_FARTHEST / length.clamp_min(_FARTHEST)), 0.0)
+    move = torch.where(move.isfinite().all(-1, keepdim=True), shortened(move, _FARTHEST), 0.0)
     return (precision @ (mean + move)[..., None])[..., 0]
 
 
@@ -160,7 +157,7 @@ def _regress(group: LocalNormals, w: Tensor, shift: Tensor, root: Tensor) -> Non
 def _outer_step(factors: Factors, posterior: PlatedPosterior, n: int, rho: float) -> None:
     """A step of the globals with the elements integrated out."""
     outer = posterior.outer
-    w = _antithetic(n, posterior.size, outer.loc).requires_grad_()
+    w = antithetic(outer.loc[None], n)[0].requires_grad_()
     value = posterior.marginal(factors, outer.loc + w @ outer.scale_tril.mT)
     total = torch.where(value.isfinite(), value, 0.0).sum()
     (slope,) = torch.autograd.grad(total, w)
@@ -172,13 +169,6 @@ def _outer_step(factors: Factors, posterior: PlatedPosterior, n: int, rho: float
 def _move_globals(posterior: PlatedPosterior, w: Tensor, slope: Tensor, rho: float) -> None:
     """A natural-gradient step."""
     outer = posterior.outer
-    residual = slope + w
-    bound = _STEEPEST * math.sqrt(posterior.size)
-    residual = residual * (bound / residual.norm(dim=-1, keepdim=True).clamp_min(bound))
+    residual = shortened(slope + w, _STEEPEST * math.sqrt(posterior.size))
     loc, tril = natural_step(outer.loc[None], outer.scale_tril[None], w[None], residual[None], rho)
     posterior.whiten(loc[0], tril[0])
-
-
-def _antithetic(n: int, size: int, like: Tensor) -> Tensor:
-    e = torch.randn(n // 2, size).to(like)
-    return torch.cat([e, -e])

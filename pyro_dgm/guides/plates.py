@@ -22,6 +22,7 @@ hierarchical models", arXiv 2203.04432). The quadrature of a product of thousand
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,10 +31,11 @@ from torch import Size, Tensor, nn
 from torch.distributions import Categorical, Distribution, Transform, constraints
 
 from pyro_dgm.core import DistributionModule, zuko
-from pyro_dgm.guides.modes import WhitenedPosterior
+from pyro_dgm.core.module import OnePass
+from pyro_dgm.guides.modes import WhitenedPosterior, whitened
 from pyro_dgm.model.elements import Elements, Factors
 
-__all__ = ["LocalNormals", "Nodes", "PlatedPosterior", "WithNormals", "quadrature"]
+__all__ = ["LocalNormals", "Nodes", "PlatedPosterior", "WithNormals", "precision_of", "quadrature"]
 
 _WIDEST = 3.0  # standard deviation of an element before anything is known of it, in units of its prior
 _BOUND = 8.0  # on |log diagonal of R|
@@ -53,9 +55,12 @@ class Nodes(NamedTuple):
         return len(self.log_weight)
 
 
+_hermite = cache(np.polynomial.hermite_e.hermegauss)
+
+
 def quadrature(features: int, order: int, like: Tensor) -> Nodes:
     """Gauss-Hermite points, ``order`` each way, the same for all elements and draws."""
-    points, weights = np.polynomial.hermite_e.hermegauss(order)
+    points, weights = _hermite(order)
     grid = torch.cartesian_prod(*[torch.as_tensor(points)] * features).reshape(-1, features)
     log_weight = torch.as_tensor(np.log(weights / weights.sum()))
     total = torch.cartesian_prod(*[log_weight] * features).reshape(-1, features).sum(-1)
@@ -108,6 +113,11 @@ class LocalNormals(nn.Module):
         return LocalLaw(shift, torch.diag_embed(root) + tilt, self.loc, self.scale)
 
 
+def precision_of(root: Tensor) -> Tensor:
+    """:math:`I + R^\\top R`, of roots ``(*batch, F, F)``."""
+    return root.mT @ root + torch.eye(root.shape[-1]).to(root)
+
+
 class LocalLaw:
     """Normal laws of J elements, each with F latents: ``shift (*batch, J, F)``, ``root (*batch, J, F, F)``."""
 
@@ -121,8 +131,7 @@ class LocalLaw:
             self.tril = (1.0 + root.square()).sqrt()
             self.mean = root[..., 0] * shift / self.tril[..., 0].square()
         else:
-            precision = root.mT @ root + torch.eye(shift.shape[-1]).to(shift)
-            self.tril = torch.linalg.cholesky(precision)
+            self.tril = torch.linalg.cholesky(precision_of(root))
             self.mean = torch.cholesky_solve(root.mT @ shift[..., None], self.tril)[..., 0]
 
     def place(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,16 +140,13 @@ class LocalLaw:
             e = self.mean + z / self.tril[..., 0]
         else:
             e = self.mean + torch.linalg.solve_triangular(self.tril.mT, z[..., None], upper=True)[..., 0]
-        return self.loc + self.scale * e, self._ladj()
+        ladj = self.scale.log().sum(-1) - self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return self.loc + self.scale * e, ladj
 
-    def undo(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The z of latents, and the log determinants of :meth:`place`."""
+    def undo(self, u: Tensor) -> Tensor:
+        """The z of latents."""
         e = (u - self.loc) / self.scale - self.mean
-        z = self.tril[..., 0] * e if self.alone else (self.tril.mT @ e[..., None])[..., 0]
-        return z, self._ladj()
-
-    def _ladj(self) -> Tensor:
-        return self.scale.log().sum(-1) - self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return self.tril[..., 0] * e if self.alone else (self.tril.mT @ e[..., None])[..., 0]
 
 
 class PlatedPosterior(DistributionModule):
@@ -215,8 +221,7 @@ class PlatedPosterior(DistributionModule):
 
     def white(self, g: Tensor) -> Tensor:
         """Whitened globals ``(*batch, G)``."""
-        rows = (g - self.outer.loc).reshape(-1, self.size)
-        return torch.linalg.solve_triangular(self.outer.scale_tril.mT, rows, upper=True, left=False).reshape(g.shape)
+        return whitened(g, self.outer.loc, self.outer.scale_tril)
 
     def join(self, g: Tensor, latents: list[Tensor]) -> Tensor:
         """Vectors ``(*batch, D)`` of globals ``(*batch, G)`` and latents of each group of elements ``(*batch, J, F)``."""
@@ -329,12 +334,8 @@ class WithNormals(Distribution):
         return self.base.log_prob(x) + _log_normal(z)
 
 
-class _Head(Transform):
+class _Head(OnePass):
     """A transform of the first entries of vectors."""
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
 
     def __init__(self, inner: Any, size: int) -> None:
         super().__init__()
@@ -346,27 +347,13 @@ class _Head(Transform):
         return _Head(self.inner.inv, self.size)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The image and the log-determinant, in one pass."""
         y, ladj = self.inner.call_and_ladj(x[..., : self.size])
         more = ladj.dim() - x.dim() + 1
         return torch.cat([y, x[..., self.size :]], -1), ladj.flatten(-more).sum(-1) if more else ladj
 
-    def _call(self, x: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[0]
 
-    def _inverse(self, y: Tensor) -> Tensor:
-        return self.inv.call_and_ladj(y)[0]
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[1]
-
-
-class _Placed(Transform):
+class _Placed(OnePass):
     """From a flow's globals and standard normals to the vector of all latents."""
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
 
     def __init__(self, posterior: PlatedPosterior, outer: Transform) -> None:
         super().__init__()
@@ -374,7 +361,6 @@ class _Placed(Transform):
         self.outer = outer
 
     def call_and_ladj(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The image and the log-determinant, in one pass."""
         own = self.posterior
         x, zs = own.cut(v)
         g = self.outer(x)
@@ -383,15 +369,9 @@ class _Placed(Transform):
         placed = [group.given(w).place(z) for group, z in zip(own.groups, zs, strict=True)]
         return own.join(g, [u for u, _ in placed]), ladj + sum(d.sum(-1) for _, d in placed)
 
-    def _call(self, x: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[0]
-
     def _inverse(self, y: Tensor) -> Tensor:
         own = self.posterior
         g, latents = own.cut(y[..., own.order])
         w = own.white(g)
-        zs = [group.given(w).undo(u)[0] for group, u in zip(own.groups, latents, strict=True)]
+        zs = [group.given(w).undo(u) for group, u in zip(own.groups, latents, strict=True)]
         return own.in_order(self.outer.inv(g), zs)
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[1]

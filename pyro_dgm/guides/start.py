@@ -25,7 +25,7 @@ from torch import Tensor
 from pyro_dgm.core.pace import seconds_left, steps, within
 from pyro_dgm.model.log_joint import LogJoint, barrier, climbed, prior_draws, spread
 
-__all__ = ["Gaussians", "find_start", "natural_step"]
+__all__ = ["Gaussians", "antithetic", "find_start", "natural_step", "shortened"]
 
 _WIDE = 50  # dimensions from which many starts compete by their diagonals, and only the winner gets a covariance
 _WIDEST = 400  # dimensions from which it gets none: a covariance costs D^3 a step; the flow has to bend the rest
@@ -231,7 +231,7 @@ def _settled(
     return Gaussians(q.loc, q.scale_tril, _elbo(log_joint, q.loc, q.scale_tril), q.names)
 
 
-def _antithetic(m: Tensor, draws: int) -> Tensor:
+def antithetic(m: Tensor, draws: int) -> Tensor:
     """Normal draws in pairs of opposite sign, of covariance one where they are many enough: exact for a Gaussian density."""
     e = torch.randn(len(m), draws // 2, m.shape[-1]).to(m)
     if 2 * m.shape[-1] <= draws:
@@ -241,12 +241,11 @@ def _antithetic(m: Tensor, draws: int) -> Tensor:
 
 def _residuals(log_joint: LogJoint, m: Tensor, L: Tensor, draws: int, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Base draws and whitened residuals, both ``(C, S, D)``, and log densities; draws outside the support pull inwards."""
-    e = _antithetic(m, draws)
+    e = antithetic(m, draws)
     z = m[:, None] + e @ L.mT
     value, grad = log_joint.value_and_grad(z.reshape(-1, m.shape[-1]))
     r = beta.to(m)[:, None, None] * (grad.reshape(z.shape) @ L) + e
-    bound = 10.0 * math.sqrt(m.shape[-1])
-    r = r * (bound / r.norm(dim=-1, keepdim=True).clamp_min(bound))
+    r = shortened(r, 10.0 * math.sqrt(m.shape[-1]))
     inside = value.isfinite().reshape(*z.shape[:2], 1) & r.isfinite().all(-1, keepdim=True)
     return e, torch.where(inside, r, -e), value.reshape(z.shape[:2])
 
@@ -271,8 +270,12 @@ def _diagonal_step(m: Tensor, L: Tensor, e: Tensor, r: Tensor, rho: float) -> tu
 
 def _bounded(move: Tensor) -> Tensor:
     """Whitened steps, none longer than 2 (more in high dimensions, where a draw is further off)."""
-    bound = 2.0 * max(1.0, math.sqrt(move.shape[-1] / 30))
-    return move * (bound / move.norm(dim=-1, keepdim=True).clamp_min(bound))
+    return shortened(move, 2.0 * max(1.0, math.sqrt(move.shape[-1] / 30)))
+
+
+def shortened(steps: Tensor, longest: float) -> Tensor:
+    """Vectors ``(*batch, D)``, none longer than that."""
+    return steps * (longest / steps.norm(dim=-1, keepdim=True).clamp_min(longest))
 
 
 def _lower(root: Tensor) -> Tensor:
@@ -286,6 +289,6 @@ def _entropy(L: Tensor) -> Tensor:
 
 
 def _elbo(log_joint: LogJoint, m: Tensor, L: Tensor, draws: int = 128) -> Tensor:
-    e = _antithetic(m, draws if log_joint.vectorized else 16)
+    e = antithetic(m, draws if log_joint.vectorized else 16)
     value = log_joint((m[:, None] + e @ L.mT).reshape(-1, m.shape[-1])).reshape(e.shape[:2])
     return (value.mean(1) + _entropy(L)).nan_to_num(nan=-torch.inf, neginf=-torch.inf)

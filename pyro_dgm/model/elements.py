@@ -11,17 +11,17 @@ in a plate of their own, as in ``theta[group]``, are found to belong to their gr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.model.coordinates import Coordinates, Latent, in_units_of
+from pyro_dgm.model.coordinates import Coordinates, in_units_of
 from pyro_dgm.model.log_joint import LogJoint
-from pyro_dgm.model.sites import Site, latent_sites, plate_frames
+from pyro_dgm.model.sites import latent_sites, plate_frames
 
 __all__ = ["Elements", "Factors", "NotFactoredError", "elements_of", "relative_sites"]
 
@@ -58,14 +58,15 @@ def elements_of(trace: poutine.Trace, coordinates: Coordinates) -> list[Elements
     """Plates of some size that hold latents, those that overlap together; nested latents belong to the outer element."""
     sites = {k: s for k, s in latent_sites(trace) if k in coordinates.latents}
     frames = {k: {f.name: f.dim for f in plate_frames(s)} for k, s in sites.items()}
-    start = dict(_starts(coordinates))
+    place = coordinates.parts(torch.arange(coordinates.dim, device="cpu"))
     found = []
     for cluster in _clusters({k: set(f) for k, f in frames.items() if f}):
         shared = set.intersection(*(set(frames[k]) for k in cluster))
         plates = sorted(shared, key=lambda p: frames[cluster[0]][p])
         if not plates:
             continue
-        parts = [_rows(coordinates.latents[k], start[k], [frames[k][p] for p in plates]) for k in cluster]
+        dims = {k: [frames[k][p] - coordinates.latents[k].inner_dim for p in plates] for k in cluster}
+        parts = [_rows(place[k], dims[k]) for k in cluster]
         index = torch.cat(parts, 1)
         if len(index) >= _FEWEST and index.shape[1] <= _MOST_EACH:
             found.append(Elements(", ".join(plates), tuple(cluster), index))
@@ -75,18 +76,7 @@ def elements_of(trace: poutine.Trace, coordinates: Coordinates) -> list[Elements
 def relative_sites(trace: poutine.Trace, elements: list[Elements]) -> frozenset[str]:
     """The latents in elements whose prior has a location and a scale."""
     inside = {k for each in elements for k in each.sites}
-    return frozenset(k for k, s in latent_sites(trace) if k in inside and _is_located(s))
-
-
-def _is_located(site: Site) -> bool:
-    return in_units_of(site["fn"]) is not None
-
-
-def _starts(coordinates: Coordinates) -> Iterator[tuple[str, int]]:
-    at = 0
-    for name, latent in coordinates.latents.items():
-        yield name, at
-        at += latent.inner.numel()
+    return frozenset(k for k, s in latent_sites(trace) if k in inside and in_units_of(s["fn"]) is not None)
 
 
 def _clusters(plates: dict[str, set[str]]) -> list[list[str]]:
@@ -99,12 +89,17 @@ def _clusters(plates: dict[str, set[str]]) -> list[list[str]]:
     return [names for _, names in clusters]
 
 
-def _rows(latent: Latent, start: int, dims: list[int]) -> Tensor:
-    """Where a site's entries stand in the vector, one row for each element of the plates at these dimensions."""
-    index = torch.arange(start, start + latent.inner.numel(), device="cpu").reshape(latent.inner)
-    axes = [d + index.dim() - latent.inner_dim for d in dims]
-    index = index.movedim(axes, list(range(len(axes))))
-    return index.reshape(math.prod(index.shape[: len(axes)]), -1)
+def _rows(place: Tensor, dims: list[int]) -> Tensor:
+    """A site's entries, one row for each element of the plates at these dimensions."""
+    first = place.movedim(dims, list(range(len(dims))))
+    return first.reshape(math.prod(first.shape[: len(dims)]), -1)
+
+
+class _Owners(NamedTuple):
+    """To which element each entry of a term belongs, J for none; and whether the entries are the elements, one by one."""
+
+    element: Tensor
+    in_order: bool
 
 
 class Factors:
@@ -138,23 +133,21 @@ class Factors:
         dtype = max((t.dtype for t in terms), key=lambda d: d.itemsize)  # data may be more precise than latents
         rest = torch.zeros(len(u), dtype=dtype, device=u.device)
         local = torch.zeros(len(u), self.count + 1, dtype=dtype, device=u.device)
-        for term, owner in zip(terms, self.owners, strict=True):
-            if owner is None:
+        for term, owners in zip(terms, self.owners, strict=True):
+            if owners is None:
                 rest = rest + term.sum(-1)
-            elif len(owner) == self.count and bool(self._in_order[id(owner)]):
+            elif owners.in_order:
                 local = local + torch.nn.functional.pad(term, (0, 1))
             else:
-                local = local.index_add(1, owner.to(term.device), term.to(dtype))
+                local = local.index_add(1, owners.element.to(term.device), term.to(dtype))
         return rest + local[:, -1], local[:, :-1]
 
-    def _owners(self) -> list[Tensor | None]:
-        """For each term the element of each entry; J for those that belong to none, and None where all do."""
+    def _owners(self) -> list[_Owners | None]:
+        """Of the entries of each term; None where all belong to no element."""
         looks = [self._changed() for _ in range(_ROUNDS)]
         owners = [self._owner_of(torch.stack(seen).any(0)) for seen in zip(*looks, strict=True)]
-        kept = [None if bool((o == self.count).all()) else o for o in owners]
         own = torch.arange(self.count)
-        self._in_order = {id(o): len(o) == self.count and torch.equal(o, own) for o in kept if o is not None}
-        return kept
+        return [None if bool((o == self.count).all()) else _Owners(o, torch.equal(o, own)) for o in owners]
 
     def _changed(self) -> list[Tensor]:
         """Which entries of each term change, ``(digits, 2, entries)``, with either half of the elements."""

@@ -366,3 +366,7 @@ def test_where_elements_are_not_found_near_there_is_one_flow():
     history = dgm.fit(dgm.STL_ELBO()(model, guide), (y,), seed=0, progress=False, max_steps=20)
     assert math.isfinite(history.loss[-1])
     assert guide.quantiles([0.5], y)["r"].shape == (1, J)
+    other = dgm.AutoFlow(model).setup(y)
+    other.load_state_dict(guide.state_dict())
+    u = guide.get_posterior(y).sample((3,))
+    assert torch.equal(other.get_posterior(y).log_prob(u), guide.get_posterior(y).log_prob(u))
