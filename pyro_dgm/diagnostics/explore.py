@@ -35,7 +35,7 @@ from pyro_dgm.diagnostics.converters import groups_of_samples
 from pyro_dgm.diagnostics.groups import container_of
 from pyro_dgm.diagnostics.khat import Exploration
 from pyro_dgm.guides.vector import VectorGuide
-from pyro_dgm.model.log_joint import Density, LogJoint, PulledBack, uncovered, value_and_grad
+from pyro_dgm.model.log_joint import Density, LogJoint, PulledBack, pulled_back, uncovered, value_and_grad
 from pyro_dgm.model.program import refuse_guides_as_models
 from pyro_dgm.model.runs import Draws
 from pyro_dgm.model.vectorize import How, Model
@@ -91,7 +91,7 @@ def explore(
         density = PulledBack(log_joint, transform)
         # valleys are looked for in z, where funnels are straight
         found = len(uncovered(log_joint, u[:_SEEN], transform.inv, lambda z: value_and_grad(density, z)[0]))
-        z = _opposite(partial(_of_base, posterior, transform), transform.inv(u[:_CHAINS]).detach())
+        z = _opposite(partial(pulled_back, posterior.log_prob, transform), transform.inv(u[:_CHAINS]).detach())
         return replace(_drift(density, transform, u, z), other_modes=found)
 
 
@@ -103,12 +103,6 @@ def _reason_not_to(log_joint: LogJoint) -> str:
     if log_joint.rounds > _ROUNDS:
         return f"a pass over the subsampled plate takes {log_joint.rounds} runs of the model"
     return ""
-
-
-def _of_base(posterior: Any, transform: Any, z: Tensor) -> Tensor:
-    """The log density of z under the base of a posterior."""
-    u, ladj = transform.call_and_ladj(z)
-    return posterior.log_prob(u) + ladj
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from pyro_dgm.core.weights import (
 )
 from pyro_dgm.diagnostics.containers import group_attrs, log_weights_of
 
-__all__ = ["Exploration", "KHat", "Rows", "correction", "judge", "judge_elements", "judge_rows", "khat"]
+__all__ = ["Exploration", "KHat", "Rows", "correction", "judge", "judge_elements", "judge_rows", "khat", "with_rows"]
 
 # Thresholds. Unless said otherwise they were set on 105 fits of posteriordb models, of 4,000 draws: 34 bad ones (a mean off by
 # more than 0.1 sd, a log sd or the KL by more than 0.1) and 71 good ones. Pareto k >= 0.7 alone fires on 19 and 4 of them.
@@ -261,10 +261,10 @@ def khat(idata: Any) -> KHat:
         own = {f.name: attrs["khat" if f.name == "k" else f.name] for f in fields(KHat) if f.name != "rows"}
         return KHat(**{k: _plain(v) for k, v in own.items()}, rows=rows)
     explored = Exploration(**{f.name: attrs[f.name] for f in fields(Exploration) if f.name in attrs})
-    return _with_rows(judge(log_weight, explored), rows)
+    return with_rows(judge(log_weight, explored), rows)
 
 
-def _with_rows(verdict: KHat, rows: Rows | None) -> KHat:
+def with_rows(verdict: KHat, rows: Rows | None) -> KHat:
     """The verdict with that on the rows of a plate given the rest, which may lower it."""
     if rows is None or rows.fine >= _MOST_ROWS:
         return replace(verdict, rows=rows)
@@ -361,7 +361,7 @@ def judge_elements(
     given: Sequence[str],
 ) -> KHat:
     """The verdict on weights ``(n,)`` of the globals; that of the elements, by weights ``(n, J)`` given these, may lower it."""
-    return _with_rows(judge(log_weight, explored), judge_rows(local, values, Exploration(), plate, given).rows)
+    return with_rows(judge(log_weight, explored), judge_rows(local, values, Exploration(), plate, given).rows)
 
 
 def _status(k: float, threshold: float, ess: float, gap: float, top: float) -> Status:

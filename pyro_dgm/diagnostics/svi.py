@@ -25,7 +25,7 @@ from pyro_dgm.diagnostics.containers import CONTAINER, ContainerOptions, with_de
 from pyro_dgm.diagnostics.elements import groups_by_elements
 from pyro_dgm.diagnostics.explore import explore, never_fitted
 from pyro_dgm.diagnostics.groups import Groups, all_groups, container_of
-from pyro_dgm.diagnostics.khat import Exploration, correction, judge, judge_rows
+from pyro_dgm.diagnostics.khat import Exploration, Rows, correction, judge, judge_rows, with_rows
 from pyro_dgm.guides.autoflow import AutoFlow
 from pyro_dgm.model.program import Model, Program, refuse_guides_as_models
 from pyro_dgm.model.runs import Table
@@ -228,14 +228,16 @@ def _log_q(programs: list[Program], drawn: list[Table], scored: Table, n: int) -
 def _verdict(
     groups: Groups, log_weight: np.ndarray, explored: Exploration, fits: int, by_rows: _ByRows | None
 ) -> dict[str, Any]:
+    rows: Rows | None = None
     if by_rows is not None:
         of_rows = judge_rows(by_rows.log_weight, by_rows.draws, explored, by_rows.plate, by_rows.given)
         if of_rows.independent:
             return of_rows.attrs()
+        rows = of_rows.rows
     posterior = [v.reshape(len(v), -1).astype(np.float64) for v in groups.arrays["posterior"].values()]
     draws = np.concatenate(posterior, -1) if posterior else np.zeros((len(log_weight), 0))
     verdict = judge(log_weight, replace(explored, correction=correction(draws, log_weight)))
-    attrs = replace(verdict, rows=of_rows.rows if by_rows is not None else None).attrs()
+    attrs = with_rows(verdict, rows).attrs()
     if fits > 1:
         attrs["khat_by_chain"] = [judge(w).k for w in np.split(log_weight, fits)]
     return attrs

@@ -44,6 +44,7 @@ __all__ = [
     "climbed",
     "other_modes",
     "prior_draws",
+    "pulled_back",
     "spread",
     "uncovered",
     "value_and_grad",
@@ -107,8 +108,14 @@ class _Recorded:
         """What its values depend on; None where no run gives them all."""
 
 
+def pulled_back(density: Density, transform: Any, z: Tensor) -> Tensor:
+    """The log density of z where theta = T(z) has the given one, T with ``call_and_ladj``."""
+    theta, ladj = transform.call_and_ladj(z)
+    return density(theta) + ladj
+
+
 class PulledBack(_Recorded):
-    """The log density of z where theta = T(z) has the given one, T with ``call_and_ladj`` and frozen parameters."""
+    """:func:`pulled_back` of a log joint, by a transform with frozen parameters."""
 
     def __init__(self, log_joint: LogJoint, transform: Any) -> None:
         super().__init__()
@@ -116,12 +123,10 @@ class PulledBack(_Recorded):
         self.transform = transform
 
     def evaluated(self, u: Tensor) -> Tensor:
-        theta, ladj = self.transform.call_and_ladj(u)
-        return self.log_joint.evaluated(theta) + ladj
+        return pulled_back(self.log_joint.evaluated, self.transform, u)
 
     def plain(self, u: Tensor) -> Tensor:
-        theta, ladj = self.transform.call_and_ladj(u)
-        return self.log_joint.plain(theta) + ladj
+        return pulled_back(self.log_joint.plain, self.transform, u)
 
     def reads(self) -> tuple[Any, ...] | None:
         inner = self.log_joint.reads()

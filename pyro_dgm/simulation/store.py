@@ -19,7 +19,7 @@ from torch import Size, Tensor
 from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.simulation.blocks import Part
 from pyro_dgm.simulation.folder import Kind, allocate, larger, mapped, no_room
-from pyro_dgm.train.history import load_checkpoint, save_checkpoint
+from pyro_dgm.train.history import load_checkpoint, refuse_no_place, save_checkpoint
 
 __all__ = ["Simulations", "Store"]
 
@@ -150,8 +150,7 @@ class Simulations(Mapping[str, Tensor]):
     @checked()
     def save(self, path: str | Path) -> None:
         """Write everything but the model's arguments to one file, whole or not at all."""
-        if Path(path).is_dir() or not Path(path).parent.is_dir():
-            raise ValueError(f"No file can be written at {str(path)!r}: it is a folder, or in none that exists.")
+        refuse_no_place("Simulations.save: the file", Path(path))
         state = {"values": {k: v.clone() for k, v in self._values.items()}, "mask": self.mask, "failed": self.failed}
         state |= {"observed": list(self.observed), "reasons": self.reasons, "seed": self.seed}
         save_checkpoint(path, state | {"acceptance": self.acceptance})

@@ -15,7 +15,7 @@ import torch
 from pyro_dgm.core.devices import put_random_states, random_states
 from pyro_dgm.core.warn import warn_user
 
-__all__ = ["Checkpoint", "FitDiverged", "History", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "FitDiverged", "History", "load_checkpoint", "refuse_no_place", "save_checkpoint"]
 
 _PARTS = {"about", "stages", "tensors"}
 _WHOLE = ({"about", "stages"}, {"about", "tensors"})  # of a fit that was preparing, and of one in its loop
@@ -132,7 +132,7 @@ class Checkpoint:
         self.resume = resume
         self.failed = False
         if self.path is not None:
-            _refuse_no_place(self.path)
+            refuse_no_place("fit: the checkpoint", self.path)
             self.about = about()
             self.began = random_states()
 
@@ -203,7 +203,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any] | None:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _refuse_no_place(path: Path) -> None:
+def refuse_no_place(what: str, path: Path) -> None:
+    """Refuse a path at which no file can be written."""
     if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"cannot be saved: there is no folder {path.parent}"
-        raise ValueError(f"fit: the checkpoint {path} {what}. Name a file in a folder that exists.")
+        why = "is a folder" if path.is_dir() else f"cannot be saved: there is no folder {path.parent}"
+        raise ValueError(f"{what} {path} {why}. Name a file in a folder that exists.")

@@ -2,7 +2,7 @@
 
 Groups of normal data, counts with exposure, or five trials each, centred or not: ``--only poisson:1000 normal:50:n`` takes some rows
 (n: non-centred). Exact numbers are by fine grids, over each group and over the two globals. NUTS has four chains of
-1,000 draws after 1,000, on the non-centred model; it is left out where NumPyro is not installed. CPU seconds of the process, compilation included, one thread; set XLA_FLAGS for NumPyro's.
+1,000 draws after 1,000, on the non-centred model; it is left out where NumPyro is not installed. CPU seconds of the process, compilation included, one thread.
 """
 
 import math
@@ -16,9 +16,8 @@ import torch
 
 import pyro_dgm as dgm
 
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 KINDS, GROUPS = ("normal", "poisson", "binomial"), (8, 50, 200, 1000, 10_000)
-NUTS_MOST = 1000  # groups up to which NUTS is run without being asked for
+NUTS_MOST = 1000  # groups up to which NUTS is run
 
 
 def likelihood(kind, theta, known):
@@ -33,12 +32,11 @@ def drawn(kind, groups, seed):
     generator = torch.Generator().manual_seed(seed)
     theta = 1.0 + 0.7 * torch.randn(groups, generator=generator)
     known = 0.5 + torch.rand(groups, generator=generator) * (1.0 if kind == "normal" else 4.0)
-    with pyro.util.ignore_jit_warnings():
-        pyro.set_rng_seed(seed)
-        return known, likelihood(kind, theta, known).sample()
+    pyro.set_rng_seed(seed)
+    return known, likelihood(kind, theta, known).sample()
 
 
-def model_of(kind, centred):
+def hierarchy(kind="normal", centred=True):
     def model(known, y):
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
         tau = pyro.sample("tau", dist.HalfCauchy(2.0))
@@ -85,7 +83,7 @@ def exact(kind, known, y, loc, sd):
 def ours(kind, known, y, centred, seed):
     """CPU seconds, verdict, and draws of mu, log tau and theta."""
     pyro.clear_param_store()
-    model = model_of(kind, centred)
+    model = hierarchy(kind, centred)
     began = time.process_time()
     guide = dgm.AutoFlow(model, structure="plates")
     dgm.fit(dgm.STL_ELBO()(model, guide), (known, y), seed=seed, progress=False)
@@ -101,6 +99,7 @@ def ours(kind, known, y, centred, seed):
 
 def nuts(kind, known, y, seed):
     """CPU seconds of NumPyro's NUTS, and draws of mu and log tau; None where it is not installed."""
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     try:
         import jax
         import numpyro

@@ -7,9 +7,7 @@ A first fit and first steps of a small model come before, so that what a process
 Needs the folder ``../shared/posteriordb`` beside the checkout, as ``posteriordb`` does. float64.
 """
 
-import sys
 import time
-import warnings
 
 import numpy as np
 import pyro
@@ -19,7 +17,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_dgm as dgm
-from tests.benchmarks.posteriordb import FOLDER
+from tests.benchmarks.posteriordb import references
 
 PARTS = ("units",)
 MOST_DIM = 30  # the bar on the worst ratio is for posteriors of at most so many dimensions
@@ -51,7 +49,7 @@ def default_fit(model, args, seed=0):
 
 def warmed_up(x):
     """A model of one latent."""
-    pyro.sample("x", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0).to_event(0), obs=x)
+    pyro.sample("x", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=x)
 
 
 def unit_row(p, name, seed):
@@ -82,14 +80,4 @@ def units(posteriors, seeds):
 
 
 def main(arguments):
-    if not FOLDER.exists():
-        sys.exit(f"{FOLDER} is not here: the reference posteriors are not part of the project")
-    sys.path.insert(0, str(FOLDER))
-    import kit
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    words = [w for w in arguments.only or [] if w not in PARTS]
-    names = [n for n in kit.names() if not words or any(w in n for w in words)]
-    return units([(n, kit.load(n)) for n in names], arguments.seeds)
+    return units(references([w for w in arguments.only or [] if w not in PARTS]), arguments.seeds)

@@ -129,7 +129,8 @@ def line(r):
     )
 
 
-def main(arguments):
+def references(words):
+    """Names and reference posteriors, those with one of the words in their name, or all; float64 and one thread from here on."""
     if not FOLDER.exists():
         sys.exit(f"{FOLDER} is not here: the reference posteriors are not part of the project")
     sys.path.insert(0, str(FOLDER))
@@ -138,12 +139,15 @@ def main(arguments):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    return [(n, kit.load(n)) for n in kit.names() if not words or any(w in n for w in words)]
+
+
+def main(arguments):
     rows, only = [], arguments.only or []
     methods = [m for m in only if m in (*STOCK, "NUTS", "AutoFlow")] or ["AutoFlow"]
-    names = [n for n in kit.names() if not set(only) - set(methods) or any(o in n for o in set(only) - set(methods))]
+    chosen = references(set(only) - set(methods))
     print(HEAD)
-    for name in names:
-        p = kit.load(name)
+    for name, p in chosen:
         for method in methods:
             for seed in arguments.seeds:
                 rows.append(row(p, name, method, seed, arguments.limit))

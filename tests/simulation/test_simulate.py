@@ -209,12 +209,16 @@ def test_one_bad_draw_does_not_take_its_block_along():
 
 
 def test_simulations_are_a_mapping_that_can_be_sliced_and_saved(tmp_path):
+    """Planted fault: places where no file can be written are left to torch."""
     sims = drawn(groups, 30)
     assert dict(sims).keys() == {"mu", "t", "y"} and sims.latents == ("mu", "t") and sims.observed == ("y",)
     assert len(sims) == 30 and len(sims[5:9]) == 4 and torch.equal(sims[5:9]["y"], sims["y"][5:9])
     assert torch.equal(sims[torch.tensor([3, 1])]["mu"], sims["mu"][[3, 1]]) and sims[-1]["t"].shape == (1, 4)
     sims.save(tmp_path / "sims.pt")
     assert same(sims, dgm.Simulations.load(tmp_path / "sims.pt"))
+    for place in (tmp_path, tmp_path / "missing" / "sims.pt"):
+        with pytest.raises(ValueError, match="Simulations.save: the file .* Name a file in a folder that exists"):
+            sims.save(place)
 
 
 def test_data_in_the_arguments_are_drawn_anew():
