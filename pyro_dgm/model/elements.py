@@ -107,12 +107,12 @@ class Factors:
 
     Raises:
         NotFactoredError: where an entry depends on two elements, where the parts do not add up to the log joint, and where
-            the model does not run in a plate.
+            the model runs one draw at a time.
     """
 
     def __init__(self, log_joint: LogJoint, elements: list[Elements]) -> None:
-        if log_joint.how != "plate" or log_joint.rounds > 1:
-            raise NotFactoredError("the model does not run in a plate")
+        if not log_joint.vectorized or log_joint.rounds > 1:
+            raise NotFactoredError("the model does not run in a plate, or by vmap")
         self.log_joint = log_joint
         self.elements = elements
         self.count = sum(map(len, elements))

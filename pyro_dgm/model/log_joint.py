@@ -265,12 +265,18 @@ class LogJoint(_Recorded):
         return joint + _summed(made.log_dets, n)
 
     def terms(self, u: Tensor) -> list[Tensor]:
-        """The log joint in parts, each ``(N, entries)``, of a model that runs in a plate; log-determinants are parts, too."""
-        n = len(u)
+        """The log joint in parts, each ``(N, entries)``; log-determinants are parts, too."""
         with pyro.validation_enabled(False), poutine.block(hide_types=["sample", "observe"]):
-            made = self._constrain(u, n)
-            found = [*self.engine.terms_of(made(self.engine.model), n), *made.log_dets.values()]
-        return [t.reshape(n, -1) if t.shape[:1] == (n,) else t.sum().expand(n, 1) for t in found]
+            return list(over_draws(self.how, self._parts, u))
+
+    def _parts(self, u: Tensor, n: int | None = None) -> tuple[Tensor, ...]:
+        """Of one vector, or of ``n`` in a plate."""
+        made = self._constrain(u, n)
+        terms = self.engine.terms_of(made(self.engine.model), n, enumerate_sites=self.how != "vmap")
+        found = [*terms, *made.log_dets.values()]
+        if n is None:
+            return tuple(t.reshape(-1) for t in found)
+        return tuple(t.reshape(n, -1) if t.shape[:1] == (n,) else t.sum().expand(n, 1) for t in found)
 
     def _whole(self, u: Tensor) -> Tensor:
         """With all rows of subsampled plates."""
