@@ -1,6 +1,8 @@
 """A function is replayed only while that gives what the function gives."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 from pyro_dgm.core import record
 from pyro_dgm.core.record import Recordable, Records
+from pyro_dgm.core.units import Standardize
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +59,82 @@ def test_a_hook_of_a_parameter_is_applied_once():
         return loss.detach(), *torch.autograd.grad(loss, [p])
 
     assert replayed(Records(), Recordable(derived, (), (), (p,))) is None
+
+
+# --- What a function reads ---
+
+SETTINGS = types.ModuleType("mine.settings")
+PACKAGE = types.ModuleType("mine")
+PACKAGE.settings = SETTINGS
+
+
+class Rates(list):
+    beta = 1.0
+
+    def __call__(self, x):
+        return (self.beta * x,)
+
+
+class Held:
+    module = SETTINGS
+
+    def __call__(self, x):
+        return (self.module.beta * x,)
+
+
+def by_package(x):
+    return (PACKAGE.settings.beta * x,)
+
+
+def by_import(x):
+    from mine.settings import beta
+
+    return (beta * x,)
+
+
+def by_closure(module):
+    return lambda x: (module.beta * x,)
+
+
+def set_beta(reader):
+    (reader if isinstance(reader, Rates) else SETTINGS).beta = 2.0
+
+
+@pytest.mark.parametrize(
+    "reader, recorded",
+    [(by_package, True), (by_import, False), (by_closure(SETTINGS), True), (Held(), False), (Rates(), True)],
+    ids=["submodule", "import", "closure", "attribute", "list"],
+)
+def test_a_setting_of_a_module_may_change(reader, recorded, monkeypatch):
+    """Planted: do not look into modules of modules, of closures, or into attributes of lists; allow imports and held modules."""
+    monkeypatch.setitem(sys.modules, "mine", PACKAGE)
+    monkeypatch.setitem(sys.modules, "mine.settings", SETTINGS)
+    SETTINGS.beta = 1.0
+    asked, records, x = Recordable(reader, (reader,)), Records(), torch.ones(2)
+    assert (replayed(records, asked, x) is not None) == recorded
+    set_beta(reader)
+    found = records.replay(asked, x)
+    assert found is None or torch.equal(found[0], 2.0 * x)
+
+
+def test_another_key_for_the_same_value_is_seen():
+    """Planted: look at the values alone."""
+    options = {"steep": 2.0}
+    asked, records, x = Recordable(f := lambda x: (options.get("steep", 1.0) * x,), (f,)), Records(), torch.ones(2)
+    assert replayed(records, asked, x) is not None
+    options["flat"] = options.pop("steep")
+    found = records.replay(asked, x)
+    assert found is None or torch.equal(found[0], x)
+
+
+def test_units_that_are_loaded_after_a_record_count():
+    """That they were the identity was looked up before it. Planted: do not look at the versions of tensors."""
+    units = Standardize(2)
+    state = units.state_dict()
+    units.load_state_dict(state)
+    asked = Recordable(f := lambda x: (x + 1.0 if units.is_identity() else units(x) + 1.0,), (f,))
+    records, x = Records(), torch.ones(2)
+    assert replayed(records, asked, x) is not None
+    units.load_state_dict({**state, "loc": torch.ones(2)})
+    found = records.replay(asked, x)
+    assert found is None or torch.equal(found[0], torch.ones(2))
