@@ -9,6 +9,7 @@ between them.
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.pace import steps
@@ -189,7 +190,8 @@ class LogJoint(_Recorded):
     def reads(self) -> tuple[Any, ...] | None:
         if not self.vectorized or self._runs is not None:
             return None
-        return self.engine.model, self.coordinates.latents, *tree_leaves((self.engine.args, self.engine.kwargs))
+        leaves, places = tree_flatten((self.engine.args, self.engine.kwargs))
+        return self.engine.model, self.coordinates.latents, sys.intern(str(places)), *leaves
 
     @classmethod
     def known(cls, guide: AutoContinuous, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
