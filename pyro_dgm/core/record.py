@@ -196,8 +196,12 @@ class _WithGradients(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A recorded step or density has first derivatives only, but create_graph=True asks for more. Ask them of a new "
+                "objective (a copy will do): its first calls are not recorded."
+            )
         if not grad.dim():
             present = iter(torch._foreach_mul([g for g in ctx.gradients if g is not None], grad))
             return None, None, *(None if g is None else next(present) for g in ctx.gradients)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pyro_dgm.core import record
-from pyro_dgm.core.record import Recordable, Records
+from pyro_dgm.core.record import Recordable, Records, with_gradients
 from pyro_dgm.core.units import Standardize
 
 
@@ -59,6 +59,16 @@ def test_a_hook_of_a_parameter_is_applied_once():
         return loss.detach(), *torch.autograd.grad(loss, [p])
 
     assert replayed(Records(), Recordable(derived, (), (), (p,))) is None
+
+
+def test_a_second_derivative_is_refused():
+    """Planted: give gradients without a graph, and a penalty on them trains nothing."""
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    value = with_gradients(torch.tensor(5.0), (torch.tensor([2.0, 4.0]),), [p])
+    (grad,) = torch.autograd.grad(value, p, retain_graph=True)
+    assert grad.tolist() == [2.0, 4.0]
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(value, p, create_graph=True)
 
 
 # --- What a function reads ---
