@@ -123,14 +123,14 @@ class Factors:
         self.count = sum(map(len, elements))
         with fork_rng(0), torch.no_grad():
             self.owners = self._owners()
+            own = torch.arange(self.count)
+            self.in_order = [o is not None and torch.equal(o, own) for o in self.owners]
             self._refuse_another_sum()
 
     def is_of(self, log_joint: LogJoint) -> bool:
         """Whether it was made for this model and these arguments."""
-        engine = self.log_joint.engine
-        return engine.model == log_joint.engine.model and engine.is_called_with(
-            log_joint.engine.args, log_joint.engine.kwargs
-        )
+        asked = log_joint.engine
+        return self.log_joint.engine.is_of(asked.model, asked.args, asked.kwargs)
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Of vectors ``(N, D)``: what belongs to no element ``(N,)``, and what belongs to each ``(N, J)``, in nats."""
@@ -138,10 +138,10 @@ class Factors:
         dtype = max((t.dtype for t in terms), key=lambda d: d.itemsize)  # data may be more precise than latents
         rest = torch.zeros(len(u), dtype=dtype, device=u.device)
         local = torch.zeros(len(u), self.count + 1, dtype=dtype, device=u.device)
-        for term, owner in zip(terms, self.owners, strict=True):
+        for term, owner, in_order in zip(terms, self.owners, self.in_order, strict=True):
             if owner is None:
                 rest = rest + term.sum(-1)
-            elif len(owner) == self.count and bool(self._in_order[id(owner)]):
+            elif in_order:
                 local = local + torch.nn.functional.pad(term, (0, 1))
             else:
                 local = local.index_add(1, owner.to(term.device), term.to(dtype))
@@ -151,10 +151,7 @@ class Factors:
         """For each term the element of each entry; J for those that belong to none, and None where all do."""
         looks = [self._changed() for _ in range(_ROUNDS)]
         owners = [self._owner_of(torch.stack(seen).any(0)) for seen in zip(*looks, strict=True)]
-        kept = [None if bool((o == self.count).all()) else o for o in owners]
-        own = torch.arange(self.count)
-        self._in_order = {id(o): len(o) == self.count and torch.equal(o, own) for o in kept if o is not None}
-        return kept
+        return [None if bool((o == self.count).all()) else o for o in owners]
 
     def _changed(self) -> list[Tensor]:
         """Which entries of each term change, ``(digits, 2, entries)``, with either half of the elements."""

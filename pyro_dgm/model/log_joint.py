@@ -197,7 +197,7 @@ class LogJoint(_Recorded):
     def known(cls, guide: AutoContinuous, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
         """A new one; how it runs is not asked again where the guide's latest is in use, of this model and these arguments."""
         latest = _LATEST[guide]() if guide in _LATEST else None
-        if latest is None or latest.engine.model != model or not latest.engine.is_called_with(args, kwargs):
+        if latest is None or not latest.engine.is_of(model, args, kwargs):
             return cls(guide, model, args, kwargs)
         return cls(guide, model, args, kwargs, how=latest.how)
 
