@@ -455,6 +455,27 @@ def test_a_guide_may_change_between_replayed_steps():
     changed(lambda: setattr(component, "family", other))
 
 
+def test_data_that_change_in_place_are_seen_by_a_step():
+    """A step replays the density's record, which keeps what it made of them. Planted: leave versions in a snapshot unlooked at."""
+    rates = Y.clone()
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z[..., :1] * torch.ones(6), 1.0).to_event(1), obs=y * rates.exp())
+
+    objective = fitted(model)[1]
+    with pyro.validation_enabled(False):
+        for _ in range(5):
+            objective(Y)
+        assert is_replayed(objective)
+        rates += 1.0
+        torch.manual_seed(0)
+        found = objective(Y)
+        objective._records = record.Records()
+        torch.manual_seed(0)
+        assert float(found.detach()) == pytest.approx(float(objective(Y).detach()), rel=1e-5)
+
+
 def test_handlers_around_a_step_still_see_the_parameters():
     """Planted: replay under Pyro's handlers, and an SVI around the module finds nothing to train."""
     objective, guide = fitted(plates)[1:]
