@@ -191,7 +191,7 @@ class LogJoint(_Recorded):
         if not self.vectorized or self._runs is not None:
             return None
         leaves, places = tree_flatten((self.engine.args, self.engine.kwargs))
-        return self.engine.model, self.coordinates.latents, sys.intern(str(places)), *leaves
+        return self.engine.model, *vars(self.coordinates).values(), sys.intern(str(places)), *leaves
 
     @classmethod
     def known(cls, guide: AutoContinuous, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:

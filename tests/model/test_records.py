@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import random
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -193,6 +194,18 @@ def test_data_that_change_places_are_seen():
     joint.at(far=a, near=b)
     u = torch.randn(8, 1)
     assert torch.equal(joint.value_and_grad(u)[0], joint.evaluated(u))
+
+
+def test_other_coordinates_are_seen():
+    """Of the same latents, as where plates are no longer followed. Planted: look at the latents alone."""
+    joint = joint_of(plates)
+    assert calls(joint)
+    u = torch.randn(8, joint.dim)
+    before = joint.value_and_grad(u)[0]
+    own = joint.guide._coordinates
+    joint.guide._coordinates = replace(own, moving=own.moving | {"theta"}, relative=frozenset({"theta"}))
+    assert torch.equal(joint.value_and_grad(u)[0], joint.evaluated(u))
+    assert not torch.equal(before, joint.evaluated(u))
 
 
 def draws_noise(y):
