@@ -8,11 +8,14 @@ Wherever that fails the function is called, as if nothing had been recorded.
 
 from __future__ import annotations
 
+import dis
 import enum
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.core.tape import PLAIN, Function, Listener, Outputs, Tape, UnrecordableError
+from pyro_dgm.core.tape import PLAIN, Function, Listener, Outputs, Tape, UnrecordableError, as_they_were
 
 __all__ = ["Recordable", "Records", "with_gradients"]
 
@@ -32,6 +35,7 @@ __all__ = ["Recordable", "Records", "with_gradients"]
 _TRIED_AT = (10, 40, 160)
 _CLOSE = 1e-5  # relative, between a replay and the function; on the CPU both were found to have the same bits
 _ELSEWHERE = ((1.0, 0.1), (-1.0, 0.0), (10.0, 1.0))  # scale and shift of points where they are compared; chosen by hand
+_NEARBY = 0.01  # standard deviation by which learned tensors are moved there; chosen by hand
 _DEVICES = ("cpu", "cuda")  # what was recorded elsewhere is not known to be right
 _MOST_SEEN = 5_000  # objects that are watched, beyond which nothing is recorded. Not measured; chosen by hand
 
@@ -116,11 +120,12 @@ class _Record:
 
 
 def _checked(asked: Recordable, inputs: tuple[Tensor, ...]) -> _Record:
-    """A record that gives what the function gives, also elsewhere."""
+    """A record that gives what the function gives, also elsewhere, and with other values of what is learned."""
     record = _Record(asked, inputs)
     for seed, (scale, shift) in enumerate(_ELSEWHERE):
         elsewhere = [scale * x + shift for x in inputs]
-        expected, found = (_outcome(run, elsewhere, seed) for run in (asked.function, record.tape.replay))
+        with _moved(asked.learned, seed):
+            expected, found = (_outcome(run, elsewhere, seed) for run in (asked.function, record.tape.replay))
         if not _close(expected, found) or not record.holds(asked):
             raise UnrecordableError("A replay differs from the function.")
     return record
@@ -142,6 +147,19 @@ def _surroundings(tensors: list[Tensor]) -> Any:
         return None
     shapes = tuple((x.shape, x.dtype, x.device) for x in tensors)
     return shapes, torch.get_default_dtype(), torch.distributions.Distribution._validate_args
+
+
+@contextmanager
+def _moved(learned: tuple[Tensor, ...], seed: int) -> Iterator[None]:
+    """Other values nearby, which torch does not count as changes: graphs that were made before stay what they are."""
+    before = [p.data for p in learned]
+    try:
+        for p, value in zip(learned, before, strict=True):
+            p.data = value + seed * _NEARBY * torch.randn_like(value)
+        yield
+    finally:
+        for p, value in zip(learned, before, strict=True):
+            p.data = value
 
 
 def _outcome(function: Function, inputs: list[Tensor], seed: int) -> Outputs | None:
@@ -178,8 +196,12 @@ class _WithGradients(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A recorded step or density has first derivatives only, but create_graph=True asks for more. Ask them of a new "
+                "objective (a copy will do): its first calls are not recorded."
+            )
         if not grad.dim():
             present = iter(torch._foreach_mul([g for g in ctx.gradients if g is not None], grad))
             return None, None, *(None if g is None else next(present) for g in ctx.gradients)
@@ -190,7 +212,7 @@ class _WithGradients(torch.autograd.Function):
 
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "pyro", "zuko", "numpy", "opt_einsum", "pyro_dgm"}  # change nothing
 _FIXED = (
-    (type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum, weakref.ref, np.generic, Tensor)
+    (type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum, weakref.ref, np.generic)
     + (type(...), type(NotImplemented))
     + (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo, torch.iinfo)
     + (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType)
@@ -208,81 +230,108 @@ _PARTS: dict[Any, tuple[str, ...]] = {
 class _Snapshot:
     """What objects are made of: attributes, entries, and for a function its globals and its closure, however deep.
 
-    Tensors count by identity. What cannot be looked into, such as an array of numpy, is refused.
+    Tensors count by identity and version, those with gradients by identity. What cannot be looked into, such as an array of
+    numpy, is refused.
     """
 
     def __init__(self, things: Iterable[Any]) -> None:
-        self.known: dict[int, Any] = {}
-        self.readers: list[Callable[[], Any]] = []
+        self.known: dict[Any, Any] = {}
+        self.readers: list[Callable[[], Iterable[Any]]] = []
         self.held: list[Any] = []
+        self.tensors: dict[int, tuple[Tensor, int]] = {}
         self._look(tuple(things))
 
     def unchanged(self) -> bool:
         """Whether everything is as it was."""
         now = [*chain.from_iterable([read() for read in self.readers])]
-        return len(now) == len(self.held) and all(map(is_, now, self.held))
+        return len(now) == len(self.held) and all(map(is_, now, self.held)) and as_they_were(self.tensors.values())
 
-    def _hold(self, read: Callable[[], Any]) -> None:
-        """Watch values that may be others later."""
+    def _hold(self, read: Callable[[], Iterable[Any]], names: tuple[str, ...] = ()) -> None:
+        """Watch values that may be others later; of modules among them what has one of the names."""
         held = tuple(read())
         self.readers.append(read)
         self.held += held
-        self._look(held)
+        for x in held:
+            self._look(x, names)
 
-    def _look(self, x: Any) -> None:
-        if isinstance(x, _FIXED) or id(x) in self.known:
-            return
-        self.known[id(x)] = x
+    def _look(self, x: Any, names: tuple[str, ...] = ()) -> None:
+        if isinstance(x, Tensor):
+            self.tensors |= {} if x.requires_grad else {id(x): (x, x._version)}
+        elif isinstance(x, types.ModuleType):
+            self._look_at_module(x, names)
+        elif not isinstance(x, _FIXED) and self._is_new(id(x), x):
+            if isinstance(x, types.FunctionType):
+                self._look_at_function(x)
+            elif isinstance(x, type):
+                self._look_at_class(x)
+            else:
+                self._look_at_object(x)
+
+    def _is_new(self, key: Any, x: Any) -> bool:
+        new = key not in self.known
+        self.known[key] = x
         if len(self.known) > _MOST_SEEN:
             raise UnrecordableError("It reads too much to watch.")
-        if isinstance(x, (tuple, frozenset)):
-            for each in x:
-                self._look(each)
-        elif isinstance(x, (dict, types.MappingProxyType)):
-            self._hold(x.values)
-        elif isinstance(x, (list, set)):
-            self._hold(x.copy)
-        elif isinstance(x, types.FunctionType):
-            self._look_at_function(x)
-        elif isinstance(x, (type, types.ModuleType)):
-            self._look_at_class(x)
-        else:
-            self._look_at_object(x)
+        return new
 
     def _look_at_function(self, f: types.FunctionType) -> None:
+        codes = [*_codes(f.__code__)]
+        names = tuple(dict.fromkeys(chain.from_iterable(code.co_names for code in codes)))
         self._hold(lambda: (f.__code__, f.__defaults__, f.__kwdefaults__, f.__dict__ or None))
-        self._hold(lambda: [cell.cell_contents for cell in f.__closure__ or ()])
-        if _root(f.__globals__.get("__name__")) in _LIBRARIES:
-            return
-        names = _names(f.__code__)
-        self._hold(partial(_entries, f.__globals__, names))
-        for module in _entries(f.__globals__, names):
-            if isinstance(module, types.ModuleType) and _root(module.__name__) not in _LIBRARIES:
-                self._hold(partial(_entries, vars(module), names))
+        self._hold(lambda: [cell.cell_contents for cell in f.__closure__ or ()], names)
+        if _root(f.__globals__.get("__name__")) not in _LIBRARIES:
+            self._hold(partial(_entries, f.__globals__, names), names)
+            _refuse_imports(codes)
 
-    def _look_at_class(self, x: Any) -> None:
-        """Of a module only that is read which the code names."""
-        if isinstance(x, type) and _root(x.__module__) not in _LIBRARIES:
+    def _look_at_module(self, module: types.ModuleType, names: tuple[str, ...]) -> None:
+        """What the names stand for, also in modules that it has by such a name."""
+        if _root(module.__name__) in _LIBRARIES:
+            return
+        if not names:
+            raise UnrecordableError(f"It is not known what of the module {module.__name__} is read.")
+        if self._is_new((id(module), names), module):
+            self._hold(partial(_entries, vars(module), names), names)
+
+    def _look_at_class(self, x: type) -> None:
+        if _root(x.__module__) not in _LIBRARIES:
             self._look((x.__bases__, vars(x)))
 
     def _look_at_object(self, x: Any) -> None:
-        self._look(type(x))
-        parts = next((names for kind, names in _PARTS.items() if isinstance(x, kind)), ())
-        self._look(tuple(getattr(x, name) for name in parts))
-        if hasattr(x, "__dict__"):
-            self._look(vars(x))
-        elif not parts:
+        """What it consists of, and its attributes."""
+        parts = next((names for kind, names in _PARTS.items() if isinstance(x, kind)), None)
+        if isinstance(x, (dict, types.MappingProxyType)):
+            self._hold(x.values)
+            if x:
+                self._hold(x.keys)
+        elif isinstance(x, (list, set)):
+            self._hold(x.copy)
+        elif isinstance(x, (tuple, frozenset)) or parts:
+            for part in x if parts is None else [getattr(x, name) for name in parts]:
+                self._look(part)
+        elif not hasattr(x, "__dict__"):
             raise UnrecordableError(f"A {type(x).__name__} cannot be looked into.")
+        if hasattr(x, "__dict__") and type(x) is not OrderedDict:  # of which modules are full
+            self._look(type(x))
+            self._hold(vars(x).values)
 
 
 def _root(module: str | None) -> str:
     return (module or "").partition(".")[0]
 
 
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    """Names of globals and attributes in some code, and in the functions inside."""
-    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names(const)]
-    return tuple(dict.fromkeys([*code.co_names, *inner]))
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Some code, and that of the functions inside."""
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _codes(const)
+
+
+def _refuse_imports(codes: list[types.CodeType]) -> None:
+    """Modules are watched where a function has them by a name of its globals or its closure."""
+    for each in chain.from_iterable(map(dis.get_instructions, codes)):
+        if each.opname == "IMPORT_NAME" and _root(each.argval) not in _LIBRARIES:
+            raise UnrecordableError(f"It imports {each.argval!r} when it is called.")
 
 
 def _entries(space: dict[str, Any], names: tuple[str, ...]) -> list[Any]:

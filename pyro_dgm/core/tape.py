@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["PLAIN", "Function", "Listener", "Outputs", "Tape", "UnrecordableError"]
+__all__ = ["PLAIN", "Function", "Listener", "Outputs", "Tape", "UnrecordableError", "as_they_were"]
 
 Outputs = tuple[Tensor | None, ...]
 Function = Callable[..., Outputs]
@@ -111,6 +111,8 @@ class Tape:
     def __init__(
         self, function: Function, inputs: tuple[Tensor, ...], learned: tuple[Tensor, ...], draws: bool
     ) -> None:
+        if any(p._backward_hooks for p in learned):
+            raise UnrecordableError("A hook would change its gradients twice: in the record, and where they arrive.")
         self.learned = learned
         states = _other_random_states()
         with _Looks(), Listener() as listener:
@@ -140,7 +142,12 @@ class Tape:
 
     def holds(self) -> bool:
         """Whether tensors of outside are what they were."""
-        return all(t._version == version and not t.requires_grad for t, version in self.outside)
+        return as_they_were(self.outside)
+
+
+def as_they_were(tensors: Iterable[tuple[Tensor, int]]) -> bool:
+    """Whether tensors without gradients have the versions that they had."""
+    return all(t._version == version and not t.requires_grad for t, version in tensors)
 
 
 def _compiled(program: Function, inputs: list[Tensor]) -> Function:

@@ -122,10 +122,8 @@ class Factors:
 
     def is_of(self, log_joint: LogJoint) -> bool:
         """Whether it was made for this model and these arguments."""
-        engine = self.log_joint.engine
-        return engine.model == log_joint.engine.model and engine.is_called_with(
-            log_joint.engine.args, log_joint.engine.kwargs
-        )
+        asked = log_joint.engine
+        return self.log_joint.engine.is_of(asked.model, asked.args, asked.kwargs)
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Of vectors ``(N, D)``: what belongs to no element ``(N,)``, and what belongs to each ``(N, J)``, in nats."""

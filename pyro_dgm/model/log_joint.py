@@ -9,6 +9,7 @@ between them.
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.pace import steps
@@ -194,13 +195,14 @@ class LogJoint(_Recorded):
     def reads(self) -> tuple[Any, ...] | None:
         if not self.vectorized or self._runs is not None:
             return None
-        return self.engine.model, self.coordinates.latents, *tree_leaves((self.engine.args, self.engine.kwargs))
+        leaves, places = tree_flatten((self.engine.args, self.engine.kwargs))
+        return self.engine.model, *vars(self.coordinates).values(), sys.intern(str(places)), *leaves
 
     @classmethod
     def known(cls, guide: AutoContinuous, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
         """A new one; how it runs is not asked again where the guide's latest is in use, of this model and these arguments."""
         latest = _LATEST[guide]() if guide in _LATEST else None
-        if latest is None or latest.engine.model != model or not latest.engine.is_called_with(args, kwargs):
+        if latest is None or not latest.engine.is_of(model, args, kwargs):
             return cls(guide, model, args, kwargs)
         return cls(guide, model, args, kwargs, how=latest.how)
 

@@ -165,10 +165,10 @@ class Engine:
         run = Given(self._placed(given or {}, n))(self.model if model is None else model)
         return poutine.trace(self.wide(n, run)).get_trace(*self.args, **self.kwargs)
 
-    def is_called_with(self, args: Any, kwargs: Any) -> bool:
-        """Whether these are the very arguments that the model is called with."""
+    def is_of(self, model: Model, args: Any, kwargs: Any) -> bool:
+        """Whether this is the model, and these are the very arguments that it is called with."""
         given = [*map(id, args)], {k: id(v) for k, v in kwargs.items()}
-        return given == ([*map(id, self.args)], {k: id(v) for k, v in self.kwargs.items()})
+        return model == self.model and given == ([*map(id, self.args)], {k: id(v) for k, v in self.kwargs.items()})
 
     def find_how(self, rows: dict[str, Tensor]) -> tuple[How, str]:
         """How many draws can be run at once, and what is wrong with the plate where it is not that.

@@ -217,10 +217,12 @@ def test_a_model_that_runs_by_vmap_is_followed():
         s = pyro.sample("s", dist.HalfNormal(2.0).expand([2]).to_event(1))
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
         with pyro.plate("group", J):
-            theta = pyro.sample("theta", dist.Normal(mu, s[0] + 0.1 * s[1]))
-            pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+            theta = pyro.sample("theta", dist.Normal(mu, s[0]))
+            pyro.sample("y", dist.Normal(theta, sigma * s[1]), obs=y)
 
-    guide = started(model, sigma, y)
+    pyro.clear_param_store()
+    guide = dgm.AutoFlow(model)
+    dgm.fit(dgm.STL_ELBO()(model, guide), (sigma, y), seed=0, progress=False, max_steps=100)
     assert guide.follows_plates
     verdict = dgm.khat(dgm.from_svi(model, guide, sigma, y, seed=0, prior=0))
     joint = LogJoint(guide, model, (sigma, y), {})
