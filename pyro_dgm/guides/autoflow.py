@@ -156,20 +156,30 @@ class AutoFlow(VectorGuide):
         """The elements of plates that the posterior follows; from then on they are measured in units of their prior."""
         if self._structure == "joint" or (self._structure == "auto" and self.latent_dim <= _WIDE):
             return []
+        kept: list[Elements] = []
+        refused = NotFactoredError("no plate of 8 or more elements holds latents, with others outside of it")
+        for each in elements_of(self.prototype_trace, self._coordinates):
+            try:
+                self._follow([*kept, each], args, kwargs)
+                kept.append(each)
+            except NotFactoredError as error:
+                refused = error
+        if not kept and self._structure == "plates":
+            raise ValueError(f"AutoFlow: structure='plates', but {refused}. Use structure='joint'.") from refused
+        return kept
+
+    def _follow(self, elements: list[Elements], args: Any, kwargs: Any) -> None:
+        """Measure these elements in units of their prior, and find what belongs to each."""
         before = self._coordinates
-        elements = elements_of(self.prototype_trace, before)
+        if sum(each.index.numel() for each in elements) == self.latent_dim:
+            raise NotFactoredError("all of its latents are in plates")
+        relative = relative_sites(self.prototype_trace, elements)
+        self._coordinates = replace(before, moving=before.moving | relative, relative=relative)
         try:
-            if not elements or sum(each.index.numel() for each in elements) == self.latent_dim:
-                raise NotFactoredError("no plate of 8 or more elements holds latents, with others outside of it")
-            relative = relative_sites(self.prototype_trace, elements)
-            self._coordinates = replace(before, moving=before.moving | relative, relative=relative)
             self._factors = Factors(LogJoint(self, self.target, args, kwargs), elements)
-        except NotFactoredError as error:
+        except NotFactoredError:
             self._coordinates = before
-            if self._structure == "plates":
-                raise ValueError(f"AutoFlow: structure='plates', but {error}. Use structure='joint'.") from error
-            return []
-        return elements
+            raise
 
     def warm_start(self, *args: Any, **kwargs: Any) -> None:
         """Whiten by the best Gaussian of :func:`~pyro_dgm.guides.start.find_start`; a trained guide stays as it is.
