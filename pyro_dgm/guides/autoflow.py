@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -37,7 +38,9 @@ __all__ = ["AutoFlow", "as_pyro"]
 
 _WIDE = 50  # latents above which a posterior follows plates by itself. Not measured; chosen by hand
 _NORMAL = 1e6  # degrees of freedom of what is normal
-_FAR_OFF = 20.0  # variance of log weights, in nats squared, above which a start is none. Not measured; chosen by hand
+_FAR_OFF = (
+    15.0  # nats between which nine of ten log weights lie, above which a start is none. Not measured; chosen by hand
+)
 _JUDGED = 256  # draws by which a posterior of many elements is judged, at least
 _LEAST_WEIGHT = 1e-3  # of a mode, by the Gaussians of the start
 
@@ -134,7 +137,8 @@ class AutoFlow(VectorGuide):
         """Whether a posterior that follows plates came near its target: else one flow may do better."""
         with torch.no_grad(), fork_rng(0):
             log_weight = self.integrated(log_joint, _JUDGED)[0]  # type: ignore[index]
-        return bool(log_weight.isfinite().all()) and float(log_weight.var()) < _FAR_OFF
+        low, high = log_weight.quantile(log_weight.new_tensor([0.05, 0.95])).tolist()
+        return low > -math.inf and high - low < _FAR_OFF
 
     def _become_joint(self) -> None:
         """Have one flow over all latents, as if no plate had been found."""

@@ -13,7 +13,7 @@ from pyro.infer import SVI, Trace_ELBO
 import pyro_dgm as dgm
 from pyro_dgm.model.elements import Factors, NotFactoredError, elements_of
 from pyro_dgm.model.log_joint import LogJoint
-from tests.benchmarks.hierarchies import hierarchy, likelihood
+from tests.benchmarks.hierarchies import drawn, hierarchy, likelihood
 
 J = 60
 MU, LOG_TAU = torch.meshgrid(torch.linspace(-1.0, 3.0, 161), torch.linspace(-2.5, 1.5, 161), indexing="ij")
@@ -435,3 +435,10 @@ def test_where_elements_are_not_found_near_there_is_one_flow():
     other.load_state_dict(guide.state_dict())
     u = guide.get_posterior(y).sample((3,))
     assert torch.equal(other.get_posterior(y).log_prob(u), guide.get_posterior(y).log_prob(u))
+
+
+def test_a_few_far_draws_of_the_start_do_not_give_the_plates_up():
+    """Trials that leave tau open to zero. Planted: the variance of the start's log weights, which three of 256 draws make 40."""
+    known, y = drawn("binomial", 200, seed=200)
+    guide = started(hierarchy("binomial"), known, y)
+    assert guide.follows_plates
