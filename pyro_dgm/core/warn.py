@@ -49,6 +49,9 @@ def told_unless_finite(who: str, loss: Tensor) -> Tensor:
 
 _AT_SITE = re.compile(r"""(?:Error while .*? at site '(.+?)':\s*|at site "(.+?)", )""")
 _NO_KERNEL = re.compile(r"Could not run 'aten::(\w+)[^']*' with arguments from the '(\w+)' backend")
+_NO_ROOM = re.compile(
+    r"can't allocate memory|Storage size calculation overflowed|numel: integer multiplication overflow"
+)
 _LONGEST = 500  # characters of what Pyro says of a site
 
 
@@ -62,6 +65,11 @@ def plain(error: Exception) -> Exception:
         return TypeError(
             f"torch has no {lacking[1]} of tensors of the kind {lacking[2]}, expected dense numbers. Convert the data: "
             "x.to_dense(), x.dequantize(), x.float()."
+        )
+    if _NO_ROOM.search(str(error)):
+        return MemoryError(
+            "The numbers that were asked for have no room in this machine's memory. Ask for fewer rows or draws at once, or put "
+            "simulations into a folder: simulate(..., path=...)."
         )
     first = error
     while isinstance(first.__cause__, Exception) and str(first.__cause__) in str(first) and _is_pyros(first):

@@ -22,7 +22,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_dgm.amortized.binding import Arguments, size_arguments
-from pyro_dgm.core.kinds import shown
+from pyro_dgm.core.kinds import LARGEST, shown
 from pyro_dgm.model.handlers import EndOfRun, Redraw, run_to_end
 from pyro_dgm.model.sites import is_drawn, plate_frames
 from pyro_dgm.simulation.blocks import Blocks, Resizable, random_state
@@ -139,6 +139,8 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
         raise kind(f"simulate: {name}={shown(value)}, expected {expected}.") from None
     if isinstance(value, bool) or (least is not None and number < least):
         raise ValueError(f"simulate: {name}={value!r}, expected {expected}.")
+    if abs(number) > LARGEST:
+        raise ValueError(f"simulate: {name}={shown(number)}, expected {expected}, below 2**63.")
     return number
 
 

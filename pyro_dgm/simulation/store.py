@@ -17,6 +17,7 @@ import torch
 from torch import Size, Tensor
 
 from pyro_dgm.core.kinds import checked, shown
+from pyro_dgm.core.warn import plain_errors
 from pyro_dgm.simulation.blocks import Part
 from pyro_dgm.simulation.folder import Kind, allocate, larger, mapped, no_room
 from pyro_dgm.train.history import load_checkpoint, refuse_no_place, save_checkpoint
@@ -224,7 +225,8 @@ class Store:
     def _array(self, name: str, kind: Kind, grown: bool) -> Tensor:
         shape, dtype = kind
         if self.folder is None:
-            return torch.zeros(shape, dtype=dtype)
+            with plain_errors():
+                return torch.zeros(shape, dtype=dtype)
         return mapped(self.folder, name, kind, sized=grown)
 
     def _refuse_bad(self) -> None:

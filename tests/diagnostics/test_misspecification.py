@@ -104,6 +104,17 @@ class Many:
         return self.q.log_prob(values["t"])
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_simulations_and_summaries_that_are_not_finite_are_explained(sims, bad):
+    """Planted fault: they reach the eigenvectors, and torch says 'linalg.eigh: the algorithm failed to converge'."""
+    broken = {"x": sims["x"].clone()}
+    broken["x"][7, 3] = bad
+    with pytest.raises(ValueError, match="misspecification: 1 of 4000 simulations of 'x' hold NaN or infinity"):
+        misspecification(broken, observed=["x"], x=torch.zeros(12))
+    with pytest.raises(ValueError, match="misspecification: 1 of 4000 summaries hold NaN or infinity"):
+        misspecification(sims, summary=lambda data: data["x"] * 0 + broken["x"][: len(data["x"])], x=torch.zeros(12))
+
+
 @pytest.fixture(scope="module")
 def held_out():
     return dgm.simulate(model, 300, observed=["x"], seed=7, progress=False)

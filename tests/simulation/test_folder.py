@@ -430,6 +430,8 @@ def test_a_disk_that_fills_while_a_site_grows_keeps_what_was_drawn(tmp_path, mon
         ({"n": float("nan")}, ValueError, "num_simulations=nan, expected an int"),
         ({"n": "5"}, TypeError, "num_simulations='5', expected an int"),
         ({"n": True}, ValueError, "num_simulations=True, expected an int"),
+        ({"n": 2**63}, ValueError, "num_simulations=9223372036854775808, expected an int, at least 1, below 2"),
+        ({"seed": 2**70}, ValueError, "seed=1180591620717411303424, expected an int, below 2"),
         ({"batch_size": 0}, ValueError, "batch_size=0, expected an int, at least 1"),
         ({"batch_size": 2.5}, ValueError, "batch_size=2.5, expected an int"),
         ({"batch_size": "all"}, TypeError, "batch_size='all', expected an int"),
@@ -445,6 +447,14 @@ def test_bad_arguments_are_refused_before_the_model_runs(options, kind, words, t
     with pytest.raises(kind, match=words):
         drawn(noted, **options, path=tmp_path / "a")
     assert not (tmp_path / "a").exists() and (not RUNS or "observed" in options)
+
+
+def test_more_draws_than_memory_or_a_disk_hold_are_refused(tmp_path):
+    """Planted fault: the words of torch's allocator pass, or numbers of bytes that overflow."""
+    with pytest.raises(MemoryError, match="have no room in this machine's memory"):
+        drawn(of(1.0), n=2**62)
+    with pytest.raises(OSError, match="needs [0-9,]{25,} bytes, and .* are free there"):
+        drawn(of(1.0), n=2**62, path=tmp_path / "a")
 
 
 def test_a_path_to_a_file_is_refused(tmp_path):
