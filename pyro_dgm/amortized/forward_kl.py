@@ -22,7 +22,7 @@ from pyro_dgm.amortized.structure import Site, Structure, present
 from pyro_dgm.cnf.matching import FlowMatching
 from pyro_dgm.core.devices import device_of, to_device
 from pyro_dgm.core.kinds import checked, shown
-from pyro_dgm.core.shapes import check_number
+from pyro_dgm.core.shapes import as_tensor_like, check_number
 from pyro_dgm.core.warn import told_unless_finite
 from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
@@ -52,6 +52,9 @@ def _refuse_no_simulations(batch: Any) -> None:
     wrong = {k: type(v).__name__ for k, v in batch.items() if not isinstance(v, Tensor | Mapping)}
     if wrong:
         raise TypeError(f"ForwardKL: the simulations hold {wrong}, expected tensors (n, *site): torch.as_tensor(x).")
+    for k, v in batch.items():
+        if isinstance(v, Tensor):
+            as_tensor_like("ForwardKL", f"'{k}'", v, None)  # sparse ones and their like are refused
     rows = {k: tuple(v.shape[:1]) for k, v in batch.items() if isinstance(v, Tensor)}
     if len(set(rows.values())) > 1 or () in rows.values():
         raise ValueError(

@@ -35,7 +35,7 @@ def user_groups(y, mask=None, x=None):
 
 def user_nested(n=3, w=None, y=None):
     """Rows in groups; the number of groups and a covariate are arguments."""
-    w = torch.zeros(4, 1) if w is None else w[:, None]
+    w = torch.zeros(4, 1) if w is None else w
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("group", len(w), dim=-2):
         theta = pyro.sample("theta", dist.Normal(mu + w, 1.0))
@@ -227,7 +227,7 @@ def _():
 
     return Call(
         do,
-        {"y": torch.randn(4, 3), "w": torch.randn(4), "covariates": ["w"], "kwargs": {"w": torch.zeros(4)}, "args": (3,)},
+        {"y": torch.randn(4, 3), "w": torch.randn(4, 1), "covariates": ["w"], "kwargs": {"w": torch.zeros(4, 1)}, "args": (3,)},
         {"encoder": None, "family": None, "bounds": None},
     )  # fmt: skip
 
@@ -332,11 +332,15 @@ def _(name):
     family = FAMILIES[name](2, 3)
 
     def user_flow(x, context):
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
         with pyro.plate("row", len(context)):
-            pyro.sample("x", family(context), obs=x)
+            pyro.sample("x", family(context + shift), obs=x)
 
-    trace = lambda x, context: poutine.trace(user_flow).get_trace(x, context).log_prob_sum()
-    return Call(trace, {"x": x2(), "context": torch.randn(ROWS, 3)})
+    def do(x, context):
+        guide = dgm.AutoFlow(user_flow, FAMILIES["MAF"])
+        return dgm.STL_ELBO(2)(user_flow, guide)(x, context)
+
+    return Call(do, {"x": x2(), "context": torch.randn(ROWS, 3)})
 
 
 @call("LearnedDistribution:expand")
@@ -368,8 +372,11 @@ def _():
         with pyro.plate("row", len(context)):
             return family.sample_site("x", context, obs)
 
-    trace = lambda context, obs: poutine.trace(user_place).get_trace(context, obs).log_prob_sum()
-    return Call(trace, {"context": torch.randn(4, 3), "obs": torch.randn(4, 2)})
+    def do(context, obs):
+        guide = dgm.AutoFlow(user_place, FAMILIES["MAF"])
+        return dgm.STL_ELBO(2)(user_place, guide)(context, obs)
+
+    return Call(do, {"context": torch.randn(4, 3), "obs": torch.randn(4, 2)})
 
 
 @call(*(f"{n}:units of contexts" for n in (*CODED, "Conditional")))

@@ -229,3 +229,15 @@ def test_exact_posteriors_pass_and_narrow_ones_do_not(program, of):
         options = {"simulations": sims, "num_simulations": 500, "seed": 0}
         assert check(None, Exact(of), **options).p_value > 0.01
         assert check(None, Exact(of, 0.7), **options).p_value < 1e-4
+
+
+@pytest.mark.parametrize("wrong, match", [
+    ({"t": torch.full((40, 2), torch.nan)}, "truths of 't' hold NaN"),
+    ({"t": None}, r"The simulations lack \['t'\]|none of which is a latent"),
+])  # fmt: skip
+def test_given_simulations_that_lack_truths_are_explained(held_out, wrong, match):
+    """Planted fault: numpy says 'Range exceeds valid bounds', or a KeyError ends the run."""
+    kept = {k: v for k, v in (dict(held_out) | wrong).items() if v is not None}
+    for check in (dgm.sbc, dgm.coverage, dgm.tarp):
+        with pytest.raises(ValueError, match=match):
+            check(None, Batched(), simulations=kept, observed=["x"], num_simulations=40, num_draws=9, seed=0)
