@@ -9,6 +9,7 @@ The density of the model is never asked, so any simulator will do (Papamakarios 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -133,11 +134,14 @@ class ForwardKL(nn.Module):
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take units from the simulations, unless the guide has some, and note the sizes of plates."""
         found: list[Mapping[str, Any]] = []
+        rows, seconds = 0, (stages or Stages()).seconds()
+        began = time.perf_counter()
         for args in itertools.islice(batches, 1 + _UNIT_ROWS):
             for simulations in args:
                 _refuse_no_simulations(simulations)
             found.append(self._thinned(args[0] if args else self._fresh()))
-            if sum(_length(b) for b in found) >= _UNIT_ROWS:
+            rows += _length(found[-1])
+            if rows >= _UNIT_ROWS or (seconds is not None and time.perf_counter() - began >= seconds):
                 break
         self.guide.standardize(_joined(found))
 

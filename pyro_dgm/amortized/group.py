@@ -338,7 +338,7 @@ class Turn:
         for head, site in zip(self.group.heads, self.group.discrete, strict=True):
             value = self.values[site.name]
             flat = value.reshape(*value.shape[: value.dim() - len(site.event_shape)], site.width)
-            total = total + _classes(head, seen, site).log_prob(flat.long())
+            total = total + _classes(head, seen, site).base_dist.log_prob(flat.long()).sum(-1)
             seen = broadcast_cat(seen, _one_hot(site, value))
         return total
 

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -382,3 +383,17 @@ def test_sparse_simulations_are_explained():
     simulations = guide.simulate(20) | {"mu": torch.randn(20).to_sparse()}
     with pytest.raises(TypeError, match="ForwardKL: 'mu' is a tensor .* expected real numbers, dense"):
         dgm.ForwardKL(guide)(simulations)
+
+
+def test_units_are_taken_within_the_time_of_a_fit():
+    """Planted fault: 5,000 batches of two rows are gone through, whatever max_seconds is."""
+    guide = dgm.AmortizedGuide(groups, observed=["y"])
+    simulations, taken = guide.simulate(40), []
+
+    def batches():
+        while True:
+            taken.append({k: v[:20] for k, v in simulations.items()})
+            yield (taken[-1],)
+
+    dgm.ForwardKL(guide).prepare(batches(), SimpleNamespace(seconds=lambda: 0.0))
+    assert len(taken) == 1 and guide.standardized
