@@ -81,6 +81,8 @@ def plain(error: Exception) -> Exception:
     while isinstance(first.__cause__, Exception) and str(first.__cause__) in str(first) and _is_pyros(first):
         first = first.__cause__
     found = _AT_SITE.match(str(error))
+    if first is error and not found and "Trace Shapes:" in str(error):
+        return _again(error, " ".join(str(error).split("Trace Shapes:")[0].split())[:_LONGEST])
     if first is error and (not found or _is_ours(error)):
         return error
     if _is_ours(first):

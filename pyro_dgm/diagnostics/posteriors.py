@@ -151,6 +151,11 @@ def experiment(
         truth = {k: rows[k] for k in sites}
         for k, values in truth.items():
             refuse_non_finite("simulations", values, f"truths of '{k}'")
+            if drawn.draws[k].shape[2:].numel() != values.shape[1:].numel():
+                raise ValueError(
+                    f"simulations: '{k}' has shape {tuple(values.shape[1:])} in each, and {tuple(drawn.draws[k].shape[2:])} in "
+                    "the posterior's draws, expected the same."
+                )
         draws = {k: drawn.draws[k].reshape(*drawn.draws[k].shape[:2], *truth[k].shape[1:]) for k in sites}
         densities = drawn.densities(truth) if density else _densities_if_known(drawn, truth)
         joint: Densities = ()

@@ -32,6 +32,7 @@ __all__ = ["TruncatedPrior", "checked_sizes", "resizable", "truncated", "whole"]
 _OUTSIDE = 1e-4  # mass of the posterior outside the region: that of Deistler et al. 2022
 # Not measured; chosen by hand.
 _DRAWS = 10_000  # of the posterior, for the density at the region's edge
+_AT_ONCE = 250  # candidates, at least, where they run together
 _TRIES = 1_000  # candidates for each draw that is wanted
 
 
@@ -53,25 +54,26 @@ class TruncatedPrior:
 
     @torch.no_grad()
     def __call__(self, blocks: Blocks, n: int) -> tuple[dict[str, Tensor], int]:
-        """``n`` accepted draws of all latents up to the last one that the posterior knows, and how many were tried.
+        """``n`` accepted draws of all latents up to the last one that the posterior knows, and how many were tried for them.
 
         Raises:
             ValueError: if fewer than one in 1,000 is accepted.
         """
         kept: list[dict[str, Tensor]] = []
         found = tried = 0
+        at_once = max(n, _AT_ONCE) if blocks.how == "plate" else n
         while found < n and tried < _TRIES * max(n, 10):
-            rows = self._candidates(blocks, n)
+            rows = self._candidates(blocks, at_once)
             inside = self.posterior.log_prob({k: rows[k] for k in self.sites}) >= self.threshold
             kept.append({k: v[inside] for k, v in rows.items()})
-            found, tried = found + int(inside.sum()), tried + n
+            found, tried = found + int(inside.sum()), tried + at_once
         if found < n:
             raise ValueError(
                 f"simulate: of {tried:,} prior draws {found} lie where the proposal's density is high (acceptance "
                 f"{found / tried:.1e}; 1e-03 is the least). The posterior is already far narrower than the prior: refine it by "
                 "the model's density, or narrow the prior itself."
             )
-        return {k: torch.cat([rows[k] for rows in kept])[:n] for k in kept[0]}, tried
+        return {k: torch.cat([rows[k] for rows in kept])[:n] for k in kept[0]}, round(tried * n / found)
 
     def _candidates(self, blocks: Blocks, n: int) -> dict[str, Tensor]:
         """Latents of ``n`` runs that end before the simulator begins."""

@@ -75,7 +75,7 @@ def _():
     def do(y, mask, x, **k):
         guide = dgm.AutoFlow(user_groups, **k)
         data = (y, mask, x)
-        dgm.fit(dgm.STL_ELBO(2)(user_groups, guide), data, max_steps=1, max_seconds=1.0, progress=False, seed=0)
+        dgm.fit(dgm.STL_ELBO(2)(user_groups, guide), data, max_steps=1, max_seconds=0.3, progress=False, seed=0)
         return guide(*data)
 
     return Call(do, grouped() | {"structure": "plates"}, options_of(dgm.AutoFlow, ("structure", "reparam")))
@@ -91,8 +91,8 @@ def _():
 def _():
     guide = plated(grouped())
     return Call(
-        lambda quantiles, y, mask, x: (guide.quantiles(quantiles, y, mask, x), guide.median(y, mask, x)),
-        {"quantiles": [0.1, 0.9]} | grouped(),
+        lambda quantiles, y, mask: (guide.quantiles(quantiles, y, mask), guide.median(y, mask)),
+        {"quantiles": [0.1, 0.9]} | {k: v for k, v in grouped().items() if k != "x"},
     )
 
 
@@ -133,7 +133,7 @@ def posterior_of_plates():
 def _():
     def do(x, **k):
         guide = dgm.AutoFlow(user_uniform, FAMILIES["MAF"], **k)
-        dgm.fit(dgm.STL_ELBO(2)(user_uniform, guide), x, max_steps=1, max_seconds=1.0, progress=False, seed=0)
+        dgm.fit(dgm.STL_ELBO(2)(user_uniform, guide), x, max_steps=1, max_seconds=0.3, progress=False, seed=0)
         return guide(x), guide.median(x)
 
     return Call(do, {"x": torch.randn(5)}, {"init_scale": 0.1})
@@ -147,7 +147,8 @@ def _():
         svi = pyro.infer.SVI(calls.user_simulator, guide, pyro.optim.Adam({"lr": 1e-3}), dgm.STL_ELBO(num_particles))
         return svi.step(x), svi.evaluate_loss(x)
 
-    return Call(do, {"x": torch.randn(5), "num_particles": 2}, dtype=None)
+    given = {"x": torch.randn(5), "num_particles": 2}
+    return Call(do, given, dtype=None, changes=True)  # Pyro's step derives by all that asks for it
 
 
 @call("ImplicitGuide:plates")
@@ -250,7 +251,7 @@ def _():
 
     def do(simulations, **k):
         objective = dgm.ForwardKL(guide)
-        return dgm.fit(objective, simulations, max_steps=1, max_seconds=1.0, progress=False, seed=0, **k).loss
+        return dgm.fit(objective, simulations, max_steps=1, max_seconds=0.3, progress=False, seed=0, **k).loss
 
     return Call(do, {"simulations": dict(nested_simulations())}, {"batch_size": 20, "validation": 0.1})
 
@@ -387,7 +388,7 @@ def _(name):
             dgm.MaximumLikelihood(family, pretrain=0),
             (x, context),
             max_steps=1,
-            max_seconds=1.0,
+            max_seconds=0.3,
             progress=False,
             seed=0,
         )
@@ -430,7 +431,7 @@ def _():
         model = columns_vae()
         data = (x, context, mask)
         bound = dgm.STL_ELBO(2)(model.model, model.guide)
-        history = dgm.fit(bound, data, max_steps=1, max_seconds=1.0, progress=False, seed=0, **k)
+        history = dgm.fit(bound, data, max_steps=1, max_seconds=0.3, progress=False, seed=0, **k)
         return history.loss, model.embed(x, context, mask)
 
     return Call(do, table_with_gaps(), {"batch_size": 6, "validation": 0.25})
@@ -472,7 +473,7 @@ def _():
 
     def do(x, context, **k):
         objective = dgm.LogisticRegression(ratio)
-        dgm.fit(objective, (x, context), max_steps=1, max_seconds=1.0, progress=False, seed=0, **k)
+        dgm.fit(objective, (x, context), max_steps=1, max_seconds=0.3, progress=False, seed=0, **k)
         return ratio(x, context)
 
     return Call(do, {"x": x2(), "context": torch.randn(ROWS, 3)}, {"batch_size": 6})

@@ -188,3 +188,11 @@ def test_what_has_no_room_is_said_in_one_line(ask):
     """Planted fault: the allocator's own words pass, 'enforce fail at alloc_cpu.cpp'."""
     with pytest.raises(MemoryError, match="have no room in this machine's memory. Ask for fewer"), plain_errors():
         ask()
+
+
+def test_what_pyro_says_of_plates_is_said_in_one_line():
+    """Planted fault: Pyro's page of shapes follows."""
+    with pytest.raises(ValueError, match="Shape mismatch inside plate") as raised, plain_errors():
+        with pyro.poutine.trace(), pyro.plate("row", 4):
+            pyro.sample("x", pyro.distributions.Normal(torch.zeros(3), 1.0))
+    assert "\n" not in str(raised.value) and "Trace Shapes" not in str(raised.value)
