@@ -474,6 +474,13 @@ def test_numbers_of_numpy_and_torch_are_numbers(tmp_path):
     assert same(drawn(of(1.0), **kinds, path=tmp_path / "a"), drawn(of(1.0), n=5, seed=3))
 
 
+def test_simulations_of_odd_tensors_are_refused():
+    """Planted fault: they are kept, and picking rows of them fails in torch's words."""
+    for odd in (torch.ones(5).to_sparse(), torch.ones(5, device="meta")):
+        with pytest.raises(TypeError, match="Simulations: site 't' is a tensor .* expected real numbers, dense"):
+            dgm.Simulations({"t": odd, "y": torch.zeros(5, 2)}, "y")
+
+
 def test_simulations_are_picked_by_what_is_there():
     sims = dgm.Simulations({"t": torch.arange(5.0), "y": torch.zeros(5, 2)}, "y")
     assert sims.observed == ("y",) and sims[-5]["t"] == 0.0 and sims[np.int64(4)]["y"].shape == (1, 2)
