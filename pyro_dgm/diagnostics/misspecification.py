@@ -124,8 +124,11 @@ def misspecification(
     for name in names:
         refuse_non_finite("misspecification", simulations[name][:_ROWS], f"simulations of '{name}'")
     features, labels = _features({k: simulations[k][:_ROWS] for k in names}, masks, summary)
+    refuse_non_finite("misspecification", features, "summaries")  # that of the observation may be infinitely far
     present = {k: m.new_ones(observation[k].shape[: m.dim()]) for k, m in masks.items()}
     at, _ = _features(observation, present, summary)
+    if bool(at.isnan().any()):
+        raise ValueError("misspecification: the summary of the observation is NaN, expected numbers.")
     result = _compared(features, at[0], labels, seed)
     if result.outside:
         warn_user(
@@ -173,7 +176,6 @@ def _features(
             raise ValueError(
                 f"misspecification: summary gave shape {tuple(features.shape)} for {n} data sets, expected ({n}, F)."
             )
-        refuse_non_finite("misspecification", features, "summaries")
         return features.double(), [f"summary[{i}]" for i in range(features.shape[1])]
     parts = []
     labels: list[str] = []
