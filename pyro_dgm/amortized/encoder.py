@@ -339,7 +339,7 @@ def _encoded(encoder: nn.Module, u: Tensor, site: Site, entries: Tensor | None) 
             f"AmortizedGuide: the encoder of '{site.name}' maps {tuple(rows.shape)} to {tuple(out.shape)}; expected "
             f"({len(rows)}, features)."
         )
-    return out.reshape(*u.shape[:-1], -1)
+    return out.reshape(*u.shape[:-1], out.shape[-1])
 
 
 def by_site(encoder: nn.Module | Mapping[str, nn.Module] | None, observed: list[str]) -> dict[str, nn.Module]:

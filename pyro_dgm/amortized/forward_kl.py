@@ -9,6 +9,7 @@ The density of the model is never asked, so any simulator will do (Papamakarios 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from pyro_dgm.amortized.structure import Site, Structure, present
 from pyro_dgm.cnf.matching import FlowMatching
 from pyro_dgm.core.devices import device_of, to_device
 from pyro_dgm.core.kinds import checked, shown
-from pyro_dgm.core.shapes import check_number
+from pyro_dgm.core.shapes import as_tensor_like, check_number
 from pyro_dgm.core.warn import told_unless_finite
 from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
@@ -52,6 +53,9 @@ def _refuse_no_simulations(batch: Any) -> None:
     wrong = {k: type(v).__name__ for k, v in batch.items() if not isinstance(v, Tensor | Mapping)}
     if wrong:
         raise TypeError(f"ForwardKL: the simulations hold {wrong}, expected tensors (n, *site): torch.as_tensor(x).")
+    for k, v in batch.items():
+        if isinstance(v, Tensor):
+            as_tensor_like("ForwardKL", f"'{k}'", v, None)  # sparse ones and their like are refused
     rows = {k: tuple(v.shape[:1]) for k, v in batch.items() if isinstance(v, Tensor)}
     if len(set(rows.values())) > 1 or () in rows.values():
         raise ValueError(
@@ -130,11 +134,14 @@ class ForwardKL(nn.Module):
     def prepare(self, batches: Iterator[tuple[Any, ...]], stages: Stages | None = None) -> None:
         """Take units from the simulations, unless the guide has some, and note the sizes of plates."""
         found: list[Mapping[str, Any]] = []
+        rows, seconds = 0, (stages or Stages()).seconds()
+        began = time.perf_counter()
         for args in itertools.islice(batches, 1 + _UNIT_ROWS):
             for simulations in args:
                 _refuse_no_simulations(simulations)
             found.append(self._thinned(args[0] if args else self._fresh()))
-            if sum(_length(b) for b in found) >= _UNIT_ROWS:
+            rows += _length(found[-1])
+            if rows >= _UNIT_ROWS or (seconds is not None and time.perf_counter() - began >= seconds):
                 break
         self.guide.standardize(_joined(found))
 

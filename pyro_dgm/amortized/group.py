@@ -201,13 +201,16 @@ class Group(nn.Module):
 def _one_hot(site: Site, value: Tensor) -> Tensor:
     """Classes of a discrete site as features ``(*batch, width * classes)``."""
     hot = nn.functional.one_hot(value.long(), site.classes).to(torch.get_default_dtype())
-    return hot.reshape(*value.shape[: value.dim() - len(site.event_shape)], -1)
+    batch = value.shape[: value.dim() - len(site.event_shape)]
+    return hot.reshape(*batch, hot.shape[len(batch) :].numel())
 
 
 def _classes(head: nn.Module, seen: Tensor, site: Site) -> dist.TorchDistribution:
     """The distribution of a discrete site's flat event, by its head."""
     logits = head(seen)
-    return dist.Categorical(logits=logits.reshape(*logits.shape[:-1], site.width, site.classes)).to_event(1)
+    logits = logits.reshape(*logits.shape[:-1], site.width, site.classes)
+    validate = None if logits.numel() else False  # torch cannot look at no rows
+    return dist.Categorical(logits=logits, validate_args=validate).to_event(1)
 
 
 def _as_values(site: Site, drawn: Tensor) -> Tensor:
@@ -257,7 +260,7 @@ class BesidePrior(nn.Module):
         return broadcast_cat(context, (place - mean) / sd * torch.exp(-left), log_ratio - 0.5 * left)
 
     def _flat(self, site: Site, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[: x.dim() - len(site.event_shape)], -1)
+        return x.reshape(*x.shape[: x.dim() - len(site.event_shape)], site.event_shape.numel())
 
     def values(self, values: Values) -> Tensor:
         """Latents as one vector."""
@@ -335,7 +338,7 @@ class Turn:
         for head, site in zip(self.group.heads, self.group.discrete, strict=True):
             value = self.values[site.name]
             flat = value.reshape(*value.shape[: value.dim() - len(site.event_shape)], site.width)
-            total = total + _classes(head, seen, site).log_prob(flat.long())
+            total = total + _classes(head, seen, site).base_dist.log_prob(flat.long()).sum(-1)
             seen = broadcast_cat(seen, _one_hot(site, value))
         return total
 

@@ -208,6 +208,7 @@ class AmortizedGuide(nn.Module):
         arguments = self.arguments if rewritten else replace(self.arguments, model=self.model)
         return arguments.conditioned(data, self.structure)
 
+    @checked(n=1)
     def simulate(self, n: int, inputs: Data | None = None) -> dict[str, Any]:
         """Fresh simulations ``{site: (n, *site)}`` with the prototype's arguments, covariates replaced by ``inputs``."""
         lacking = [c.name for c in self.covariates if c.name not in (inputs or {})]
@@ -394,7 +395,6 @@ class AmortizedGuide(nn.Module):
 
     def _stretched(self, turn: Turn, data: Data, lead: int) -> Tensor:
         """The context of a turn, for all elements of the group's plates."""
-        shape = list(turn.context.shape)
-        for plate, size in self._sizes(turn.group, data, lead).items():
-            shape[self.structure.plates[plate][0] - 1] = size
-        return turn.context.expand(shape)
+        sizes = {self.structure.plates[p][0] - 1: n for p, n in self._sizes(turn.group, data, lead).items()}
+        dims = turn.context.dim()
+        return turn.context.expand([sizes.get(d - dims, n) for d, n in enumerate(turn.context.shape)])

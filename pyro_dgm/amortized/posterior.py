@@ -23,7 +23,7 @@ from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.transforms import CatTransform, ComposeTransform, ReshapeTransform
 
 from pyro_dgm.amortized.refine import Refined, refined
-from pyro_dgm.amortized.units import PriorUnits, Units
+from pyro_dgm.amortized.units import PriorUnits, Units, per_row
 from pyro_dgm.core import compose, zuko
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
@@ -300,7 +300,8 @@ class Unbounded:
         found = self._found(values, data, lead)
         made = {x: self._bare(x, found[x].value, shape) for x in self.names}
         made |= {u: self._bare(x, found[x].real, shape) for x, u in self.names.items()}
-        return dict(values) | made, sum(f.log_det.reshape(*shape, -1).sum(-1) for f in found.values())
+        log_dets = (f.log_det.reshape(*shape, f.log_det.shape[1:].numel()) for f in found.values())
+        return dict(values) | made, sum(each.sum(-1) for each in log_dets)
 
     def placed(self, values: Mapping[str, Tensor], data: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
         """Value and log-determinant of each rewritten site, ``(n, *plates, *event)`` and ``(n, *plates)``.
@@ -375,4 +376,4 @@ class _NoteMovingSites(poutine.messenger.Messenger):
         if real is None:
             real = to_support.inv(value).nan_to_num(0.0, _END, -_END)
         log_det = to_support.log_abs_det_jacobian(real, to_support(real))
-        return _MovingSite(real, value, log_det.reshape(*log_det.shape[: self.batch], -1).sum(-1))
+        return _MovingSite(real, value, per_row(log_det, self.batch))

@@ -31,7 +31,7 @@ from pyro_dgm.core import Standardize
 from pyro_dgm.core.shapes import is_real, of_entries
 from pyro_dgm.model.handlers import EndOfRun, run_to_end
 
-__all__ = ["Moments", "PriorUnits", "Units"]
+__all__ = ["Moments", "PriorUnits", "Units", "per_row"]
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 
@@ -144,7 +144,7 @@ class Units(nn.Module):
                 total = total - _summed(site, scale.log().expand(value.shape))
             batch = value.shape[: value.dim() - len(site.event_shape)]
             x = onto.inv(value)
-            total = total - _per_row(onto.log_abs_det_jacobian(x, value), len(batch))
+            total = total - per_row(onto.log_abs_det_jacobian(x, value), len(batch))
             parts.append(x.reshape(*batch, x.shape[len(batch) :].numel()))
         x = torch.cat(parts, -1)
         u = self.standard(x)
@@ -159,7 +159,7 @@ class Units(nn.Module):
         for site, onto, part, slope in zip(self.sites, self.maps, parts, slopes, strict=True):
             x = part.reshape([*u.shape[:-1], *onto.inverse_shape(site.event_shape)])
             value = onto(x)
-            log_det = _per_row(onto.log_abs_det_jacobian(x, value), u.dim() - 1)
+            log_det = per_row(onto.log_abs_det_jacobian(x, value), u.dim() - 1)
             if prior and site.name in prior:
                 loc, scale = prior[site.name]
                 value = loc + scale * value
@@ -180,14 +180,14 @@ class Units(nn.Module):
         )
 
 
-def _per_row(terms: Tensor, batch: int) -> Tensor:
+def per_row(terms: Tensor, batch: int) -> Tensor:
     """The sum over all but the first ``batch`` dimensions, of no rows too."""
     return terms.reshape(*terms.shape[:batch], terms.shape[batch:].numel()).sum(-1)
 
 
 def _summed(site: Site, terms: Tensor) -> Tensor:
     """The sum over a site's events."""
-    return terms.reshape(*terms.shape[: terms.dim() - len(site.event_shape)], -1).sum(-1)
+    return per_row(terms, terms.dim() - len(site.event_shape))
 
 
 class PriorUnits:

@@ -152,10 +152,7 @@ class LearnedDistribution(TorchDistribution):
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> LearnedDistribution:
         """A new distribution with independent draws over ``batch_shape``; networks still run once per context."""
-        batch_shape = as_shape(batch_shape, "batch_shape", least=0)
-        if not _expands_to(self.batch_shape, batch_shape):
-            raise ValueError(f"{self._name}: cannot expand {tuple(self.batch_shape)} to {tuple(batch_shape)}.")
-        return self._copy(batch_shape)
+        return self._copy(_expanded(self._name, self.batch_shape, batch_shape))
 
     def _copy(self, batch_shape: Size) -> LearnedDistribution:
         new = object.__new__(type(self))
@@ -265,9 +262,8 @@ class LearnedDistribution(TorchDistribution):
 
     def _score(self, value: Tensor) -> Tensor:
         value = as_tensor_like(self._name, "value", value, reference(self._family))
-        n = len(self.event_shape)
         check_value_shape(self._name, value, self.event_shape)
-        base, rows = self._base(), value.shape[: value.dim() - n]
+        base, rows = self._base(), value.shape[: value.dim() - len(self.event_shape)]
         batch = broadcast_batch(self._name, rows, self.batch_shape)
         if 0 in batch:
             return self._empty(batch, value)
@@ -304,8 +300,12 @@ class LearnedDistribution(TorchDistribution):
         return base.log_prob(u) - bijection.log_abs_det_jacobian(u, value)
 
 
-def _expands_to(old: Size, new: Size) -> bool:
-    return len(new) >= len(old) and all(o in (1, n) for o, n in zip(reversed(old), reversed(new), strict=False))
+def _expanded(name: str, old: Size, batch_shape: Any) -> Size:
+    """The batch shape that was asked for, if the old one broadcasts to it."""
+    new = as_shape(batch_shape, "batch_shape", least=0)
+    if len(new) < len(old) or any(o not in (1, n) for o, n in zip(old[::-1], new[::-1], strict=False)):
+        raise ValueError(f"{name}: cannot expand {tuple(old)} to {tuple(new)}.")
+    return new
 
 
 def _draw_of(base: Any, shape: Size) -> Tensor:
@@ -369,7 +369,7 @@ class ImplicitDistribution(TorchDistribution):
         return self._support
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> ImplicitDistribution:
-        base = self._base.expand(as_shape(batch_shape, "batch_shape", least=0))
+        base = self._base.expand(_expanded(self._name, self.batch_shape, batch_shape))
         new = ImplicitDistribution(self._push, base, tuple(self.event_shape), support=self._support, name=self._name)
         new.has_rsample = self.has_rsample
         return new

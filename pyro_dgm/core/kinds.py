@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.core.warn import plain_errors
 
-__all__ = ["Above", "checked", "shown"]
+__all__ = ["LARGEST", "Above", "checked", "shown"]
 
 _SEEDS = (-(2**63), 2**64 - 1)  # that torch takes; numpy's begin at 0, which a function says by its bound
-_LARGEST = 2**64  # of whole numbers: no size, count or seed is larger
+LARGEST = 2**63 - 1  # of whole numbers: torch takes no larger size or count
 _LONGEST = 60  # characters of a value in a message
 _WORDS = {
     int: "a whole number", float: "a finite number", bool: "True or False", str: "a text", type(None): "None", Tensor: "a tensor",
@@ -146,17 +146,25 @@ def _checked_value(who: str, name: str, kind: Any, value: Any, bound: float | No
         fitted = _fitted(who, name, kind, value)
     except _UnfitError:
         raise TypeError(_message(who, name, kind, value, bound, advice)) from None
+    if name == "seed" and isinstance(fitted, int):
+        return _checked_seed(who, fitted, bound)
     for number in fitted if isinstance(fitted, tuple | list) else [fitted]:
         if isinstance(number, int | float) and not isinstance(number, bool) and not _within(number, bound):
             raise ValueError(_message(who, name, kind, value, bound, advice))
-    if name == "seed" and isinstance(fitted, int) and not _SEEDS[0] <= fitted <= _SEEDS[1]:
-        raise ValueError(f"{who}: seed={fitted}, expected a whole number from {_SEEDS[0]} to {_SEEDS[1]}.")
     return fitted
+
+
+def _checked_seed(who: str, seed: int, bound: float | None) -> int:
+    least = _SEEDS[0] if bound is None else int(bound)
+    if not least <= seed <= _SEEDS[1]:
+        raise ValueError(f"{who}: seed={shown(seed)}, expected a whole number from {least} to {_SEEDS[1]}.")
+    return seed
 
 
 def _message(who: str, name: str, kind: Any, value: Any, bound: float | None, advice: str) -> str:
     verb = "=" if _of_numbers(kind) else " is "
-    return f"{who}: {name}{verb}{shown(value)}, expected {_words(kind)}{_limit(bound)}. {advice}".rstrip()
+    most = ", below 2**63" if isinstance(value, int) and abs(value) > LARGEST else ""
+    return f"{who}: {name}{verb}{shown(value)}, expected {_words(kind)}{_limit(bound)}{most}. {advice}".rstrip()
 
 
 def _of_numbers(kind: Any) -> bool:
@@ -166,7 +174,7 @@ def _of_numbers(kind: Any) -> bool:
 
 
 def _within(number: float, bound: float | None) -> bool:
-    if isinstance(number, int) and abs(number) > _LARGEST:
+    if isinstance(number, int) and abs(number) > LARGEST:
         return False
     if bound is None:
         return True

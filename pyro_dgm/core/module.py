@@ -17,6 +17,7 @@ from torch.distributions.transforms import IndependentTransform, ReshapeTransfor
 from pyro_dgm.core.data import reads_context, was_trained
 from pyro_dgm.core.distribution import LearnedDistribution
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.pace import in_fit
 from pyro_dgm.core.shapes import ShapeAttribute, as_count, as_shape, as_tensor_like, fitting_context, of_entries
 from pyro_dgm.core.units import InputUnits, Standardize
 from pyro_dgm.core.upstream import PyroABCMeta, drop_weak_references, zuko
@@ -26,6 +27,7 @@ __all__ = [
     "OnePass",
     "compose",
     "composed",
+    "has_finite_numbers",
     "resize_to_saved",
     "tensors_of",
     "values_of",
@@ -196,15 +198,18 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         except ValueError as error:
             if not str(error).startswith("Expected parameter"):
                 raise
-            raise self._unbuilt(context, error) from error
+            raise self._unbuilt(context, str(error).split()[2]) from error
+        if Distribution._validate_args and not in_fit() and not has_finite_numbers(built):
+            raise self._unbuilt(
+                context, "of some entry"
+            )  # torch takes an exponential that overflows for a positive number
         if self._support is not None or built.event_shape != self.event_shape:
             _check_built(self, built.event_shape, self.unconstrained_shape)
         return built
 
-    def _unbuilt(self, context: Tensor | None, error: ValueError) -> ValueError:
+    def _unbuilt(self, context: Tensor | None, name: str) -> ValueError:
         """Why the context makes no distribution: torch answers with all its numbers."""
         largest = 0.0 if context is None or not context.numel() else float(context.abs().max())
-        name = str(error).split()[2]
         return ValueError(
             f"{type(self).__name__}: the parameter {name} of its distribution is out of bounds or not finite, for contexts up to "
             f"{largest:.3g}. Bring what the network reads to the unit scale (Standardize), or look at its parameters."
@@ -269,6 +274,15 @@ def _check_built(family: DistributionModule, event_shape: Size, expected: Size) 
             f"{type(family).__name__}.build returned event shape {tuple(event_shape)}, expected {tuple(expected)} "
             f"(event_shape {tuple(family.event_shape)}). Use .to_event(n) to move batch dimensions into the event."
         )
+
+
+def has_finite_numbers(made: Any) -> bool:
+    """Whether the numbers that a distribution was made of are finite: an exponential that overflows is positive to torch."""
+    numbers = [made.__dict__.get(k) for k in getattr(made, "arg_constraints", ())]
+    inner = getattr(made, "base_dist", None)
+    return all(bool(v.isfinite().all()) for v in numbers if isinstance(v, Tensor)) and (
+        inner is None or has_finite_numbers(inner)
+    )
 
 
 def tensors_of(module: nn.Module, *, buffers: bool = True) -> list[Tensor]:

@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _LARGEST: Any = {True: 2**64, False: torch.finfo(torch.float64).max}  # of settings, by whether they are whole
+_ADDRESSED = 2**45  # numbers of 4 bytes: processors address no more
 _NUMBERS = "biuf"  # numpy's kinds that become tensors: booleans, integers with and without a sign, floats
 
 
@@ -159,9 +160,9 @@ def as_shape(shape: int | Iterable[int], what: str = "event_shape", least: int =
     (torch.Size([3]), torch.Size([]), torch.Size([28, 28]))
     """
     sizes = shape if type(shape) is Size else Size(_integers(shape, what))
-    if any(n < least for n in sizes) or math.prod(sizes) >= 2**63:
+    if any(n < least for n in sizes) or math.prod(sizes) >= _ADDRESSED:
         allowed = "positive sizes" if least == 1 else "no negative sizes"
-        allowed = allowed if all(n < 2**31 for n in sizes) else "sizes of fewer than 2**63 numbers"
+        allowed = allowed if all(n < 2**31 for n in sizes) else "sizes of fewer than 2**45 numbers"
         raise ValueError(f"{what} must hold {allowed}, got {tuple(sizes)}; () is a single number.")
     return sizes
 

@@ -95,7 +95,7 @@ class Standardize(nn.Module):
         if x.shape[-1:] != self.loc.shape or x.numel() < 2 * len(self.loc):
             raise ValueError(f"{who}: data has shape {tuple(x.shape)}, expected (N >= 2, {len(self.loc)}).")
         rows = x.reshape(-1, len(self.loc)).double()
-        seen = None if mask is None else mask.to(rows.device).expand(x.shape).reshape(rows.shape)
+        seen = None if mask is None else _seen(who, mask, x).reshape(rows.shape)
         refuse_non_finite(who, rows if seen is None else torch.where(seen, rows, 0.0))
         loc, scale, constant = self._straight_units(rows, seen, self._rounding(x), who)
         if floor:
@@ -198,6 +198,11 @@ class Standardize(nn.Module):
 
     def inverse(self, u: Tensor) -> Tensor:
         """The data of standardised units."""
+        u = as_tensor_like("Standardize", "units", u, None if isinstance(u, Tensor) else self.loc)
+        if u.shape[-1:] != self.loc.shape:
+            raise ValueError(
+                f"{type(self).__name__}: units have shape {tuple(u.shape)}, expected (..., {len(self.loc)})."
+            )
         y = torch.addcmul(self.loc, self.scale, u)
         return y if self.is_straight() else self.bend()._call(y)
 
@@ -216,6 +221,19 @@ class Standardize(nn.Module):
             state.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state, prefix, *rest)
         self.loaded = True
+
+
+def _seen(who: str, mask: Any, x: Tensor) -> Tensor:
+    """The mask of data, of their shape."""
+    mask = as_tensor_like(who, "mask", mask, None)
+    fits = mask.dim() <= x.dim() and all(
+        m in (1, n) for m, n in zip(reversed(mask.shape), reversed(x.shape), strict=False)
+    )
+    if mask.dtype is not torch.bool or not fits:
+        raise ValueError(
+            f"{who}: mask has {mask.dtype} and shape {tuple(mask.shape)}, expected torch.bool and {tuple(x.shape)}."
+        )
+    return mask.to(x.device).expand(x.shape)
 
 
 class InputUnits(Standardize):

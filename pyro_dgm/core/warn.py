@@ -7,13 +7,16 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 import pyro
 import torch
+from pyro.poutine import trace_struct
 from torch import Tensor
 
 from pyro_dgm.core.pace import in_fit
@@ -49,6 +52,9 @@ def told_unless_finite(who: str, loss: Tensor) -> Tensor:
 
 _AT_SITE = re.compile(r"""(?:Error while .*? at site '(.+?)':\s*|at site "(.+?)", )""")
 _NO_KERNEL = re.compile(r"Could not run 'aten::(\w+)[^']*' with arguments from the '(\w+)' backend")
+_NO_ROOM = re.compile(
+    r"can't allocate memory|Storage size calculation overflowed|numel: integer multiplication overflow"
+)
 _LONGEST = 500  # characters of what Pyro says of a site
 
 
@@ -63,10 +69,20 @@ def plain(error: Exception) -> Exception:
             f"torch has no {lacking[1]} of tensors of the kind {lacking[2]}, expected dense numbers. Convert the data: "
             "x.to_dense(), x.dequantize(), x.float()."
         )
+    if _NO_ROOM.search(str(error)):
+        return MemoryError(
+            "The numbers that were asked for have no room in this machine's memory. Ask for fewer rows or draws at once, or put "
+            "simulations into a folder: simulate(..., path=...)."
+        )
+    scored = _scored(error)
+    if scored is not None:
+        return _misfit(*scored)
     first = error
     while isinstance(first.__cause__, Exception) and str(first.__cause__) in str(first) and _is_pyros(first):
         first = first.__cause__
     found = _AT_SITE.match(str(error))
+    if first is error and not found and "Trace Shapes:" in str(error):
+        return _again(error, " ".join(str(error).split("Trace Shapes:")[0].split())[:_LONGEST])
     if first is error and (not found or _is_ours(error)):
         return error
     if _is_ours(first):
@@ -75,6 +91,29 @@ def plain(error: Exception) -> Exception:
         return error
     line = " ".join(str(error)[found.end() :].split("Trace Shapes:")[0].split())[:_LONGEST]
     return ValueError(f"Site '{found[1] or found[2]}' does not fit its value or its plates: {line}")
+
+
+def _scored(error: Exception) -> tuple[str, Any] | None:
+    """Name and site of which a density was being computed, where torch found that it cannot; not where a user's code did."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    places = [i for i, frame in enumerate(frames) if frame.f_code.co_filename == trace_struct.__file__]
+    if isinstance(error, ValueError) or not places or _is_ours(error):
+        return None
+    if not all(frame.f_code.co_filename.startswith(_INSIDE) for frame in frames[places[-1] :]):
+        return None
+    seen = frames[places[-1]].f_locals
+    return (seen["name"], seen["site"]) if "name" in seen and "site" in seen else None
+
+
+def _misfit(name: str, site: Any) -> ValueError:
+    """What a site is made of, whose density torch cannot compute."""
+    fn, value = site["fn"], site["value"]
+    kind = f"of {value.dtype} and shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return ValueError(
+        f"Site '{name}' does not fit its value or its plates: the value is {kind}, {type(fn).__name__} has batch shape "
+        f"{tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)}. Look at the sizes and dtypes of the data, and of "
+        "masks and scales around the site."
+    )
 
 
 def _is_pyros(error: Exception) -> bool:

@@ -62,6 +62,7 @@ class Calibration:
         """Whether uniformity is not rejected at 1 %."""
         return self.p_value > _LEVEL
 
+    @checked(level=0)
     def covered(self, level: float) -> tuple[float, float]:
         """Share of simulations whose truth lies in the region of that credibility, over all variables, and its error.
 

@@ -138,7 +138,7 @@ def conditionals(
     sample = _drawn_from(generator)
     with seeded(seed):
         fresh = max(len(rows), _CONTROL)
-        drawn = sample(_PAIRS + fresh).detach().reshape(_PAIRS + fresh, -1)
+        drawn = _rows_of(sample, _PAIRS + fresh, rows.shape[-1])
         flow = _flow(len(hidden), len(seen))
         pairs = (drawn[:_PAIRS, hidden], drawn[:_PAIRS, list(seen)])
         fit(MaximumLikelihood(flow), pairs, batch_size=512, max_steps=max_steps, validation=0.05, progress=progress)
@@ -166,6 +166,17 @@ def _drawn_from(generator: Callable[[int], Tensor] | Distribution) -> Callable[[
         law = generator
         return lambda n: law.sample(Size((n,)))
     return generator
+
+
+def _rows_of(sample: Callable[[int], Tensor], n: int, width: int) -> Tensor:
+    """Draws of the generator as rows of the held-out rows' width, or an error."""
+    drawn = as_rows("conditionals", "what the generator drew", sample(n)).detach()
+    if drawn.shape != (n, width):
+        raise ValueError(
+            f"conditionals: the generator drew {tuple(drawn.shape)} (rows, entries) where {n} rows were asked for, expected "
+            f"({n}, {width}), entries as those of held_out. Give a function from a number to that many rows."
+        )
+    return drawn
 
 
 def _compared(held_out: Calibration, control: Calibration) -> Conditionals:

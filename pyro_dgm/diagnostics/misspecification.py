@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_dgm.amortized.sets import Range
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.diagnostics.posteriors import observed_names
 from pyro_dgm.simulation.store import Simulations
@@ -121,9 +121,14 @@ def misspecification(
     all_masks = simulations.mask if isinstance(simulations, Simulations) else {}
     masks = {k: all_masks[k][:_ROWS] for k in names if k in all_masks}
     observation = _checked(simulations, names, masks, data)
+    for name in names:
+        refuse_non_finite("misspecification", simulations[name][:_ROWS], f"simulations of '{name}'")
     features, labels = _features({k: simulations[k][:_ROWS] for k in names}, masks, summary)
+    refuse_non_finite("misspecification", features, "summaries")  # that of the observation may be infinitely far
     present = {k: m.new_ones(observation[k].shape[: m.dim()]) for k, m in masks.items()}
     at, _ = _features(observation, present, summary)
+    if bool(at.isnan().any()):
+        raise ValueError("misspecification: the summary of the observation is NaN, expected numbers.")
     result = _compared(features, at[0], labels, seed)
     if result.outside:
         warn_user(
@@ -166,7 +171,7 @@ def _features(
     n = len(next(iter(rows.values())))
     if summary is not None:
         with torch.no_grad():
-            features = summary(rows)
+            features = as_tensor_like("misspecification", "the summary", summary(rows), None)
         if features.dim() != 2 or len(features) != n:
             raise ValueError(
                 f"misspecification: summary gave shape {tuple(features.shape)} for {n} data sets, expected ({n}, F)."

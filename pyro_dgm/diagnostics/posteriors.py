@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.pace import show
+from pyro_dgm.core.shapes import refuse_non_finite
 from pyro_dgm.diagnostics.sharpness import Sharpness, sharpness_of
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws
@@ -148,6 +149,13 @@ def experiment(
                 f"The posterior returned {sorted(drawn.draws)}, none of which is a latent site of the model."
             )
         truth = {k: rows[k] for k in sites}
+        for k, values in truth.items():
+            refuse_non_finite("simulations", values, f"truths of '{k}'")
+            if drawn.draws[k].shape[2:].numel() != values.shape[1:].numel():
+                raise ValueError(
+                    f"simulations: '{k}' has shape {tuple(values.shape[1:])} in each, and {tuple(drawn.draws[k].shape[2:])} in "
+                    "the posterior's draws, expected the same."
+                )
         draws = {k: drawn.draws[k].reshape(*drawn.draws[k].shape[:2], *truth[k].shape[1:]) for k in sites}
         densities = drawn.densities(truth) if density else _densities_if_known(drawn, truth)
         joint: Densities = ()
@@ -244,6 +252,11 @@ class _Drawn:
 
     def at_truth(self, truth: Draws) -> np.ndarray:
         """Log densities of one value for each data set, ``(M,)``."""
+        lacking = [k for k in self.draws if k not in truth]
+        if lacking:
+            raise ValueError(
+                f"The simulations lack {lacking}, which the posterior draws: expected all of its sites there."
+            )
         truth = {k: truth[k] for k in self.draws}
         if self.together is not None:
             return _array(self.together.log_prob({k: v[None] for k, v in truth.items()})[0])

@@ -22,7 +22,8 @@ from torch.distributions.transforms import ReshapeTransform
 from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, broadcast_cat
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import composed, whole_event
-from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape
+from pyro_dgm.core.pace import in_fit
+from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape, refuse_non_finite
 from pyro_dgm.vae.latents import StandardNormal
 from pyro_dgm.vae.model import prior_given
 
@@ -126,6 +127,7 @@ class Generator(DistributionModule):
     def location(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """What the network makes of latents and contexts in their units, flat and in standard units: shape ``(*batch, D)``."""
         z = as_tensor_like("Generator", "latent", z, self.standard.loc)
+        check_value_shape("Generator, latent", z, self.base.event_shape)
         flat = z.reshape(*z.shape[: z.dim() - len(self.base.event_shape)], self.base.event_shape.numel())
         inputs = flat if context is None else broadcast_cat(flat, context)
         u = self.network(inputs)
@@ -152,6 +154,8 @@ class Generator(DistributionModule):
         if self.noiseless:
             raise ValueError("Generator: noise=0, so p(x | z) is a point and has no density. Build it with noise=None.")
         loc = self.location(z, check_context(self, context))
+        if Distribution._validate_args and not in_fit():
+            refuse_non_finite("Generator", loc.reshape(-1, self.features), "means given their latents")
         scale = self.standard.scale * self.sigma
         normal = dist.Normal(self.standard.loc + self.standard.scale * loc, scale).to_event(1)
         bijection = self._bijection()

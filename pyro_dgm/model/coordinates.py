@@ -121,6 +121,14 @@ class Coordinates:
                 "way of Python numbers: build a guide for these arguments, or use tensors."
             )
 
+    def misfit(self, name: str, fn: Any) -> ValueError:
+        """Of a site that has another size in this run."""
+        here, before = tuple(fn.shape()), tuple(self.latents[name].shape)
+        return ValueError(
+            f"Latent site '{name}' has shape {here} with these arguments, and {before} in the run in which the guide was set "
+            "up. Its vector of latents has a fixed length: build a guide for these data."
+        )
+
     def _centre_of(self, name: str) -> Tensor:
         if self.centre is None:
             raise ValueError(f"Coordinates: site '{name}' is circular and no centre was given.")
@@ -212,7 +220,10 @@ class Constrain(poutine.messenger.Messenger):
         if self.compare and name not in self.coordinates.moving:
             self.coordinates.refuse_another_support(name, msg["fn"])
         to_support = self.coordinates.bijection(name, msg["fn"])
-        value = to_support(self.parts[name])
+        try:
+            value = to_support(self.parts[name])
+        except RuntimeError as error:
+            raise self.coordinates.misfit(name, msg["fn"]) from error
         self.values[name] = msg["value"] = value
         self.log_dets[name] = _log_det(to_support, self.parts[name], value)
         msg["infer"] = {k: v for k, v in msg["infer"].items() if k != "enumerate"}

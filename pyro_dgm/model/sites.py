@@ -15,6 +15,7 @@ from torch import Size, Tensor
 
 from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.core.warn import plain
 
 __all__ = [
     "Frame",
@@ -64,11 +65,14 @@ def write_log_probs(trace: Trace, wanted: Callable[[str, Site], bool] = lambda n
     """
     try:
         trace.compute_log_prob(wanted)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError) as error:
         for name, site in sample_sites(trace):
             if "log_prob" not in site and isinstance(site["value"], Tensor):
                 _refuse_kind(name, site)
-        raise
+        said = plain(error)
+        if said is error:
+            raise
+        raise said from error
 
 
 def _refuse_kind(name: str, site: Site) -> None:

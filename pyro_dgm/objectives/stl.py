@@ -139,7 +139,7 @@ class STL_ELBO(ParticleELBO):
         joint = self._joint_at(pair)
         integrated = pair.guide.integrated(joint, self.num_particles) if isinstance(pair.guide, Integrating) else None
         if integrated is not None:
-            return integrated[0]
+            return integrated[0].to(integrated[1].dtype)  # it was summed in float64
         latent = q.rsample((self.num_particles if joint.vectorized else min(self.num_particles, self.fewest_alone),))
         return joint(latent) - q.detach().log_prob(latent)
 

@@ -238,7 +238,8 @@ class Push(nn.Module):
         weight = self.log_weight.exp()[:, None]
         centre = (weight * self.loc).sum(0)
         variance = self.scale_tril.square().sum(-1) + (self.loc - centre).square()
-        return centre, (weight * variance).sum(0).sqrt()
+        spread = (weight * variance).sum(0).sqrt()
+        return centre, spread.clamp_min(torch.finfo(spread.dtype).tiny)  # squares of a tiny scale vanish
 
     @torch.no_grad()
     def start_at(self, loc: Tensor, scale_tril: Tensor, log_weight: Tensor) -> None:

@@ -22,7 +22,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_dgm.amortized.binding import Arguments, size_arguments
-from pyro_dgm.core.kinds import shown
+from pyro_dgm.core.kinds import LARGEST, shown
 from pyro_dgm.model.handlers import EndOfRun, Redraw, run_to_end
 from pyro_dgm.model.sites import is_drawn, plate_frames
 from pyro_dgm.simulation.blocks import Blocks, Resizable, random_state
@@ -32,6 +32,7 @@ __all__ = ["TruncatedPrior", "checked_sizes", "resizable", "truncated", "whole"]
 _OUTSIDE = 1e-4  # mass of the posterior outside the region: that of Deistler et al. 2022
 # Not measured; chosen by hand.
 _DRAWS = 10_000  # of the posterior, for the density at the region's edge
+_AT_ONCE = 250  # candidates, at least, where they run together
 _TRIES = 1_000  # candidates for each draw that is wanted
 
 
@@ -53,25 +54,26 @@ class TruncatedPrior:
 
     @torch.no_grad()
     def __call__(self, blocks: Blocks, n: int) -> tuple[dict[str, Tensor], int]:
-        """``n`` accepted draws of all latents up to the last one that the posterior knows, and how many were tried.
+        """``n`` accepted draws of all latents up to the last one that the posterior knows, and how many were tried for them.
 
         Raises:
             ValueError: if fewer than one in 1,000 is accepted.
         """
         kept: list[dict[str, Tensor]] = []
         found = tried = 0
+        at_once = max(n, _AT_ONCE) if blocks.how == "plate" else n
         while found < n and tried < _TRIES * max(n, 10):
-            rows = self._candidates(blocks, n)
+            rows = self._candidates(blocks, at_once)
             inside = self.posterior.log_prob({k: rows[k] for k in self.sites}) >= self.threshold
             kept.append({k: v[inside] for k, v in rows.items()})
-            found, tried = found + int(inside.sum()), tried + n
+            found, tried = found + int(inside.sum()), tried + at_once
         if found < n:
             raise ValueError(
                 f"simulate: of {tried:,} prior draws {found} lie where the proposal's density is high (acceptance "
                 f"{found / tried:.1e}; 1e-03 is the least). The posterior is already far narrower than the prior: refine it by "
                 "the model's density, or narrow the prior itself."
             )
-        return {k: torch.cat([rows[k] for rows in kept])[:n] for k in kept[0]}, tried
+        return {k: torch.cat([rows[k] for rows in kept])[:n] for k in kept[0]}, round(tried * n / found)
 
     def _candidates(self, blocks: Blocks, n: int) -> dict[str, Tensor]:
         """Latents of ``n`` runs that end before the simulator begins."""
@@ -139,6 +141,8 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
         raise kind(f"simulate: {name}={shown(value)}, expected {expected}.") from None
     if isinstance(value, bool) or (least is not None and number < least):
         raise ValueError(f"simulate: {name}={value!r}, expected {expected}.")
+    if abs(number) > LARGEST:
+        raise ValueError(f"simulate: {name}={shown(number)}, expected {expected}, below 2**63.")
     return number
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import socket
@@ -21,6 +22,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Size, Tensor
+
+from pyro_dgm.core.kinds import LARGEST
 
 if sys.platform != "win32":
     import fcntl
@@ -298,6 +301,8 @@ def _fill(file: BinaryIO, kind: Kind) -> None:
 
 
 def _reserve(file: BinaryIO, start: int, size: int) -> None:
+    if size > LARGEST:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     if hasattr(os, "posix_fallocate") and size:
         try:
             return os.posix_fallocate(file.fileno(), start, size)
@@ -310,7 +315,7 @@ def _reserve(file: BinaryIO, start: int, size: int) -> None:
 
 
 def _bytes(kind: Kind) -> int:
-    return kind[0].numel() * _numpy(kind[1]).itemsize
+    return math.prod(kind[0]) * _numpy(kind[1]).itemsize
 
 
 def _numpy(dtype: torch.dtype) -> np.dtype:

@@ -17,6 +17,8 @@ import torch
 from torch import Size, Tensor
 
 from pyro_dgm.core.kinds import checked, shown
+from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.core.warn import plain_errors
 from pyro_dgm.simulation.blocks import Part
 from pyro_dgm.simulation.folder import Kind, allocate, larger, mapped, no_room
 from pyro_dgm.train.history import load_checkpoint, refuse_no_place, save_checkpoint
@@ -77,6 +79,8 @@ class Simulations(Mapping[str, Tensor]):
             if not isinstance(v, Tensor) or not v.dim():
                 what = "a number" if isinstance(v, Tensor) else f"a {type(v).__name__}"
                 raise TypeError(f"Simulations: site '{k}' is {what}, expected a tensor (n, *site).")
+            if not v.is_complex():
+                as_tensor_like("Simulations", f"site '{k}'", v, None)  # sparse ones and their like are refused
         sizes = {k: len(v) for k, v in (*self._values.items(), *self.mask.items())}
         if len(set(sizes.values())) != 1:
             raise ValueError(
@@ -224,7 +228,8 @@ class Store:
     def _array(self, name: str, kind: Kind, grown: bool) -> Tensor:
         shape, dtype = kind
         if self.folder is None:
-            return torch.zeros(shape, dtype=dtype)
+            with plain_errors():
+                return torch.zeros(shape, dtype=dtype)
         return mapped(self.folder, name, kind, sized=grown)
 
     def _refuse_bad(self) -> None:

@@ -396,4 +396,4 @@ class Interruption:
 
 def _largest(args: tuple[Any, ...]) -> float:
     """The largest absolute entry of all tensors."""
-    return max((float(a.abs().max()) for _, a in named_tensors(args) if a.numel()), default=0.0)
+    return max((float(a.detach().double().abs().max()) for _, a in named_tensors(args) if a.numel()), default=0.0)

@@ -19,6 +19,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.module import has_finite_numbers
 from pyro_dgm.core.pace import in_fit
 from pyro_dgm.core.shapes import as_tensor_like, broadcast_batch, check_number, check_support, of_entries
 
@@ -75,7 +76,9 @@ def _entries(make: Make) -> Make:
             given = {k: _as_float(make.__name__, k, v) for k, v in given.items()}
         try:
             made = make(**given)
-            if Distribution._validate_args and not in_fit() and not _is_finite(made):  # a fit leaves such a step out
+            if (
+                Distribution._validate_args and not in_fit() and not has_finite_numbers(made)
+            ):  # a fit leaves such a step out
                 raise ValueError("infinite parameters")
             return made
         except (ValueError, RuntimeError) as error:
@@ -94,15 +97,6 @@ def drawn_or(x: Tensor, entries: TorchDistribution) -> Tensor:
         return entries.sample()
     except RuntimeError:
         return x
-
-
-def _is_finite(made: Any) -> bool:
-    """Whether the numbers that a distribution was made of are finite: an exponential that overflows is positive to torch."""
-    numbers = [made.__dict__.get(k) for k in made.arg_constraints]
-    inner = getattr(made, "base_dist", None)
-    return all(bool(v.isfinite().all()) for v in numbers if isinstance(v, Tensor)) and (
-        inner is None or _is_finite(inner)
-    )
 
 
 def _as_float(who: str, name: str, value: Any) -> Tensor:

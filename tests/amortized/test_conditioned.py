@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -359,3 +360,40 @@ def test_a_diagnosis_leaves_the_range_of_a_guide():
         normal, guide, dgm.simulate(normal, 1, observed=["x"], seed=1, progress=False)["x"][0], prior=0, seed=0
     )
     assert all(torch.equal(v, before[k]) for k, v in guide.state_dict().items())
+
+
+def test_no_draws_are_draws_of_no_rows():
+    """Planted fault: torch cannot tell the size of -1 among no numbers."""
+    for program, data in ((groups, {"y": torch.zeros(5)}), (kinds, {"x": torch.zeros(())})):
+        guide = dgm.AmortizedGuide(program, observed=list(data))
+        draws = guide.condition(**data).sample((0,))
+        assert draws and all(v.shape[0] == 0 for v in draws.values())
+        assert guide.condition(**data).log_prob(draws).shape == (0,)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, "3", None, 2**70])
+def test_a_number_of_simulations_that_is_none_is_explained(n):
+    """Planted fault: torch's arange and Pyro's plate speak of it."""
+    with pytest.raises((ValueError, TypeError), match="AmortizedGuide.simulate: n=.*expected a whole number >= 1"):
+        dgm.AmortizedGuide(groups, observed=["y"]).simulate(n)
+
+
+def test_sparse_simulations_are_explained():
+    guide = dgm.AmortizedGuide(groups, observed=["y"])
+    simulations = guide.simulate(20) | {"mu": torch.randn(20).to_sparse()}
+    with pytest.raises(TypeError, match="ForwardKL: 'mu' is a tensor .* expected real numbers, dense"):
+        dgm.ForwardKL(guide)(simulations)
+
+
+def test_units_are_taken_within_the_time_of_a_fit():
+    """Planted fault: 5,000 batches of two rows are gone through, whatever max_seconds is."""
+    guide = dgm.AmortizedGuide(groups, observed=["y"])
+    simulations, taken = guide.simulate(40), []
+
+    def batches():
+        while True:
+            taken.append({k: v[:20] for k, v in simulations.items()})
+            yield (taken[-1],)
+
+    dgm.ForwardKL(guide).prepare(batches(), SimpleNamespace(seconds=lambda: 0.0))
+    assert len(taken) == 1 and guide.standardized

@@ -748,7 +748,7 @@ def _():
 def _():
     def do(x, context, **k):
         objective = dgm.Adversarial(**k)
-        history = dgm.fit(objective, (x, context), max_steps=1, batch_size=6, progress=False, seed=0)
+        history = dgm.fit(objective, (x, context), max_steps=1, max_seconds=1.0, batch_size=6, progress=False, seed=0)
         return history.loss
 
     return Call(

@@ -1,6 +1,6 @@
 """Inputs of the wrong kind for every public callable: is each converted, refused by an error of ours, or a fault?
 
-``python -m tests.benchmarks fuzz --count 10000 --seeds 0 1 2`` mutates the calls of ``_fuzz_calls.py``, one number a case;
+``python -m tests.benchmarks fuzz --count 10000 --seeds 0 1 2`` mutates the calls of ``_fuzz_calls.py`` and ``_fuzz_plates.py``, one number a case;
 ``--only NAME`` takes some of them, ``--case 417 --seeds 0`` repeats one and shows its error. An outcome is
 
 - right: a finite result of the module's dtype, or one of which a warning told;
@@ -32,13 +32,14 @@ from torch import nn
 
 import pyro_dgm
 from tests.benchmarks import _fuzz_calls as calls
+from tests.benchmarks import _fuzz_plates as of_plates
 
 COUNT = 10_000
 CPU_SECONDS = 6.0  # of one call: a hang
 WALL_SECONDS = 90.0
 LONGEST = 600  # characters of a message
 HERE = str(pathlib.Path(pyro_dgm.__file__).parent)
-USERS = calls.__file__
+USERS = (calls.__file__, of_plates.__file__)  # the programs in them are a user's
 
 
 class TooLong(BaseException):
@@ -411,7 +412,7 @@ def _of_error(error):
         (
             i
             for i, (f, _) in enumerate(frames)
-            if f.f_code.co_filename == USERS and f.f_code.co_name.startswith("user_")
+            if f.f_code.co_filename in USERS and f.f_code.co_name.startswith("user_")
         ),
         default=-1,
     )

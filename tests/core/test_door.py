@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.distributions import Independent, Normal
 
 import pyro_dgm as dgm
 from pyro_dgm.core import Dequantize, Standardize
@@ -188,3 +190,20 @@ def test_fit_says_what_to_write():
         dgm.fit(flow, flow, max_steps=1)
     with torch.no_grad(), pytest.raises(RuntimeError, match="no_grad"):
         dgm.fit(dgm.MaximumLikelihood(flow), X, max_steps=1)
+
+
+class Exponential(dgm.DistributionModule):
+    """A family whose scale is an exponential, and may overflow."""
+
+    def build(self, context):
+        return Independent(Normal(torch.zeros(2), context.expand(*context.shape[:-1], 2).exp()), 1)
+
+
+@pytest.mark.parametrize("family", [Exponential(2, 1), dgm.vae.FullRank(2, 1, network=nn.Linear(1, 5))])
+def test_a_scale_that_overflows_is_refused(family):
+    """Planted fault: an infinite scale is positive to torch, and draws and scores are infinite or NaN without a word."""
+    if isinstance(family, dgm.vae.FullRank):
+        nn.init.ones_(family.network.weight)
+    assert family(torch.ones(3, 1)).sample().isfinite().all()
+    with pytest.raises(ValueError, match="the parameter .* is out of bounds or not finite, for contexts up to 1e"):
+        family(torch.full((3, 1), 1e3)).sample()

@@ -137,6 +137,7 @@ def seeded_walk(steps: int = 1, seed: int | None = None):
     ({"seed": 2**64}, "seed=18446744073709551616, expected a whole number from"),
     ({"seed": -(2**63) - 1}, "seed="),
     ({"steps": 2**70}, "steps=1180591620717411303424, expected a whole number"),
+    ({"steps": 2**63}, "steps=9223372036854775808, expected a whole number, below 2..63"),
     ({"steps": 10**400}, "steps=1000"),
 ])  # fmt: skip
 def test_whole_numbers_beyond_all_sizes_and_seeds_are_refused(options, match):
@@ -176,3 +177,22 @@ def test_an_operation_that_torch_lacks_for_a_kind_is_said_in_one_line():
     ) as raised:
         product(torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("ask", [
+    lambda: torch.zeros(2**44),
+    lambda: torch.zeros(2**62, 2),
+    lambda: torch.zeros(2**40, 2**40),
+])  # fmt: skip
+def test_what_has_no_room_is_said_in_one_line(ask):
+    """Planted fault: the allocator's own words pass, 'enforce fail at alloc_cpu.cpp'."""
+    with pytest.raises(MemoryError, match="have no room in this machine's memory. Ask for fewer"), plain_errors():
+        ask()
+
+
+def test_what_pyro_says_of_plates_is_said_in_one_line():
+    """Planted fault: Pyro's page of shapes follows."""
+    with pytest.raises(ValueError, match="Shape mismatch inside plate") as raised, plain_errors():
+        with pyro.poutine.trace(), pyro.plate("row", 4):
+            pyro.sample("x", pyro.distributions.Normal(torch.zeros(3), 1.0))
+    assert "\n" not in str(raised.value) and "Trace Shapes" not in str(raised.value)

@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -203,3 +204,25 @@ def test_a_constant_column_in_double_precision_is_not_said_to_have_lost_digits()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dgm.Standardize(1).double().fit(torch.full((1_000, 1), 0.1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [Standardize, InputUnits])
+@pytest.mark.parametrize("u", [[[0.0, 1.0]], np.zeros((1, 2)), torch.zeros(1, 2, dtype=torch.int64)])
+def test_the_way_back_takes_what_the_way_there_takes(kind, u):
+    """Planted fault: lists and arrays reach torch's addcmul."""
+    units = kind(2).fit(torch.tensor([[1.0, 4.0], [3.0, 8.0], [2.0, 6.0]]))
+    assert torch.equal(units.inverse(u), units.inverse(torch.as_tensor(u, dtype=torch.float32)))
+    with pytest.raises(ValueError, match=r"units have shape \(1, 3\), expected \(..., 2\)"):
+        units.inverse(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3, 2), torch.ones(2, 2) > 0, torch.ones(1, 3, 2) > 0])
+def test_a_mask_that_is_none_is_explained(mask):
+    """Planted fault: torch says that a condition should be boolean, or that sizes do not match."""
+    x = torch.randn(3, 2)
+    with pytest.raises(ValueError, match=r"Standardize: mask has .* expected torch.bool and \(3, 2\)"):
+        Standardize(2).fit(x, mask=mask)
+    seen = [[True, False], [True, True], [True, True]]
+    assert torch.equal(
+        Standardize(2).fit(x, mask=np.array(seen)).loc, Standardize(2).fit(x, mask=torch.tensor(seen)).loc
+    )

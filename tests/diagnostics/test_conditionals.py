@@ -58,3 +58,16 @@ def test_a_generator_is_taken_as_it_is():
     generator = dgm.Generator(3, 8)
     result = conditionals(generator(), rows(100), [0], max_steps=1, num_draws=19, seed=0)
     assert set(result.held_out.pit) == {"hidden"}
+
+
+@pytest.mark.parametrize("generator", [
+    torch.distributions.Normal(0.0, 1.0),
+    lambda n: torch.randn(n, 2),
+    lambda n: torch.randn(7, 3),
+    lambda n: [None] * n,
+    lambda n: torch.full((n, 3), torch.nan),
+])  # fmt: skip
+def test_draws_that_are_no_rows_like_the_held_out_ones_are_explained(generator):
+    """Planted fault: they are reshaped, and torch speaks of an index or of a size that is invalid."""
+    with pytest.raises((ValueError, TypeError), match="conditionals: .*the generator drew"):
+        conditionals(generator, rows(120), [0, 1])

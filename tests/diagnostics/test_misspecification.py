@@ -104,6 +104,17 @@ class Many:
         return self.q.log_prob(values["t"])
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_simulations_and_summaries_that_are_not_finite_are_explained(sims, bad):
+    """Planted fault: they reach the eigenvectors, and torch says 'linalg.eigh: the algorithm failed to converge'."""
+    broken = {"x": sims["x"].clone()}
+    broken["x"][7, 3] = bad
+    with pytest.raises(ValueError, match="misspecification: 1 of 4000 simulations of 'x' hold NaN or infinity"):
+        misspecification(broken, observed=["x"], x=torch.zeros(12))
+    with pytest.raises(ValueError, match="misspecification: 1 of 4000 summaries hold NaN or infinity"):
+        misspecification(sims, summary=lambda data: data["x"] * 0 + broken["x"][: len(data["x"])], x=torch.zeros(12))
+
+
 @pytest.fixture(scope="module")
 def held_out():
     return dgm.simulate(model, 300, observed=["x"], seed=7, progress=False)
@@ -218,3 +229,16 @@ def test_exact_posteriors_pass_and_narrow_ones_do_not(program, of):
         options = {"simulations": sims, "num_simulations": 500, "seed": 0}
         assert check(None, Exact(of), **options).p_value > 0.01
         assert check(None, Exact(of, 0.7), **options).p_value < 1e-4
+
+
+@pytest.mark.parametrize("wrong, match", [
+    ({"t": torch.full((40, 2), torch.nan)}, "truths of 't' hold NaN"),
+    ({"t": torch.zeros(40, 3)}, r"'t' has shape \(3,\) in each, and \(2,\) in the posterior's draws"),
+    ({"t": None}, r"The simulations lack \['t'\]|none of which is a latent"),
+])  # fmt: skip
+def test_given_simulations_that_lack_truths_are_explained(held_out, wrong, match):
+    """Planted fault: numpy says 'Range exceeds valid bounds', or a KeyError ends the run."""
+    kept = {k: v for k, v in (dict(held_out) | wrong).items() if v is not None}
+    for check in (dgm.sbc, dgm.coverage, dgm.tarp):
+        with pytest.raises(ValueError, match=match):
+            check(None, Batched(), simulations=kept, observed=["x"], num_simulations=40, num_draws=9, seed=0)

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
 import pyro_dgm as dgm
@@ -442,3 +443,40 @@ def test_a_few_far_draws_of_the_start_do_not_give_the_plates_up():
     known, y = drawn("binomial", 200, seed=200)
     guide = started(hierarchy("binomial"), known, y)
     assert guide.follows_plates
+
+
+MASKED = {"sizes of the mask": {"mask": torch.ones(2, 12, dtype=torch.bool)}, "booleans": {"y": torch.ones(3, 12) > 0}}
+
+
+def masked(y, mask=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("group", y.shape[-1], dim=-1):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        with pyro.plate("row", len(y), dim=-2), poutine.mask(mask=True if mask is None else mask):
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("changed", MASKED.values(), ids=MASKED)
+@pytest.mark.parametrize("bound", [dgm.STL_ELBO, dgm.IWAE_ELBO])
+def test_data_that_do_not_fit_their_site_are_explained(bound, changed):
+    """Planted fault: torch's own words pass, of a tensor a that does not match a tensor b."""
+    right = {"y": torch.randn(3, 12), "mask": None}
+    guide = dgm.AutoFlow(masked, structure="plates").setup(**right)
+    assert bound(2)(masked, guide)(**right).isfinite()
+    with pytest.raises((ValueError, TypeError), match="[Ss]ite 'y'.*(masks and scales around|of torch.bool)"):
+        bound(2)(masked, guide)(**right | changed)
+
+
+def test_elements_of_another_number_than_at_setup_are_explained():
+    """Planted fault: torch's own words pass, as it puts 12 numbers into the units of 15 elements."""
+    guide = dgm.AutoFlow(masked, structure="plates").setup(torch.randn(3, 12))
+    ask = {
+        "guide": lambda y: guide(y),
+        "bound": lambda y: dgm.STL_ELBO(2)(masked, guide)(y),
+        "container": lambda y: dgm.from_svi(masked, guide, y, num_samples=5, container="dict"),
+    }
+    for use in ask.values():
+        with pytest.raises(
+            ValueError, match=r"site 'theta' has shape \(15,\) with these arguments, and \(12,\) in the run"
+        ):
+            use(torch.randn(3, 15))

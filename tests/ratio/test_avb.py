@@ -235,3 +235,9 @@ def test_bad_input_says_what_to_do():
 
     with pytest.raises(ValueError, match="latent site 'w' of the model is missing from the guide"):
         dgm.Adversarial_ELBO(more, guide)()
+
+
+def test_a_tiny_start_has_draws():
+    """Planted fault: the square of the scale vanishes, and the units of the network are a division of 0 by 0."""
+    guide = dgm.ImplicitGuide(lambda: pyro.sample("mu", dist.Normal(0.0, 1.0)), init_scale=1e-30)
+    assert guide()["mu"].isfinite()

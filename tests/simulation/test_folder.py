@@ -430,6 +430,8 @@ def test_a_disk_that_fills_while_a_site_grows_keeps_what_was_drawn(tmp_path, mon
         ({"n": float("nan")}, ValueError, "num_simulations=nan, expected an int"),
         ({"n": "5"}, TypeError, "num_simulations='5', expected an int"),
         ({"n": True}, ValueError, "num_simulations=True, expected an int"),
+        ({"n": 2**63}, ValueError, "num_simulations=9223372036854775808, expected an int, at least 1, below 2"),
+        ({"seed": 2**70}, ValueError, "seed=1180591620717411303424, expected an int, below 2"),
         ({"batch_size": 0}, ValueError, "batch_size=0, expected an int, at least 1"),
         ({"batch_size": 2.5}, ValueError, "batch_size=2.5, expected an int"),
         ({"batch_size": "all"}, TypeError, "batch_size='all', expected an int"),
@@ -447,6 +449,14 @@ def test_bad_arguments_are_refused_before_the_model_runs(options, kind, words, t
     assert not (tmp_path / "a").exists() and (not RUNS or "observed" in options)
 
 
+def test_more_draws_than_memory_or_a_disk_hold_are_refused(tmp_path):
+    """Planted fault: the words of torch's allocator pass, or numbers of bytes that overflow."""
+    with pytest.raises(MemoryError, match="have no room in this machine's memory"):
+        drawn(of(1.0), n=2**62)
+    with pytest.raises(OSError, match="needs [0-9,]{25,} bytes, and .* are free there"):
+        drawn(of(1.0), n=2**62, path=tmp_path / "a")
+
+
 def test_a_path_to_a_file_is_refused(tmp_path):
     (tmp_path / "a").write_text("mine")
     for path in (tmp_path / "a", tmp_path / "a" / "b"):
@@ -462,6 +472,13 @@ def test_a_path_where_nothing_can_be_written_is_told(tmp_path):
 def test_numbers_of_numpy_and_torch_are_numbers(tmp_path):
     kinds = {"n": np.int64(5), "seed": torch.tensor(3), "batch_size": np.int32(2)}
     assert same(drawn(of(1.0), **kinds, path=tmp_path / "a"), drawn(of(1.0), n=5, seed=3))
+
+
+def test_simulations_of_odd_tensors_are_refused():
+    """Planted fault: they are kept, and picking rows of them fails in torch's words."""
+    for odd in (torch.ones(5).to_sparse(), torch.ones(5, device="meta")):
+        with pytest.raises(TypeError, match="Simulations: site 't' is a tensor .* expected real numbers, dense"):
+            dgm.Simulations({"t": odd, "y": torch.zeros(5, 2)}, "y")
 
 
 def test_simulations_are_picked_by_what_is_there():
