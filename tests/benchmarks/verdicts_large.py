@@ -54,7 +54,8 @@ def normal():
     """A normal law of 200 dimensions, of scales from .01 to 100."""
     generator = torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(200, 200, generator=generator)).Q
-    tril = torch.linalg.cholesky((turn * torch.logspace(-2, 2, 200).square()) @ turn.mT)
+    root = torch.linalg.qr((turn * torch.logspace(-2, 2, 200)).mT).R.mT
+    tril = root * root.diagonal().sign()
 
     def model():
         pyro.sample("x", dist.MultivariateNormal(torch.ones(200), scale_tril=tril))
@@ -73,28 +74,27 @@ def of_globals(shift, log_scale):
     return plant
 
 
-def of_elements(share, shift=0.0, log_root=0.0, answer=1.0):
-    """A share of the elements moved by so many of their sds, their precision's root scaled, their answer to the globals too."""
+def of_elements(share, shift=0.0, narrow=1.0, wide=1.0, answer=0.0):
+    """A share of the elements: moved by so many sds, also for each sd of a global; their sds divided and multiplied."""
 
     def plant(guide):
         for group in guide.plated.groups:
             some = slice(math.ceil(share * len(group)))
-            constant = group.shift[some][..., :1]
-            root = group.log_root[some][..., :1].exp()
-            constant.add_(shift * (1.0 + root.square()).sqrt() / root)
-            group.log_root[some][..., :1].add_(log_root)
-            for parameter in (group.shift, group.log_root):
-                parameter[some][..., 1:].mul_(answer)
+            root = group.log_root[some][..., 0].exp()
+            group.shift[some][..., 0].add_(shift * (1.0 + root.square()).sqrt() / root)
+            group.shift[some][..., 1].add_(answer * (1.0 + root.square()).sqrt() / root)
+            group.log_root[some][..., 0].copy_(0.5 * (narrow**2 * (1.0 + root.square()) - 1.0).log())
+            group.scale[some].mul_(wide)
 
     return plant
 
 
 FAULTS = {"globals moved by half a sd": of_globals(0.5, 0.0), "globals too narrow (.7)": of_globals(0.0, math.log(0.7)),
           "globals too wide (1.5)": of_globals(0.0, math.log(1.5))}  # fmt: skip
-OF_ELEMENTS = {"elements moved by half a sd": of_elements(1.0, shift=0.5), "elements too narrow": of_elements(1.0, log_root=0.7),
-               "elements too wide": of_elements(1.0, log_root=-0.7),
+OF_ELEMENTS = {"elements moved by half a sd": of_elements(1.0, shift=0.5), "elements too narrow (.5)": of_elements(1.0, narrow=2.0),
+               "elements too wide (1.5)": of_elements(1.0, wide=1.5),
                "a tenth of the elements moved by a sd": of_elements(0.1, shift=1.0),
-               "elements that answer the wrong way": of_elements(1.0, answer=-4.0)}  # fmt: skip
+               "elements that answer to a global wrongly": of_elements(1.0, answer=1.0)}  # fmt: skip
 
 
 def verdict(model, args, guide):
