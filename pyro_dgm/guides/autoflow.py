@@ -88,6 +88,7 @@ class AutoFlow(VectorGuide):
     """
 
     lost_by_pickle = (*VectorGuide.lost_by_pickle, "_make_family", "_factors")
+    holds_all_rows = True
 
     @checked()
     def __init__(

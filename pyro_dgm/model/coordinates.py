@@ -63,6 +63,7 @@ class Coordinates:
         relative: sites in units of their own prior given the latents before them; they move, too.
         circular: sites that live on a circle.
         centre: where each circle's coordinate is zero, shape ``(D,)``; None without circles.
+        whole: whether subsampled plates are run whole: the latents are then those of all rows.
     """
 
     latents: dict[str, Latent]
@@ -70,6 +71,7 @@ class Coordinates:
     relative: frozenset[str] = frozenset()
     circular: frozenset[str] = frozenset()
     centre: Tensor | None = None
+    whole: bool = False
 
     @classmethod
     def of(cls, guide: AutoContinuous) -> Coordinates:
