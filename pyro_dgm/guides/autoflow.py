@@ -18,7 +18,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform
 
-from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, frozen, zuko
+from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import values_of
@@ -232,12 +232,9 @@ class AutoFlow(VectorGuide):
             return None
         own = self.plated
         q = own.outer()
-        at_once = own.particles(num_particles)
-        g = q.rsample((at_once if torch.is_grad_enabled() else min(num_particles, max(at_once, _JUDGED)),))
-        factors = self.factors_of(log_joint)
-        with frozen(*own.locals.parameters()):
-            value = torch.cat([own.marginal(factors, some) for some in g.split(at_once)])
-        return value - q.detach().log_prob(g), g
+        count = own.particles(num_particles)
+        g = q.rsample((count if torch.is_grad_enabled() else min(num_particles, max(count, _JUDGED)),))
+        return own.marginal(self.factors_of(log_joint), g) - q.detach().log_prob(g), g
 
     def finish(self, *args: Any, **kwargs: Any) -> None:
         """Weigh the modes of a trained posterior anew; nothing happens where there is one mode."""
