@@ -36,6 +36,7 @@ from pyro_dgm.model.log_joint import LogJoint
 __all__ = ["AutoFlow", "as_pyro"]
 
 _WIDE = 50  # latents above which a posterior follows plates by itself. Not measured; chosen by hand
+_JOINT = 5_000  # latents up to which one flow is tried over all, as D x D numbers. Not measured; chosen by hand
 _NORMAL = 1e6  # degrees of freedom of what is normal
 _FAR_OFF = 20.0  # variance of log weights, in nats squared, above which a start is none. Not measured; chosen by hand
 _JUDGED = 256  # draws by which a posterior of many elements is judged, at least
@@ -59,15 +60,16 @@ class AutoFlow(VectorGuide):
         init_scale: standard deviation of the start, in unconstrained units.
         structure: "plates" for a posterior that follows the plates of the model: a flow of the global latents, and of each
             element of a plate a normal law given them, at a cost that is linear in the elements. "joint" for one flow over all
-            latents. "auto" for plates where there are more than 50 latents and the model is a product over elements.
+            latents. "auto" for plates where there are more than 50 latents and the model is a product over elements. Of a
+            subsampled plate the latents of all rows are held, and a run of the guide has those of a subsample.
         reparam: strategies of :mod:`pyro.infer.reparam` (``AutoReparam()``, or ``{"theta": LocScaleReparam()}`` for a
             learned centring). The posterior is then of the reparameterised model, :attr:`target`: pass that one to
             bounds and diagnostics, ``fit(STL_ELBO()(guide.target, guide), data)``.
 
     Raises:
-        ValueError: at the first call (or :meth:`setup`) for a discrete latent, a latent inside a subsampled plate, a support
-            without a bijection or one that depends on a discrete site, and for latents, shapes or plates that differ between
-            runs of the model; each names the site.
+        ValueError: at the first call (or :meth:`setup`) for a discrete latent, a support without a bijection or one that depends
+            on a discrete site, and for latents, shapes or plates that differ between runs of the model; for latents in a plate
+            that is subsampled and whose rows hang together, or whose data do not follow the index. Each names the site or plate.
 
     Warns:
         UserWarning: for a latent whose density does not integrate to one over its declared support.
@@ -167,8 +169,9 @@ class AutoFlow(VectorGuide):
             self._factors = Factors(LogJoint(self, self.target, args, kwargs), elements)
         except NotFactoredError as error:
             self._coordinates = before
-            if self._structure == "plates":
-                raise ValueError(f"AutoFlow: structure='plates', but {error}. Use structure='joint'.") from error
+            if self._structure == "plates" or (before.whole and self.latent_dim > _WIDE):
+                asked = "a plate is subsampled" if before.whole else "structure='plates'"
+                raise ValueError(f"AutoFlow: {asked}, but {error}. Use structure='joint'.") from error
             return []
         return elements
 
@@ -186,7 +189,7 @@ class AutoFlow(VectorGuide):
         self.centre_circles(log_joint)
         if self.follows_plates:
             start_plates(log_joint, self.factors_of(log_joint), self.plated)
-            if self._structure == "plates" or self._is_near(log_joint):
+            if self._structure == "plates" or self.latent_dim > _JOINT or self._is_near(log_joint):
                 self._start_with_tails(self.plated)
                 return
             self._become_joint()
