@@ -101,10 +101,10 @@ class VectorGuide(AutoContinuous):
             trace = poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
             _refuse_unfit_sites(who, trace)
             parts = subsampled_latents(trace)
-            if parts and not self.holds_all_rows:
+            if parts and (self.master is not None or not self.holds_all_rows):
                 _refuse_subsamples(who, parts)
             if parts:
-                refuse_rows_that_hang_together(who, self.model, args, kwargs, trace)
+                refuse_rows_that_hang_together(who, self.target, args, kwargs, trace)
             with whole_plates(bool(parts)):
                 super()._setup_prototype(*args, **kwargs)
                 traces = runs_from_the_prior(who, self.target, self.prototype_trace, args, kwargs)
@@ -269,7 +269,8 @@ def _refuse_subsamples(who: str, parts: dict[str, Frame]) -> None:
     name, frame = next(iter(parts.items()))
     raise ValueError(
         f"{who}: latent site '{name}' lies in plate '{frame.name}', which is subsampled ({frame.size} of {frame.full_size}). One "
-        "density over all latents cannot follow a subsample: use the full plate, an AutoFlow, or an amortised guide for them."
+        "density over all latents cannot follow a subsample: use the full plate, an AutoFlow that is no part of a list, or an "
+        "amortised guide for them."
     )
 
 

@@ -98,5 +98,10 @@ _ADVICE = (
 def _total(
     model: Model, args: Any, kwargs: Any, trace: poutine.Trace, rounds: list[Any], values: dict[str, Tensor]
 ) -> float:
-    runs = Runs(model, args, kwargs, trace, plate_nesting(trace), "loop", rounds)
+    def same(*args: Any, **kwargs: Any) -> Any:
+        """Sites that are hidden from the guide have the same draws in all runs."""
+        with fork_rng(0):
+            return model(*args, **kwargs)
+
+    runs = Runs(same, args, kwargs, trace, plate_nesting(trace), "loop", rounds)
     return float(runs.run(1, values, keep=(), score=True, discrete="sum").total(1))

@@ -60,7 +60,7 @@ def hierarchy(kind="normal", centred=True, at_once=None):
 
 def exact(kind, known, y, loc, sd):
     """Means and sds of mu, log tau and theta, and the log evidence."""
-    fine, sides = (301, 21) if len(known) <= 20_000 else (151, 9)
+    fine, sides = (301, 21) if len(known) <= 2_000 else (151, 9)
     z = torch.linspace(-7.5, 7.5, fine).double()[:, None]
     log_w = dist.Normal(0.0, 1.0).log_prob(z) + math.log(15.0 / (fine - 1))
     axes = [torch.linspace(-5.0, 5.0, sides).double() * s + m for m, s in zip(loc, sd, strict=True)]

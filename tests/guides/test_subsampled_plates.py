@@ -9,6 +9,8 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoGuideList
+from pyro.infer.reparam import LocScaleReparam
 
 import pyro_dgm as dgm
 from pyro_dgm.core.upstream import whole_plates
@@ -84,6 +86,15 @@ def test_it_is_the_posterior_of_the_model_without_a_subsample(data, name):
     assert of_parts.rows.plate == "group" and of_parts.rows.total == J
     assert draws["mu"].shape == (4,) and all(v.shape == (4, J) for k, v in draws.items() if k in ("theta", "eta"))
     assert elpd_of(dgm.loo(idata)) == pytest.approx(elpd_of(dgm.loo(whole)), abs=0.1)
+
+
+def test_hidden_sites_and_reparametrised_ones_are_no_rows_that_hang_together(data):
+    """Planted: other draws of a hidden site with all rows than by subsamples, which then differ."""
+    hidden = poutine.block(MODELS["index"], hide=["tau"])
+    assert dgm.AutoFlow(hidden, structure="joint").setup(*data).latent_dim == 1 + J
+    guide = dgm.AutoFlow(MODELS["index"], reparam={"theta": LocScaleReparam()}).setup(*data)
+    assert guide.follows_plates and guide.latent_dim == 2 + J
+    pyro.clear_param_store()
 
 
 def test_a_run_of_the_guide_has_the_rows_of_a_subsample(data):
@@ -246,6 +257,10 @@ def test_models_that_cannot_be_run_whole_are_refused(data, model, said):
 def test_other_guides_say_that_they_cannot(data):
     with pytest.raises(ValueError, match=r"'group', which is subsampled \(25 of 60\).*AutoFlow"):
         dgm.ImplicitGuide(MODELS["index"]).setup(*data)
+    parts = AutoGuideList(MODELS["index"], create_plates=lambda *_: pyro.plate("group", J, subsample_size=PART))
+    parts.append(dgm.AutoFlow(poutine.block(MODELS["index"], hide=["tau"])))
+    with pytest.raises(ValueError, match="an AutoFlow that is no part of a list"):
+        parts(*data)
 
 
 def test_plates_are_whole_only_where_that_is_asked():
