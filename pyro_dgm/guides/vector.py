@@ -22,12 +22,17 @@ from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import as_tensor_like, from_arrays
 from pyro_dgm.core.upstream import drop_weak_references, whole_plates
-from pyro_dgm.model.coordinates import Constrain, Coordinates
+from pyro_dgm.model.coordinates import Constrain, Coordinates, as_run
 from pyro_dgm.model.log_joint import LogJoint, ascend, prior_draws, spread
 from pyro_dgm.model.sites import Frame, is_enumerable, latent_sites, refuse_implicit
-from pyro_dgm.model.stability import changing_supports, circular_sites, runs_from_the_prior
+from pyro_dgm.model.stability import (
+    changing_supports,
+    circular_sites,
+    refuse_rows_that_hang_together,
+    runs_from_the_prior,
+    subsampled_latents,
+)
 from pyro_dgm.model.supports import wrap
-from pyro_dgm.model.whole import as_run, refuse_rows_that_hang_together, subsampled_latents
 
 __all__ = ["VectorGuide"]
 

@@ -30,12 +30,11 @@ from pyro_dgm.core.pace import steps
 from pyro_dgm.core.record import Recordable, Records, with_gradients
 from pyro_dgm.core.shapes import from_arrays
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.coordinates import Constrain, Coordinates, HasCoordinates
+from pyro_dgm.model.coordinates import Constrain, Coordinates, HasCoordinates, as_run
 from pyro_dgm.model.runs import Runs, rounds_of
 from pyro_dgm.model.sites import is_enumerable, latent_sites
 from pyro_dgm.model.stability import AnySite
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine, How, Model, over_draws, plate_nesting
-from pyro_dgm.model.whole import as_run
 
 __all__ = [
     "Density",
