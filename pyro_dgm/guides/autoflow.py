@@ -32,6 +32,7 @@ from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
 from pyro_dgm.model.elements import Elements, Factors, NotFactoredError, elements_of, relative_sites
 from pyro_dgm.model.log_joint import LogJoint
+from pyro_dgm.model.sites import subsampled
 
 __all__ = ["AutoFlow", "as_pyro"]
 
@@ -159,21 +160,38 @@ class AutoFlow(VectorGuide):
         """The elements of plates that the posterior follows; from then on they are measured in units of their prior."""
         if self._structure == "joint" or (self._structure == "auto" and self.latent_dim <= _WIDE):
             return []
+        kept: list[Elements] = []
+        refused = NotFactoredError("no plate of 8 or more elements holds latents, with others outside of it")
+        found = elements_of(self.prototype_trace, self._coordinates)
+        for each in sorted(found, key=lambda each: not any(map(self._is_partly_seen, each.sites))):
+            try:
+                self._follow([*kept, each], args, kwargs)
+                kept.append(each)
+            except NotFactoredError as error:
+                refused = error
+        held = {k for each in kept for k in each.sites}
+        left = [k for k in self._coordinates.latents if self._is_partly_seen(k) and k not in held]
+        if (self._structure == "plates" and not kept) or (left and self.latent_dim > _WIDE):
+            asked = f"site '{left[0]}' lies in a subsampled plate" if left else "structure='plates'"
+            raise ValueError(f"AutoFlow: {asked}, but {refused}. Use structure='joint'.") from refused
+        return kept
+
+    def _is_partly_seen(self, name: str) -> bool:
+        """Whether a run has the latents of a subsample at this site."""
+        return any(subsampled(self._prototype_frames[f.name]) for f in self._cond_indep_stacks[name])
+
+    def _follow(self, elements: list[Elements], args: Any, kwargs: Any) -> None:
+        """Measure these elements in units of their prior, and find what belongs to each."""
         before = self._coordinates
-        elements = elements_of(self.prototype_trace, before)
+        if sum(each.index.numel() for each in elements) == self.latent_dim:
+            raise NotFactoredError("all of its latents are in plates")
+        relative = relative_sites(self.prototype_trace, elements)
+        self._coordinates = replace(before, moving=before.moving | relative, relative=relative)
         try:
-            if not elements or sum(each.index.numel() for each in elements) == self.latent_dim:
-                raise NotFactoredError("no plate of 8 or more elements holds latents, with others outside of it")
-            relative = relative_sites(self.prototype_trace, elements)
-            self._coordinates = replace(before, moving=before.moving | relative, relative=relative)
             self._factors = Factors(LogJoint(self, self.target, args, kwargs), elements)
-        except NotFactoredError as error:
+        except NotFactoredError:
             self._coordinates = before
-            if self._structure == "plates" or (before.whole and self.latent_dim > _WIDE):
-                asked = "a plate is subsampled" if before.whole else "structure='plates'"
-                raise ValueError(f"AutoFlow: {asked}, but {error}. Use structure='joint'.") from error
-            return []
-        return elements
+            raise
 
     def warm_start(self, *args: Any, **kwargs: Any) -> None:
         """Whiten by the best Gaussian of :func:`~pyro_dgm.guides.start.find_start`; a trained guide stays as it is.

@@ -100,13 +100,13 @@ class Coordinates:
         return onto(fn, self._centre_of(name) if name in self.circular else None)
 
     def constrain(self, u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Values and log-determinants by site, where no support moves."""
+        """Values and log-determinants by site, of entries that are mapped alone; where no support moves."""
         values: dict[str, Tensor] = {}
         log_dets: dict[str, Tensor] = {}
         for name, part in self.parts(u).items():
             to_support = self.bijection(name, self.latents[name].fn)
             values[name] = to_support(part)
-            log_dets[name] = to_support.log_abs_det_jacobian(part, values[name])
+            log_dets[name] = _log_det(to_support, part, values[name])
         return values, log_dets
 
     def vector(self, sites: Iterable[tuple[str, Any, Tensor]], rows: int | None = None) -> Tensor:
@@ -128,6 +128,13 @@ class Coordinates:
         if self.centre is None:
             raise ValueError(f"Coordinates: site '{name}' is circular and no centre was given.")
         return self.parts(self.centre)[name]
+
+
+def _log_det(to_support: Transform, x: Tensor, y: Tensor) -> Tensor:
+    """Of each entry of an event, where the entries are mapped one by one."""
+    while isinstance(to_support, IndependentTransform):
+        to_support = to_support.base_transform
+    return to_support.log_abs_det_jacobian(x, y)
 
 
 _LOCATED = tuple(getattr(torch.distributions, k) for k in ("Normal", "StudentT", "Laplace", "Cauchy", "Gumbel"))
@@ -210,7 +217,7 @@ class Constrain(poutine.messenger.Messenger):
         to_support = self.coordinates.bijection(name, msg["fn"])
         value = to_support(self.parts[name])
         self.values[name] = msg["value"] = value
-        self.log_dets[name] = to_support.log_abs_det_jacobian(self.parts[name], value)
+        self.log_dets[name] = _log_det(to_support, self.parts[name], value)
         msg["infer"] = {k: v for k, v in msg["infer"].items() if k != "enumerate"}
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
@@ -227,13 +234,13 @@ class Constrain(poutine.messenger.Messenger):
 class Whole:
     """A model whose subsampled plates are run with all of their rows."""
 
-    model: Model
+    model: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with whole_plates():
             return self.model(*args, **kwargs)
 
 
-def as_run(guide: Any, model: Model) -> Model:
+def as_run(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
     """The model that the guide's latents belong to: with all rows of its plates, where the guide holds them."""
     return Whole(model) if isinstance(guide, HasCoordinates) and guide.coordinates.whole else model

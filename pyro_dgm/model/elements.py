@@ -55,7 +55,10 @@ class Elements:
 
 
 def elements_of(trace: poutine.Trace, coordinates: Coordinates) -> list[Elements]:
-    """Plates of some size that hold latents, those that overlap together; nested latents belong to the outer element."""
+    """Plates of some size that hold latents, those that overlap together; nested latents belong to the outer element.
+
+    Then vectors outside of plates, whose entries may be independent given the others; those of one length together.
+    """
     sites = {k: s for k, s in latent_sites(trace) if k in coordinates.latents}
     frames = {k: {f.name: f.dim for f in plate_frames(s)} for k, s in sites.items()}
     place = coordinates.parts(torch.arange(coordinates.dim, device="cpu"))
@@ -67,10 +70,19 @@ def elements_of(trace: poutine.Trace, coordinates: Coordinates) -> list[Elements
             continue
         dims = {k: [frames[k][p] - coordinates.latents[k].inner_dim for p in plates] for k in cluster}
         parts = [_rows(place[k], dims[k]) for k in cluster]
-        index = torch.cat(parts, 1)
-        if len(index) >= _FEWEST and index.shape[1] <= _MOST_EACH:
-            found.append(Elements(", ".join(plates), tuple(cluster), index))
-    return found
+        found.append(Elements(", ".join(plates), tuple(cluster), torch.cat(parts, 1)))
+    found += _vectors({k: place[k] for k, s in sites.items() if not frames[k]}, coordinates)
+    return [each for each in found if len(each) >= _FEWEST and each.index.shape[1] <= _MOST_EACH]
+
+
+def _vectors(place: dict[str, Tensor], coordinates: Coordinates) -> list[Elements]:
+    """Sites whose events are vectors of one length, or matrices with so many rows."""
+    by_length: dict[int, list[str]] = {}
+    for name, latent in coordinates.latents.items():
+        if name in place and latent.inner_dim and latent.inner == latent.shape:
+            by_length.setdefault(latent.inner[0], []).append(name)
+    parts = {n: torch.cat([place[k].reshape(n, -1) for k in names], 1) for n, names in by_length.items()}
+    return [Elements(f"entries of {', '.join(names)}", tuple(names), parts[n]) for n, names in by_length.items()]
 
 
 def relative_sites(trace: poutine.Trace, elements: list[Elements]) -> frozenset[str]:

@@ -15,6 +15,7 @@ import pyro
 import torch
 from opt_einsum import shared_intermediates
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.traceenum_elbo import _compute_model_factors
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.model.handlers import Given, is_enumerated
-from pyro_dgm.model.sites import left_of_plates, sample_sites, write_log_probs
+from pyro_dgm.model.sites import Site, left_of_plates, sample_sites, write_log_probs
 
 __all__ = [
     "DRAWS",
@@ -241,12 +242,23 @@ def _short(values: Tensor) -> str:
 
 
 def _log_probs(trace: poutine.Trace) -> list[Tensor]:
-    """Log probabilities (with scales and masks) of all sample sites; enumerated sites are summed out."""
+    """Log probabilities (with scales and masks) of all sample sites, by entries; enumerated sites are summed out."""
     write_log_probs(trace)
     if _has_enumerated(trace):
         terms = list(packed_log_probs(trace))  # which names the dimensions
         return [_draws_first(t, trace.plate_to_symbol.get(DRAWS, "")) for t in terms]
-    return [s["log_prob"] for _, s in sample_sites(trace)]
+    return [_by_entry(s) for _, s in sample_sites(trace)]
+
+
+def _by_entry(site: Site) -> Tensor:
+    """The log probability of a site; of each entry of its event, where these are independent."""
+    fn, more = site["fn"], 0
+    while isinstance(fn, torch.distributions.Independent):
+        fn, more = fn.base_dist, more + fn.reinterpreted_batch_ndims
+    if not more:
+        return site["log_prob"]
+    scale, mask = (x[(..., *(None,) * more)] if isinstance(x, Tensor) else x for x in (site["scale"], site["mask"]))
+    return scale_and_mask(fn.log_prob(site["value"]), scale, mask)
 
 
 def packed_log_probs(trace: poutine.Trace) -> Iterator[Tensor]:

@@ -226,13 +226,26 @@ def loop(sigma, y):
         pyro.sample(f"y_{i}", dist.Normal(theta, sigma[i]), obs=y[i])
 
 
+def without_globals(sigma, y):
+    with pyro.plate("group", len(y), subsample_size=PART) as i:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(theta, sigma[i]), obs=y[i])
+
+
 def crossed(sigma, y):
+    """Either plate could be followed; the other then holds globals."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("column", 30):
         b = pyro.sample("b", dist.Normal(0.0, 1.0))
     with pyro.plate("group", len(y), subsample_size=PART) as i:
         a = pyro.sample("a", dist.Normal(mu, 1.0))
         pyro.sample("y", dist.Normal(a + b[..., (7 * i) % 30], sigma[i]), obs=y[i])
+
+
+def test_the_subsampled_one_of_crossed_plates_is_followed(data):
+    """Planted: the first plate of the model is followed, and the latents of all rows are globals."""
+    guide = dgm.AutoFlow(crossed).setup(*data)
+    assert [each.plate for each in guide.plated.groups] == ["group"] and guide.plated.size == 31
 
 
 @pytest.mark.parametrize(
@@ -243,8 +256,8 @@ def crossed(sigma, y):
         (given_index, "plate 'group' is subsampled by subsample=, or made outside of the model"),
         (loop, "a loop over a subsample"),
         (
-            crossed,
-            "a plate is subsampled, but a term of its density depends on several elements. Use structure='joint'",
+            without_globals,
+            "site 'theta' lies in a subsampled plate, but all of its latents are in plates. Use structure=",
         ),
     ],
 )
