@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pyro_dgm.core.pace import steps
-from pyro_dgm.guides.plates import LocalLaw, LocalNormals, PlatedPosterior, gram, precision_of, solved, times
+from pyro_dgm.guides.modes import gram, precision_of, solved, times
+from pyro_dgm.guides.plates import LocalLaw, LocalNormals, PlatedPosterior
 from pyro_dgm.guides.start import antithetic, natural_step, shortened
 from pyro_dgm.model.elements import Factors
 from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread

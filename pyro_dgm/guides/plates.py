@@ -33,20 +33,10 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_dgm.core import DistributionModule, frozen, zuko
 from pyro_dgm.core.module import OnePass
-from pyro_dgm.guides.modes import WhitenedPosterior, whitened
+from pyro_dgm.guides.modes import WhitenedPosterior, precision_of, solved, times, whitened
 from pyro_dgm.model.elements import Elements, Factors
 
-__all__ = [
-    "LocalNormals",
-    "Nodes",
-    "PlatedPosterior",
-    "WithNormals",
-    "gram",
-    "precision_of",
-    "quadrature",
-    "solved",
-    "times",
-]
+__all__ = ["LocalLaw", "LocalNormals", "Nodes", "PlatedPosterior", "WithNormals", "quadrature"]
 
 _WIDEST = 3.0  # standard deviation of an element before anything is known of it, in units of its prior
 _BOUND = 8.0  # on |log diagonal of R|
@@ -123,28 +113,6 @@ class LocalNormals(nn.Module):
             return LocalLaw(shift, root[..., None], self.loc, self.scale)
         tilt = torch.triu(torch.einsum("...h,jfkh->...jfk", h, self.tilt), 1)
         return LocalLaw(shift, torch.diag_embed(root) + tilt, self.loc, self.scale)
-
-
-def times(matrix: Tensor, vector: Tensor) -> Tensor:
-    """The product of ``(*batch, F, F)`` and ``(*batch, F)``: millions of single numbers are no matrices."""
-    return matrix[..., 0] * vector if vector.shape[-1] == 1 else (matrix @ vector[..., None])[..., 0]
-
-
-def solved(triangle: Tensor, vector: Tensor, *, upper: bool) -> Tensor:
-    """The inverse of a triangular matrix times a vector."""
-    if vector.shape[-1] == 1:
-        return vector / triangle[..., 0]
-    return torch.linalg.solve_triangular(triangle, vector[..., None], upper=upper)[..., 0]
-
-
-def gram(root: Tensor) -> Tensor:
-    """:math:`R^\\top R`, of roots ``(*batch, F, F)``."""
-    return root.square() if root.shape[-1] == 1 else root.mT @ root
-
-
-def precision_of(root: Tensor) -> Tensor:
-    """:math:`I + R^\\top R`."""
-    return gram(root) + torch.eye(root.shape[-1]).to(root)
 
 
 class LocalLaw:
