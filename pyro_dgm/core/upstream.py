@@ -6,6 +6,8 @@
 * zuko's lazy modules are abstract base classes, so ``PyroModule[...]`` cannot mix into them (metaclass conflict):
   their roots are given a mixin with a combined metaclass, which makes Bayesian flow weights possible.
 * torch has no ``biject_to(lower_cholesky)``, and none for the support of its own ``MixtureSameFamily``.
+* A handler cannot run a subsampled plate of Pyro with all of its rows: ``pyro.plate`` refuses an index whose length is not
+  ``subsample_size``. Within :func:`whole_plates` plates are made without a subsample size.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ import warnings
 from abc import ABCMeta
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import pyro
 import torch
 from pyro.nn import PyroModule
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 
-__all__ = ["PyroABCMeta", "VectorToLowerCholesky", "drop_weak_references", "zuko"]
+__all__ = ["PyroABCMeta", "VectorToLowerCholesky", "drop_weak_references", "whole_plates", "zuko"]
 
 
 @contextmanager
@@ -134,3 +138,32 @@ def drop_weak_references(module: torch.nn.Module) -> None:
     """Before pickling: ``pyro.module`` leaves a weak reference on each parameter that cannot be pickled (pyro#3201)."""
     for parameter in module.parameters():
         parameter.__dict__.pop("unconstrained", None)
+
+
+_WHOLE = ContextVar("whole", default=False)
+_index_of = SubsampleMessenger._subsample
+
+
+def _index_or_all(
+    name: str,
+    size: int | None = None,
+    subsample_size: int | None = None,
+    subsample: Any = None,
+    use_cuda: bool | None = None,
+    device: str | None = None,
+) -> Any:
+    """The size of a plate, that of its subsample, and its index."""
+    return _index_of(name, size, None if _WHOLE.get() else subsample_size, subsample, use_cuda, device)
+
+
+SubsampleMessenger._subsample = staticmethod(_index_or_all)  # type: ignore[assignment]
+
+
+@contextmanager
+def whole_plates(wanted: bool = True) -> Iterator[None]:
+    """Plates that are made in here have all of their rows, where that is wanted; those with a given ``subsample`` keep it."""
+    before = _WHOLE.set(wanted)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(before)

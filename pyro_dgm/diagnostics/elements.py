@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_dgm.diagnostics.containers import ContainerOptions
 from pyro_dgm.diagnostics.converters import groups_of_samples
 from pyro_dgm.diagnostics.groups import Groups
-from pyro_dgm.diagnostics.khat import Exploration, correction, judge, judge_elements
+from pyro_dgm.diagnostics.khat import Exploration, correction, judge, judge_elements, seen_rows
 from pyro_dgm.guides.autoflow import AutoFlow
 from pyro_dgm.guides.plates import PlatedPosterior
 from pyro_dgm.model.elements import Factors
@@ -29,7 +29,7 @@ __all__ = ["FoundByElements", "groups_by_elements"]
 
 # Not measured; chosen by hand.
 _PROPOSALS = 8  # of an element given the globals, of which one is kept
-_AT_ONCE = 2**22  # element evaluations
+_AT_ONCE = 2**23  # entries of the model's terms
 _COMPARED = 16  # draws at which a quadrature is compared with a finer one
 _TOLERANCE = 0.02  # nats that its error may vary by from draw to draw; a gap of .05 is a good posterior's most
 _OFFSET = 0.1  # nats that it may be off by in all draws
@@ -50,10 +50,10 @@ class _GuideDraws:
 
     Attributes:
         draws: values of all latents, by site.
-        vectors: the same as unconstrained vectors, ``(n, D)``.
+        vectors: some of them as unconstrained vectors, ``(m, D)``.
         log_weight: of the globals, ``(n,)``.
-        local: log weight of one draw of each element given the globals, normalised, ``(n, J)``.
-        values: of that draw, ``(n, J, F)``, unconstrained; F is that of the largest element.
+        local: log weight of one draw of each element that is looked at, given the globals, normalised, ``(n, N)``.
+        values: of that draw, ``(n, N, F)``, unconstrained; F is that of the largest element.
         unsure: why the weights are not known well enough for a verdict; empty where they are.
     """
 
@@ -62,7 +62,7 @@ class _GuideDraws:
     log_weight: np.ndarray
     local: np.ndarray
     values: np.ndarray
-    unsure: str
+    unsure: str = ""
 
 
 def groups_by_elements(
@@ -94,7 +94,8 @@ def groups_by_elements(
     local = np.concatenate([each.local for each in drawn])
     inside = np.concatenate([each.values for each in drawn])
     plate = ", ".join(dict.fromkeys(name for name, _ in plates))
-    verdict = judge_elements(log_weight, explored, local, inside, plate, given)
+    total = sum(map(len, guides[0].plated.groups))
+    verdict = judge_elements(log_weight, explored, local, inside, plate, given, total)
     attrs = {"guide": type(guides[0]).__name__} | verdict.attrs()
     if len(guides) > 1:
         attrs["khat_by_chain"] = [judge(w).k for w in np.split(log_weight, len(guides))]
@@ -108,25 +109,35 @@ def _draw(guide: AutoFlow, log_joint: LogJoint, n: int) -> _GuideDraws:
     factors = guide.factors_of(log_joint)
     g = posterior.outer().sample((n,))
     order, unsure = _order_for(posterior, factors, g)
-    parts = [_drawn(posterior, factors, rows, order) for rows in g.split(_rows_at_once(posterior, order))]
-    u, marginal, local, values = (torch.cat(each) for each in zip(*parts, strict=True))
-    log_weight = marginal - posterior.outer().log_prob(g).double()
-    weights, shares, inside = (x.double().cpu().numpy() for x in (log_weight, local, values))
-    return _GuideDraws(log_joint.constrain(u)[0], u, weights, shares, inside, unsure)
+    size = _rows_at_once(posterior, factors, order)
+    parts = [
+        _drawn(log_joint, posterior, factors, rows, order, max(0, _LOOKED - i * size))
+        for i, rows in enumerate(g.split(size))
+    ]
+    draws = {k: torch.cat([each.draws[k] for each in parts]) for k in parts[0].draws}
+    vectors = torch.cat([each.vectors for each in parts])
+    arrays = [np.concatenate([getattr(each, k) for each in parts]) for k in ("log_weight", "local", "values")]
+    return _GuideDraws(draws, vectors, arrays[0], arrays[1], arrays[2], unsure)
 
 
-def _rows_at_once(posterior: PlatedPosterior, order: int | None) -> int:
+def _rows_at_once(posterior: PlatedPosterior, factors: Factors, order: int | None) -> int:
     points = max(_PROPOSALS, len(posterior.nodes(1, order=order)[0]))
-    return max(1, _AT_ONCE // (points * sum(map(len, posterior.groups))))
+    return max(1, _AT_ONCE // (points * factors.size))
 
 
-def _drawn(posterior: PlatedPosterior, factors: Factors, g: Tensor, order: int | None) -> tuple[Tensor, ...]:
-    """Vectors, log densities of the globals, and log weights and values of one draw of each element."""
+def _drawn(
+    log_joint: LogJoint, posterior: PlatedPosterior, factors: Factors, g: Tensor, order: int | None, kept: int
+) -> _GuideDraws:
+    """Those of given globals, so many vectors among them."""
     made = posterior.inner(factors, g, _PROPOSALS)
     first = torch.nn.utils.rnn.pad_sequence([u[0].flatten(2).movedim(-1, 0) for u in made.latents], batch_first=True)
     values = torch.cat(list(first.movedim(1, -1)), 1)
-    exact = posterior.marginal(factors, g, order=order)
-    return posterior.chosen(g, made), exact, made.log_ratio[0] - made.integral, values
+    u = posterior.chosen(g, made)
+    log_weight = posterior.marginal(factors, g, order=order) - posterior.outer().log_prob(g).double()
+    seen = seen_rows(values.shape[1])
+    local = (made.log_ratio[0] - made.integral)[:, seen]
+    arrays = [x.double().cpu().numpy() for x in (log_weight, local, values[:, seen])]
+    return _GuideDraws(log_joint.constrain(u)[0], u[:kept].clone(), arrays[0], arrays[1], arrays[2])
 
 
 def _order_for(posterior: PlatedPosterior, factors: Factors, g: Tensor) -> tuple[int | None, str]:
@@ -147,5 +158,5 @@ def _order_for(posterior: PlatedPosterior, factors: Factors, g: Tensor) -> tuple
 
 def _look(log_joint: LogJoint, drawn: _GuideDraws) -> Exploration:
     """Look for modes that the draws miss; no chains are run, since each element has weights of its own."""
-    found = uncovered(log_joint, drawn.vectors[:_LOOKED], lambda x: x, log_joint)
+    found = uncovered(log_joint, drawn.vectors, lambda x: x, log_joint)
     return Exploration(other_modes=len(found))

@@ -28,7 +28,18 @@ from pyro_dgm.core.weights import (
 )
 from pyro_dgm.diagnostics.containers import group_attrs, log_weights_of
 
-__all__ = ["Exploration", "KHat", "Rows", "correction", "judge", "judge_elements", "judge_rows", "khat", "with_rows"]
+__all__ = [
+    "Exploration",
+    "KHat",
+    "Rows",
+    "correction",
+    "judge",
+    "judge_elements",
+    "judge_rows",
+    "khat",
+    "seen_rows",
+    "with_rows",
+]
 
 # Thresholds. Unless said otherwise they were set on 105 fits of posteriordb models, of 4,000 draws: 34 bad ones (a mean off by
 # more than 0.1 sd, a log sd or the KL by more than 0.1) and 71 good ones. Pareto k >= 0.7 alone fires on 19 and 4 of them.
@@ -323,17 +334,28 @@ def correction(draws: np.ndarray, log_weight: np.ndarray) -> float:
     return float((change[sd > 0] / sd[sd > 0]).max(initial=0.0))
 
 
+def seen_rows(total: int) -> np.ndarray:
+    """The rows of a plate that are looked at."""
+    return np.unique(np.linspace(0, total - 1, min(total, _SEEN_ROWS)).round().astype(int))
+
+
 def judge_rows(
-    log_weight: np.ndarray, draws: np.ndarray, explored: Exploration, plate: str, given: Sequence[str]
+    log_weight: np.ndarray,
+    draws: np.ndarray,
+    explored: Exploration,
+    plate: str,
+    given: Sequence[str],
+    total: int | None = None,
 ) -> KHat:
     """The verdict on log weights ``(n, N)`` of the N rows of a plate, as if each row were a posterior of its own.
 
     Args:
         draws: of each row, ``(n, N, F)``.
         plate, given: as in :class:`Rows`.
+        total: of the rows, where these are the ones that are looked at.
     """
-    n, total = log_weight.shape
-    seen = np.unique(np.linspace(0, total - 1, min(total, _SEEN_ROWS)).round().astype(int))
+    total = total or log_weight.shape[1]
+    seen = seen_rows(log_weight.shape[1])
     found = [Exploration(correction=correction(draws[:, i].astype(np.float64), log_weight[:, i])) for i in seen]
     verdicts = [judge(log_weight[:, i], each) for i, each in zip(seen, found, strict=True)]
     k, ess, gap, error = (
@@ -359,9 +381,10 @@ def judge_elements(
     values: np.ndarray,
     plate: str,
     given: Sequence[str],
+    total: int,
 ) -> KHat:
-    """The verdict on weights ``(n,)`` of the globals; that of the elements, by weights ``(n, J)`` given these, may lower it."""
-    return with_rows(judge(log_weight, explored), judge_rows(local, values, Exploration(), plate, given).rows)
+    """The verdict on weights ``(n,)`` of the globals; that of some elements, by weights given these, may lower it."""
+    return with_rows(judge(log_weight, explored), judge_rows(local, values, Exploration(), plate, given, total).rows)
 
 
 def _status(k: float, threshold: float, ess: float, gap: float, top: float) -> Status:

@@ -19,7 +19,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform
 
-from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, frozen, zuko
+from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import values_of
@@ -33,10 +33,12 @@ from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
 from pyro_dgm.model.elements import Elements, Factors, NotFactoredError, elements_of, relative_sites
 from pyro_dgm.model.log_joint import LogJoint
+from pyro_dgm.model.sites import subsampled
 
 __all__ = ["AutoFlow", "as_pyro"]
 
 _WIDE = 50  # latents above which a posterior follows plates by itself. Not measured; chosen by hand
+_JOINT = 5_000  # latents up to which one flow is tried over all, as D x D numbers. Not measured; chosen by hand
 _NORMAL = 1e6  # degrees of freedom of what is normal
 _FAR_OFF = (
     15.0  # nats between which nine of ten log weights lie, above which a start is none. Not measured; chosen by hand
@@ -62,15 +64,16 @@ class AutoFlow(VectorGuide):
         init_scale: standard deviation of the start, in unconstrained units.
         structure: "plates" for a posterior that follows the plates of the model: a flow of the global latents, and of each
             element of a plate a normal law given them, at a cost that is linear in the elements. "joint" for one flow over all
-            latents. "auto" for plates where there are more than 50 latents and the model is a product over elements.
+            latents. "auto" for plates where there are more than 50 latents and the model is a product over elements. Of a
+            subsampled plate the latents of all rows are held, and a run of the guide has those of a subsample.
         reparam: strategies of :mod:`pyro.infer.reparam` (``AutoReparam()``, or ``{"theta": LocScaleReparam()}`` for a
             learned centring). The posterior is then of the reparameterised model, :attr:`target`: pass that one to
             bounds and diagnostics, ``fit(STL_ELBO()(guide.target, guide), data)``.
 
     Raises:
-        ValueError: at the first call (or :meth:`setup`) for a discrete latent, a latent inside a subsampled plate, a support
-            without a bijection or one that depends on a discrete site, and for latents, shapes or plates that differ between
-            runs of the model; each names the site.
+        ValueError: at the first call (or :meth:`setup`) for a discrete latent, a support without a bijection or one that depends
+            on a discrete site, and for latents, shapes or plates that differ between runs of the model; for latents in a plate
+            that is subsampled and whose rows hang together, or whose data do not follow the index. Each names the site or plate.
 
     Warns:
         UserWarning: for a latent whose density does not integrate to one over its declared support.
@@ -91,6 +94,7 @@ class AutoFlow(VectorGuide):
     """
 
     lost_by_pickle = (*VectorGuide.lost_by_pickle, "_make_family", "_factors")
+    holds_all_rows = True
 
     @checked()
     def __init__(
@@ -162,15 +166,23 @@ class AutoFlow(VectorGuide):
             return []
         kept: list[Elements] = []
         refused = NotFactoredError("no plate of 8 or more elements holds latents, with others outside of it")
-        for each in elements_of(self.prototype_trace, self._coordinates):
+        found = elements_of(self.prototype_trace, self._coordinates)
+        for each in sorted(found, key=lambda each: not any(map(self._is_partly_seen, each.sites))):
             try:
                 self._follow([*kept, each], args, kwargs)
                 kept.append(each)
             except NotFactoredError as error:
                 refused = error
-        if not kept and self._structure == "plates":
-            raise ValueError(f"AutoFlow: structure='plates', but {refused}. Use structure='joint'.") from refused
+        held = {k for each in kept for k in each.sites}
+        left = [k for k in self._coordinates.latents if self._is_partly_seen(k) and k not in held]
+        if (self._structure == "plates" and not kept) or (left and self.latent_dim > _WIDE):
+            asked = f"site '{left[0]}' lies in a subsampled plate" if left else "structure='plates'"
+            raise ValueError(f"AutoFlow: {asked}, but {refused}. Use structure='joint'.") from refused
         return kept
+
+    def _is_partly_seen(self, name: str) -> bool:
+        """Whether a run has the latents of a subsample at this site."""
+        return any(subsampled(self._prototype_frames[f.name]) for f in self._cond_indep_stacks[name])
 
     def _follow(self, elements: list[Elements], args: Any, kwargs: Any) -> None:
         """Measure these elements in units of their prior, and find what belongs to each."""
@@ -199,7 +211,7 @@ class AutoFlow(VectorGuide):
         self.centre_circles(log_joint)
         if self.follows_plates:
             start_plates(log_joint, self.factors_of(log_joint), self.plated)
-            if self._structure == "plates" or self._is_near(log_joint):
+            if self._structure == "plates" or self.latent_dim > _JOINT or self._is_near(log_joint):
                 self._start_with_tails(self.plated)
                 return
             self._become_joint()
@@ -245,12 +257,9 @@ class AutoFlow(VectorGuide):
             return None
         own = self.plated
         q = own.outer()
-        at_once = own.particles(num_particles)
-        g = q.rsample((at_once if torch.is_grad_enabled() else min(num_particles, max(at_once, _JUDGED)),))
-        factors = self.factors_of(log_joint)
-        with frozen(*own.locals.parameters()):
-            value = torch.cat([own.marginal(factors, some) for some in g.split(at_once)])
-        return value - q.detach().log_prob(g), g
+        count = own.particles(num_particles)
+        g = q.rsample((count if torch.is_grad_enabled() else min(num_particles, max(count, _JUDGED)),))
+        return own.marginal(self.factors_of(log_joint), g) - q.detach().log_prob(g), g
 
     def finish(self, *args: Any, **kwargs: Any) -> None:
         """Weigh the modes of a trained posterior anew; nothing happens where there is one mode."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pyro_dgm.core.pace import steps
-from pyro_dgm.guides.plates import LocalLaw, LocalNormals, PlatedPosterior, precision_of
+from pyro_dgm.guides.modes import gram, precision_of, solved, times
+from pyro_dgm.guides.plates import LocalLaw, LocalNormals, PlatedPosterior
 from pyro_dgm.guides.start import antithetic, natural_step, shortened
 from pyro_dgm.model.elements import Factors
 from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread
@@ -39,24 +40,25 @@ _SHORTEST, _LARGEST = 0.2, 5.0  # change of an element's information in a step
 def start_plates(log_joint: LogJoint, factors: Factors, posterior: PlatedPosterior) -> None:
     """Fit the elements, and whiten the globals."""
     _take_prior(log_joint, posterior)
-    n = _draws(posterior)
+    n, few = _draws(posterior)
     for _, progress in steps("start 1/3: together", _TOGETHER, 0.4):
         _joint_step(log_joint, posterior, n, _rate(progress))
     for _, progress in steps("start 2/3: globals", _GLOBALS, 0.4):
-        _outer_step(factors, posterior, n, _rate(progress))
+        _outer_step(factors, posterior, few, _rate(progress))
     for _, progress in steps("start 3/3: elements", _AGAIN, 0.8):
         _joint_step(log_joint, posterior, n, _rate(progress), move=False)
-        _outer_step(factors, posterior, n, _RATES[1])
+        _outer_step(factors, posterior, few, _RATES[1])
 
 
 def _rate(progress: float) -> float:
     return _RATES[0] * (_RATES[1] / _RATES[0]) ** max(0.0, (progress - 0.3) / 0.7)
 
 
-def _draws(posterior: PlatedPosterior) -> int:
-    """Draws of a step: a regression on the globals needs some for each."""
+def _draws(posterior: PlatedPosterior) -> tuple[int, int]:
+    """Draws of a step: a regression on the globals needs some for each, the globals alone fewer where elements are many."""
     enough = max(32, 4 * (1 + posterior.size))
-    return enough + enough % 2
+    few = max(posterior.particles(enough), 2 * (1 + posterior.size))
+    return enough + enough % 2, few + few % 2
 
 
 @torch.no_grad()
@@ -117,12 +119,12 @@ def _informed(group: LocalNormals, law: LocalLaw, u: Tensor, slope: Tensor, rho:
         e = (u - group.loc) / scale
         gradient = slope * scale + e
         root, shift, mean = law.root, law.shift, law.mean
-        known = root.mT @ root
+        known = gram(root)
         new_root = _root_of((1.0 - rho) * known + rho * curved, known)
-        informed = root.mT @ shift[..., None]
-        said = gradient[..., None] + known @ (e - mean)[..., None] + curved @ mean[..., None]
-        said = _near(new_root, mean, ((1.0 - rho) * informed + rho * said)[..., 0])
-        return torch.linalg.solve_triangular(new_root.mT, said[..., None], upper=False)[..., 0], new_root
+        informed = times(root.mT, shift)
+        said = gradient + times(known, e - mean) + times(curved, mean)
+        said = _near(new_root, mean, (1.0 - rho) * informed + rho * said)
+        return solved(new_root.mT, said, upper=False), new_root
 
 
 def _near(root: Tensor, mean: Tensor, informed: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ def _near(root: Tensor, mean: Tensor, informed: Tensor) -> Tensor:
     precision = precision_of(root)
     move = torch.linalg.solve(precision, informed) - mean if root.shape[-1] > 1 else informed / precision[..., 0] - mean
     move = torch.where(move.isfinite().all(-1, keepdim=True), shortened(move, _FARTHEST), 0.0)
-    return (precision @ (mean + move)[..., None])[..., 0]
+    return times(precision, mean + move)
 
 
 def _root_of(information: Tensor, known: Tensor) -> Tensor:
@@ -156,13 +158,18 @@ def _regress(group: LocalNormals, w: Tensor, shift: Tensor, root: Tensor) -> Non
 
 def _outer_step(factors: Factors, posterior: PlatedPosterior, n: int, rho: float) -> None:
     """A step of the globals with the elements integrated out."""
-    outer = posterior.outer
-    w = antithetic(outer.loc[None], n)[0].requires_grad_()
-    value = posterior.marginal(factors, outer.loc + w @ outer.scale_tril.mT)
-    total = torch.where(value.isfinite(), value, 0.0).sum()
-    (slope,) = torch.autograd.grad(total, w)
+    w = antithetic(posterior.outer.loc[None], n)[0]
+    parts = [_slope(factors, posterior, some) for some in w.split(posterior.at_once(factors))]
+    _move_globals(posterior, w, torch.cat(parts), rho)
+
+
+def _slope(factors: Factors, posterior: PlatedPosterior, w: Tensor) -> Tensor:
+    """The gradient of the integral at whitened globals; that of a normal law where it is not finite."""
+    w = w.detach().requires_grad_()
+    value = posterior.marginal(factors, posterior.outer.loc + w @ posterior.outer.scale_tril.mT)
+    (slope,) = torch.autograd.grad(torch.where(value.isfinite(), value, 0.0).sum(), w)
     fine = value.isfinite() & slope.isfinite().all(-1)
-    _move_globals(posterior, w.detach(), torch.where(fine[:, None], slope, -2.0 * w.detach()), rho)
+    return torch.where(fine[:, None], slope, -2.0 * w.detach())
 
 
 @torch.no_grad()

@@ -29,20 +29,22 @@ import numpy as np
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Categorical, Distribution, Transform, constraints
+from torch.utils.checkpoint import checkpoint
 
-from pyro_dgm.core import DistributionModule, zuko
+from pyro_dgm.core import DistributionModule, frozen, zuko
 from pyro_dgm.core.module import OnePass
-from pyro_dgm.guides.modes import WhitenedPosterior, whitened
+from pyro_dgm.guides.modes import WhitenedPosterior, precision_of, solved, times, whitened
 from pyro_dgm.model.elements import Elements, Factors
 
-__all__ = ["LocalNormals", "Nodes", "PlatedPosterior", "WithNormals", "precision_of", "quadrature"]
+__all__ = ["LocalLaw", "LocalNormals", "Nodes", "PlatedPosterior", "WithNormals", "quadrature"]
 
 _WIDEST = 3.0  # standard deviation of an element before anything is known of it, in units of its prior
 _BOUND = 8.0  # on |log diagonal of R|
 _ORDERS = {1: (9, 13, 21, 33), 2: (5, 7, 11)}  # of quadratures, coarse to fine, by the latents of an element
 _DRAWS = 16  # in its place, of elements with more latents
-_ROWS = 2**20  # element evaluations at once
-_LEAST = 16  # draws of the globals, however many elements there are
+_ROWS = 2**20  # element evaluations in a step
+_LEAST = 16  # draws of the globals in it, however many elements there are
+_AT_ONCE = 2**21  # entries of the model's terms. At 20,000 groups smaller chunks are slower, larger ones no faster
 
 
 class Nodes(NamedTuple):
@@ -113,11 +115,6 @@ class LocalNormals(nn.Module):
         return LocalLaw(shift, torch.diag_embed(root) + tilt, self.loc, self.scale)
 
 
-def precision_of(root: Tensor) -> Tensor:
-    """:math:`I + R^\\top R`, of roots ``(*batch, F, F)``."""
-    return root.mT @ root + torch.eye(root.shape[-1]).to(root)
-
-
 class LocalLaw:
     """Normal laws of J elements, each with F latents: ``shift (*batch, J, F)``, ``root (*batch, J, F, F)``."""
 
@@ -126,27 +123,19 @@ class LocalLaw:
         self.root = root
         self.loc = loc
         self.scale = scale
-        self.alone = shift.shape[-1] == 1
-        if self.alone:
-            self.tril = (1.0 + root.square()).sqrt()
-            self.mean = root[..., 0] * shift / self.tril[..., 0].square()
-        else:
-            self.tril = torch.linalg.cholesky(precision_of(root))
-            self.mean = torch.cholesky_solve(root.mT @ shift[..., None], self.tril)[..., 0]
+        precision = precision_of(root)
+        self.tril = precision.sqrt() if shift.shape[-1] == 1 else torch.linalg.cholesky(precision)
+        self.mean = solved(self.tril.mT, solved(self.tril, times(root.mT, shift), upper=False), upper=True)
 
     def place(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The latents of standard normal z ``(..., J, F)``, and log determinants ``(..., J)``."""
-        if self.alone:
-            e = self.mean + z / self.tril[..., 0]
-        else:
-            e = self.mean + torch.linalg.solve_triangular(self.tril.mT, z[..., None], upper=True)[..., 0]
+        e = self.mean + solved(self.tril.mT, z, upper=True)
         ladj = self.scale.log().sum(-1) - self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return self.loc + self.scale * e, ladj
 
     def undo(self, u: Tensor) -> Tensor:
         """The z of latents."""
-        e = (u - self.loc) / self.scale - self.mean
-        return self.tril[..., 0] * e if self.alone else (self.tril.mT @ e[..., None])[..., 0]
+        return times(self.tril.mT, (u - self.loc) / self.scale - self.mean)
 
 
 class PlatedPosterior(DistributionModule):
@@ -175,6 +164,7 @@ class PlatedPosterior(DistributionModule):
         )
         self.register_buffer("order", torch.cat([free, inside]))
         self.register_buffer("place", self.order.argsort())
+        self.in_place = bool((self.order == torch.arange(len(loc), device="cpu")).all())
 
     @property
     def affine(self) -> nn.Parameter:
@@ -225,7 +215,8 @@ class PlatedPosterior(DistributionModule):
 
     def join(self, g: Tensor, latents: list[Tensor]) -> Tensor:
         """Vectors ``(*batch, D)`` of globals ``(*batch, G)`` and latents of each group of elements ``(*batch, J, F)``."""
-        return self.in_order(g, latents)[..., self.place]
+        ordered = self.in_order(g, latents)
+        return ordered if self.in_place else ordered[..., self.place]
 
     def in_order(self, g: Tensor, latents: list[Tensor]) -> Tensor:
         """The same, globals first."""
@@ -253,14 +244,29 @@ class PlatedPosterior(DistributionModule):
         each = [torch.randn(count, n, len(group), group.features).to(like) for group in self.groups]
         return [Nodes(z, like.new_full((count,), -math.log(count))) for z in each]
 
+    def at_once(self, factors: Factors, points: int | None = None) -> int:
+        """Of how many draws of the globals the elements are evaluated at once, each at so many points."""
+        return max(1, _AT_ONCE // (factors.size * (points or len(self.nodes(1)[0]))))
+
     def particles(self, most: int) -> int:
-        """How many draws of the globals are taken at once."""
+        """How many draws of the globals a step has."""
         each = sum(map(len, self.groups)) * len(self.nodes(1)[0])
         return max(_LEAST, min(most, _ROWS // each))
 
     def marginal(self, factors: Factors, g: Tensor, order: int | None = None) -> Tensor:
-        """The log density of globals ``(n, G)`` with the elements integrated out, in nats, summed in float64."""
-        made = self.inner(factors, g, order=order)
+        """The log density of globals ``(n, G)`` with the elements integrated out, in nats, summed in float64.
+
+        Its gradient is towards the globals, and what the model learns. Of many draws it runs some at a time, and once more for
+        the gradient, so that memory does not grow with the draws.
+        """
+        parts = g.split(self.at_once(factors, len(self.nodes(1, order=order)[0])))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            return torch.cat([self._marginal(factors, some, order) for some in parts])
+        return torch.cat([checkpoint(self._marginal, factors, some, order, use_reentrant=False) for some in parts])
+
+    def _marginal(self, factors: Factors, g: Tensor, order: int | None) -> Tensor:
+        with frozen(*self.locals.parameters()):
+            made = self.inner(factors, g, order=order)
         return made.rest.double() + made.integral.double().sum(-1)
 
     def inner(self, factors: Factors, g: Tensor, draws: int | None = None, order: int | None = None) -> Inner:
@@ -274,7 +280,7 @@ class PlatedPosterior(DistributionModule):
         u = self.join(g.expand(count, *g.shape), latents)
         rest, local = factors(u.reshape(count * n, -1))
         log_q = [_log_normal(each.z) - ladj for each, (_, ladj) in zip(nodes, placed, strict=True)]
-        log_ratio = local.reshape(count, n, -1) - torch.cat(log_q, -1)
+        log_ratio = local.reshape(count, n, -1) - (torch.cat(log_q, -1) if len(log_q) > 1 else log_q[0])
         weighted = log_ratio + nodes[0].log_weight[:, None, None]
         return Inner(rest.reshape(count, n)[0], weighted.logsumexp(0), latents, weighted, log_ratio)
 

@@ -21,11 +21,17 @@ from pyro_dgm.core.devices import fork_rng, same_bits
 from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import as_tensor_like, from_arrays
-from pyro_dgm.core.upstream import drop_weak_references
-from pyro_dgm.model.coordinates import Constrain, Coordinates
+from pyro_dgm.core.upstream import drop_weak_references, whole_plates
+from pyro_dgm.model.coordinates import Constrain, Coordinates, as_run
 from pyro_dgm.model.log_joint import LogJoint, ascend, prior_draws, spread
-from pyro_dgm.model.sites import is_enumerable, latent_sites, refuse_implicit, subsampled
-from pyro_dgm.model.stability import changing_supports, circular_sites, runs_from_the_prior
+from pyro_dgm.model.sites import Frame, is_enumerable, latent_sites, refuse_implicit
+from pyro_dgm.model.stability import (
+    changing_supports,
+    circular_sites,
+    refuse_rows_that_hang_together,
+    runs_from_the_prior,
+    subsampled_latents,
+)
 from pyro_dgm.model.supports import wrap
 
 __all__ = ["VectorGuide"]
@@ -48,6 +54,8 @@ class VectorGuide(AutoContinuous):
     _prototype_hide_fn = staticmethod(_hidden)
     # functions, a weak reference, and whether the guide was trained
     lost_by_pickle: tuple[str, ...] = ("_model", "_plain_model", "master", "_untouched")
+    holds_all_rows = False  # of subsampled plates
+    _prototype_frames: dict[str, Frame]
 
     def __init__(self, model: Callable[..., Any], *, init_loc_fn: Callable[..., Tensor]) -> None:
         super().__init__(model, init_loc_fn=_or_zero(init_loc_fn))
@@ -95,19 +103,29 @@ class VectorGuide(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         who = type(self).__name__
         with fork_rng():
-            _refuse_unfit_sites(who, self.model, args, kwargs)
-            super()._setup_prototype(*args, **kwargs)
-            traces = runs_from_the_prior(who, self.target, self.prototype_trace, args, kwargs)
-            self._read_supports(traces, changing_supports(who, self.target, traces, args, kwargs))
+            trace = poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
+            _refuse_unfit_sites(who, trace)
+            parts = subsampled_latents(trace)
+            if parts and (self.master is not None or not self.holds_all_rows):
+                _refuse_subsamples(who, parts)
+            if parts:
+                refuse_rows_that_hang_together(who, self.target, args, kwargs, trace)
+            with whole_plates(bool(parts)):
+                super()._setup_prototype(*args, **kwargs)
+                traces = runs_from_the_prior(who, self.target, self.prototype_trace, args, kwargs)
+                moving = changing_supports(who, self.target, traces, args, kwargs)
+            self._read_supports(traces, moving, bool(parts))
+            frames = {f.name: f for _, s in latent_sites(trace) for f in s["cond_indep_stack"]}
+            self._prototype_frames = {k: f._replace(size=frames[k].size) for k, f in self._prototype_frames.items()}
             with poutine.block():  # a plate's index is a sample site of its own
                 self._create_plates(*args, **kwargs)
 
-    def _read_supports(self, traces: list[poutine.Trace], moving: frozenset[str]) -> None:
+    def _read_supports(self, traces: list[poutine.Trace], moving: frozenset[str], whole: bool) -> None:
         circular = circular_sites(type(self).__name__, traces)
         fixed = Coordinates.of(self)
         self._unconstrained_shapes = {k: latent.inner for k, latent in fixed.latents.items()}
         self.latent_dim = fixed.dim
-        self._coordinates = replace(fixed, moving=moving, circular=circular)
+        self._coordinates = replace(fixed, moving=moving, circular=circular, whole=whole)
         if circular:
             self.register_buffer("centre", torch.zeros(fixed.dim).to(fixed.vector(self._prototype_values())))
             self._centre_at({k: v for k, _, v in self._prototype_values()})
@@ -163,7 +181,7 @@ class VectorGuide(AutoContinuous):
                 f"{type(self).__name__}: the supports of {sorted(self.coordinates.moving)} follow other latents, so draws need "
                 "the model, which a pickled guide has lost. Build the guide of the model anew and load its state_dict."
             )
-        return self.target
+        return as_run(self, self.target)
 
     def _emitted(self, name: str, value: Tensor, log_det: Tensor, plates: dict[str, Any]) -> Tensor:
         event_dim = self.coordinates.latents[name].fn.event_dim
@@ -172,7 +190,11 @@ class VectorGuide(AutoContinuous):
             log_density = -sum_rightmost(log_det, log_det.dim() - value.dim() + event_dim)
         with ExitStack() as stack:
             for frame in self._cond_indep_stacks[name]:
-                stack.enter_context(plates[frame.name])
+                plate = plates[frame.name]
+                stack.enter_context(plate)
+                if plate.subsample_size < plate.size:
+                    value = _taken(value, plate.dim - event_dim, plate)
+                    log_density = _taken(log_density, plate.dim, plate)
             return pyro.sample(name, dist.Delta(value, log_density=log_density, event_dim=event_dim))
 
     @torch.no_grad()
@@ -229,8 +251,13 @@ class VectorGuide(AutoContinuous):
         return wrap(centre + torch.quantile(wrap(draws - centre), levels, dim=0))
 
 
-def _refuse_unfit_sites(who: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+def _taken(full: Any, dim: int, plate: pyro.plate) -> Any:
+    """The subsample of a plate, of a tensor with all rows in this dimension; others are as they were."""
+    has_rows = isinstance(full, Tensor) and full.dim() >= -dim and full.shape[dim] == plate.size
+    return full.index_select(dim, plate.indices.to(full.device)) if has_rows else full
+
+
+def _refuse_unfit_sites(who: str, trace: poutine.Trace) -> None:
     refuse_implicit(who, trace)
     for name, site in latent_sites(trace):
         if is_enumerable(site):
@@ -241,13 +268,15 @@ def _refuse_unfit_sites(who: str, model: Callable[..., Any], args: tuple[Any, ..
                 "Have it summed out: infer={'enumerate': 'parallel'}, or pyro.infer.config_enumerate(model)."
             )
         _refuse_without_bijection(who, name, site["fn"])
-        for frame in site["cond_indep_stack"]:
-            if subsampled(frame):
-                raise ValueError(
-                    f"{who}: latent site '{name}' lies in plate '{frame.name}', which is subsampled "
-                    f"({frame.size} of {frame.full_size}). One density over all latents cannot follow a subsample: use "
-                    "the full plate, or an amortised guide for the local latents."
-                )
+
+
+def _refuse_subsamples(who: str, parts: dict[str, Frame]) -> None:
+    name, frame = next(iter(parts.items()))
+    raise ValueError(
+        f"{who}: latent site '{name}' lies in plate '{frame.name}', which is subsampled ({frame.size} of {frame.full_size}). One "
+        "density over all latents cannot follow a subsample: use the full plate, an AutoFlow that is no part of a list, or an "
+        "amortised guide for them."
+    )
 
 
 def _refuse_without_bijection(who: str, name: str, fn: Any) -> None:

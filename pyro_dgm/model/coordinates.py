@@ -20,11 +20,12 @@ from torch import Size, Tensor
 from torch.distributions import Transform, constraints
 from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform
 
+from pyro_dgm.core.upstream import whole_plates
 from pyro_dgm.model.handlers import EndOfRun, run_to_end
 from pyro_dgm.model.sites import Site, latent_sites
 from pyro_dgm.model.supports import onto, place_of, same_support, unwrapped
 
-__all__ = ["Constrain", "Coordinates", "HasCoordinates", "Latent", "in_units_of"]
+__all__ = ["Constrain", "Coordinates", "HasCoordinates", "Latent", "Whole", "as_run", "in_units_of"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Coordinates:
         relative: sites in units of their own prior given the latents before them; they move, too.
         circular: sites that live on a circle.
         centre: where each circle's coordinate is zero, shape ``(D,)``; None without circles.
+        whole: whether subsampled plates are run whole: the latents are then those of all rows.
     """
 
     latents: dict[str, Latent]
@@ -70,6 +72,7 @@ class Coordinates:
     relative: frozenset[str] = frozenset()
     circular: frozenset[str] = frozenset()
     centre: Tensor | None = None
+    whole: bool = False
 
     @classmethod
     def of(cls, guide: AutoContinuous) -> Coordinates:
@@ -236,3 +239,19 @@ class Constrain(poutine.messenger.Messenger):
         """Run the model as far as its last latent; nothing of it is seen outside."""
         run_to_end(self(model), *args, **kwargs)
         return self
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model whose subsampled plates are run with all of their rows."""
+
+    model: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with whole_plates():
+            return self.model(*args, **kwargs)
+
+
+def as_run(guide: Any, model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model that the guide's latents belong to: with all rows of its plates, where the guide holds them."""
+    return Whole(model) if isinstance(guide, HasCoordinates) and guide.coordinates.whole else model

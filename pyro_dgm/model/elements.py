@@ -137,20 +137,25 @@ class Factors:
         asked = log_joint.engine
         return self.log_joint.engine.is_of(asked.model, asked.args, asked.kwargs)
 
+    @property
+    def size(self) -> int:
+        """The number of entries that belong to elements."""
+        return sum(len(owners.element) for owners in self.owners if owners is not None)
+
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Of vectors ``(N, D)``: what belongs to no element ``(N,)``, and what belongs to each ``(N, J)``, in nats."""
         terms = self.log_joint.terms(u)
         dtype = max((t.dtype for t in terms), key=lambda d: d.itemsize)  # data may be more precise than latents
         rest = torch.zeros(len(u), dtype=dtype, device=u.device)
-        local = torch.zeros(len(u), self.count + 1, dtype=dtype, device=u.device)
+        ordered, scattered = [], torch.zeros(len(u), self.count + 1, dtype=dtype, device=u.device)
         for term, owners in zip(terms, self.owners, strict=True):
             if owners is None:
                 rest = rest + term.sum(-1)
             elif owners.in_order:
-                local = local + torch.nn.functional.pad(term, (0, 1))
+                ordered.append(term)
             else:
-                local = local.index_add(1, owners.element.to(term.device), term.to(dtype))
-        return rest + local[:, -1], local[:, :-1]
+                scattered = scattered.index_add(1, owners.element.to(term.device), term.to(dtype))
+        return rest + scattered[:, -1], sum(ordered, scattered[:, :-1])
 
     def _owners(self) -> list[_Owners | None]:
         """Of the entries of each term; None where all belong to no element."""

@@ -30,7 +30,7 @@ from pyro_dgm.core.pace import steps
 from pyro_dgm.core.record import Recordable, Records, with_gradients
 from pyro_dgm.core.shapes import from_arrays
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.coordinates import Constrain, Coordinates, HasCoordinates
+from pyro_dgm.model.coordinates import Constrain, Coordinates, HasCoordinates, as_run
 from pyro_dgm.model.runs import Runs, rounds_of
 from pyro_dgm.model.sites import is_enumerable, latent_sites
 from pyro_dgm.model.stability import AnySite
@@ -139,7 +139,7 @@ class LogJoint(_Recorded):
 
     All N vectors run in one outer plate or by vmap, as a check against single runs allows; otherwise one by one, with a
     warning. With a subsampled plate each evaluation sees another subsample, unless ``whole``: then all rows of the plate are
-    visited, a subsample at a time, and the density is one and the same at every call.
+    visited, a subsample at a time, and the density is one and the same at every call. A guide of all rows has them run at once.
 
     Args:
         guide: a guide that was set up (it knows the sites, their order and supports).
@@ -165,8 +165,8 @@ class LogJoint(_Recorded):
     ) -> None:
         super().__init__()
         args, kwargs = from_arrays("the model", args), from_arrays("the model", kwargs)
-        self.guide = guide
-        self.dim = guide.latent_dim
+        model = as_run(guide, model)
+        self.guide, self.dim = guide, guide.latent_dim
         self._fixed = None if isinstance(guide, HasCoordinates) else Coordinates.of(guide)
         known = {k: s["value"] for k, s in latent_sites(guide.prototype_trace)}
         with pyro.validation_enabled(False), fork_rng():
@@ -202,7 +202,7 @@ class LogJoint(_Recorded):
     def known(cls, guide: AutoContinuous, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LogJoint:
         """A new one; how it runs is not asked again where the guide's latest is in use, of this model and these arguments."""
         latest = _LATEST[guide]() if guide in _LATEST else None
-        if latest is None or not latest.engine.is_of(model, args, kwargs):
+        if latest is None or not latest.engine.is_of(as_run(guide, model), args, kwargs):
             return cls(guide, model, args, kwargs)
         return cls(guide, model, args, kwargs, how=latest.how)
 

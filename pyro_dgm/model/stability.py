@@ -1,10 +1,12 @@
 """What runs of a model have in common: a guide over one vector needs the same latents, shapes and plates in all of them.
 
-Supports may differ: those that follow other latents are found here, and angles, whose declared support is too wide.
+Supports may differ: those that follow other latents are found here, and angles, whose declared support is too wide. A model
+whose latents lie in a subsampled plate may be run with all rows if its log joint is then that of rounds of subsamples.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,9 @@ from torch.distributions import biject_to
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.model.sites import is_enumerable, latent_sites
+from pyro_dgm.model.coordinates import Whole
+from pyro_dgm.model.runs import Runs, rounds_of
+from pyro_dgm.model.sites import Frame, is_enumerable, latent_sites, subsampled
 from pyro_dgm.model.supports import (
     holds_grad,
     holds_moved_circle,
@@ -28,9 +32,20 @@ from pyro_dgm.model.supports import (
     repeats,
     same_support,
 )
+from pyro_dgm.model.vectorize import Model, first_line, plate_nesting
 
-__all__ = ["AnySite", "changing_supports", "circular_sites", "runs_from_the_prior"]
+__all__ = [
+    "AnySite",
+    "changing_supports",
+    "circular_sites",
+    "refuse_rows_that_hang_together",
+    "runs_from_the_prior",
+    "subsampled_latents",
+]
 
+# By how much log joints may differ, with all rows and by subsamples. Not measured; chosen by hand.
+_RELATIVE = 1e-4
+_ABSOLUTE = 1e-2  # nats
 _RUNS = 8  # a branch that is taken with probability p in a run goes unseen with probability (1 - p)^8
 
 
@@ -190,3 +205,68 @@ def _refuse_another_turn(who: str, name: str, fn: Any, draws: Tensor) -> None:
             f"{who}: the density of latent site '{name}' ({type(fn).__name__}) repeats after a turn, and its draws do not lie in "
             "[-pi, pi]. Declare the turn in which they lie: support = constraints.interval(0.0, 2.0 * math.pi), say."
         )
+
+
+# --- Subsampled plates ---
+
+
+def subsampled_latents(trace: poutine.Trace) -> dict[str, Frame]:
+    """The subsampled plates that hold continuous latents, by the name of such a latent."""
+    found = {}
+    for name, site in latent_sites(trace):
+        frames = [f for f in site["cond_indep_stack"] if subsampled(f)]
+        if frames and not is_enumerable(site):
+            found[name] = frames[0]
+    return found
+
+
+def refuse_rows_that_hang_together(
+    who: str, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], trace: poutine.Trace
+) -> None:
+    """Refuse a model whose density with all rows is another than that of its subsamples.
+
+    Args:
+        who: the guide that speaks.
+        model, args, kwargs: a model and its arguments.
+        trace: a run of it.
+
+    Raises:
+        ValueError: for plates that cannot be visited row by row, and where the densities differ; it names the plate.
+    """
+    plate = next(iter(subsampled_latents(trace).values())).name
+    rounds = rounds_of([trace])
+    with fork_rng(0), torch.no_grad(), poutine.block():
+        try:
+            whole = poutine.trace(Whole(model)).get_trace(*args, **kwargs)
+            values = {k: s["value"].detach()[None] for k, s in latent_sites(whole) if not is_enumerable(s)}
+            found = _total(Whole(model), args, kwargs, whole, [{}], values)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(f"{who}: {_ADVICE.format(plate)} With all rows it fails: {first_line(error)}") from error
+        if subsampled_latents(whole):
+            raise ValueError(
+                f"{who}: plate '{plate}' is subsampled by subsample=, or made outside of the model, so its other rows cannot "
+                "be reached. Pass the full data, write pyro.plate(name, size, subsample_size=...) in the model and use the index."
+            )
+        expected = _total(model, args, kwargs, trace, rounds, values)
+    if not math.isclose(found, expected, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE):
+        raise ValueError(
+            f"{who}: {_ADVICE.format(plate)} With all rows its log joint is {found:.6g}, by subsamples {expected:.6g}."
+        )
+
+
+_ADVICE = (
+    "the model's rows in the subsampled plate '{}' are not independent, or its data do not follow the index. Pass the full data "
+    "and write obs=y[i] with the index i of the plate; what is common to rows belongs outside of the plate."
+)
+
+
+def _total(
+    model: Model, args: Any, kwargs: Any, trace: poutine.Trace, rounds: list[Any], values: dict[str, Tensor]
+) -> float:
+    def same(*args: Any, **kwargs: Any) -> Any:
+        """Sites that are hidden from the guide have the same draws in all runs."""
+        with fork_rng(0):
+            return model(*args, **kwargs)
+
+    runs = Runs(same, args, kwargs, trace, plate_nesting(trace), "loop", rounds)
+    return float(runs.run(1, values, keep=(), score=True, discrete="sum").total(1))

@@ -3,10 +3,14 @@
 Groups of normal data, counts with exposure, or five trials each, centred or not: ``--only poisson:1000 normal:50:n`` takes some rows
 (n: non-centred). Exact numbers are by fine grids, over each group and over the two globals. NUTS has four chains of
 1,000 draws after 1,000, on the non-centred model; it is left out where NumPyro is not installed. CPU seconds of the process, compilation included, one thread.
+
+``--only subsampled`` has 100,000 groups in subsamples of 500, normal and counts; ``subsampled:poisson:10000`` takes one row, and others
+sizes. Peak memory is that of the process, so one row at a time tells it.
 """
 
 import math
 import os
+import resource
 import time
 
 import numpy as np
@@ -18,6 +22,8 @@ import pyro_dgm as dgm
 
 KINDS, GROUPS = ("normal", "poisson", "binomial"), (8, 50, 200, 1000, 10_000)
 NUTS_MOST = 1000  # groups up to which NUTS is run
+SUBSAMPLED, AT_ONCE = (("normal", 100_000), ("poisson", 100_000)), 500
+GLOBALS = 20_000  # draws of the globals alone
 
 
 def likelihood(kind, theta, known):
@@ -36,11 +42,13 @@ def drawn(kind, groups, seed):
     return known, likelihood(kind, theta, known).sample()
 
 
-def hierarchy(kind="normal", centred=True):
+def hierarchy(kind="normal", centred=True, at_once=None):
     def model(known, y):
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
         tau = pyro.sample("tau", dist.HalfCauchy(2.0))
-        with pyro.plate("group", len(known)):
+        with pyro.plate("group", len(known), subsample_size=at_once) as index:
+            if at_once:
+                known, y = known[index], y[index]
             if centred:
                 theta = pyro.sample("theta", dist.Normal(mu, tau))
             else:
@@ -52,9 +60,10 @@ def hierarchy(kind="normal", centred=True):
 
 def exact(kind, known, y, loc, sd):
     """Means and sds of mu, log tau and theta, and the log evidence."""
-    z = torch.linspace(-7.5, 7.5, 301).double()[:, None]
-    log_w = dist.Normal(0.0, 1.0).log_prob(z) + math.log(15.0 / 300)
-    axes = [torch.linspace(-5.0, 5.0, 21).double() * s + m for m, s in zip(loc, sd, strict=True)]
+    fine, sides = (301, 21) if len(known) <= 2_000 else (151, 9)
+    z = torch.linspace(-7.5, 7.5, fine).double()[:, None]
+    log_w = dist.Normal(0.0, 1.0).log_prob(z) + math.log(15.0 / (fine - 1))
+    axes = [torch.linspace(-5.0, 5.0, sides).double() * s + m for m, s in zip(loc, sd, strict=True)]
     found = []
     for mu in axes[0]:
         for log_tau in axes[1]:
@@ -80,10 +89,10 @@ def exact(kind, known, y, loc, sd):
     )
 
 
-def ours(kind, known, y, centred, seed):
+def ours(kind, known, y, centred, seed, at_once=None):
     """CPU seconds, verdict, and draws of mu, log tau and theta."""
     pyro.clear_param_store()
-    model = hierarchy(kind, centred)
+    model = hierarchy(kind, centred, at_once)
     began = time.process_time()
     guide = dgm.AutoFlow(model, structure="plates")
     dgm.fit(dgm.STL_ELBO()(model, guide), (known, y), seed=seed, progress=False)
@@ -94,7 +103,8 @@ def ours(kind, known, y, centred, seed):
     seconds = (fitted - began, time.process_time() - fitted)
     draws = [torch.as_tensor(idata.posterior[k].values).double() for k in ("mu", "tau", "theta")]
     draws = [d.reshape(-1, *d.shape[2:]) for d in draws]
-    return seconds, verdict, torch.stack([draws[0], draws[1].log()], -1), draws[2]
+    outer = torch.stack([draws[0], draws[1].log()], -1)
+    return seconds, verdict, outer if at_once is None else guide.plated.outer().sample((GLOBALS,)).double(), draws[2]
 
 
 def nuts(kind, known, y, seed):
@@ -130,32 +140,51 @@ def nuts(kind, known, y, seed):
     return time.process_time() - began, np.stack([samples["mu"], np.log(samples["tau"])], -1)
 
 
-def row(kind, groups, centred, seed):
+def row(kind, groups, centred, seed, at_once=None):
     known, y = drawn(kind, groups, seed)
-    seconds, verdict, outer, theta = ours(kind, known, y, centred, seed)
+    seconds, verdict, outer, theta = ours(kind, known, y, centred, seed, at_once)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     loc, sd = outer.mean(0), outer.std(0)
     mean, spread, evidence, of_theta, sd_theta = exact(kind, known, y, loc, sd)
     off = ((loc - mean) / spread).abs().max()
     ratio = (sd / spread).log().abs().max()
     local = (theta.mean(0) - of_theta).abs() / sd_theta
     width = (theta.std(0) / sd_theta).log().abs()
-    peer = nuts(kind, known, y, seed) if groups <= NUTS_MOST else None
+    peer = nuts(kind, known, y, seed) if groups <= NUTS_MOST and at_once is None else None
+    name = "centred" if centred else "non-centred"
+    last = "" if peer is None else f"{peer[0]:.1f}"
     print(
-        f"| {kind} | {groups} | {'centred' if centred else 'non-centred'} | {seconds[0]:.1f} + {seconds[1]:.1f} | {verdict.status}, "
+        f"| {kind} | {groups} | {name if at_once is None else at_once} | {seconds[0]:.1f} + {seconds[1]:.1f} | {verdict.status}, "
         f"{verdict.k:.2f} | {float(off):.3f} / {float(ratio):.3f} | {float(local.quantile(0.99)):.3f} / "
         f"{float(width.quantile(0.99)):.3f} | {verdict.log_evidence - evidence:+.3f} +- {verdict.log_evidence_error:.3f} | "
-        f"{'' if peer is None else f'{peer[0]:.1f}'} |",
+        f"{last if at_once is None else f'{memory:.1f} GB'} |",
         flush=True,
     )
 
 
+HEAD = (
+    "| data | groups | {} | CPU s: fit + verdict | verdict, k-hat | globals: mean off (sd) / log sd off | groups, 99 %: mean / log "
+    "sd | evidence - exact | {} |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def subsampled(only, seeds):
+    """Rows of subsampled plates, by names as ``subsampled:normal:10000``."""
+    named = [name.split(":")[1:] for name in only if name.startswith("subsampled:")]
+    rows = [(kind, int(size[0]) if size else 100_000) for kind, *size in named] or SUBSAMPLED
+    print(HEAD.format("subsample", "peak memory"))
+    for kind, groups in rows:
+        for seed in seeds:
+            row(kind, groups, True, seed, AT_ONCE)
+
+
 def main(arguments):
     torch.set_num_threads(1)
-    print(
-        "| data | groups | model | CPU s: fit + verdict | verdict, k-hat | globals: mean off (sd) / log sd off | groups, 99 %: mean "
-        "/ log sd | evidence - exact | NUTS, CPU s |\n|---|---|---|---|---|---|---|---|---|"
-    )
     only = set(arguments.only or ())
+    if any(name.startswith("subsampled") for name in only):
+        subsampled(only, arguments.seeds)
+        return
+    print(HEAD.format("model", "NUTS, CPU s"))
     for kind in KINDS:
         for groups in GROUPS:
             for centred in (True, False):
