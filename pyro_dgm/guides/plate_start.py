@@ -22,7 +22,7 @@ from pyro_dgm.guides.start import antithetic, natural_step, shortened
 from pyro_dgm.model.elements import Factors
 from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread
 
-__all__ = ["start_plates"]
+__all__ = ["outer_step", "start_plates"]
 
 _TOGETHER = 30  # simulated normal, Poisson and binomial hierarchies of 100 to 10,000 groups stand still after 15 to 30
 _GLOBALS = 20
@@ -43,10 +43,10 @@ def start_plates(log_joint: LogJoint, factors: Factors, posterior: PlatedPosteri
     for _, progress in steps("start 1/3: together", _TOGETHER, 0.4):
         _joint_step(log_joint, posterior, n, _rate(progress))
     for _, progress in steps("start 2/3: globals", _GLOBALS, 0.4):
-        _outer_step(factors, posterior, n, _rate(progress))
+        outer_step(factors, posterior, n, _rate(progress))
     for _, progress in steps("start 3/3: elements", _AGAIN, 0.8):
         _joint_step(log_joint, posterior, n, _rate(progress), move=False)
-        _outer_step(factors, posterior, n, _RATES[1])
+        outer_step(factors, posterior, n, _RATES[1])
 
 
 def _rate(progress: float) -> float:
@@ -154,7 +154,7 @@ def _regress(group: LocalNormals, w: Tensor, shift: Tensor, root: Tensor) -> Non
         group.tilt.copy_(torch.einsum("hn,njfk->jfkh", solve, root))
 
 
-def _outer_step(factors: Factors, posterior: PlatedPosterior, n: int, rho: float) -> None:
+def outer_step(factors: Factors, posterior: PlatedPosterior, n: int, rho: float) -> None:
     """A step of the globals with the elements integrated out."""
     outer = posterior.outer
     w = antithetic(outer.loc[None], n)[0].requires_grad_()

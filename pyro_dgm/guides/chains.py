@@ -1,0 +1,298 @@
+r"""A posterior that follows a chain: globals by a flow, the latents of a time series given them normal, with banded precision.
+
+.. math:: q(g, x) = q(g)\, N\big(x;\ m(g),\ \Lambda(g)^{-1}\big)
+
+Nothing of the chain is learned: for each g its mean and precision are found from the model's own derivatives. Where the model
+is linear and normal given g, one Newton step gives the exact law, and :math:`\log p(y, g) = \log p(y, m, g) - \log q(m \mid g)`.
+Elsewhere it is the best normal law by the reverse KL, found by Newton steps on means of gradient and Hessian,
+
+.. math:: E_q[\nabla_x \log p(y, x, g)] = 0, \qquad \Lambda = -E_q[\nabla_x^2 \log p(y, x, g)],
+
+taken by three points of each latent's marginal (exact to the fifth order where the part that is not quadratic is one of single
+latents, as that of counts or of a stochastic volatility is). The chain is then integrated out by importance sampling, with draws in
+pairs of opposite sign (Shephard & Pitt 1997; Richard & Zhang 2007).
+
+Weights of the globals with K random draws of the chain, of which one is kept by its weight, are exact weights of both (Andrieu,
+Doucet & Holenstein 2010): that they are even says that globals and chain are right.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Transform, constraints
+
+from pyro_dgm.core import DistributionModule, zuko
+from pyro_dgm.core.blocks import BlockFactor
+from pyro_dgm.core.module import OnePass
+from pyro_dgm.guides.modes import WhitenedPosterior, whitened
+from pyro_dgm.core.pace import steps
+from pyro_dgm.guides.plate_start import outer_step
+from pyro_dgm.guides.plates import Head, WithNormals
+from pyro_dgm.model.chains import Chain, Derivatives
+from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread
+
+__all__ = ["ChainPosterior", "start_chain"]
+
+_NEWTON = 40  # steps to the mode, and then to the best normal law
+_MEANS = 12
+_NEAR = 1e-3  # half the squared length of a Newton step, per latent, below which the mode is near
+_STILL = 1e-9  # the same, that ends the search
+_RIDGES = 10
+_DRAWS = 8  # of a chain that is not normal, in a step
+_ENTRIES = 2**21  # latents at once
+_LEAST = 8
+_STEPS = 40
+_RATES = (0.5, 0.1)
+
+
+class Laws(NamedTuple):
+    """Normal laws of a chain: means ``(n, K, B)``, blocks of the precision, and the spread of the points that gave them."""
+
+    mean: Tensor
+    diagonal: Tensor
+    lower: Tensor
+    spread: Tensor | None
+
+
+@torch.no_grad()
+def found_laws(chain: Chain, g: Tensor) -> Laws:
+    """The best normal law for each row of globals ``(n, G)``."""
+    x, made = _climbed(chain, g)
+    spread: Tensor | None = None
+    for _ in range(1 if chain.normal else _MEANS):
+        diagonal, factor = factorised(made)
+        move = factor.solve(made.gradient)
+        x = x + move
+        if chain.normal or _length(chain, made, move) < _STILL:
+            break
+        spread = deviations(diagonal, made.lower)
+        made = chain.derivatives(g, x, spread)
+    return Laws(x, diagonal, made.lower, spread)
+
+
+def _climbed(chain: Chain, g: Tensor) -> tuple[Tensor, Derivatives]:
+    """A point near the mode, by Newton steps that are shortened where the density falls."""
+    x = chain.near.to(g).expand(len(g), -1, -1)
+    made = chain.derivatives(g, x)
+    share = torch.ones_like(made.value)
+    for _ in range(0 if chain.normal else _NEWTON):
+        move = factorised(made)[1].solve(made.gradient)
+        if _length(chain, made, move) < _NEAR:
+            break
+        trial = x + share[:, None, None] * move
+        there = chain.derivatives(g, trial)
+        better = there.value.isfinite() & (there.value >= made.value)
+        share = torch.where(better, (2.0 * share).clamp_max(1.0), 0.25 * share)
+        x = _where(better, trial, x)
+        made = Derivatives(*(_where(better, a, b) for a, b in zip(there, made, strict=True)))
+    chain.near = x.detach().mean(0)
+    return x, made
+
+
+def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(rows.reshape(-1, *(1,) * (a.dim() - 1)), a, b)
+
+
+def _length(chain: Chain, made: Derivatives, move: Tensor) -> float:
+    return float((made.gradient * move).sum((-1, -2)).max()) / (2.0 * chain.size)
+
+
+def factorised(made: Derivatives) -> tuple[Tensor, BlockFactor]:
+    """Blocks of a precision that is positive, by a ridge where minus the Hessian is not, and its factor."""
+    diagonal = made.diagonal
+    factor = BlockFactor(diagonal, made.lower)
+    eye = torch.eye(diagonal.shape[-1]).to(diagonal)
+    ridge = 1e-3 * made.diagonal.abs().mean((-1, -2, -3))
+    for _ in range(_RIDGES):
+        fine = factor.log_det.isfinite()
+        if bool(fine.all()):
+            break
+        diagonal = diagonal + torch.where(fine, 0.0, ridge)[:, None, None, None] * eye
+        factor, ridge = BlockFactor(diagonal, made.lower), 3.0 * ridge
+    return diagonal, factor
+
+
+@torch.enable_grad()
+def deviations(diagonal: Tensor, lower: Tensor) -> Tensor:
+    """Marginal standard deviations ``(n, K, B)``: the derivative of the log determinant is the covariance."""
+    diagonal = diagonal.detach().requires_grad_()
+    (half,) = torch.autograd.grad(BlockFactor(diagonal, lower.detach()).log_det.sum(), diagonal)
+    return (2.0 * half.diagonal(dim1=-2, dim2=-1)).sqrt()
+
+
+class _Followed(torch.autograd.Function):
+    """Means and precisions for globals, with gradients towards these: those of a mode, by the implicit function theorem."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, chain: Chain) -> tuple[Tensor, Tensor, Tensor]:
+        laws = found_laws(chain, g.detach().to(chain.dtype))
+        ctx.chain, ctx.laws, ctx.g = chain, laws, g
+        return laws.mean, laws.diagonal, laws.lower
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor, None]:
+        chain, laws = ctx.chain, ctx.laws
+        with torch.enable_grad():
+            g = ctx.g.detach().to(chain.dtype).requires_grad_()
+            x = laws.mean.detach().requires_grad_()
+            made = chain.derivatives(g, x, laws.spread, create_graph=True)
+            blocks = [t for t in (made.diagonal, made.lower) if t.requires_grad]
+            weights = [w for t, w in zip((made.diagonal, made.lower), given[1:], strict=True) if t.requires_grad]
+            direct, through = torch.autograd.grad(blocks, [g, x], weights, retain_graph=True, allow_unused=True)
+            towards = given[0] if through is None else given[0] + through
+            towards = BlockFactor(laws.diagonal, laws.lower).solve(towards)
+            (moved,) = torch.autograd.grad(made.gradient, g, towards)
+        return (moved if direct is None else moved + direct).to(ctx.g), None
+
+
+class ChainLaw:
+    """The law of a chain given n vectors of globals."""
+
+    def __init__(self, chain: Chain, g: Tensor) -> None:
+        self.chain = chain
+        self.mean, diagonal, lower = _Followed.apply(g, chain)
+        self.factor = BlockFactor(diagonal, lower)
+
+    def place(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents of standard normal ``z (*batch, n, N)``, in blocks, and log determinants ``(n,)``."""
+        return self.mean + self.factor.up(self.chain.blocked(z)), -self.factor.log_det
+
+    def undo(self, x: Tensor) -> Tensor:
+        """The z of latents."""
+        return self.chain.flat(self.factor.whitened(x - self.mean))
+
+
+class ChainPosterior(DistributionModule):
+    """A family over :math:`R^D` of which some entries are a chain, given the others.
+
+    Args:
+        family: of the globals, over vectors of length G.
+        loc: the centre, shape ``(D,)``.
+        scale: the standard deviation of the globals at the start, in each dimension.
+        chain: of the model and its data. A copy has none until it is given one.
+    """
+
+    def __init__(self, family: DistributionModule, loc: Tensor, scale: float, chain: Chain) -> None:
+        super().__init__(len(loc), support=constraints.real_vector)
+        self.size = len(chain.free)
+        self.outer = WhitenedPosterior(family, loc[chain.free.to(loc.device)], scale)
+        self.chain: Chain | None = chain
+        self.sites = chain.sites
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "chain": None}
+
+    @property
+    def affine(self) -> nn.Parameter:
+        """Shift and log scale of the globals."""
+        return self.outer.affine
+
+    @property
+    def family(self) -> DistributionModule:
+        """That of the globals."""
+        return self.outer.family
+
+    def buffer_version(self) -> int:
+        """A number that grows when the whitening is set."""
+        return self.outer.buffer_version()
+
+    def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Set the whitening of the globals."""
+        self.outer.whiten(loc, scale_tril)
+
+    def local_parameters(self) -> list[nn.Parameter]:
+        """Of the chain there are none."""
+        return []
+
+    def build(self, context: Tensor | None) -> Distribution:
+        inner = self.outer.family.checked_build(context)
+        if not isinstance(inner, zuko.distributions.NormalizingFlow):
+            raise NotImplementedError(
+                f"AutoFlow: {type(self.outer.family).__name__} is no transform of a base distribution."
+            )
+        base = WithNormals(inner.base, self.event_shape[0] - self.size)
+        return zuko.distributions.NormalizingFlow(Head(inner.transform, self.size), base)
+
+    def bijection(self, built: Any) -> Transform:
+        inner = zuko.distributions.NormalizingFlow(built.transform.inner, built.base.base)
+        return _Placed(self.known_chain(), self.size, self.outer.bijection(inner))
+
+    def known_chain(self) -> Chain:
+        if self.chain is None:
+            raise ValueError(
+                "AutoFlow: the chain given the globals is that of the model, which a pickled guide has lost. Build the guide of "
+                "the model anew and load its state_dict."
+            )
+        return self.chain
+
+    # --- The chain integrated out ---
+
+    def particles(self, most: int) -> int:
+        """How many draws of the globals are taken at once."""
+        chain = self.known_chain()
+        return max(_LEAST, min(most, _ENTRIES // (chain.size * (1 if chain.normal else _DRAWS))))
+
+    def marginal(self, chain: Chain, g: Tensor) -> Tensor:
+        """The log density of globals ``(n, G)`` with the chain integrated out, in nats."""
+        if chain.normal:
+            law = ChainLaw(chain, g)
+            z = law.mean.new_zeros(1, len(g), chain.size)
+            return self._log_ratio(law, g, *law.place(z), z)[0]
+        return self.inner(chain, g, _DRAWS)[1].logsumexp(0) - math.log(_DRAWS)
+
+    def inner(self, chain: Chain, g: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+        """Draws of the chain ``(S, n, K, B)`` in pairs of opposite sign, and log density over that of q, ``(S, n)``."""
+        law = ChainLaw(chain, g)
+        z = torch.randn(draws // 2, len(g), chain.size).to(law.mean)
+        z = torch.cat([z, -z])
+        x, ladj = law.place(z)
+        return x, self._log_ratio(law, g, x, ladj, z)
+
+    def _log_ratio(self, law: ChainLaw, g: Tensor, x: Tensor, ladj: Tensor, z: Tensor) -> Tensor:
+        rows = g.to(x).expand(*x.shape[:2], -1)
+        log_p = law.chain.value(rows.flatten(0, 1), x.flatten(0, 1)).reshape(x.shape[:2])
+        return log_p + 0.5 * z.square().sum(-1) + 0.5 * z.shape[-1] * math.log(2.0 * math.pi) + ladj
+
+    @torch.no_grad()
+    def chosen(self, chain: Chain, g: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+        """Vectors ``(n, D)``, of each row one of its chains by their weights; and the log densities of the globals."""
+        x, log_ratio = self.inner(chain, g, draws)
+        kept = x[Categorical(logits=log_ratio.T).sample(), torch.arange(len(g))]
+        return chain.join(g.to(x), kept), log_ratio.logsumexp(0) - math.log(draws)
+
+
+class _Placed(OnePass):
+    """From a flow's globals and standard normals to the vector of all latents."""
+
+    def __init__(self, chain: Chain, size: int, outer: Transform) -> None:
+        super().__init__()
+        self.chain = chain
+        self.size = size
+        self.outer = outer
+
+    def call_and_ladj(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        rows = v.reshape(-1, v.shape[-1])
+        g = self.outer(rows[:, : self.size])
+        ladj = self.outer.log_abs_det_jacobian(rows[:, : self.size], g)
+        x, more = ChainLaw(self.chain, g).place(rows[:, self.size :].to(self.chain.dtype))
+        u = self.chain.join(g.to(x), x).to(v)
+        return u.reshape(v.shape), (ladj + more.to(v)).reshape(v.shape[:-1])
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        rows = y.reshape(-1, y.shape[-1])
+        g, x = self.chain.split(rows)
+        z = ChainLaw(self.chain, g).undo(x.to(self.chain.dtype))
+        return torch.cat([self.outer.inv(g), z.to(y)], -1).reshape(y.shape)
+
+
+def start_chain(log_joint: LogJoint, chain: Chain, posterior: ChainPosterior) -> None:
+    """Whiten the globals by the prior's draws, then by natural gradients, the chain integrated out."""
+    u = chain.split(prior_draws(log_joint, 256))[0]
+    posterior.whiten(u.median(0).values, spread(u).diag())
+    n = max(32, 4 * (1 + posterior.size))
+    for _, progress in steps("start: globals", _STEPS):
+        outer_step(chain, posterior, n + n % 2, _RATES[0] * (_RATES[1] / _RATES[0]) ** progress)

@@ -1,0 +1,246 @@
+r"""Chains: latents that, given the global ones, hang together with their neighbours only, as those of a time series do.
+
+Ordered by time and cut into K blocks, the Hessian of the log joint in them has blocks on the diagonal and next to it. Products
+with 3 B vectors, each with a one in every third block, give all of it (Curtis, Powell & Reid 1974); products with random vectors
+say whether that is all. So a chain is found by what the density is, not by how the model is written: a random walk that is one
+site, a vector with ``pyro.factor`` of its differences, level and slope side by side, a ``pyro.markov`` loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.model.elements import NotFactoredError
+from pyro_dgm.model.log_joint import LogJoint
+
+__all__ = ["Chain", "Derivatives"]
+
+# Chosen by hand; not measured.
+_LONG = 20  # entries of a site that may be steps of a chain
+_SHORTER = 0.9  # of the longest site, that another one has to have to be of the same chain: its first step may be a site of its own
+_WIDEST = 8  # latents of a block
+_MOST_GLOBALS = 64
+_DENSE = 0.2  # share of the latents that a global one touches
+_AT_ONCE = 64
+_CLOSE = {torch.float64: 1e-7, torch.float32: 1e-3}  # relative, of two products with a Hessian that are the same
+
+
+class Derivatives(NamedTuple):
+    """Of the log joint in the chain: its value ``(n,)``, gradient ``(n, K, B)``, and blocks of minus its Hessian."""
+
+    value: Tensor
+    gradient: Tensor
+    diagonal: Tensor
+    lower: Tensor
+
+
+class Chain:
+    """The latents of a chain, and the derivatives of the log joint in them.
+
+    Attributes:
+        order: where the latents stand in the vector of all, in blocks ``(K, B)``; -1 for none, in the last block.
+        free: where the global latents stand, ``(G,)``.
+        sites: the sites of the chain.
+        normal: whether the latents are normal given the global ones: the Hessian is the same wherever they are.
+
+    Raises:
+        NotFactoredError: where there is no such chain.
+    """
+
+    def __init__(self, log_joint: LogJoint) -> None:
+        if not log_joint.vectorized or log_joint.rounds > 1:
+            raise NotFactoredError("the model does not run in a plate, or by vmap")
+        self.log_joint = log_joint
+        with fork_rng(0):
+            self.dtype = self._precision()
+            order, widths = self._candidates()
+            self._cut(order, next(self._fitting(order, widths)))
+            self.normal = self._is_normal()
+        parts = log_joint.coordinates.parts(torch.arange(log_joint.dim, device="cpu"))
+        self.sites = tuple(k for k, place in parts.items() if torch.isin(place, self.order).any())
+        self.near = self.split(self._somewhere(1, 0.0))[1][0]
+
+    def is_of(self, log_joint: LogJoint) -> bool:
+        """Whether it was made for this model and these arguments."""
+        asked = log_joint.engine
+        return self.log_joint.engine.is_of(asked.model, asked.args, asked.kwargs)
+
+    @property
+    def size(self) -> int:
+        """The number of latents."""
+        return int(self.inside.sum())
+
+    def join(self, g: Tensor, x: Tensor) -> Tensor:
+        """Vectors ``(*batch, D)`` of globals ``(*batch, G)`` and latents ``(*batch, K, B)``."""
+        return torch.cat([g, x.flatten(-2)], -1)[..., self.place.to(g.device)]
+
+    def split(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Globals and latents of vectors."""
+        inside = self.inside.to(u)
+        return u[..., self.free.to(u.device)], u[..., self.order.to(u.device)] * inside
+
+    def blocked(self, flat: Tensor) -> Tensor:
+        """Vectors ``(*batch, N)`` of a value for each latent, in blocks."""
+        missing = self.order.numel() - flat.shape[-1]
+        return torch.nn.functional.pad(flat, (0, missing)).unflatten(-1, self.order.shape)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """The same, without what fills the last block."""
+        return x.flatten(-2)[..., : self.size]
+
+    def value(self, g: Tensor, x: Tensor) -> Tensor:
+        """The log joint, ``(n,)``."""
+        return self.log_joint.evaluated(self.join(g, x))
+
+    def derivatives(
+        self, g: Tensor, x: Tensor, spread: Tensor | None = None, *, create_graph: bool = False
+    ) -> Derivatives:
+        """At x; with a ``spread`` (standard deviations of normal laws), means over these by three points of each latent."""
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            value = self._averaged(g, x, spread)
+            (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+            columns = [
+                torch.autograd.grad(gradient, x, probe.expand_as(x), retain_graph=True, create_graph=create_graph)[0]
+                for probe in self._probes(x)
+            ]
+            blocks = self._blocks(columns)
+        return Derivatives(value, gradient, *blocks)
+
+    def _averaged(self, g: Tensor, x: Tensor, spread: Tensor | None) -> Tensor:
+        if spread is None:
+            return self.value(g, x)
+        away = math.sqrt(3.0) * spread
+        value = self.value(g.repeat(3, 1), torch.cat([x, x + away, x - away])).reshape(3, -1)
+        return value[0] * (2.0 / 3.0) + (value[1] + value[2]) / 6.0
+
+    def _probes(self, like: Tensor) -> Iterator[Tensor]:
+        """Vectors ``(K, B)`` with a one in every third block."""
+        for first in range(min(3, len(self.order))):
+            for each in range(self.order.shape[1]):
+                probe = torch.zeros(self.order.shape).to(like)
+                probe[first::3, each] = 1.0
+                yield probe
+
+    def _blocks(self, products: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Minus the Hessian's blocks on the diagonal and below it, of its products with the probes."""
+        count, width = self.order.shape
+        by_first = -torch.stack(products, -1).unflatten(-1, (-1, width))  # (n, K, B, 3, B): rows of block k, by the probe
+        k = torch.arange(count)
+        diagonal = by_first[:, k, :, k % 3]
+        lower = by_first[:, k[1:], :, k[:-1] % 3]
+        diagonal = 0.5 * (diagonal + diagonal.mT).movedim(0, 1) + torch.diag_embed((~self.inside).to(diagonal))
+        return diagonal, lower.movedim(0, 1)
+
+    # --- How it is found ---
+
+    def _precision(self) -> torch.dtype:
+        """float64 where the model runs in it: thousands of steps add up."""
+        for dtype in (torch.float64, torch.float32):
+            u = self._somewhere(3, 0.3).to(dtype)
+            try:
+                value = self.log_joint.evaluated(u)
+            except (RuntimeError, ValueError, TypeError):
+                continue
+            if bool(value.isfinite().all()) and torch.allclose(
+                value.to(u.dtype), self.log_joint.evaluated(u.to(self._loc())).to(u.dtype), rtol=1e-3
+            ):
+                return dtype
+        raise NotFactoredError("a term is not finite")
+
+    def _loc(self) -> Tensor:
+        return self.log_joint.guide._init_loc().detach()
+
+    def _somewhere(self, n: int, far: float) -> Tensor:
+        loc = self._loc()
+        return (loc + far * torch.randn(n, len(loc)).to(loc)).to(getattr(self, "dtype", loc.dtype))
+
+    def _candidates(self) -> tuple[Tensor, list[int]]:
+        """Latents that may be a chain, by time, and how wide its blocks may be."""
+        coordinates = self.log_joint.coordinates
+        places = coordinates.parts(torch.arange(coordinates.dim, device="cpu"))
+        longest = max(max(p.shape, default=1) for p in places.values())
+        if longest < _LONG:
+            return self._sparse(), list(range(1, _WIDEST + 1))
+        columns = []
+        for place in places.values():
+            steps = max(place.shape, default=1)
+            if steps >= _SHORTER * longest:
+                first = place.movedim(place.shape.index(steps), 0).reshape(steps, -1)
+                columns.append(torch.nn.functional.pad(first, (0, 0, longest - steps, 0), value=-1))
+        rows = torch.cat(columns, 1)
+        each = rows.shape[1]
+        order = rows.flatten()
+        return order[order >= 0], [m * each for m in range(1, 5) if m * each <= _WIDEST or m == 1]
+
+    def _sparse(self) -> Tensor:
+        """Latents that few others depend on, in the order of the model: steps of a loop."""
+        u = self._somewhere(1, 0.3)
+        size = u.shape[1]
+        touched = []
+        for some in torch.eye(size, dtype=torch.bool).split(_AT_ONCE):
+            touched.append((self._product(u.expand(len(some), -1), some.to(u)).abs() > 1e-9).sum(1))
+        return (torch.cat(touched) <= _DENSE * size).nonzero()[:, 0]
+
+    def _product(self, u: Tensor, v: Tensor) -> Tensor:
+        """Of the Hessian at vectors u in all latents with vectors v."""
+        with torch.enable_grad():
+            u = u.detach().clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.log_joint.evaluated(u).sum(), u, create_graph=True)
+            if not gradient.requires_grad:
+                return torch.zeros_like(u)
+            return torch.autograd.grad(gradient, u, v)[0]
+
+    def _cut(self, order: Tensor, width: int) -> None:
+        """Into blocks of so many."""
+        dim = self.log_joint.dim
+        free = torch.ones(dim, dtype=torch.bool)
+        free[order] = False
+        self.free = free.nonzero()[:, 0]
+        padded = torch.nn.functional.pad(order, (0, -len(order) % width), value=-1)
+        self.order = padded.reshape(-1, width)
+        self.inside = self.order >= 0
+        self.place = torch.empty(dim, dtype=torch.long)
+        self.place[self.free] = torch.arange(len(self.free))
+        self.place[order] = len(self.free) + torch.arange(len(order))
+
+    def _fitting(self, order: Tensor, widths: list[int]) -> Iterator[int]:
+        """Widths of blocks outside of which the Hessian is zero."""
+        outside = self.log_joint.dim - len(order)
+        if len(order) < _LONG or not 1 <= outside <= _MOST_GLOBALS:
+            raise NotFactoredError("no latents that follow one another, with some others outside of them, were found")
+        for width in widths:
+            self._cut(order, width)
+            if self._is_banded():
+                yield width
+        raise NotFactoredError("its latents hang together more than those of a chain do")
+
+    def _is_banded(self) -> bool:
+        """Whether products of the blocks with random vectors are those of the Hessian."""
+        u = self._somewhere(2, 0.3)
+        v = self.join(torch.zeros(2, len(self.free)).to(u), torch.randn(2, *self.order.shape).to(u))
+        full = self.split(self._product(u, v))[1]
+        found = self.derivatives(*self.split(u))
+        x = self.split(v)[1]
+        pieces = self._times(found, x), self._times(Derivatives(*(t.abs() for t in found)), x.abs())
+        return bool(((full + pieces[0]).abs() <= _CLOSE[self.dtype] * (pieces[1] + pieces[1].mean())).all())
+
+    def _times(self, found: Derivatives, x: Tensor) -> Tensor:
+        """The blocks times vectors."""
+        out = (found.diagonal @ x[..., None])[..., 0]
+        out[:, 1:] += (found.lower @ x[:, :-1, :, None])[..., 0]
+        out[:, :-1] += (found.lower.mT @ x[:, 1:, :, None])[..., 0]
+        return out * self.inside.to(x)
+
+    def _is_normal(self) -> bool:
+        """Whether the Hessian is the same elsewhere in the chain."""
+        g, x = self.split(self._somewhere(2, 0.3))
+        here, there = self.derivatives(g, x), self.derivatives(g, x + torch.randn_like(x) * self.inside.to(x))
+        pairs = ((here.diagonal, there.diagonal), (here.lower, there.lower))
+        return all(bool(((a - b).abs() <= _CLOSE[self.dtype] * (a.abs() + a.abs().mean())).all()) for a, b in pairs)
