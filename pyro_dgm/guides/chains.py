@@ -32,56 +32,53 @@ from pyro_dgm.guides.modes import WhitenedPosterior, whitened
 from pyro_dgm.core.pace import steps
 from pyro_dgm.guides.plate_start import outer_step
 from pyro_dgm.guides.plates import Head, WithNormals
-from pyro_dgm.model.chains import Chain, Derivatives
+from pyro_dgm.model.chains import Blocks, Chain, Derivatives
 from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread
 
 __all__ = ["ChainPosterior", "start_chain"]
 
-_NEWTON = 40  # steps to the mode, and then to the best normal law
-_MEANS = 12
-_NEAR = 1e-3  # half the squared length of a Newton step, per latent, below which the mode is near
-_STILL = 1e-9  # the same, that ends the search
+_NEWTON = 12  # steps to the mode, and then to the best normal law
+_MEANS = 8
+_NEAR = 1.0  # half the squared length of a Newton step, in nats, below which the mode is near
+_STILL = 0.05  # the same, of the last step to the best normal law: what is left is of second order
+_EXACT = 1e-8  # the same, where draws and densities are asked one by one
 _RIDGES = 10
 _DRAWS = 8  # of a chain that is not normal, in a step
 _ENTRIES = 2**21  # latents at once
 _LEAST = 8
-_STEPS = 40
+_STEPS = 24
 _RATES = (0.5, 0.1)
 
 
-class Laws(NamedTuple):
-    """Normal laws of a chain: means ``(n, K, B)``, blocks of the precision, and the spread of the points that gave them."""
-
-    mean: Tensor
-    diagonal: Tensor
-    lower: Tensor
-    spread: Tensor | None
-
-
 @torch.no_grad()
-def found_laws(chain: Chain, g: Tensor) -> Laws:
-    """The best normal law for each row of globals ``(n, G)``."""
-    x, made = _climbed(chain, g)
-    spread: Tensor | None = None
-    for _ in range(1 if chain.normal else _MEANS):
+def found_laws(chain: Chain, g: Tensor, *, still: float = _STILL) -> tuple[Blocks, Tensor | None]:
+    """The best normal law for each row of globals ``(n, G)``, and the spread of the points that gave it."""
+    if chain.normal:
+        made = chain.derivatives(g, chain.near.to(g).expand(len(g), -1, -1))
+        diagonal, factor = factorised(made)
+        return Blocks(chain.near + factor.solve(made.gradient), diagonal, made.lower), None
+    x, spread = chain.foreseen(g)
+    if spread is None:
+        x, spread = _climbed(chain, g, x)
+    for _ in range(_MEANS):
+        made = chain.derivatives(g, x, spread)
         diagonal, factor = factorised(made)
         move = factor.solve(made.gradient)
         x = x + move
-        if chain.normal or _length(chain, made, move) < _STILL:
+        if _length(made, move) < still:
             break
         spread = deviations(diagonal, made.lower)
-        made = chain.derivatives(g, x, spread)
-    return Laws(x, diagonal, made.lower, spread)
+    return Blocks(x, diagonal, made.lower), spread
 
 
-def _climbed(chain: Chain, g: Tensor) -> tuple[Tensor, Derivatives]:
-    """A point near the mode, by Newton steps that are shortened where the density falls."""
-    x = chain.near.to(g).expand(len(g), -1, -1)
+def _climbed(chain: Chain, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A point near the mode, by Newton steps that are shortened where the density falls, and the spread around it."""
     made = chain.derivatives(g, x)
     share = torch.ones_like(made.value)
-    for _ in range(0 if chain.normal else _NEWTON):
-        move = factorised(made)[1].solve(made.gradient)
-        if _length(chain, made, move) < _NEAR:
+    for _ in range(_NEWTON):
+        diagonal, factor = factorised(made)
+        move = factor.solve(made.gradient)
+        if _length(made, move) < _NEAR:
             break
         trial = x + share[:, None, None] * move
         there = chain.derivatives(g, trial)
@@ -89,16 +86,16 @@ def _climbed(chain: Chain, g: Tensor) -> tuple[Tensor, Derivatives]:
         share = torch.where(better, (2.0 * share).clamp_max(1.0), 0.25 * share)
         x = _where(better, trial, x)
         made = Derivatives(*(_where(better, a, b) for a, b in zip(there, made, strict=True)))
-    chain.near = x.detach().mean(0)
-    return x, made
+    return x, deviations(diagonal, made.lower)
 
 
 def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(rows.reshape(-1, *(1,) * (a.dim() - 1)), a, b)
 
 
-def _length(chain: Chain, made: Derivatives, move: Tensor) -> float:
-    return float((made.gradient * move).sum((-1, -2)).max()) / (2.0 * chain.size)
+def _length(made: Derivatives, move: Tensor) -> float:
+    """Half the squared length of a step, in nats: that of the row that is farthest but for one in twenty."""
+    return 0.5 * float((made.gradient * move).sum((-1, -2)).abs().quantile(0.95))
 
 
 def factorised(made: Derivatives) -> tuple[Tensor, BlockFactor]:
@@ -128,33 +125,23 @@ class _Followed(torch.autograd.Function):
     """Means and precisions for globals, with gradients towards these: those of a mode, by the implicit function theorem."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, chain: Chain) -> tuple[Tensor, Tensor, Tensor]:
-        laws = found_laws(chain, g.detach().to(chain.dtype))
-        ctx.chain, ctx.laws, ctx.g = chain, laws, g
-        return laws.mean, laws.diagonal, laws.lower
+    def forward(ctx: Any, g: Tensor, chain: Chain, still: float) -> tuple[Tensor, ...]:
+        ctx.chain, ctx.g = chain, g.detach().to(chain.dtype)
+        ctx.at, ctx.spread = found_laws(chain, ctx.g, still=still)
+        return tuple(ctx.at)
 
     @staticmethod
-    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor, None]:
-        chain, laws = ctx.chain, ctx.laws
-        with torch.enable_grad():
-            g = ctx.g.detach().to(chain.dtype).requires_grad_()
-            x = laws.mean.detach().requires_grad_()
-            made = chain.derivatives(g, x, laws.spread, create_graph=True)
-            blocks = [t for t in (made.diagonal, made.lower) if t.requires_grad]
-            weights = [w for t, w in zip((made.diagonal, made.lower), given[1:], strict=True) if t.requires_grad]
-            direct, through = torch.autograd.grad(blocks, [g, x], weights, retain_graph=True, allow_unused=True)
-            towards = given[0] if through is None else given[0] + through
-            towards = BlockFactor(laws.diagonal, laws.lower).solve(towards)
-            (moved,) = torch.autograd.grad(made.gradient, g, towards)
-        return (moved if direct is None else moved + direct).to(ctx.g), None
+    def backward(ctx: Any, *towards: Tensor) -> tuple[Tensor, None, None]:
+        grad = ctx.chain.pulled_back(ctx.g, ctx.at, Blocks(*towards), ctx.spread)
+        return grad, None, None
 
 
 class ChainLaw:
     """The law of a chain given n vectors of globals."""
 
-    def __init__(self, chain: Chain, g: Tensor) -> None:
+    def __init__(self, chain: Chain, g: Tensor, still: float = _STILL) -> None:
         self.chain = chain
-        self.mean, diagonal, lower = _Followed.apply(g, chain)
+        self.mean, diagonal, lower = _Followed.apply(g, chain, still)
         self.factor = BlockFactor(diagonal, lower)
 
     def place(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,14 +265,14 @@ class _Placed(OnePass):
         rows = v.reshape(-1, v.shape[-1])
         g = self.outer(rows[:, : self.size])
         ladj = self.outer.log_abs_det_jacobian(rows[:, : self.size], g)
-        x, more = ChainLaw(self.chain, g).place(rows[:, self.size :].to(self.chain.dtype))
+        x, more = ChainLaw(self.chain, g, _EXACT).place(rows[:, self.size :].to(self.chain.dtype))
         u = self.chain.join(g.to(x), x).to(v)
         return u.reshape(v.shape), (ladj + more.to(v)).reshape(v.shape[:-1])
 
     def _inverse(self, y: Tensor) -> Tensor:
         rows = y.reshape(-1, y.shape[-1])
         g, x = self.chain.split(rows)
-        z = ChainLaw(self.chain, g).undo(x.to(self.chain.dtype))
+        z = ChainLaw(self.chain, g, _EXACT).undo(x.to(self.chain.dtype))
         return torch.cat([self.outer.inv(g), z.to(y)], -1).reshape(y.shape)
 
 
@@ -295,4 +282,14 @@ def start_chain(log_joint: LogJoint, chain: Chain, posterior: ChainPosterior) ->
     posterior.whiten(u.median(0).values, spread(u).diag())
     n = max(32, 4 * (1 + posterior.size))
     for _, progress in steps("start: globals", _STEPS):
+        _learn(chain, posterior, n)
         outer_step(chain, posterior, n + n % 2, _RATES[0] * (_RATES[1] / _RATES[0]) ** progress)
+
+
+def _learn(chain: Chain, posterior: ChainPosterior, n: int) -> None:
+    """Let the chain know what is found where the globals are now."""
+    if not chain.normal:
+        g = posterior.outer.loc + torch.randn(n, posterior.size).to(posterior.outer.loc) @ posterior.outer.scale_tril.mT
+        g = g.to(chain.dtype)
+        laws, spread_ = found_laws(chain, g)
+        chain.learn(g, laws.mean, spread_)

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_dgm.core.blocks import BlockFactor
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.model.elements import NotFactoredError
 from pyro_dgm.model.log_joint import LogJoint
 
-__all__ = ["Chain", "Derivatives"]
+__all__ = ["Blocks", "Chain", "Derivatives"]
 
 # Chosen by hand; not measured.
 _LONG = 20  # entries of a site that may be steps of a chain
@@ -36,6 +37,14 @@ class Derivatives(NamedTuple):
 
     value: Tensor
     gradient: Tensor
+    diagonal: Tensor
+    lower: Tensor
+
+
+class Blocks(NamedTuple):
+    """Something of a mean ``(n, K, B)``, and of blocks of a precision on and below its diagonal."""
+
+    mean: Tensor
     diagonal: Tensor
     lower: Tensor
 
@@ -60,11 +69,27 @@ class Chain:
         with fork_rng(0):
             self.dtype = self._precision()
             order, widths = self._candidates()
-            self._cut(order, next(self._fitting(order, widths)))
+            self._fit(order, widths)
             self.normal = self._is_normal()
         parts = log_joint.coordinates.parts(torch.arange(log_joint.dim, device="cpu"))
         self.sites = tuple(k for k, place in parts.items() if torch.isin(place, self.order).any())
+        self.seen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.near = self.split(self._somewhere(1, 0.0))[1][0]
+
+    def foreseen(self, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Where the law given globals ``(n, G)`` is looked for, and its spread; None before any was found."""
+        if self.seen is None:
+            return self.near.to(g).expand(len(g), -1, -1), None
+        h = torch.cat([torch.ones_like(g[:, :1]), (g - self.seen[0]) / self.seen[1]], 1)
+        return torch.einsum("nh,hkb->nkb", h, self.seen[2]), torch.einsum("nh,hkb->nkb", h, self.seen[3]).exp()
+
+    def learn(self, g: Tensor, x: Tensor, spread: Tensor) -> None:
+        """Take what was found for some globals as linear in these, from now on."""
+        centre, scale = g.mean(0), g.std(0).clamp_min(1e-6)
+        h = torch.cat([torch.ones_like(g[:, :1]), (g - centre) / scale], 1)
+        solve = torch.linalg.solve(h.T @ h + 1e-2 * torch.eye(h.shape[1]).to(h), h.T)
+        linear = [torch.einsum("hn,nkb->hkb", solve, t) for t in (x, spread.clamp_min(1e-9).log())]
+        self.seen = centre, scale, *linear
 
     def is_of(self, log_joint: LogJoint) -> bool:
         """Whether it was made for this model and these arguments."""
@@ -98,20 +123,35 @@ class Chain:
         """The log joint, ``(n,)``."""
         return self.log_joint.evaluated(self.join(g, x))
 
-    def derivatives(
-        self, g: Tensor, x: Tensor, spread: Tensor | None = None, *, create_graph: bool = False
-    ) -> Derivatives:
+    def derivatives(self, g: Tensor, x: Tensor, spread: Tensor | None = None) -> Derivatives:
         """At x; with a ``spread`` (standard deviations of normal laws), means over these by three points of each latent."""
+        made = self._graph(g.detach(), x.detach().requires_grad_(), spread)
+        return Derivatives(*(t.detach() for t in made))
+
+    def pulled_back(self, g: Tensor, at: Blocks, towards: Blocks, spread: Tensor | None = None) -> Tensor:
+        """The gradient towards g of a mode and of the blocks there, ``at``, where theirs is ``towards``."""
+        g, x = g.detach().requires_grad_(), at.mean.detach().requires_grad_()
+        made = self._graph(g, x, spread, twice=True)
+        asked = [(t, w) for t, w in zip(made[2:], towards[1:], strict=True) if t.requires_grad]
+        direct = through = None
+        if asked:
+            blocks, weights = zip(*asked, strict=True)
+            direct, through = torch.autograd.grad(blocks, [g, x], weights, retain_graph=True, allow_unused=True)
+        mean = towards.mean if through is None else towards.mean + through
+        (moved,) = torch.autograd.grad(made.gradient, g, BlockFactor(at.diagonal, at.lower).solve(mean))
+        return moved if direct is None else moved + direct
+
+    def _graph(self, g: Tensor, x: Tensor, spread: Tensor | None = None, *, twice: bool = False) -> Derivatives:
         with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_()
             value = self._averaged(g, x, spread)
             (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+            if not gradient.requires_grad:
+                raise NotFactoredError("its density is linear in them")
             columns = [
-                torch.autograd.grad(gradient, x, probe.expand_as(x), retain_graph=True, create_graph=create_graph)[0]
+                torch.autograd.grad(gradient, x, probe.expand_as(x), retain_graph=True, create_graph=twice)[0]
                 for probe in self._probes(x)
             ]
-            blocks = self._blocks(columns)
-        return Derivatives(value, gradient, *blocks)
+            return Derivatives(value, gradient, *self._blocks(columns))
 
     def _averaged(self, g: Tensor, x: Tensor, spread: Tensor | None) -> Tensor:
         if spread is None:
@@ -210,15 +250,15 @@ class Chain:
         self.place[self.free] = torch.arange(len(self.free))
         self.place[order] = len(self.free) + torch.arange(len(order))
 
-    def _fitting(self, order: Tensor, widths: list[int]) -> Iterator[int]:
-        """Widths of blocks outside of which the Hessian is zero."""
+    def _fit(self, order: Tensor, widths: list[int]) -> None:
+        """Cut into blocks so wide that the Hessian is zero outside of them."""
         outside = self.log_joint.dim - len(order)
         if len(order) < _LONG or not 1 <= outside <= _MOST_GLOBALS:
             raise NotFactoredError("no latents that follow one another, with some others outside of them, were found")
         for width in widths:
             self._cut(order, width)
             if self._is_banded():
-                yield width
+                return
         raise NotFactoredError("its latents hang together more than those of a chain do")
 
     def _is_banded(self) -> bool:
