@@ -18,6 +18,7 @@ Doucet & Holenstein 2010): that they are even says that globals and chain are ri
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -47,6 +48,12 @@ _DRAWS = 8  # of a chain that is not normal, in a step
 _ENTRIES = 2**21  # latents at once
 _LEAST = 8
 _STEPS = 24
+_POINTS = 64  # at which the marginal density is learned, for each global and one more
+_MOST_POINTS = 512
+_WIDER = 1.5  # sd of these, in those of the normal law that was found
+_LOWEST = 20.0  # nats below the highest, of points that are used
+_LENGTHS = (1.0, 1.5, 2.5, 4.0, 6.0, 10.0)
+_NOISES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1)  # variance over that of the process
 _RATES = (0.5, 0.1)
 
 
@@ -169,9 +176,10 @@ class ChainPosterior(DistributionModule):
         self.outer = WhitenedPosterior(family, loc[chain.free.to(loc.device)], scale)
         self.chain: Chain | None = chain
         self.sites = chain.sites
+        self.learned: Learned | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "chain": None}
+        return {**super().__getstate__(), "chain": None, "learned": None}
 
     @property
     def affine(self) -> nn.Parameter:
@@ -224,12 +232,26 @@ class ChainPosterior(DistributionModule):
         return max(_LEAST, min(most, _ENTRIES // (chain.size * (1 if chain.normal else _DRAWS))))
 
     def marginal(self, chain: Chain, g: Tensor) -> Tensor:
-        """The log density of globals ``(n, G)`` with the chain integrated out, in nats."""
+        """The log density of globals ``(n, G)`` with the chain integrated out, in nats; in steps, what is learned of it."""
+        if g.requires_grad and self.learned is not None:
+            return self.learned(g)
         if chain.normal:
             law = ChainLaw(chain, g)
             z = law.mean.new_zeros(1, len(g), chain.size)
             return self._log_ratio(law, g, *law.place(z), z)[0]
         return self.inner(chain, g, _DRAWS)[1].logsumexp(0) - math.log(_DRAWS)
+
+    @torch.no_grad()
+    def learn(self, chain: Chain) -> None:
+        """Learn the marginal density around where the globals are: a step of a flow is then no run of the model."""
+        self.learned = None
+        outer = self.outer
+        w = _WIDER * torch.randn(min(_MOST_POINTS, _POINTS * (1 + self.size)), self.size).to(outer.loc)
+        g = outer.loc + w @ outer.scale_tril.mT
+        value = torch.cat([self.marginal(chain, some) for some in g.split(self.particles(len(g)))])
+        dense = value > value.max() - _LOWEST
+        if int(dense.sum()) >= _POINTS:
+            self.learned = Learned(outer.loc.clone(), outer.scale_tril.clone(), w[dense].double(), value[dense].double())
 
     def inner(self, chain: Chain, g: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """Draws of the chain ``(S, n, K, B)`` in pairs of opposite sign, and log density over that of q, ``(S, n)``."""
@@ -250,6 +272,40 @@ class ChainPosterior(DistributionModule):
         x, log_ratio = self.inner(chain, g, draws)
         kept = x[Categorical(logits=log_ratio.T).sample(), torch.arange(len(g))]
         return chain.join(g.to(x), kept), log_ratio.logsumexp(0) - math.log(draws)
+
+
+class Learned:
+    r"""A log density that was evaluated at some points, as a Gaussian process around a normal law.
+
+    .. math:: \log p(w) = c - \tfrac12 |w|^2 + f(w), \qquad f \sim GP(0,\ \sigma^2 e^{-|w - w'|^2 / 2 \ell^2})
+
+    Far from all points it is the normal law. Length and noise are those of the largest likelihood on a grid.
+
+    Args:
+        loc, scale_tril: of the normal law, in units of the globals.
+        w, value: points in units of that law ``(n, G)``, and the log density there, in nats.
+    """
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor, w: Tensor, value: Tensor) -> None:
+        self.loc, self.scale_tril, self.w = loc, scale_tril, w
+        rest = value + 0.5 * w.square().sum(-1)
+        self.level = rest.mean()
+        distance = torch.cdist(w, w).square()
+        found = [self._fitted(distance, rest - self.level, *each) for each in itertools.product(_LENGTHS, _NOISES)]
+        _, self.length, self.alpha = max(found, key=lambda each: each[0])
+
+    @staticmethod
+    def _fitted(distance: Tensor, rest: Tensor, length: float, noise: float) -> tuple[float, float, Tensor]:
+        """The log likelihood, and the weights of the points."""
+        tril = torch.linalg.cholesky((-0.5 * distance / length**2).exp() + noise * torch.eye(len(rest)).to(rest))
+        alpha = torch.cholesky_solve(rest[:, None], tril)[:, 0]
+        likelihood = -0.5 * len(rest) * torch.log(rest @ alpha) - tril.diagonal().log().sum()
+        return float(likelihood), length, alpha
+
+    def __call__(self, g: Tensor) -> Tensor:
+        w = whitened(g, self.loc, self.scale_tril).double()
+        distance = (w[:, None] - self.w).square().sum(-1)
+        return self.level - 0.5 * w.square().sum(-1) + (-0.5 * distance / self.length**2).exp() @ self.alpha
 
 
 class _Placed(OnePass):
@@ -282,11 +338,12 @@ def start_chain(log_joint: LogJoint, chain: Chain, posterior: ChainPosterior) ->
     posterior.whiten(u.median(0).values, spread(u).diag())
     n = max(32, 4 * (1 + posterior.size))
     for _, progress in steps("start: globals", _STEPS):
-        _learn(chain, posterior, n)
+        _look_around(chain, posterior, n)
         outer_step(chain, posterior, n + n % 2, _RATES[0] * (_RATES[1] / _RATES[0]) ** progress)
+    posterior.learn(chain)
 
 
-def _learn(chain: Chain, posterior: ChainPosterior, n: int) -> None:
+def _look_around(chain: Chain, posterior: ChainPosterior, n: int) -> None:
     """Let the chain know what is found where the globals are now."""
     if not chain.normal:
         g = posterior.outer.loc + torch.randn(n, posterior.size).to(posterior.outer.loc) @ posterior.outer.scale_tril.mT
