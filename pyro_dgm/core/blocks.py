@@ -6,7 +6,7 @@ in the order of odd-even reduction: blocks 1, 3, 5, ... hang together by way of 
 once, and what is left is such a matrix of half as many blocks. Cost and memory are linear in K, and all of it has gradients.
 
 References:
-    | Heller (1976), "Some aspects of the cyclic reduction algorithm for block tridiagonal linear systems", SIAM J. Numer. Anal. 13.
+    | Heller (1976), "Some aspects of the cyclic reduction algorithm for block tridiagonal linear systems", SIAM J. Num. Anal. 13.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["BlockFactor"]
 
 
 class _Level(NamedTuple):
-    """Blocks that are eliminated together: their roots ``(*batch, k, B, B)``, and the factor's blocks left and right of the others."""
+    """Blocks that are eliminated together: roots ``(*batch, k, B, B)``, and the factor's blocks left and right of the others."""
 
     root: Tensor
     left: Tensor

@@ -37,7 +37,7 @@ _AT_ONCE = 2**22  # element evaluations
 _COMPARED = 16  # draws at which a quadrature is compared with a finer one
 _TOLERANCE = 0.02  # nats that its error may vary by from draw to draw; a gap of .05 is a good posterior's most
 _OFFSET = 0.1  # nats that it may be off by in all draws
-_NOISE = 0.01  # variance of a weight by its draws of the chain
+_NOISE = 0.02  # variance of a weight by its draws of the chain
 _MOST_PAIRS = 64  # of draws of a chain
 _NOT_LOOKED = "a chain has none of its own"
 _LOOKED = 64  # draws around which modes are looked for
@@ -166,7 +166,9 @@ def _draw_chain(guide: AutoFlow, log_joint: LogJoint, n: int) -> _GuideDraws:
     g = posterior.outer().sample((n,))
     count = _count_for(posterior, chain, g[:_COMPARED])
     rows = g.split(max(1, _AT_ONCE // (2 * count * chain.size)))
-    u, marginal = (torch.cat(each) for each in zip(*(posterior.chosen(chain, some, count) for some in rows), strict=True))
+    u, marginal = (
+        torch.cat(each) for each in zip(*(posterior.chosen(chain, some, count) for some in rows), strict=True)
+    )
     weights = (marginal - posterior.outer().log_prob(g).double()).double().cpu().numpy()
     vectors = u.to(g)
     nothing = np.zeros((n, 0))

@@ -210,6 +210,8 @@ class AutoFlow(VectorGuide):
                 start_plates(log_joint, self.factors_of(log_joint), self.plated)
             if self._structure != "auto" or self._is_near(log_joint):
                 self._start_with_tails(self.plated)
+                if self.follows_chain:
+                    self.plated.learn(self.chain_of(log_joint))
                 return
             self._become_joint()
             log_joint = LogJoint(self, self.target, args, kwargs, how=log_joint.how)
@@ -260,7 +262,8 @@ class AutoFlow(VectorGuide):
         known = self._factors
         if not isinstance(known, Chain) or not known.is_of(log_joint):
             known = self._factors = Chain(log_joint)
-        self.plated.chain = known
+        if self.plated.chain is not known:
+            self.plated.chain, self.plated.learned = known, None
         return known
 
     def integrated(self, log_joint: LogJoint, num_particles: int) -> tuple[Tensor, Tensor] | None:

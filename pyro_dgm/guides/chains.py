@@ -9,8 +9,8 @@ Elsewhere it is the best normal law by the reverse KL, found by Newton steps on 
 .. math:: E_q[\nabla_x \log p(y, x, g)] = 0, \qquad \Lambda = -E_q[\nabla_x^2 \log p(y, x, g)],
 
 taken by three points of each latent's marginal (exact to the fifth order where the part that is not quadratic is one of single
-latents, as that of counts or of a stochastic volatility is). The chain is then integrated out by importance sampling, with draws in
-pairs of opposite sign (Shephard & Pitt 1997; Richard & Zhang 2007).
+latents, as that of counts or of a stochastic volatility is). The chain is then integrated out by importance sampling, with draws
+in pairs of opposite sign (Shephard & Pitt 1997; Richard & Zhang 2007).
 
 Weights of the globals with K random draws of the chain, of which one is kept by its weight, are exact weights of both (Andrieu,
 Doucet & Holenstein 2010): that they are even says that globals and chain are right.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ from torch.distributions import Categorical, Distribution, Transform, constraint
 from pyro_dgm.core import DistributionModule, zuko
 from pyro_dgm.core.blocks import BlockFactor
 from pyro_dgm.core.module import OnePass
-from pyro_dgm.guides.modes import WhitenedPosterior, whitened
 from pyro_dgm.core.pace import steps
+from pyro_dgm.guides.modes import WhitenedPosterior, whitened
 from pyro_dgm.guides.plate_start import outer_step
 from pyro_dgm.guides.plates import Head, WithNormals
 from pyro_dgm.model.chains import Blocks, Chain, Derivatives
@@ -75,6 +75,8 @@ def found_laws(chain: Chain, g: Tensor, *, still: float = _STILL) -> tuple[Block
         if _length(made, move) < still:
             break
         spread = deviations(diagonal, made.lower)
+    if chain.learns:
+        chain.learn(g, x, spread)
     return Blocks(x, diagonal, made.lower), spread
 
 
@@ -232,8 +234,8 @@ class ChainPosterior(DistributionModule):
         return max(_LEAST, min(most, _ENTRIES // (chain.size * (1 if chain.normal else _DRAWS))))
 
     def marginal(self, chain: Chain, g: Tensor) -> Tensor:
-        """The log density of globals ``(n, G)`` with the chain integrated out, in nats; in steps, what is learned of it."""
-        if g.requires_grad and self.learned is not None:
+        """The log density of globals ``(n, G)`` with the chain integrated out, in nats; where it was learned, that."""
+        if self.learned is not None:
             return self.learned(g)
         if chain.normal:
             law = ChainLaw(chain, g)
@@ -243,7 +245,7 @@ class ChainPosterior(DistributionModule):
 
     @torch.no_grad()
     def learn(self, chain: Chain) -> None:
-        """Learn the marginal density around where the globals are: a step of a flow is then no run of the model."""
+        """Learn the marginal density around where the globals are: training is then no run of the model, but a verdict is."""
         self.learned = None
         outer = self.outer
         w = _WIDER * torch.randn(min(_MOST_POINTS, _POINTS * (1 + self.size)), self.size).to(outer.loc)
@@ -251,7 +253,9 @@ class ChainPosterior(DistributionModule):
         value = torch.cat([self.marginal(chain, some) for some in g.split(self.particles(len(g)))])
         dense = value > value.max() - _LOWEST
         if int(dense.sum()) >= _POINTS:
-            self.learned = Learned(outer.loc.clone(), outer.scale_tril.clone(), w[dense].double(), value[dense].double())
+            self.learned = Learned(
+                outer.loc.clone(), outer.scale_tril.clone(), w[dense].double(), value[dense].double()
+            )
 
     def inner(self, chain: Chain, g: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """Draws of the chain ``(S, n, K, B)`` in pairs of opposite sign, and log density over that of q, ``(S, n)``."""
@@ -337,16 +341,7 @@ def start_chain(log_joint: LogJoint, chain: Chain, posterior: ChainPosterior) ->
     u = chain.split(prior_draws(log_joint, 256))[0]
     posterior.whiten(u.median(0).values, spread(u).diag())
     n = max(32, 4 * (1 + posterior.size))
-    for _, progress in steps("start: globals", _STEPS):
-        _look_around(chain, posterior, n)
+    chain.learns = True
+    for _, progress in steps("start: globals", _STEPS, 0.8):
         outer_step(chain, posterior, n + n % 2, _RATES[0] * (_RATES[1] / _RATES[0]) ** progress)
-    posterior.learn(chain)
-
-
-def _look_around(chain: Chain, posterior: ChainPosterior, n: int) -> None:
-    """Let the chain know what is found where the globals are now."""
-    if not chain.normal:
-        g = posterior.outer.loc + torch.randn(n, posterior.size).to(posterior.outer.loc) @ posterior.outer.scale_tril.mT
-        g = g.to(chain.dtype)
-        laws, spread_ = found_laws(chain, g)
-        chain.learn(g, laws.mean, spread_)
+    chain.learns = False

@@ -12,6 +12,7 @@ References:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,8 +155,8 @@ def _regress(group: LocalNormals, w: Tensor, shift: Tensor, root: Tensor) -> Non
         group.tilt.copy_(torch.einsum("hn,njfk->jfkh", solve, root))
 
 
-def outer_step(factors: Factors, posterior: PlatedPosterior, n: int, rho: float) -> None:
-    """A step of the globals with the elements integrated out."""
+def outer_step(factors: Any, posterior: Any, n: int, rho: float) -> None:
+    """A step of the globals with the elements, or the chain, integrated out."""
     outer = posterior.outer
     w = antithetic(outer.loc[None], n)[0].requires_grad_()
     value = posterior.marginal(factors, outer.loc + w @ outer.scale_tril.mT)
@@ -166,7 +167,7 @@ def outer_step(factors: Factors, posterior: PlatedPosterior, n: int, rho: float)
 
 
 @torch.no_grad()
-def _move_globals(posterior: PlatedPosterior, w: Tensor, slope: Tensor, rho: float) -> None:
+def _move_globals(posterior: Any, w: Tensor, slope: Tensor, rho: float) -> None:
     """A natural-gradient step."""
     outer = posterior.outer
     residual = shortened(slope + w, _STEEPEST * math.sqrt(posterior.size))

@@ -9,7 +9,8 @@ site, a vector with ``pyro.factor`` of its differences, level and slope side by 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,11 +25,12 @@ __all__ = ["Blocks", "Chain", "Derivatives"]
 
 # Chosen by hand; not measured.
 _LONG = 20  # entries of a site that may be steps of a chain
-_SHORTER = 0.9  # of the longest site, that another one has to have to be of the same chain: its first step may be a site of its own
+_SHORTER = 0.9  # of the longest site's steps, that others of the chain have at least: a first step may be another site
 _WIDEST = 8  # latents of a block
 _MOST_GLOBALS = 64
 _DENSE = 0.2  # share of the latents that a global one touches
 _AT_ONCE = 64
+_NOTHING = 1e-9  # a second derivative that is none
 _CLOSE = {torch.float64: 1e-7, torch.float32: 1e-3}  # relative, of two products with a Hessian that are the same
 
 
@@ -53,7 +55,9 @@ class Chain:
     """The latents of a chain, and the derivatives of the log joint in them.
 
     Attributes:
-        order: where the latents stand in the vector of all, in blocks ``(K, B)``; -1 for none, in the last block.
+        latents: where they stand in the vector of all, ``(N,)``; K blocks of B each, of which the last may be filled up.
+        inside: which places of the blocks are latents, ``(K, B)``.
+        stride: the chain is one of sums over this stride, as that of ``e.cumsum(-1)`` is; 0 for the latents themselves.
         free: where the global latents stand, ``(G,)``.
         sites: the sites of the chain.
         normal: whether the latents are normal given the global ones: the Hessian is the same wherever they are.
@@ -68,11 +72,11 @@ class Chain:
         self.log_joint = log_joint
         with fork_rng(0):
             self.dtype = self._precision()
-            order, widths = self._candidates()
-            self._fit(order, widths)
+            self._fit(*self._candidates())
             self.normal = self._is_normal()
         parts = log_joint.coordinates.parts(torch.arange(log_joint.dim, device="cpu"))
-        self.sites = tuple(k for k, place in parts.items() if torch.isin(place, self.order).any())
+        self.sites = tuple(k for k, place in parts.items() if torch.isin(place, self.latents).any())
+        self.learns = False
         self.seen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.near = self.split(self._somewhere(1, 0.0))[1][0]
 
@@ -89,7 +93,7 @@ class Chain:
         h = torch.cat([torch.ones_like(g[:, :1]), (g - centre) / scale], 1)
         solve = torch.linalg.solve(h.T @ h + 1e-2 * torch.eye(h.shape[1]).to(h), h.T)
         linear = [torch.einsum("hn,nkb->hkb", solve, t) for t in (x, spread.clamp_min(1e-9).log())]
-        self.seen = centre, scale, *linear
+        self.seen = (centre, scale, linear[0], linear[1])
 
     def is_of(self, log_joint: LogJoint) -> bool:
         """Whether it was made for this model and these arguments."""
@@ -99,21 +103,26 @@ class Chain:
     @property
     def size(self) -> int:
         """The number of latents."""
-        return int(self.inside.sum())
+        return len(self.latents)
 
     def join(self, g: Tensor, x: Tensor) -> Tensor:
         """Vectors ``(*batch, D)`` of globals ``(*batch, G)`` and latents ``(*batch, K, B)``."""
-        return torch.cat([g, x.flatten(-2)], -1)[..., self.place.to(g.device)]
+        flat = self.flat(x)
+        if self.stride:
+            flat = torch.cat([flat[..., : self.stride], flat[..., self.stride :] - flat[..., : -self.stride]], -1)
+        return torch.cat([g, flat], -1)[..., self.place.to(g.device)]
 
     def split(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Globals and latents of vectors."""
-        inside = self.inside.to(u)
-        return u[..., self.free.to(u.device)], u[..., self.order.to(u.device)] * inside
+        flat = u[..., self.latents.to(u.device)]
+        if self.stride:
+            flat = flat.unflatten(-1, (-1, self.stride)).cumsum(-2).flatten(-2)
+        return u[..., self.free.to(u.device)], self.blocked(flat)
 
     def blocked(self, flat: Tensor) -> Tensor:
         """Vectors ``(*batch, N)`` of a value for each latent, in blocks."""
-        missing = self.order.numel() - flat.shape[-1]
-        return torch.nn.functional.pad(flat, (0, missing)).unflatten(-1, self.order.shape)
+        missing = self.inside.numel() - flat.shape[-1]
+        return torch.nn.functional.pad(flat, (0, missing)).unflatten(-1, self.inside.shape)
 
     def flat(self, x: Tensor) -> Tensor:
         """The same, without what fills the last block."""
@@ -162,16 +171,18 @@ class Chain:
 
     def _probes(self, like: Tensor) -> Iterator[Tensor]:
         """Vectors ``(K, B)`` with a one in every third block."""
-        for first in range(min(3, len(self.order))):
-            for each in range(self.order.shape[1]):
-                probe = torch.zeros(self.order.shape).to(like)
+        for first in range(min(3, len(self.inside))):
+            for each in range(self.inside.shape[1]):
+                probe = torch.zeros(self.inside.shape).to(like)
                 probe[first::3, each] = 1.0
                 yield probe
 
     def _blocks(self, products: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Minus the Hessian's blocks on the diagonal and below it, of its products with the probes."""
-        count, width = self.order.shape
-        by_first = -torch.stack(products, -1).unflatten(-1, (-1, width))  # (n, K, B, 3, B): rows of block k, by the probe
+        count, width = self.inside.shape
+        by_first = -torch.stack(products, -1).unflatten(
+            -1, (-1, width)
+        )  # (n, K, B, 3, B): rows of block k, by the probe
         k = torch.arange(count)
         diagonal = by_first[:, k, :, k % 3]
         lower = by_first[:, k[1:], :, k[:-1] % 3]
@@ -201,13 +212,13 @@ class Chain:
         loc = self._loc()
         return (loc + far * torch.randn(n, len(loc)).to(loc)).to(getattr(self, "dtype", loc.dtype))
 
-    def _candidates(self) -> tuple[Tensor, list[int]]:
-        """Latents that may be a chain, by time, and how wide its blocks may be."""
+    def _candidates(self) -> tuple[Tensor, int, list[int]]:
+        """Latents that may be a chain, by time, how many there are each time, and how wide its blocks may be."""
         coordinates = self.log_joint.coordinates
         places = coordinates.parts(torch.arange(coordinates.dim, device="cpu"))
         longest = max(max(p.shape, default=1) for p in places.values())
         if longest < _LONG:
-            return self._sparse(), list(range(1, _WIDEST + 1))
+            return self._sparse(), 1, list(range(1, _WIDEST + 1))
         columns = []
         for place in places.values():
             steps = max(place.shape, default=1)
@@ -217,7 +228,7 @@ class Chain:
         rows = torch.cat(columns, 1)
         each = rows.shape[1]
         order = rows.flatten()
-        return order[order >= 0], [m * each for m in range(1, 5) if m * each <= _WIDEST or m == 1]
+        return order[order >= 0], each, [m * each for m in range(1, 5) if m * each <= _WIDEST or m == 1]
 
     def _sparse(self) -> Tensor:
         """Latents that few others depend on, in the order of the model: steps of a loop."""
@@ -225,51 +236,39 @@ class Chain:
         size = u.shape[1]
         touched = []
         for some in torch.eye(size, dtype=torch.bool).split(_AT_ONCE):
-            touched.append((self._product(u.expand(len(some), -1), some.to(u)).abs() > 1e-9).sum(1))
+            found = _product(self.log_joint.evaluated, u.expand(len(some), -1), some.to(u))
+            touched.append((found.abs() > _NOTHING).sum(1))
         return (torch.cat(touched) <= _DENSE * size).nonzero()[:, 0]
 
-    def _product(self, u: Tensor, v: Tensor) -> Tensor:
-        """Of the Hessian at vectors u in all latents with vectors v."""
-        with torch.enable_grad():
-            u = u.detach().clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.log_joint.evaluated(u).sum(), u, create_graph=True)
-            if not gradient.requires_grad:
-                return torch.zeros_like(u)
-            return torch.autograd.grad(gradient, u, v)[0]
-
-    def _cut(self, order: Tensor, width: int) -> None:
+    def _cut(self, latents: Tensor, width: int) -> None:
         """Into blocks of so many."""
-        dim = self.log_joint.dim
-        free = torch.ones(dim, dtype=torch.bool)
-        free[order] = False
+        self.latents = latents
+        free = torch.ones(self.log_joint.dim, dtype=torch.bool)
+        free[latents] = False
         self.free = free.nonzero()[:, 0]
-        padded = torch.nn.functional.pad(order, (0, -len(order) % width), value=-1)
-        self.order = padded.reshape(-1, width)
-        self.inside = self.order >= 0
-        self.place = torch.empty(dim, dtype=torch.long)
-        self.place[self.free] = torch.arange(len(self.free))
-        self.place[order] = len(self.free) + torch.arange(len(order))
+        self.inside = (torch.arange(len(latents) + -len(latents) % width) < len(latents)).reshape(-1, width)
+        self.place = torch.cat([self.free, latents]).argsort()
 
-    def _fit(self, order: Tensor, widths: list[int]) -> None:
-        """Cut into blocks so wide that the Hessian is zero outside of them."""
-        outside = self.log_joint.dim - len(order)
-        if len(order) < _LONG or not 1 <= outside <= _MOST_GLOBALS:
+    def _fit(self, latents: Tensor, each: int, widths: list[int]) -> None:
+        """Cut into blocks so wide that the Hessian is zero outside of them; else that in their sums."""
+        outside = self.log_joint.dim - len(latents)
+        if len(latents) < _LONG or not 1 <= outside <= _MOST_GLOBALS:
             raise NotFactoredError("no latents that follow one another, with some others outside of them, were found")
-        for width in widths:
-            self._cut(order, width)
-            if self._is_banded():
-                return
+        for self.stride in (0, each) if len(latents) % each == 0 else (0,):
+            for width in widths:
+                self._cut(latents, width)
+                if self._is_banded():
+                    return
         raise NotFactoredError("its latents hang together more than those of a chain do")
 
     def _is_banded(self) -> bool:
         """Whether products of the blocks with random vectors are those of the Hessian."""
-        u = self._somewhere(2, 0.3)
-        v = self.join(torch.zeros(2, len(self.free)).to(u), torch.randn(2, *self.order.shape).to(u))
-        full = self.split(self._product(u, v))[1]
-        found = self.derivatives(*self.split(u))
-        x = self.split(v)[1]
-        pieces = self._times(found, x), self._times(Derivatives(*(t.abs() for t in found)), x.abs())
-        return bool(((full + pieces[0]).abs() <= _CLOSE[self.dtype] * (pieces[1] + pieces[1].mean())).all())
+        g, x = self.split(self._somewhere(2, 0.3))
+        v = torch.randn_like(x) * self.inside.to(x)
+        full = _product(partial(self.value, g), x, v)
+        found = self.derivatives(g, x)
+        blocks, size = self._times(found, v), self._times(Derivatives(*(t.abs() for t in found)), v.abs())
+        return bool(((full + blocks).abs() <= _CLOSE[self.dtype] * (size + size.mean())).all())
 
     def _times(self, found: Derivatives, x: Tensor) -> Tensor:
         """The blocks times vectors."""
@@ -284,3 +283,11 @@ class Chain:
         here, there = self.derivatives(g, x), self.derivatives(g, x + torch.randn_like(x) * self.inside.to(x))
         pairs = ((here.diagonal, there.diagonal), (here.lower, there.lower))
         return all(bool(((a - b).abs() <= _CLOSE[self.dtype] * (a.abs() + a.abs().mean())).all()) for a, b in pairs)
+
+
+def _product(log_density: Callable[[Tensor], Tensor], at: Tensor, v: Tensor) -> Tensor:
+    """Of the Hessian with vectors v."""
+    with torch.enable_grad():
+        at = at.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(log_density(at).sum(), at, create_graph=True)
+        return torch.autograd.grad(gradient, at, v)[0] if gradient.requires_grad else torch.zeros_like(at)
