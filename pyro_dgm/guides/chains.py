@@ -27,13 +27,12 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Transform, constraints
 
 from pyro_dgm.core import DistributionModule, zuko
-from pyro_dgm.core.blocks import BlockFactor
 from pyro_dgm.core.module import OnePass
 from pyro_dgm.core.pace import steps
 from pyro_dgm.guides.modes import WhitenedPosterior, whitened
 from pyro_dgm.guides.plate_start import outer_step
 from pyro_dgm.guides.plates import Head, WithNormals
-from pyro_dgm.model.chains import Blocks, Chain, Derivatives
+from pyro_dgm.model.chains import BlockFactor, Blocks, Chain, Derivatives
 from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread
 
 __all__ = ["ChainPosterior", "start_chain"]
