@@ -156,7 +156,11 @@ class AutoFlow(VectorGuide):
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A saved guide whose start came near no product over elements has one flow: so has this one then."""
-        if f"{prefix}posterior.components.0.affine" in state and "posterior" in self._modules and self.follows_plates:
+        if (
+            f"{prefix}posterior.components.0.affine" in state
+            and "posterior" in self._modules
+            and self.follows_structure
+        ):
             self._become_joint()
         super()._load_from_state_dict(state, prefix, *rest)
 

@@ -206,7 +206,7 @@ def test_the_levels_are_right():
 
 
 def test_an_autoregression_with_noise_is_right():
-    """Planted: the state's start counted twice; the evidence is then off by a nat."""
+    """Planted: the constant of the normal law left out; the evidence is then off by 73 nats."""
     torch.manual_seed(1)
     x = [torch.zeros(())]
     for _ in range(79):
@@ -235,8 +235,8 @@ def test_an_autoregression_with_noise_is_right():
 # --- Other chains ---
 
 
-def test_a_stochastic_volatility_is_near_a_long_run():
-    """Numbers of NumPyro's NUTS: ``tests/benchmarks/series.py``, the same data. Planted: the mode in the place of the best law."""
+def test_the_chain_of_a_stochastic_volatility_is_integrated_out():
+    """Two estimates of the same integrals agree. Planted: the mode in the place of the best law; the variance is then .7, not .14."""
     y = drawn_volatility(100, 0)
     guide = started(volatility, y)
     chain = guide.chain_of(LogJoint(guide, volatility, (y,), {}))
@@ -245,8 +245,8 @@ def test_a_stochastic_volatility_is_near_a_long_run():
         few = guide.plated.inner(chain, g, 256)[1]
         many = guide.plated.inner(chain, g, 4096)[1]
     one, other = (r.logsumexp(0) - math.log(len(r)) for r in (few, many))
-    assert float((one - other).abs().mean()) < 0.1
-    assert float(few.var(0).mean()) < 1.5
+    assert float((one - other).abs().mean()) < 0.02
+    assert float(few.var(0).mean()) < 0.3
     idata = judged(volatility, guide, y)
     assert dgm.khat(idata).log_evidence_error < 0.1
 
@@ -328,13 +328,12 @@ def test_draws_and_densities_agree():
     posterior = guide.get_posterior(y)
     u, scored = posterior.rsample_and_log_prob((5,))
     assert torch.allclose(posterior.log_prob(u), scored, atol=2e-2)
-    chain = guide.chain_of(LogJoint(guide, local_level, (y,), {}))
+    log_joint = LogJoint(guide, local_level, (y,), {})
+    chain = guide.chain_of(log_joint)
     g, _ = chain.split(u)
-    log_p = LogJoint(guide, local_level, (y,), {})(u)
+    own.learned = None
     with torch.no_grad():
-        expected = log_p - own.marginal(chain, g.double()) if own.learned is None else None
-        own.learned = None
-        expected = log_p - own.marginal(chain, g.double()) + own.outer().log_prob(g)
+        expected = log_joint(u) - own.marginal(chain, g.double()) + own.outer().log_prob(g)
     assert torch.allclose(scored.double(), expected.double(), atol=2e-2)
 
 
