@@ -74,10 +74,13 @@ class Chain:
         if not log_joint.vectorized or log_joint.rounds > 1:
             raise NotFactoredError("the model does not run in a plate, or by vmap")
         self.log_joint = log_joint
-        with fork_rng(0):
-            self.dtype = self._precision()
-            self._fit(*self._candidates())
-            self.normal = self._is_normal()
+        try:
+            with fork_rng(0):
+                self.dtype = self._precision()
+                self._fit(*self._candidates())
+                self.normal = self._is_normal()
+        except RuntimeError as error:
+            raise NotFactoredError("it has no second derivatives") from error
         parts = log_joint.coordinates.parts(torch.arange(log_joint.dim, device="cpu"))
         self.sites = tuple(k for k, place in parts.items() if torch.isin(place, self.latents).any())
         self.learns = False
@@ -119,9 +122,8 @@ class Chain:
     def split(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Globals and latents of vectors."""
         flat = u[..., self.latents.to(u.device)]
-        if self.stride:
-            flat = flat.unflatten(-1, (-1, self.stride)).cumsum(-2).flatten(-2)
-        return u[..., self.free.to(u.device)], self.blocked(flat)
+        sums = flat.unflatten(-1, (-1, self.stride)).cumsum(-2).flatten(-2) if self.stride else flat
+        return u[..., self.free.to(u.device)], self.blocked(sums)
 
     def blocked(self, flat: Tensor) -> Tensor:
         """Vectors ``(*batch, N)`` of a value for each latent, in blocks."""
@@ -222,19 +224,16 @@ class Chain:
             if steps >= _SHORTER * longest:
                 first = place.movedim(place.shape.index(steps), 0).reshape(steps, -1)
                 columns.append(torch.nn.functional.pad(first, (0, 0, longest - steps, 0), value=-1))
-        rows = torch.cat(columns, 1)
-        each = rows.shape[1]
-        order = rows.flatten()
-        return order[order >= 0], each, [m * each for m in range(1, 5) if m * each <= _WIDEST or m == 1]
+        each, order = sum(c.shape[1] for c in columns), torch.cat(columns, 1).flatten()
+        return order[order >= 0], each, [m * each for m in range(1, 5) if m * each <= _WIDEST]
 
     def _sparse(self) -> Tensor:
         """Latents that few others depend on, in the order of the model: steps of a loop."""
         u = self._somewhere(1, 0.3)
         size = u.shape[1]
-        touched = []
-        for some in torch.eye(size, dtype=torch.bool).split(_AT_ONCE):
-            found = _product(self.log_joint.evaluated, u.expand(len(some), -1), some.to(u))
-            touched.append((found.abs() > _NOTHING).sum(1))
+        rows = torch.eye(size, dtype=torch.bool).split(_AT_ONCE)
+        found = [_product(self.log_joint.evaluated, u.expand(len(some), -1), some.to(u)) for some in rows]
+        touched = [(each.abs() > _NOTHING).sum(1) for each in found]
         return (torch.cat(touched) <= _DENSE * size).nonzero()[:, 0]
 
     def _cut(self, latents: Tensor, width: int) -> None:
@@ -278,7 +277,7 @@ class Chain:
         """Whether the Hessian is the same elsewhere in the chain."""
         g, x = self.split(self._somewhere(2, 0.3))
         here, there = self.derivatives(g, x), self.derivatives(g, x + torch.randn_like(x) * self.inside.to(x))
-        pairs = ((here.diagonal, there.diagonal), (here.lower, there.lower))
+        pairs = zip(here[2:], there[2:], strict=True)
         return all(bool(((a - b).abs() <= _CLOSE[self.dtype] * (a.abs() + a.abs().mean())).all()) for a, b in pairs)
 
 
