@@ -1,12 +1,14 @@
-r"""Draws and weights of a guide that follows plates.
+r"""Draws and weights of a guide that follows plates, or a chain.
 
 The globals are weighted with the elements integrated out, :math:`w(g) = \hat p(x, g) / q(g)`; a weight of thousands of
 latents together would say that any guide is bad. Each element is then one of some draws given the globals, in proportion to
-their weights, and is judged by weights of its own.
+their weights, and is judged by weights of its own. Of a chain there are some draws for each draw of the globals, too; their mean
+weight makes the weight of both, and one of them is kept.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +21,9 @@ from pyro_dgm.diagnostics.converters import groups_of_samples
 from pyro_dgm.diagnostics.groups import Groups
 from pyro_dgm.diagnostics.khat import Exploration, correction, judge, judge_elements, seen_rows
 from pyro_dgm.guides.autoflow import AutoFlow
+from pyro_dgm.guides.chains import ChainPosterior
 from pyro_dgm.guides.plates import PlatedPosterior
+from pyro_dgm.model.chains import Chain
 from pyro_dgm.model.elements import Factors
 from pyro_dgm.model.log_joint import LogJoint, uncovered
 from pyro_dgm.model.program import Model, Program
@@ -33,6 +37,9 @@ _AT_ONCE = 2**23  # entries of the model's terms
 _COMPARED = 16  # draws at which a quadrature is compared with a finer one
 _TOLERANCE = 0.02  # nats that its error may vary by from draw to draw; a gap of .05 is a good posterior's most
 _OFFSET = 0.1  # nats that it may be off by in all draws
+_NOISE = 0.02  # variance of a weight by its draws of the chain
+_MOST_PAIRS = 64  # of draws of a chain
+_NOT_LOOKED = "a chain has none of its own"
 _LOOKED = 64  # draws around which modes are looked for
 
 
@@ -46,13 +53,13 @@ class FoundByElements(NamedTuple):
 
 @dataclass(frozen=True)
 class _GuideDraws:
-    """What n draws of a guide that follows plates leave behind.
+    """What n draws of a guide that follows plates, or a chain, leave behind.
 
     Attributes:
         draws: values of all latents, by site.
         vectors: some of them as unconstrained vectors, ``(m, D)``.
         log_weight: of the globals, ``(n,)``.
-        local: log weight of one draw of each element that is looked at, given the globals, normalised, ``(n, N)``.
+        local: log weight of one draw of each looked-at element given the globals, normalised, ``(n, N)``; none of a chain.
         values: of that draw, ``(n, N, F)``, unconstrained; F is that of the largest element.
         unsure: why the weights are not known well enough for a verdict; empty where they are.
     """
@@ -78,24 +85,30 @@ def groups_by_elements(
 ) -> FoundByElements:
     """The groups of n draws of each guide, with weights of the globals, and the verdict on both."""
     joints = [LogJoint.known(guide, model, args, options["model_kwargs"] or {}) for guide in guides]
-    drawn = [_draw(guide, joint, n) for guide, joint in zip(guides, joints, strict=True)]
+    follows_chain = guides[0].follows_chain
+    draw = _draw_chain if follows_chain else _draw
+    drawn = [draw(guide, joint, n) for guide, joint in zip(guides, joints, strict=True)]
     draws = {k: torch.cat([each.draws[k] for each in drawn]) for k in drawn[0].draws}
     program, groups = groups_of_samples(who, model, draws, args, options)
     log_weight = np.concatenate([each.log_weight for each in drawn])
     stats = groups.arrays["sample_stats"]
     stats["log_weight"] = log_weight
     stats["log_q"] = stats["lp"] - log_weight
-    plates = [(group.plate, group.sites) for group in guides[0].plated.groups]
-    given = [k for k in draws if not any(k in sites for _, sites in plates)]
+    plates = [] if follows_chain else [(group.plate, group.sites) for group in guides[0].plated.groups]
+    inside = [k for _, sites in plates for k in sites] + list(guides[0].plated.sites if follows_chain else ())
+    given = [k for k in draws if k not in inside]
     values = np.concatenate([draws[k].reshape(len(log_weight), -1).double().cpu().numpy() for k in given], -1)
-    explored = _look(joints[0], drawn[0]) if check else Exploration(unseen="it was not asked for")
+    explored = Exploration(unseen=_NOT_LOOKED if check else "it was not asked for")
+    if check and not follows_chain:
+        explored = _look(joints[0], drawn[0])
     unsure = max(each.unsure for each in drawn)
     explored = replace(explored, unfitted=unfitted, unsure=unsure, correction=correction(values, log_weight))
-    local = np.concatenate([each.local for each in drawn])
-    inside = np.concatenate([each.values for each in drawn])
-    plate = ", ".join(dict.fromkeys(name for name, _ in plates))
-    total = sum(map(len, guides[0].plated.groups))
-    verdict = judge_elements(log_weight, explored, local, inside, plate, given, total)
+    verdict = judge(log_weight, explored)
+    if not follows_chain:
+        local, latents = (np.concatenate([getattr(each, k) for each in drawn]) for k in ("local", "values"))
+        plate = ", ".join(dict.fromkeys(name for name, _ in plates))
+        total = sum(map(len, guides[0].plated.groups))
+        verdict = judge_elements(log_weight, explored, local, latents, plate, given, total)
     attrs = {"guide": type(guides[0]).__name__} | verdict.attrs()
     if len(guides) > 1:
         attrs["khat_by_chain"] = [judge(w).k for w in np.split(log_weight, len(guides))]
@@ -154,6 +167,31 @@ def _order_for(posterior: PlatedPosterior, factors: Factors, g: Tensor) -> tuple
     return orders[-1], (
         f"The elements of a plate are integrated out to {float(gap.std()):.2g} nats only, so the weights are not known well"
     )
+
+
+@torch.no_grad()
+def _draw_chain(guide: AutoFlow, log_joint: LogJoint, n: int) -> _GuideDraws:
+    """Draws of the posterior's globals, each with one of some draws of the chain."""
+    posterior = guide.plated
+    chain = guide.chain_of(log_joint)
+    g = posterior.outer().sample((n,))
+    count = _count_for(posterior, chain, g[:_COMPARED])
+    rows = g.split(max(1, _AT_ONCE // (2 * count * chain.size)))
+    u, marginal = (
+        torch.cat(each) for each in zip(*(posterior.chosen(chain, some, count) for some in rows), strict=True)
+    )
+    weights = (marginal - posterior.outer().log_prob(g).double()).double().cpu().numpy()
+    vectors = u.to(g)
+    nothing = np.zeros((n, 0))
+    return _GuideDraws(log_joint.constrain(vectors)[0], vectors, weights, nothing, nothing, "")
+
+
+def _count_for(posterior: ChainPosterior, chain: Chain, g: Tensor) -> int:
+    """So many draws of the chain that their noise is small: two where they are all the same, as those of an exact law are."""
+    pairs = posterior.inner(chain, g, _PROPOSALS)[1].unflatten(0, (2, -1)).logsumexp(0)
+    most = pairs.amax(0)
+    noise = float(((pairs - most).exp().var(0) / (pairs - most).exp().mean(0).square()).nan_to_num(torch.inf).mean())
+    return 2 * int(min(max(1, math.ceil(noise / _NOISE)), _MOST_PAIRS)) if math.isfinite(noise) else 2 * _MOST_PAIRS
 
 
 def _look(log_joint: LogJoint, drawn: _GuideDraws) -> Exploration:

@@ -191,7 +191,7 @@ def _from_guides(
         unfitted = unfitted or never_fitted(guides[0])
         if seed is not None:
             seed_everywhere(seed)
-        plated = [guide for guide in guides if isinstance(guide, AutoFlow) and guide.follows_plates]
+        plated = [guide for guide in guides if isinstance(guide, AutoFlow) and guide.follows_structure]
         if len(plated) == len(guides):
             found = groups_by_elements(who, model, plated, args, n, options, check=check, unfitted=unfitted)
             return container_of(found.program, found.groups, options, found.attrs, chains, "svi")

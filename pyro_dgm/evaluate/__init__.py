@@ -3,12 +3,12 @@
 ``import pyro_dgm as dgm``, then ``value, error = dgm.evaluate.mmd(x, y)``.
 """
 
-from pyro_dgm.evaluate.c2st import c2st
 from pyro_dgm.evaluate.density import bits_per_dim, held_out_score, kl_divergence
 from pyro_dgm.evaluate.evidence import AIS, EvidenceBound, ais, evidence_bound
 from pyro_dgm.evaluate.neighbours import (
     ModeCoverage,
     NeighbourCoverage,
+    c2st,
     memorization,
     mode_coverage,
     precision_recall_density_coverage,

@@ -12,9 +12,8 @@ from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.distribution import NoDensityError
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, reference
-from pyro_dgm.evaluate.c2st import c2st
 from pyro_dgm.evaluate.density import held_out_score
-from pyro_dgm.evaluate.neighbours import memorization, precision_recall_density_coverage
+from pyro_dgm.evaluate.neighbours import c2st, memorization, precision_recall_density_coverage
 from pyro_dgm.evaluate.representation import active_units, linear_probe
 from pyro_dgm.evaluate.score import Score
 from pyro_dgm.evaluate.two_sample import energy_distance, mmd, sliced_wasserstein

@@ -26,11 +26,13 @@ from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.flows.base import StandardNormalBase
 from pyro_dgm.flows.coupling import StableStudentT, StudentTBase, TailedCoupling
+from pyro_dgm.guides.chains import ChainPosterior, start_chain
 from pyro_dgm.guides.modes import Modes, WhitenedPosterior
 from pyro_dgm.guides.plate_start import start_plates
 from pyro_dgm.guides.plates import PlatedPosterior, WithNormals
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
+from pyro_dgm.model.chains import Chain
 from pyro_dgm.model.elements import Elements, Factors, NotFactoredError, elements_of, relative_sites
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.model.sites import subsampled
@@ -64,8 +66,10 @@ class AutoFlow(VectorGuide):
         init_scale: standard deviation of the start, in unconstrained units.
         structure: "plates" for a posterior that follows the plates of the model: a flow of the global latents, and of each
             element of a plate a normal law given them, at a cost that is linear in the elements. "joint" for one flow over all
-            latents. "auto" for plates where there are more than 50 latents and the model is a product over elements. Of a
-            subsampled plate the latents of all rows are held, and a run of the guide has those of a subsample.
+            latents. Of a subsampled plate the latents of all rows are held, and a run of the guide has those of a subsample.
+            "chain" for one that follows a time series: a flow of the global latents, and the latents of all times given
+            them normal, with the banded precision that the model says, at a cost that is linear in the times. "auto" for plates
+            where there are more than 50 latents and the model is a product over elements, else for a chain where they are one.
         reparam: strategies of :mod:`pyro.infer.reparam` (``AutoReparam()``, or ``{"theta": LocScaleReparam()}`` for a
             learned centring). The posterior is then of the reparameterised model, :attr:`target`: pass that one to
             bounds and diagnostics, ``fit(STL_ELBO()(guide.target, guide), data)``.
@@ -114,27 +118,31 @@ class AutoFlow(VectorGuide):
         model = model if reparam is None else poutine.reparam(model, config=reparam)
         super().__init__(model, init_loc_fn=init_loc_fn)
         check_number("AutoFlow", "init_scale", init_scale, above=0)
-        if structure not in ("auto", "plates", "joint"):
-            raise ValueError(f"AutoFlow: structure={structure!r}, expected 'auto', 'plates' or 'joint'.")
+        if structure not in ("auto", "plates", "chain", "joint"):
+            raise ValueError(f"AutoFlow: structure={structure!r}, expected 'auto', 'plates', 'chain' or 'joint'.")
         self._make_family = (family or TailedCoupling,)
         self._structure = structure
-        self._factors: Factors | None = None
+        self._factors: Factors | Chain | None = None
         self.init_scale = init_scale
         self._registered: int | None = None
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        self._make_posterior(self._find_elements(args, kwargs))
+        elements = self._find_elements(args, kwargs)
+        self._make_posterior(elements, None if elements else self._find_chain(args, kwargs))
 
-    def _make_posterior(self, elements: list[Elements]) -> None:
-        size = self.latent_dim - sum(each.index.numel() for each in elements)
+    def _make_posterior(self, elements: list[Elements], chain: Chain | None = None) -> None:
+        size = self.latent_dim - sum(each.index.numel() for each in elements) - (chain.size if chain else 0)
         family = self._make_family[0](size)
         if not isinstance(family, DistributionModule):
             raise TypeError(
                 f"AutoFlow: family({size}) is a {type(family).__name__}, expected a family, as dgm.NSF makes one."
             )
         start = family.start_at_identity(), self._init_loc().detach(), self.init_scale
-        self.posterior = Modes(PlatedPosterior(*start, elements) if elements else WhitenedPosterior(*start))
+        if chain is not None:
+            self.posterior = Modes(ChainPosterior(*start, chain))
+        else:
+            self.posterior = Modes(PlatedPosterior(*start, elements) if elements else WhitenedPosterior(*start))
         self._untouched = values_of(self._posterior, buffers=True)
 
     def _is_near(self, log_joint: LogJoint) -> bool:
@@ -156,13 +164,17 @@ class AutoFlow(VectorGuide):
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A saved guide whose start came near no product over elements has one flow: so has this one then."""
-        if f"{prefix}posterior.components.0.affine" in state and "posterior" in self._modules and self.follows_plates:
+        if (
+            f"{prefix}posterior.components.0.affine" in state
+            and "posterior" in self._modules
+            and self.follows_structure
+        ):
             self._become_joint()
         super()._load_from_state_dict(state, prefix, *rest)
 
     def _find_elements(self, args: Any, kwargs: Any) -> list[Elements]:
         """The elements of plates that the posterior follows; from then on they are measured in units of their prior."""
-        if self._structure == "joint" or (self._structure == "auto" and self.latent_dim <= _WIDE):
+        if self._structure in ("joint", "chain") or (self._structure == "auto" and self.latent_dim <= _WIDE):
             return []
         kept: list[Elements] = []
         refused = NotFactoredError("no plate of 8 or more elements holds latents, with others outside of it")
@@ -197,6 +209,18 @@ class AutoFlow(VectorGuide):
             self._coordinates = before
             raise
 
+    def _find_chain(self, args: Any, kwargs: Any) -> Chain | None:
+        """The chain that the posterior follows."""
+        if self._structure in ("joint", "plates") or (self._structure == "auto" and self.latent_dim <= _WIDE):
+            return None
+        try:
+            chain = self._factors = Chain(LogJoint(self, self.target, args, kwargs))
+        except NotFactoredError as error:
+            if self._structure == "chain":
+                raise ValueError(f"AutoFlow: structure='chain', but {error}. Use structure='joint'.") from error
+            return None
+        return chain
+
     def warm_start(self, *args: Any, **kwargs: Any) -> None:
         """Whiten by the best Gaussian of :func:`~pyro_dgm.guides.start.find_start`; a trained guide stays as it is.
 
@@ -209,10 +233,15 @@ class AutoFlow(VectorGuide):
         if log_joint.missing:  # they were blocked from the guide: the density is not known
             return
         self.centre_circles(log_joint)
-        if self.follows_plates:
-            start_plates(log_joint, self.factors_of(log_joint), self.plated)
-            if self._structure == "plates" or self.latent_dim > _JOINT or self._is_near(log_joint):
+        if self.follows_structure:
+            if self.follows_chain:
+                start_chain(log_joint, self.chain_of(log_joint), self.plated)
+            else:
+                start_plates(log_joint, self.factors_of(log_joint), self.plated)
+            if self._structure != "auto" or self.latent_dim > _JOINT or self._is_near(log_joint):
                 self._start_with_tails(self.plated)
+                if self.follows_chain:
+                    self.plated.learn(self.chain_of(log_joint))
                 return
             self._become_joint()
             log_joint = LogJoint(self, self.target, args, kwargs, how=log_joint.how)
@@ -225,9 +254,9 @@ class AutoFlow(VectorGuide):
             weights = self._posterior.weigh(LogJoint(self, self.target, args, kwargs, whole=True, how=log_joint.how))
             self._posterior.keep([i for i, w in enumerate(weights.tolist()) if w >= _LEAST_WEIGHT])
 
-    def _start_with_tails(self, component: WhitenedPosterior | PlatedPosterior) -> None:
+    def _start_with_tails(self, component: WhitenedPosterior | PlatedPosterior | ChainPosterior) -> None:
         """Give a component tails, without making it wider."""
-        outer = component.outer if isinstance(component, PlatedPosterior) else component
+        outer = component if isinstance(component, WhitenedPosterior) else component.outer
         if isinstance(outer.family, TailedCoupling):
             component.whiten(outer.loc, outer.scale_tril / outer.family.start_with_tails())
 
@@ -237,15 +266,34 @@ class AutoFlow(VectorGuide):
         return isinstance(self._posterior.components[0], PlatedPosterior)
 
     @property
-    def plated(self) -> PlatedPosterior:
+    def follows_chain(self) -> bool:
+        """Whether the posterior is one of globals, and of a chain given them."""
+        return isinstance(self._posterior.components[0], ChainPosterior)
+
+    @property
+    def follows_structure(self) -> bool:
+        """Whether it is either of these."""
+        return self.follows_plates or self.follows_chain
+
+    @property
+    def plated(self) -> Any:
         """That posterior."""
         return self._posterior.components[0]
 
     def factors_of(self, log_joint: LogJoint) -> Factors:
         """The log joint by elements; what belongs to which is found again where the arguments are others."""
         known = self._factors
-        if known is None or not known.is_of(log_joint):
+        if not isinstance(known, Factors) or not known.is_of(log_joint):
             known = self._factors = Factors(log_joint, [group.elements() for group in self.plated.groups])
+        return known
+
+    def chain_of(self, log_joint: LogJoint) -> Chain:
+        """The chain of the log joint, which draws of the guide are of from then on."""
+        known = self._factors
+        if not isinstance(known, Chain) or not known.is_of(log_joint):
+            known = self._factors = Chain(log_joint)
+        if self.plated.chain is not known:
+            self.plated.chain, self.plated.learned = known, None
         return known
 
     def integrated(self, log_joint: LogJoint, num_particles: int) -> tuple[Tensor, Tensor] | None:
@@ -253,13 +301,14 @@ class AutoFlow(VectorGuide):
 
         None where the posterior does not follow plates.
         """
-        if not self.follows_plates:
+        if not self.follows_structure:
             return None
         own = self.plated
         q = own.outer()
         count = own.particles(num_particles)
         g = q.rsample((count if torch.is_grad_enabled() else min(num_particles, max(count, _JUDGED)),))
-        return own.marginal(self.factors_of(log_joint), g) - q.detach().log_prob(g), g
+        factors = self.chain_of(log_joint) if self.follows_chain else self.factors_of(log_joint)
+        return own.marginal(factors, g) - q.detach().log_prob(g), g
 
     def finish(self, *args: Any, **kwargs: Any) -> None:
         """Weigh the modes of a trained posterior anew; nothing happens where there is one mode."""
@@ -278,6 +327,8 @@ class AutoFlow(VectorGuide):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> LearnedDistribution:
         self.setup(*args, **kwargs)
+        if self.follows_chain and self.plated.chain is None and self._plain_model is not None:
+            self.chain_of(LogJoint(self, self.target, args, kwargs))
         if not self._posterior.affine.requires_grad:  # frozen by a bound's second pass: nothing to register
             return self._posterior()
         changed = not pyro.settings.get("module_local_params") and self._agree_with_param_store()

@@ -12,6 +12,7 @@ References:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from pyro_dgm.guides.start import antithetic, natural_step, shortened
 from pyro_dgm.model.elements import Factors
 from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread
 
-__all__ = ["start_plates"]
+__all__ = ["outer_step", "start_plates"]
 
 _TOGETHER = 30  # simulated normal, Poisson and binomial hierarchies of 100 to 10,000 groups stand still after 15 to 30
 _GLOBALS = 20
@@ -44,10 +45,10 @@ def start_plates(log_joint: LogJoint, factors: Factors, posterior: PlatedPosteri
     for _, progress in steps("start 1/3: together", _TOGETHER, 0.4):
         _joint_step(log_joint, posterior, n, _rate(progress))
     for _, progress in steps("start 2/3: globals", _GLOBALS, 0.4):
-        _outer_step(factors, posterior, few, _rate(progress))
+        outer_step(factors, posterior, few, _rate(progress))
     for _, progress in steps("start 3/3: elements", _AGAIN, 0.8):
         _joint_step(log_joint, posterior, n, _rate(progress), move=False)
-        _outer_step(factors, posterior, few, _RATES[1])
+        outer_step(factors, posterior, few, _RATES[1])
 
 
 def _rate(progress: float) -> float:
@@ -156,14 +157,14 @@ def _regress(group: LocalNormals, w: Tensor, shift: Tensor, root: Tensor) -> Non
         group.tilt.copy_(torch.einsum("hn,njfk->jfkh", solve, root))
 
 
-def _outer_step(factors: Factors, posterior: PlatedPosterior, n: int, rho: float) -> None:
-    """A step of the globals with the elements integrated out."""
+def outer_step(factors: Any, posterior: Any, n: int, rho: float) -> None:
+    """A step of the globals with the elements, or the chain, integrated out."""
     w = antithetic(posterior.outer.loc[None], n)[0]
     parts = [_slope(factors, posterior, some) for some in w.split(posterior.at_once(factors))]
     _move_globals(posterior, w, torch.cat(parts), rho)
 
 
-def _slope(factors: Factors, posterior: PlatedPosterior, w: Tensor) -> Tensor:
+def _slope(factors: Any, posterior: Any, w: Tensor) -> Tensor:
     """The gradient of the integral at whitened globals; that of a normal law where it is not finite."""
     w = w.detach().requires_grad_()
     value = posterior.marginal(factors, posterior.outer.loc + w @ posterior.outer.scale_tril.mT)
@@ -173,7 +174,7 @@ def _slope(factors: Factors, posterior: PlatedPosterior, w: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _move_globals(posterior: PlatedPosterior, w: Tensor, slope: Tensor, rho: float) -> None:
+def _move_globals(posterior: Any, w: Tensor, slope: Tensor, rho: float) -> None:
     """A natural-gradient step."""
     outer = posterior.outer
     residual = shortened(slope + w, _STEEPEST * math.sqrt(posterior.size))

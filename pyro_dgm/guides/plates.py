@@ -36,7 +36,7 @@ from pyro_dgm.core.module import OnePass
 from pyro_dgm.guides.modes import WhitenedPosterior, precision_of, solved, times, whitened
 from pyro_dgm.model.elements import Elements, Factors
 
-__all__ = ["LocalLaw", "LocalNormals", "Nodes", "PlatedPosterior", "WithNormals", "quadrature"]
+__all__ = ["Head", "LocalLaw", "LocalNormals", "Nodes", "PlatedPosterior", "WithNormals", "quadrature"]
 
 _WIDEST = 3.0  # standard deviation of an element before anything is known of it, in units of its prior
 _BOUND = 8.0  # on |log diagonal of R|
@@ -203,7 +203,7 @@ class PlatedPosterior(DistributionModule):
                 f"AutoFlow: {type(self.outer.family).__name__} is no transform of a base distribution."
             )
         base = WithNormals(inner.base, len(self.order) - self.size)
-        return zuko.distributions.NormalizingFlow(_Head(inner.transform, self.size), base)
+        return zuko.distributions.NormalizingFlow(Head(inner.transform, self.size), base)
 
     def bijection(self, built: Any) -> Transform:
         inner = zuko.distributions.NormalizingFlow(built.transform.inner, built.base.base)
@@ -340,7 +340,7 @@ class WithNormals(Distribution):
         return self.base.log_prob(x) + _log_normal(z)
 
 
-class _Head(OnePass):
+class Head(OnePass):
     """A transform of the first entries of vectors."""
 
     def __init__(self, inner: Any, size: int) -> None:
@@ -349,8 +349,8 @@ class _Head(OnePass):
         self.size = size
 
     @property
-    def inv(self) -> _Head:
-        return _Head(self.inner.inv, self.size)
+    def inv(self) -> Head:
+        return Head(self.inner.inv, self.size)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, ladj = self.inner.call_and_ladj(x[..., : self.size])
