@@ -29,7 +29,7 @@ from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import few_threads
 from pyro_dgm.core.shapes import as_shape, as_tensor_like, reference
-from pyro_dgm.guides.autoflow import as_pyro
+from pyro_dgm.guides.modes import as_pyro
 from pyro_dgm.guides.vector import VectorGuide
 from pyro_dgm.model.handlers import EndOfRun
 from pyro_dgm.model.sites import left_of_plates

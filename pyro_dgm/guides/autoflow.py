@@ -9,39 +9,35 @@ from dataclasses import replace
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide import init_to_median
 from pyro.params.param_store import param_with_module_name
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Transform
+from torch.distributions import Distribution, Transform
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import check_number
-from pyro_dgm.flows.base import StandardNormalBase
-from pyro_dgm.flows.coupling import StableStudentT, StudentTBase, TailedCoupling
+from pyro_dgm.flows.coupling import TailedCoupling
 from pyro_dgm.guides.chains import ChainPosterior, start_chain
-from pyro_dgm.guides.modes import Modes, WhitenedPosterior
+from pyro_dgm.guides.modes import Modes, WhitenedPosterior, as_pyro
 from pyro_dgm.guides.plate_start import start_plates
-from pyro_dgm.guides.plates import PlatedPosterior, WithNormals
+from pyro_dgm.guides.plates import PlatedPosterior
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
-from pyro_dgm.model.chains import Chain
+from pyro_dgm.model.chains import BandedChain
 from pyro_dgm.model.elements import Elements, Factors, NotFactoredError, elements_of, relative_sites
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.model.sites import subsampled
 
-__all__ = ["AutoFlow", "as_pyro"]
+__all__ = ["AutoFlow"]
 
 _WIDE = 50  # latents above which a posterior follows plates by itself. Not measured; chosen by hand
 _JOINT = 5_000  # latents up to which one flow is tried over all, as D x D numbers. Not measured; chosen by hand
-_NORMAL = 1e6  # degrees of freedom of what is normal
 _FAR_OFF = (
     15.0  # nats between which nine of ten log weights lie, above which a start is none. Not measured; chosen by hand
 )
@@ -122,7 +118,7 @@ class AutoFlow(VectorGuide):
             raise ValueError(f"AutoFlow: structure={structure!r}, expected 'auto', 'plates', 'chain' or 'joint'.")
         self._make_family = (family or TailedCoupling,)
         self._structure = structure
-        self._factors: Factors | Chain | None = None
+        self._factors: Factors | BandedChain | None = None
         self.init_scale = init_scale
         self._registered: int | None = None
 
@@ -131,7 +127,7 @@ class AutoFlow(VectorGuide):
         elements = self._find_elements(args, kwargs)
         self._make_posterior(elements, None if elements else self._find_chain(args, kwargs))
 
-    def _make_posterior(self, elements: list[Elements], chain: Chain | None = None) -> None:
+    def _make_posterior(self, elements: list[Elements], chain: BandedChain | None = None) -> None:
         size = self.latent_dim - sum(each.index.numel() for each in elements) - (chain.size if chain else 0)
         family = self._make_family[0](size)
         if not isinstance(family, DistributionModule):
@@ -209,12 +205,12 @@ class AutoFlow(VectorGuide):
             self._coordinates = before
             raise
 
-    def _find_chain(self, args: Any, kwargs: Any) -> Chain | None:
+    def _find_chain(self, args: Any, kwargs: Any) -> BandedChain | None:
         """The chain that the posterior follows."""
         if self._structure in ("joint", "plates") or (self._structure == "auto" and self.latent_dim <= _WIDE):
             return None
         try:
-            chain = self._factors = Chain(LogJoint(self, self.target, args, kwargs))
+            chain = self._factors = BandedChain(LogJoint(self, self.target, args, kwargs))
         except NotFactoredError as error:
             if self._structure == "chain":
                 raise ValueError(f"AutoFlow: structure='chain', but {error}. Use structure='joint'.") from error
@@ -287,11 +283,11 @@ class AutoFlow(VectorGuide):
             known = self._factors = Factors(log_joint, [group.elements() for group in self.plated.groups])
         return known
 
-    def chain_of(self, log_joint: LogJoint) -> Chain:
+    def chain_of(self, log_joint: LogJoint) -> BandedChain:
         """The chain of the log joint, which draws of the guide are of from then on."""
         known = self._factors
-        if not isinstance(known, Chain) or not known.is_of(log_joint):
-            known = self._factors = Chain(log_joint)
+        if not isinstance(known, BandedChain) or not known.is_of(log_joint):
+            known = self._factors = BandedChain(log_joint)
         if self.plated.chain is not known:
             self.plated.chain, self.plated.learned = known, None
         return known
@@ -375,24 +371,6 @@ class AutoFlow(VectorGuide):
             store.setdefault(param_with_module_name(prefix, name), buffer.clone())
         self._registered = posterior.buffer_version()
         return True
-
-
-def as_pyro(base: Any) -> Any:
-    """A base distribution of torch or zuko as Pyro's own, which NeuTra needs for ``mask``."""
-    if isinstance(base, Independent):
-        return as_pyro(base.base_dist).to_event(base.reinterpreted_batch_ndims)
-    if isinstance(base, StandardNormalBase):
-        return dist.Normal(base.zero, 1.0).to_event(1)
-    if isinstance(base, WithNormals):
-        df = base.base.df if isinstance(base.base, StudentTBase) else torch.full(base.base.event_shape, _NORMAL)
-        return StableStudentT(torch.cat([df, df.new_full((base.more,), _NORMAL)])).to_event(1)
-    if isinstance(base, StudentTBase):  # not as Pyro's own StudentT, which loses .02 nat per dimension near df = 1e6
-        return base.as_pyro()
-    if isinstance(base, TorchDistributionMixin):
-        return base
-    if isinstance(base, torch.distributions.Normal):
-        return dist.Normal(base.loc, base.scale)
-    raise NotImplementedError(f"AutoFlow: NeuTra needs a Normal or StudentT base, got {type(base).__name__}.")
 
 
 @torch.no_grad()

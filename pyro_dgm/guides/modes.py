@@ -13,20 +13,39 @@ trained. With one component the mixture is that component, at no cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
 import numpy as np
+import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Transform, constraints
+from torch.distributions import Distribution, Independent, Transform, constraints
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution
 from pyro_dgm.core.module import composed
 from pyro_dgm.core.weights import stratified
+from pyro_dgm.flows.base import StandardNormalBase
+from pyro_dgm.flows.coupling import StableStudentT, StudentTBase
 
-__all__ = ["Modes", "WhitenedPosterior", "fitted_log_weights", "gram", "precision_of", "solved", "times", "whitened"]
+__all__ = [
+    "Modes",
+    "WhitenedPosterior",
+    "WithNormals",
+    "as_pyro",
+    "fitted_log_weights",
+    "gram",
+    "log_normal",
+    "precision_of",
+    "solved",
+    "times",
+    "whitened",
+]
+
+_NORMAL = 1e6  # degrees of freedom of what is normal
 
 
 def whitened(y: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
@@ -234,3 +253,53 @@ def gram(root: Tensor) -> Tensor:
 def precision_of(root: Tensor) -> Tensor:
     """:math:`I + R^\\top R`."""
     return gram(root) + torch.eye(root.shape[-1]).to(root)
+
+
+# --- Base distributions ---
+
+
+def log_normal(z: Tensor) -> Tensor:
+    """The log density of standard normal vectors ``(*batch, F)``, in nats."""
+    return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2.0 * math.pi)
+
+
+class WithNormals(Distribution):
+    """A base distribution with independent standard normals behind it."""
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, base: Any, more: int, batch_shape: Any = ()) -> None:
+        self.base = base
+        self.more = more
+        super().__init__(Size(batch_shape), Size((base.event_shape[0] + more,)), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> WithNormals:
+        return WithNormals(self.base.expand(batch_shape), self.more, batch_shape)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        x = self.base.rsample(sample_shape)
+        return torch.cat([x, torch.randn(*x.shape[:-1], self.more).to(x)], -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        x, z = value.split([value.shape[-1] - self.more, self.more], -1)
+        return self.base.log_prob(x) + log_normal(z)
+
+
+def as_pyro(base: Any) -> Any:
+    """A base distribution of torch or zuko as Pyro's own, which NeuTra needs for ``mask``."""
+    if isinstance(base, Independent):
+        return as_pyro(base.base_dist).to_event(base.reinterpreted_batch_ndims)
+    if isinstance(base, StandardNormalBase):
+        return dist.Normal(base.zero, 1.0).to_event(1)
+    if isinstance(base, WithNormals):
+        df = base.base.df if isinstance(base.base, StudentTBase) else torch.full(base.base.event_shape, _NORMAL)
+        return StableStudentT(torch.cat([df, df.new_full((base.more,), _NORMAL)])).to_event(1)
+    if isinstance(base, StudentTBase):  # not as Pyro's own StudentT, which loses .02 nat per dimension near df = 1e6
+        return base.as_pyro()
+    if isinstance(base, TorchDistributionMixin):
+        return base
+    if isinstance(base, torch.distributions.Normal):
+        return dist.Normal(base.loc, base.scale)
+    raise NotImplementedError(f"AutoFlow: NeuTra needs a Normal or StudentT base, got {type(base).__name__}.")

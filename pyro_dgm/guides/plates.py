@@ -27,16 +27,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Transform, constraints
 from torch.utils.checkpoint import checkpoint
 
 from pyro_dgm.core import DistributionModule, frozen, zuko
 from pyro_dgm.core.module import OnePass
-from pyro_dgm.guides.modes import WhitenedPosterior, precision_of, solved, times, whitened
+from pyro_dgm.guides.modes import WhitenedPosterior, WithNormals, log_normal, precision_of, solved, times, whitened
 from pyro_dgm.model.elements import Elements, Factors
 
-__all__ = ["Head", "LocalLaw", "LocalNormals", "Nodes", "PlatedPosterior", "WithNormals", "quadrature"]
+__all__ = ["Head", "LocalLaw", "LocalNormals", "Nodes", "PlatedPosterior", "quadrature"]
 
 _WIDEST = 3.0  # standard deviation of an element before anything is known of it, in units of its prior
 _BOUND = 8.0  # on |log diagonal of R|
@@ -279,7 +279,7 @@ class PlatedPosterior(DistributionModule):
         latents = [u.expand(count, n, *u.shape[-2:]) for u, _ in placed]
         u = self.join(g.expand(count, *g.shape), latents)
         rest, local = factors(u.reshape(count * n, -1))
-        log_q = [_log_normal(each.z) - ladj for each, (_, ladj) in zip(nodes, placed, strict=True)]
+        log_q = [log_normal(each.z) - ladj for each, (_, ladj) in zip(nodes, placed, strict=True)]
         log_ratio = local.reshape(count, n, -1) - (torch.cat(log_q, -1) if len(log_q) > 1 else log_q[0])
         weighted = log_ratio + nodes[0].log_weight[:, None, None]
         return Inner(rest.reshape(count, n)[0], weighted.logsumexp(0), latents, weighted, log_ratio)
@@ -310,34 +310,6 @@ class Inner(NamedTuple):
     latents: list[Tensor]
     weighted: Tensor
     log_ratio: Tensor
-
-
-def _log_normal(z: Tensor) -> Tensor:
-    return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2.0 * math.pi)
-
-
-class WithNormals(Distribution):
-    """A base distribution with independent standard normals behind it."""
-
-    arg_constraints: dict[str, Any] = {}
-    support = constraints.real_vector
-    has_rsample = True
-
-    def __init__(self, base: Any, more: int, batch_shape: Any = ()) -> None:
-        self.base = base
-        self.more = more
-        super().__init__(Size(batch_shape), Size((base.event_shape[0] + more,)), validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> WithNormals:
-        return WithNormals(self.base.expand(batch_shape), self.more, batch_shape)
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        x = self.base.rsample(sample_shape)
-        return torch.cat([x, torch.randn(*x.shape[:-1], self.more).to(x)], -1)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        x, z = value.split([value.shape[-1] - self.more, self.more], -1)
-        return self.base.log_prob(x) + _log_normal(z)
 
 
 class Head(OnePass):

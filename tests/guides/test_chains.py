@@ -12,7 +12,7 @@ import torch
 import pyro_dgm as dgm
 from pyro_dgm.guides import chains
 from pyro_dgm.guides.chains import Learned
-from pyro_dgm.model.chains import BlockFactor, Chain
+from pyro_dgm.model.chains import BandedChain, BlockFactor
 from pyro_dgm.model.log_joint import LogJoint
 from tests.benchmarks.hierarchies import hierarchy
 from tests.benchmarks.series import drawn_level, drawn_volatility, exact_level, local_level, vector, volatility
@@ -341,7 +341,7 @@ def test_models_that_run_one_by_one_are_refused():
     y = drawn_level(60, 0)
     guide = dgm.AutoFlow(local_level).setup(y)
     with pytest.raises(ValueError, match="does not run in a plate"):
-        Chain(LogJoint(guide, local_level, (y,), {}, how="loop"))
+        BandedChain(LogJoint(guide, local_level, (y,), {}, how="loop"))
 
 
 def test_the_sites_are_known():
