@@ -24,7 +24,7 @@ from pyro_dgm.amortized.binding import Arguments, alike, covariate_sites, size_a
 from pyro_dgm.amortized.encoder import Streams, Trained, by_site, pairs, parts_of
 from pyro_dgm.amortized.group import REGRESSED, Family, Group, Turn, family_of, trimmed, trimmed_moments
 from pyro_dgm.amortized.posterior import ConditionedGuide, Unbounded, rewritten
-from pyro_dgm.amortized.structure import Site, moving_supports, present, read
+from pyro_dgm.amortized.structure import Site, as_drawn, moving_supports, present, read
 from pyro_dgm.amortized.units import PriorUnits
 from pyro_dgm.core.devices import device_of, fork_rng, to_device
 from pyro_dgm.core.kinds import checked
@@ -225,6 +225,7 @@ class AmortizedGuide(nn.Module):
         Raises:
             ValueError: where they lack a site of the guide.
         """
+        simulations = as_drawn(self.structure.latents, simulations)
         if self.unbounded is not None:
             simulations = self.unbounded.to_real(simulations, simulations, 1)
         self.arguments.refuse_lacking(simulations, self.structure, self.covariates)
@@ -325,8 +326,7 @@ class AmortizedGuide(nn.Module):
 
     def leading(self, values: Data) -> int:
         """Dimensions of draws and data sets that stand left of the sites; 0 where no latent is among the values."""
-        leads = (s.lead_of(values[s.name]) for s in self.structure.latents if s.name in values)
-        return next(leads, 0)
+        return next((s.lead_of(values[s.name]) for s in self.structure.latents if s.name in values), 0)
 
     def _with_moving_sites(self, values: dict[str, Tensor], data: Data, opened: Plates) -> dict[str, Tensor]:
         """Sample statements of the sites whose real numbers were drawn, in their plates."""
@@ -380,11 +380,11 @@ class AmortizedGuide(nn.Module):
 
     def _sizes(self, group: Group, data: Data, lead: int = 0) -> dict[str, int]:
         """Size of each plate of a group: of the data in it, or of the prototype where it holds none."""
-        sizes = {p: self.structure.plates[p][1] for p in group.plates}
-        for site in self.structure.observed:
+        sizes: dict[str, int] = {}
+        for site in (*self.structure.observed, *self.covariates):
             batch = data[site.name].shape[lead : lead + site.depth]
-            sizes |= {p: batch[d] for p, d in zip(site.plates, site.dims, strict=True) if p in sizes}
-        return sizes
+            sizes |= {p: max(batch[d], sizes.get(p, 0)) for p, d in zip(site.plates, site.dims, strict=True)}
+        return {p: sizes.get(p, self.structure.plates[p][1]) for p in group.plates}
 
     def _plates(self, group: Group, data: Data, opened: Plates) -> list[Any]:
         """The group's plates, each made once in a run."""

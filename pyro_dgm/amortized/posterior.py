@@ -23,6 +23,7 @@ from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.transforms import CatTransform, ComposeTransform, ReshapeTransform
 
 from pyro_dgm.amortized.refine import Refined, refined
+from pyro_dgm.amortized.structure import as_drawn
 from pyro_dgm.amortized.units import PriorUnits, Units, per_row
 from pyro_dgm.core import compose, zuko
 from pyro_dgm.core.devices import seeded
@@ -87,6 +88,7 @@ class ConditionedGuide(nn.Module):
         Raises:
             ValueError: for a latent that is missing.
         """
+        values = as_drawn(self.guide.structure.latents, values)
         like = reference(self.guide)
         values = {
             k: as_tensor_like("log_prob", f"'{k}'", v, like if v.is_floating_point() else None)

@@ -29,7 +29,7 @@ from pyro_dgm.model.stability import changing_supports, runs_from_the_prior
 from pyro_dgm.model.supports import innermost, is_circular
 from pyro_dgm.model.vectorize import plate_nesting
 
-__all__ = ["Site", "Structure", "moving_supports", "present", "read", "refuse_unequal_plates"]
+__all__ = ["Site", "Structure", "as_drawn", "moving_supports", "present", "read", "refuse_unequal_plates"]
 
 Model = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -355,6 +355,13 @@ def present(
         others = [d for d in range(lead, lead + site.depth) if d != axis]
         found.append(here.movedim(axis, lead).flatten(lead + 1).any(-1) if others else here)
     return torch.stack(torch.broadcast_tensors(*found)).any(0)
+
+
+def as_drawn(sites: Iterable[Site], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values ``{site: value}`` of which booleans are numbers, in the dtype in which the model draws the site."""
+    kinds = {s.name: s.dtype for s in sites}
+    odd = {k: v for k, v in values.items() if k in kinds and v.dtype is torch.bool}
+    return {**values, **{k: v.to(kinds[k]) for k, v in odd.items()}}
 
 
 def refuse_unequal_plates(sites: Mapping[str, Site], data: Mapping[str, Tensor]) -> None:

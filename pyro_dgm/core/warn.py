@@ -81,14 +81,13 @@ def plain(error: Exception) -> Exception:
     while isinstance(first.__cause__, Exception) and str(first.__cause__) in str(first) and _is_pyros(first):
         first = first.__cause__
     found = _AT_SITE.match(str(error))
-    if first is error and not found and "Trace Shapes:" in str(error):
-        return _again(error, " ".join(str(error).split("Trace Shapes:")[0].split())[:_LONGEST])
-    if first is error and (not found or _is_ours(error)):
+    if first is error and _is_ours(error):
         return error
     if _is_ours(first):
         return _again(first, f"Site '{found[1] or found[2]}': {first}" if found else str(first))
     if not found:
-        return error
+        shapes = "Trace Shapes:" in str(error) and not _is_ours(error)
+        return _again(error, " ".join(str(error).split("Trace Shapes:")[0].split())[:_LONGEST]) if shapes else error
     line = " ".join(str(error)[found.end() :].split("Trace Shapes:")[0].split())[:_LONGEST]
     return ValueError(f"Site '{found[1] or found[2]}' does not fit its value or its plates: {line}")
 

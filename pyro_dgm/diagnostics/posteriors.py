@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.pace import show
-from pyro_dgm.core.shapes import refuse_non_finite
+from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
 from pyro_dgm.diagnostics.sharpness import Sharpness, sharpness_of
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws
@@ -197,7 +197,11 @@ def _simulations(program: Program | None, options: ExperimentOptions) -> tuple[D
             raise ValueError(
                 f"simulations: sites {sorted(given.mask)} are padded; calibrate on simulations of one size."
             )
-        return {k: given[k][:m] for k in given}, names
+        rows = {k: as_tensor_like("simulations", f"'{k}'", given[k], None) for k in given}
+        sizes = {k: tuple(v.shape[:1]) for k, v in rows.items()}
+        if len(set(sizes.values())) > 1 or () in sizes.values():
+            raise ValueError(f"simulations: sites have first dimensions {sizes}, expected one number n of simulations.")
+        return {k: v[:m] for k, v in rows.items()}, names
     if program is None:
         raise ValueError("model is None: expected a model that simulates, or simulations=dgm.simulate(...).")
     names = list(options["observed"] or program.sites("observed"))

@@ -22,6 +22,7 @@ from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import as_tensor_like, from_arrays
 from pyro_dgm.core.upstream import drop_weak_references, whole_plates
+from pyro_dgm.core.warn import plain_errors
 from pyro_dgm.model.coordinates import Constrain, Coordinates, as_run
 from pyro_dgm.model.log_joint import LogJoint, ascend, prior_draws, spread
 from pyro_dgm.model.sites import Frame, is_enumerable, latent_sites, refuse_implicit
@@ -93,6 +94,7 @@ class VectorGuide(AutoContinuous):
         """The model whose posterior this is."""
         return self._plain_model[0]
 
+    @plain_errors()
     def setup(self, *args: Any, **kwargs: Any) -> Any:
         """Read the model's structure and create all parameters, without a training step; returns the guide."""
         if self.prototype_trace is None:

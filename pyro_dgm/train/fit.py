@@ -129,7 +129,7 @@ def fit(
     _refuse_bad_numbers(counts, {"lr": lr, "max_seconds": max_seconds}, seed)
     clock = Limits(None, max_seconds)
     data = data if isinstance(data, DataLoader) else as_args(data)
-    held_out = _checked_validation(validation)
+    held_out = _checked_validation(validation, data)
     with seeded(seed):
         rows = row_count(data)
         recipe = objective.recipe(rows) if isinstance(objective, Recommending) else Recipe()
@@ -180,7 +180,7 @@ def _refuse_bad_numbers(counts: dict[str, Any], amounts: dict[str, Any], seed: A
             raise ValueError(f"fit: seed={seed!r}, expected at most {_SEEDS[1]}.")
 
 
-def _checked_validation(validation: Any) -> float | tuple[Any, ...] | None:
+def _checked_validation(validation: Any, data: Any) -> float | tuple[Any, ...] | None:
     """A share of the rows (0: none), or the arguments of the objective that held-out data stand for."""
     if isinstance(validation, Real):
         check_number("fit", "validation", validation, least=0)
@@ -191,7 +191,12 @@ def _checked_validation(validation: Any) -> float | tuple[Any, ...] | None:
         return float(validation)
     if isinstance(validation, tuple | list) and not validation:
         raise ValueError("fit: validation holds no arguments, expected a share of the rows, or held-out data.")
-    return None if validation is None else as_args(validation)
+    held_out = None if validation is None else as_args(validation)
+    if held_out and isinstance(data, tuple) and data and len(held_out) != len(data):
+        raise ValueError(
+            f"fit: validation holds {len(held_out)} arguments of the objective, and the data {len(data)}; expected as many."
+        )
+    return held_out
 
 
 def _told(held_out: Any, rows: int | None, asked: Any) -> str:

@@ -397,3 +397,33 @@ def test_units_are_taken_within_the_time_of_a_fit():
 
     dgm.ForwardKL(guide).prepare(batches(), SimpleNamespace(seconds=lambda: 0.0))
     assert len(taken) == 1 and guide.standardized
+
+
+def covered(w=None, y=None):
+    w = torch.zeros(4) if w is None else w
+    with pyro.plate("group", len(w)):
+        theta = pyro.sample("theta", dist.Normal(w, 1.0))
+        return pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
+def test_one_datum_for_many_elements_of_a_covariate_stands_for_each():
+    """Planted fault: the plate has the datum's one element, and torch cannot shrink what knows of four."""
+    guide = dgm.AmortizedGuide(covered, observed=["y"], kwargs={"w": torch.zeros(4)}, covariates=["w"])
+    assert guide.condition(y=torch.zeros(1), w=torch.randn(4)).sample((2,))["theta"].shape == (2, 4)
+
+
+def test_booleans_are_numbers_to_a_continuous_latent():
+    """Planted fault: torch subtracts no booleans."""
+    guide = dgm.AmortizedGuide(groups, observed=["y"])
+    simulations = guide.simulate(20)
+    as_bools = simulations | {"mu": simulations["mu"] > 0}
+    as_numbers = simulations | {"mu": (simulations["mu"] > 0).float()}
+    with torch.no_grad():  # the same elements are left out in both
+        assert torch.equal(dgm.ForwardKL(guide)(as_bools), dgm.ForwardKL(guide)(as_numbers))
+
+
+def test_held_out_arguments_of_another_number_are_explained():
+    """Planted fault: Python's words of positional arguments."""
+    guide = dgm.AmortizedGuide(groups, observed=["y"])
+    with pytest.raises(ValueError, match="fit: validation holds 2 arguments of the objective, and the data 1"):
+        dgm.fit(dgm.ForwardKL(guide), guide.simulate(20), validation=(2, 2), max_steps=1, progress=False)

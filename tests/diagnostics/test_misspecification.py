@@ -232,8 +232,9 @@ def test_exact_posteriors_pass_and_narrow_ones_do_not(program, of):
 
 
 @pytest.mark.parametrize("wrong, match", [
-    ({"t": torch.full((40, 2), torch.nan)}, "truths of 't' hold NaN"),
-    ({"t": torch.zeros(40, 3)}, r"'t' has shape \(3,\) in each, and \(2,\) in the posterior's draws"),
+    ({"t": torch.full((300, 2), torch.nan)}, "truths of 't' hold NaN"),
+    ({"t": torch.zeros(7, 2)}, r"simulations: sites have first dimensions .*'t': \(7,\)"),
+    ({"t": torch.zeros(300, 3)}, r"'t' has shape \(3,\) in each, and \(2,\) in the posterior's draws"),
     ({"t": None}, r"The simulations lack \['t'\]|none of which is a latent"),
 ])  # fmt: skip
 def test_given_simulations_that_lack_truths_are_explained(held_out, wrong, match):
