@@ -33,6 +33,7 @@ from pyro_dgm.guides.modes import WhitenedPosterior, WithNormals, whitened
 from pyro_dgm.guides.plate_start import outer_step
 from pyro_dgm.guides.plates import Head
 from pyro_dgm.model.chains import BandBlocks, BandedChain, BlockFactor, Derivatives
+from pyro_dgm.model.handlers import apart
 from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread
 
 __all__ = ["ChainPosterior", "start_chain"]
@@ -135,7 +136,8 @@ class _Followed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, chain: BandedChain, still: float) -> tuple[Tensor, ...]:
         ctx.chain, ctx.g = chain, g.detach().to(chain.dtype)
-        ctx.at, ctx.spread = found_laws(chain, ctx.g, still=still)
+        with apart():  # a guide's draw may lie in plates that are not the model's
+            ctx.at, ctx.spread = found_laws(chain, ctx.g, still=still)
         return tuple(ctx.at)
 
     @staticmethod

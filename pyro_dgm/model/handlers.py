@@ -6,7 +6,8 @@ distribution that is summed (a masked step of a chain sums to one), and a scale 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pyro import poutine
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer.discrete import _sample_posterior_from_trace
 from pyro.ops import packed
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
@@ -25,12 +27,25 @@ __all__ = [
     "Given",
     "Redraw",
     "Undrawn",
+    "apart",
     "factor_of",
     "is_enumerated",
     "posterior_draws_of",
     "run_to_end",
     "warn_of_masked_sums",
 ]
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within the context a program runs as if no handler and no plate were around it."""
+    handlers, plates = list(_PYRO_STACK), _DIM_ALLOCATOR._stack
+    _PYRO_STACK.clear()
+    _DIM_ALLOCATOR._stack = []
+    try:
+        yield
+    finally:
+        _PYRO_STACK[:], _DIM_ALLOCATOR._stack = handlers, plates
 
 
 class EndOfRun(Exception):

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO
 
 import pyro_dgm as dgm
 from pyro_dgm.guides import chains
@@ -318,6 +319,18 @@ def test_states_copies_and_pickles():
     assert other.quantiles([0.5], y)["level"].shape == (1, 60)
     with pytest.raises(ValueError, match="which a pickled guide has lost"):
         pickle.loads(pickle.dumps(guide)).get_posterior(y).log_prob(u)
+
+
+def test_stock_svi_trains_the_globals():
+    """Planted: the model run within the plate of the particles, which Pyro refuses."""
+    y = drawn_level(60, 0)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = dgm.AutoFlow(local_level, init_scale=0.3)
+    svi = SVI(local_level, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(8, vectorize_particles=True))
+    losses = [svi.step(y) for _ in range(25)]
+    assert 98.0 < sum(losses[-5:]) / 5 < 104.0 < losses[0]
+    pyro.clear_param_store()
 
 
 def test_draws_and_densities_agree():
