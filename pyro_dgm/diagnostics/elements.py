@@ -23,7 +23,7 @@ from pyro_dgm.diagnostics.khat import Exploration, correction, judge, judge_elem
 from pyro_dgm.guides.autoflow import AutoFlow
 from pyro_dgm.guides.chains import ChainPosterior
 from pyro_dgm.guides.plates import PlatedPosterior
-from pyro_dgm.model.chains import Chain
+from pyro_dgm.model.chains import LatentChain
 from pyro_dgm.model.elements import Factors
 from pyro_dgm.model.log_joint import LogJoint, uncovered
 from pyro_dgm.model.program import Model, Program
@@ -175,7 +175,7 @@ def _draw_chain(guide: AutoFlow, log_joint: LogJoint, n: int) -> _GuideDraws:
     return _GuideDraws(log_joint.constrain(vectors)[0], vectors, weights, nothing, nothing, "")
 
 
-def _count_for(posterior: ChainPosterior, chain: Chain, g: Tensor) -> int:
+def _count_for(posterior: ChainPosterior, chain: LatentChain, g: Tensor) -> int:
     """So many draws of the chain that their noise is small: two where they are all the same, as those of an exact law are."""
     pairs = posterior.inner(chain, g, _PROPOSALS)[1].unflatten(0, (2, -1)).logsumexp(0)
     most = pairs.amax(0)

@@ -31,7 +31,7 @@ from pyro_dgm.guides.plate_start import start_plates
 from pyro_dgm.guides.plates import PlatedPosterior, WithNormals
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.guides.vector import VectorGuide
-from pyro_dgm.model.chains import Chain
+from pyro_dgm.model.chains import LatentChain
 from pyro_dgm.model.elements import Elements, Factors, NotFactoredError, elements_of, relative_sites
 from pyro_dgm.model.log_joint import LogJoint
 
@@ -115,7 +115,7 @@ class AutoFlow(VectorGuide):
             raise ValueError(f"AutoFlow: structure={structure!r}, expected 'auto', 'plates', 'chain' or 'joint'.")
         self._make_family = (family or TailedCoupling,)
         self._structure = structure
-        self._factors: Factors | Chain | None = None
+        self._factors: Factors | LatentChain | None = None
         self.init_scale = init_scale
         self._registered: int | None = None
 
@@ -124,7 +124,7 @@ class AutoFlow(VectorGuide):
         elements = self._find_elements(args, kwargs)
         self._make_posterior(elements, None if elements else self._find_chain(args, kwargs))
 
-    def _make_posterior(self, elements: list[Elements], chain: Chain | None = None) -> None:
+    def _make_posterior(self, elements: list[Elements], chain: LatentChain | None = None) -> None:
         size = self.latent_dim - sum(each.index.numel() for each in elements) - (chain.size if chain else 0)
         family = self._make_family[0](size)
         if not isinstance(family, DistributionModule):
@@ -183,12 +183,12 @@ class AutoFlow(VectorGuide):
             return []
         return elements
 
-    def _find_chain(self, args: Any, kwargs: Any) -> Chain | None:
+    def _find_chain(self, args: Any, kwargs: Any) -> LatentChain | None:
         """The chain that the posterior follows."""
         if self._structure in ("joint", "plates") or (self._structure == "auto" and self.latent_dim <= _WIDE):
             return None
         try:
-            chain = self._factors = Chain(LogJoint(self, self.target, args, kwargs))
+            chain = self._factors = LatentChain(LogJoint(self, self.target, args, kwargs))
         except NotFactoredError as error:
             if self._structure == "chain":
                 raise ValueError(f"AutoFlow: structure='chain', but {error}. Use structure='joint'.") from error
@@ -261,11 +261,11 @@ class AutoFlow(VectorGuide):
             known = self._factors = Factors(log_joint, [group.elements() for group in self.plated.groups])
         return known
 
-    def chain_of(self, log_joint: LogJoint) -> Chain:
+    def chain_of(self, log_joint: LogJoint) -> LatentChain:
         """The chain of the log joint, which draws of the guide are of from then on."""
         known = self._factors
-        if not isinstance(known, Chain) or not known.is_of(log_joint):
-            known = self._factors = Chain(log_joint)
+        if not isinstance(known, LatentChain) or not known.is_of(log_joint):
+            known = self._factors = LatentChain(log_joint)
         if self.plated.chain is not known:
             self.plated.chain, self.plated.learned = known, None
         return known

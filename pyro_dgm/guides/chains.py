@@ -32,7 +32,7 @@ from pyro_dgm.core.pace import steps
 from pyro_dgm.guides.modes import WhitenedPosterior, whitened
 from pyro_dgm.guides.plate_start import outer_step
 from pyro_dgm.guides.plates import Head, WithNormals
-from pyro_dgm.model.chains import BlockFactor, Blocks, Chain, Derivatives
+from pyro_dgm.model.chains import BandedLaw, BlockFactor, Derivatives, LatentChain
 from pyro_dgm.model.handlers import apart
 from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread
 
@@ -58,12 +58,12 @@ _RATES = (0.5, 0.1)
 
 
 @torch.no_grad()
-def found_laws(chain: Chain, g: Tensor, *, still: float = _STILL) -> tuple[Blocks, Tensor | None]:
+def found_laws(chain: LatentChain, g: Tensor, *, still: float = _STILL) -> tuple[BandedLaw, Tensor | None]:
     """The best normal law for each row of globals ``(n, G)``, and the spread of the points that gave it."""
     if chain.normal:
         made = chain.derivatives(g, chain.near.to(g).expand(len(g), -1, -1))
         diagonal, factor = factorised(made)
-        return Blocks(chain.near + factor.solve(made.gradient), diagonal, made.lower), None
+        return BandedLaw(chain.near + factor.solve(made.gradient), diagonal, made.lower), None
     x, spread = chain.foreseen(g)
     if spread is None:
         x, spread = _climbed(chain, g, x)
@@ -77,10 +77,10 @@ def found_laws(chain: Chain, g: Tensor, *, still: float = _STILL) -> tuple[Block
         spread = deviations(diagonal, made.lower)
     if chain.learns:
         chain.learn(g, x, spread)
-    return Blocks(x, diagonal, made.lower), spread
+    return BandedLaw(x, diagonal, made.lower), spread
 
 
-def _climbed(chain: Chain, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def _climbed(chain: LatentChain, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """A point near the mode, by Newton steps that are shortened where the density falls, and the spread around it."""
     made = chain.derivatives(g, x)
     share = torch.ones_like(made.value)
@@ -134,7 +134,7 @@ class _Followed(torch.autograd.Function):
     """Means and precisions for globals, with gradients towards these: those of a mode, by the implicit function theorem."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, chain: Chain, still: float) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, g: Tensor, chain: LatentChain, still: float) -> tuple[Tensor, ...]:
         ctx.chain, ctx.g = chain, g.detach().to(chain.dtype)
         with apart():  # a guide's draw may lie in plates that are not the model's
             ctx.at, ctx.spread = found_laws(chain, ctx.g, still=still)
@@ -142,14 +142,14 @@ class _Followed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *towards: Tensor) -> tuple[Tensor, None, None]:
-        grad = ctx.chain.pulled_back(ctx.g, ctx.at, Blocks(*towards), ctx.spread)
+        grad = ctx.chain.pulled_back(ctx.g, ctx.at, BandedLaw(*towards), ctx.spread)
         return grad, None, None
 
 
 class ChainLaw:
     """The law of a chain given n vectors of globals."""
 
-    def __init__(self, chain: Chain, g: Tensor, still: float = _STILL) -> None:
+    def __init__(self, chain: LatentChain, g: Tensor, still: float = _STILL) -> None:
         self.chain = chain
         self.mean, diagonal, lower = _Followed.apply(g, chain, still)
         self.factor = BlockFactor(diagonal, lower)
@@ -173,11 +173,11 @@ class ChainPosterior(DistributionModule):
         chain: of the model and its data. A copy has none until it is given one.
     """
 
-    def __init__(self, family: DistributionModule, loc: Tensor, scale: float, chain: Chain) -> None:
+    def __init__(self, family: DistributionModule, loc: Tensor, scale: float, chain: LatentChain) -> None:
         super().__init__(len(loc), support=constraints.real_vector)
         self.size = len(chain.free)
         self.outer = WhitenedPosterior(family, loc[chain.free.to(loc.device)], scale)
-        self.chain: Chain | None = chain
+        self.chain: LatentChain | None = chain
         self.sites = chain.sites
         self.learned: Learned | None = None
 
@@ -217,9 +217,9 @@ class ChainPosterior(DistributionModule):
 
     def bijection(self, built: Any) -> Transform:
         inner = zuko.distributions.NormalizingFlow(built.transform.inner, built.base.base)
-        return _Placed(self.known_chain(), self.size, self.outer.bijection(inner))
+        return _PlacedChain(self.known_chain(), self.size, self.outer.bijection(inner))
 
-    def known_chain(self) -> Chain:
+    def known_chain(self) -> LatentChain:
         if self.chain is None:
             raise ValueError(
                 "AutoFlow: the chain given the globals is that of the model, which a pickled guide has lost. Build the guide of "
@@ -234,7 +234,7 @@ class ChainPosterior(DistributionModule):
         chain = self.known_chain()
         return max(_LEAST, min(most, _ENTRIES // (chain.size * (1 if chain.normal else _DRAWS))))
 
-    def marginal(self, chain: Chain, g: Tensor) -> Tensor:
+    def marginal(self, chain: LatentChain, g: Tensor) -> Tensor:
         """The log density of globals ``(n, G)`` with the chain integrated out, in nats; where it was learned, that."""
         if self.learned is not None:
             return self.learned(g)
@@ -245,7 +245,7 @@ class ChainPosterior(DistributionModule):
         return self.inner(chain, g, _DRAWS)[1].logsumexp(0) - math.log(_DRAWS)
 
     @torch.no_grad()
-    def learn(self, chain: Chain) -> None:
+    def learn(self, chain: LatentChain) -> None:
         """Learn the marginal density around where the globals are: training is then no run of the model, but a verdict is."""
         self.learned = None
         outer = self.outer
@@ -258,7 +258,7 @@ class ChainPosterior(DistributionModule):
                 outer.loc.clone(), outer.scale_tril.clone(), w[dense].double(), value[dense].double()
             )
 
-    def inner(self, chain: Chain, g: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    def inner(self, chain: LatentChain, g: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """Draws of the chain ``(S, n, K, B)`` in pairs of opposite sign, and log density over that of q, ``(S, n)``."""
         law = ChainLaw(chain, g)
         z = torch.randn(draws // 2, len(g), chain.size).to(law.mean)
@@ -272,7 +272,7 @@ class ChainPosterior(DistributionModule):
         return log_p + 0.5 * z.square().sum(-1) + 0.5 * z.shape[-1] * math.log(2.0 * math.pi) + ladj
 
     @torch.no_grad()
-    def chosen(self, chain: Chain, g: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    def chosen(self, chain: LatentChain, g: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """Vectors ``(n, D)``, of each row one of its chains by their weights; and the log densities of the globals."""
         x, log_ratio = self.inner(chain, g, draws)
         kept = x[Categorical(logits=log_ratio.T).sample(), torch.arange(len(g))]
@@ -313,10 +313,10 @@ class Learned:
         return self.level - 0.5 * w.square().sum(-1) + (-0.5 * distance / self.length**2).exp() @ self.alpha
 
 
-class _Placed(OnePass):
+class _PlacedChain(OnePass):
     """From a flow's globals and standard normals to the vector of all latents."""
 
-    def __init__(self, chain: Chain, size: int, outer: Transform) -> None:
+    def __init__(self, chain: LatentChain, size: int, outer: Transform) -> None:
         super().__init__()
         self.chain = chain
         self.size = size
@@ -337,7 +337,7 @@ class _Placed(OnePass):
         return torch.cat([self.outer.inv(g), z.to(y)], -1).reshape(y.shape)
 
 
-def start_chain(log_joint: LogJoint, chain: Chain, posterior: ChainPosterior) -> None:
+def start_chain(log_joint: LogJoint, chain: LatentChain, posterior: ChainPosterior) -> None:
     """Whiten the globals by the prior's draws, then by natural gradients, the chain integrated out."""
     u = chain.split(prior_draws(log_joint, 256))[0]
     posterior.whiten(u.median(0).values, spread(u).diag())

@@ -25,7 +25,7 @@ from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.model.elements import NotFactoredError
 from pyro_dgm.model.log_joint import LogJoint
 
-__all__ = ["BlockFactor", "Blocks", "Chain", "Derivatives"]
+__all__ = ["BlockFactor", "BandedLaw", "LatentChain", "Derivatives"]
 
 # Chosen by hand; not measured.
 _LONG = 20  # entries of a site that may be steps of a chain
@@ -47,7 +47,7 @@ class Derivatives(NamedTuple):
     lower: Tensor
 
 
-class Blocks(NamedTuple):
+class BandedLaw(NamedTuple):
     """Something of a mean ``(n, K, B)``, and of blocks of a precision on and below its diagonal."""
 
     mean: Tensor
@@ -55,7 +55,7 @@ class Blocks(NamedTuple):
     lower: Tensor
 
 
-class Chain:
+class LatentChain:
     """The latents of a chain, and the derivatives of the log joint in them.
 
     Attributes:
@@ -143,7 +143,7 @@ class Chain:
         made = self._graph(g.detach(), x.detach().requires_grad_(), spread)
         return Derivatives(*(t.detach() for t in made))
 
-    def pulled_back(self, g: Tensor, at: Blocks, towards: Blocks, spread: Tensor | None = None) -> Tensor:
+    def pulled_back(self, g: Tensor, at: BandedLaw, towards: BandedLaw, spread: Tensor | None = None) -> Tensor:
         """The gradient towards g of a mode and of the blocks there, ``at``, where theirs is ``towards``."""
         g, x = g.detach().requires_grad_(), at.mean.detach().requires_grad_()
         made = self._graph(g, x, spread, twice=True)

@@ -13,7 +13,7 @@ from pyro.infer import SVI, Trace_ELBO
 import pyro_dgm as dgm
 from pyro_dgm.guides import chains
 from pyro_dgm.guides.chains import Learned
-from pyro_dgm.model.chains import BlockFactor, Chain
+from pyro_dgm.model.chains import BlockFactor, LatentChain
 from pyro_dgm.model.log_joint import LogJoint
 from tests.benchmarks.hierarchies import hierarchy
 from tests.benchmarks.series import drawn_level, drawn_volatility, exact_level, local_level, vector, volatility
@@ -354,7 +354,7 @@ def test_models_that_run_one_by_one_are_refused():
     y = drawn_level(60, 0)
     guide = dgm.AutoFlow(local_level).setup(y)
     with pytest.raises(ValueError, match="does not run in a plate"):
-        Chain(LogJoint(guide, local_level, (y,), {}, how="loop"))
+        LatentChain(LogJoint(guide, local_level, (y,), {}, how="loop"))
 
 
 def test_the_sites_are_known():
