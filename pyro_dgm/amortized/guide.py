@@ -225,7 +225,7 @@ class AmortizedGuide(nn.Module):
         Raises:
             ValueError: where they lack a site of the guide.
         """
-        simulations = as_drawn(self.structure.latents, simulations)
+        simulations = as_drawn(self.structure.latents, simulations, self)
         if self.unbounded is not None:
             simulations = self.unbounded.to_real(simulations, simulations, 1)
         self.arguments.refuse_lacking(simulations, self.structure, self.covariates)

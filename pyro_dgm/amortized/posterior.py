@@ -29,7 +29,7 @@ from pyro_dgm.core import compose, zuko
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import few_threads
-from pyro_dgm.core.shapes import as_shape, as_tensor_like, reference
+from pyro_dgm.core.shapes import as_shape, as_tensor_like
 from pyro_dgm.guides.modes import as_pyro
 from pyro_dgm.guides.vector import VectorGuide
 from pyro_dgm.model.handlers import EndOfRun
@@ -88,18 +88,17 @@ class ConditionedGuide(nn.Module):
         Raises:
             ValueError: for a latent that is missing.
         """
-        values = as_drawn(self.guide.structure.latents, values)
-        like = reference(self.guide)
-        values = {
-            k: as_tensor_like("log_prob", f"'{k}'", v, like if v.is_floating_point() else None)
-            for k, v in values.items()
-        }
+        values = as_drawn(self.guide.structure.latents, values, self.guide)
+        values = {k: as_tensor_like("log_prob", f"'{k}'", v, None) for k, v in values.items()}
         log_det: Tensor | float = 0.0
         if self.guide.unbounded is not None:
             values, log_det = self.guide.unbounded.both(values, self.data, self.guide.leading(values))
         missing = [s.name for s in self.guide.structure.latents if s.name not in values]
         if missing:
             raise ValueError(f"log_prob: latent sites {missing} are missing; got {sorted(values)}.")
+        leads = {s.name: tuple(values[s.name].shape[: s.lead_of(values[s.name])]) for s in self.guide.structure.latents}
+        if len(set(leads.values())) > 1:
+            raise ValueError(f"log_prob: the values' leading dimensions are {leads}, expected the same of all latents.")
         return self.guide.log_prob(values, self.data, self.lead) - log_det
 
     @checked(num_samples=1, proposals=1, steps=0)

@@ -19,11 +19,11 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.inspect import get_dependencies
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.core.shapes import of_entries
+from pyro_dgm.core.shapes import of_entries, reference
 from pyro_dgm.model.sites import is_enumerable, latent_sites, plate_frames, sample_sites, subsampled
 from pyro_dgm.model.stability import changing_supports, runs_from_the_prior
 from pyro_dgm.model.supports import innermost, is_circular
@@ -357,11 +357,14 @@ def present(
     return torch.stack(torch.broadcast_tensors(*found)).any(0)
 
 
-def as_drawn(sites: Iterable[Site], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values ``{site: value}`` of which booleans are numbers, in the dtype in which the model draws the site."""
-    kinds = {s.name: s.dtype for s in sites}
-    odd = {k: v for k, v in values.items() if k in kinds and v.dtype is torch.bool}
-    return {**values, **{k: v.to(kinds[k]) for k, v in odd.items()}}
+def as_drawn(sites: Iterable[Site], values: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Values ``{site: value}`` in the precision of the module where they are real, and without booleans."""
+    like, out = reference(module), dict(values)
+    for site in sites:
+        value, real = values.get(site.name), site.dtype.is_floating_point
+        if isinstance(value, Tensor) and (value.dtype is torch.bool or (real and value.is_floating_point())):
+            out[site.name] = value.to(like.dtype if real and like is not None else site.dtype)
+    return out
 
 
 def refuse_unequal_plates(sites: Mapping[str, Site], data: Mapping[str, Tensor]) -> None:

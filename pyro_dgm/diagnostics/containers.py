@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.weights import arviz_major
 
 __all__ = [
@@ -54,7 +55,7 @@ def build(
     major = arviz_major()
     offered = ["dict", "auto"] + {0: ["inferencedata"], 1: ["datatree"], None: []}[major]
     if container not in offered:
-        raise ValueError(f"container={container!r}: expected one of {offered}.")
+        raise ValueError(f"container={shown(container)}: expected one of {offered}.")
     if container == "dict" or major is None:
         return {"groups": groups, "dims": dims, "coords": coords, "attrs": attrs}
     try:

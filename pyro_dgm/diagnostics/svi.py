@@ -152,7 +152,7 @@ def from_fits(
         >>> from_fits(fits, model, torch.tensor(0.0), num_samples=50, prior=0)["posterior"]["mu"].shape
         (2, 50)
     """
-    if isinstance(guides, AutoGuide) or not isinstance(guides, Iterable):
+    if isinstance(guides, AutoGuide | Tensor) or not isinstance(guides, Iterable):
         raise ValueError(
             f"from_fits: guides is one {type(guides).__name__}; expected a list of fitted guides, then the model."
         )

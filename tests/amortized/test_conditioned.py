@@ -427,3 +427,12 @@ def test_held_out_arguments_of_another_number_are_explained():
     guide = dgm.AmortizedGuide(groups, observed=["y"])
     with pytest.raises(ValueError, match="fit: validation holds 2 arguments of the objective, and the data 1"):
         dgm.fit(dgm.ForwardKL(guide), guide.simulate(20), validation=(2, 2), max_steps=1, progress=False)
+
+
+def test_values_of_different_numbers_are_explained():
+    """Planted fault: torch's own words pass, of a tensor a that does not match a tensor b."""
+    posterior = dgm.AmortizedGuide(groups, observed=["y"]).condition(y=torch.zeros(5))
+    with pytest.raises(
+        ValueError, match="log_prob: the values' leading dimensions are .* expected the same of all latents"
+    ):
+        posterior.log_prob({"mu": torch.zeros(3), "theta": torch.zeros(0, 5)})
