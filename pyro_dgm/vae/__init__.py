@@ -1,7 +1,7 @@
 """Variational autoencoders: the model/guide pair, and families for its three places."""
 
-from pyro_dgm.vae.beside import LatentMMD, Penalised, TotalCorrelation, impute, refine
 from pyro_dgm.vae.conditional import Chain, Conditional, Encoded
+from pyro_dgm.vae.inference import impute, refine
 from pyro_dgm.vae.latents import FullRank, StandardNormal, VampPrior
 from pyro_dgm.vae.likelihoods import (
     DiscretizedLogistic,
@@ -19,6 +19,7 @@ from pyro_dgm.vae.likelihoods import (
 from pyro_dgm.vae.model import VAE
 from pyro_dgm.vae.pictures import plot_embedding, plot_images, plot_reconstructions
 from pyro_dgm.vae.semisupervised import SemiSupervised, SemiSupervisedVAE
+from pyro_dgm.vae.terms import LatentMMD, Penalised, TotalCorrelation
 
 __all__ = [
     "LatentMMD",
