@@ -311,7 +311,7 @@ def test_few_latents_and_a_wish_for_one_flow_have_one():
     assert not dgm.AutoFlow(hierarchy()).setup(sigma, y).follows_plates
     assert dgm.AutoFlow(hierarchy(), structure="plates").setup(sigma, y).follows_plates
     assert not dgm.AutoFlow(hierarchy(), structure="joint").setup(*data()).follows_plates
-    with pytest.raises(ValueError, match="structure='plate', expected 'auto', 'plates' or 'joint'"):
+    with pytest.raises(ValueError, match="structure='plate', expected 'auto', 'plates', 'chain' or 'joint'"):
         dgm.AutoFlow(hierarchy(), structure="plate")
     with pytest.raises(ValueError, match="no plate of 8 or more elements holds latents"):
         dgm.AutoFlow(hierarchy(), structure="plates").setup(*data(groups=5))
