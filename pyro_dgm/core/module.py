@@ -28,6 +28,7 @@ __all__ = [
     "compose",
     "composed",
     "has_finite_numbers",
+    "looks_at_numbers",
     "resize_to_saved",
     "tensors_of",
     "values_of",
@@ -199,10 +200,8 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
             if not str(error).startswith("Expected parameter"):
                 raise
             raise self._unbuilt(context, str(error).split()[2]) from error
-        if Distribution._validate_args and not in_fit() and not has_finite_numbers(built):
-            raise self._unbuilt(
-                context, "of some entry"
-            )  # torch takes an exponential that overflows for a positive number
+        if looks_at_numbers() and not has_finite_numbers(built):
+            raise self._unbuilt(context, "of some entry")
         if self._support is not None or built.event_shape != self.event_shape:
             _check_built(self, built.event_shape, self.unconstrained_shape)
         return built
@@ -274,6 +273,11 @@ def _check_built(family: DistributionModule, event_shape: Size, expected: Size) 
             f"{type(family).__name__}.build returned event shape {tuple(event_shape)}, expected {tuple(expected)} "
             f"(event_shape {tuple(family.event_shape)}). Use .to_event(n) to move batch dimensions into the event."
         )
+
+
+def looks_at_numbers() -> bool:
+    """Whether what a distribution is made of is looked at: where torch validates; a fit leaves such a step out itself."""
+    return bool(Distribution._validate_args) and not in_fit()
 
 
 def has_finite_numbers(made: Any) -> bool:

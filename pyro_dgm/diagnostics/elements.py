@@ -94,9 +94,8 @@ def groups_by_elements(
     stats = groups.arrays["sample_stats"]
     stats["log_weight"] = log_weight
     stats["log_q"] = stats["lp"] - log_weight
-    plates = [] if follows_chain else [(group.plate, group.sites) for group in guides[0].plated.groups]
-    inside = [k for _, sites in plates for k in sites] + list(guides[0].plated.sites if follows_chain else ())
-    given = [k for k in draws if k not in inside]
+    plated = guides[0].plated
+    given = [k for k in draws if k not in plated.sites]
     values = np.concatenate([draws[k].reshape(len(log_weight), -1).double().cpu().numpy() for k in given], -1)
     explored = Exploration(unseen=_NOT_LOOKED if check else "it was not asked for")
     if check and not follows_chain:
@@ -106,8 +105,8 @@ def groups_by_elements(
     verdict = judge(log_weight, explored)
     if not follows_chain:
         local, latents = (np.concatenate([getattr(each, k) for each in drawn]) for k in ("local", "values"))
-        plate = ", ".join(dict.fromkeys(name for name, _ in plates))
-        total = sum(map(len, guides[0].plated.groups))
+        plate = ", ".join(dict.fromkeys(group.plate for group in plated.groups))
+        total = sum(map(len, plated.groups))
         verdict = judge_elements(log_weight, explored, local, latents, plate, given, total)
     attrs = {"guide": type(guides[0]).__name__} | verdict.attrs()
     if len(guides) > 1:
@@ -173,7 +172,7 @@ def _order_for(posterior: PlatedPosterior, factors: Factors, g: Tensor) -> tuple
 def _draw_chain(guide: AutoFlow, log_joint: LogJoint, n: int) -> _GuideDraws:
     """Draws of the posterior's globals, each with one of some draws of the chain."""
     posterior = guide.plated
-    chain = guide.chain_of(log_joint)
+    chain = guide.factors_of(log_joint)
     g = posterior.outer().sample((n,))
     count = _count_for(posterior, chain, g[:_COMPARED])
     rows = g.split(max(1, _AT_ONCE // (2 * count * chain.size)))
@@ -181,16 +180,15 @@ def _draw_chain(guide: AutoFlow, log_joint: LogJoint, n: int) -> _GuideDraws:
         torch.cat(each) for each in zip(*(posterior.chosen(chain, some, count) for some in rows), strict=True)
     )
     weights = (marginal - posterior.outer().log_prob(g).double()).double().cpu().numpy()
-    vectors = u.to(g)
-    nothing = np.zeros((n, 0))
-    return _GuideDraws(log_joint.constrain(vectors)[0], vectors, weights, nothing, nothing, "")
+    vectors, nothing = u.to(g), np.zeros((n, 0))
+    return _GuideDraws(log_joint.constrain(vectors)[0], vectors, weights, nothing, nothing)
 
 
 def _count_for(posterior: ChainPosterior, chain: BandedChain, g: Tensor) -> int:
     """So many draws of the chain that their noise is small: two where they are all the same, as those of an exact law are."""
     pairs = posterior.inner(chain, g, _PROPOSALS)[1].unflatten(0, (2, -1)).logsumexp(0)
-    most = pairs.amax(0)
-    noise = float(((pairs - most).exp().var(0) / (pairs - most).exp().mean(0).square()).nan_to_num(torch.inf).mean())
+    weight = (pairs - pairs.amax(0)).exp()
+    noise = float((weight.var(0) / weight.mean(0).square()).nan_to_num(torch.inf).mean())
     return 2 * int(min(max(1, math.ceil(noise / _NOISE)), _MOST_PAIRS)) if math.isfinite(noise) else 2 * _MOST_PAIRS
 
 

@@ -21,8 +21,7 @@ from torch.distributions.transforms import ReshapeTransform
 
 from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, broadcast_cat
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.module import composed, whole_event
-from pyro_dgm.core.pace import in_fit
+from pyro_dgm.core.module import composed, looks_at_numbers, whole_event
 from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape, refuse_non_finite
 from pyro_dgm.vae.latents import StandardNormal
 from pyro_dgm.vae.model import prior_given
@@ -154,7 +153,7 @@ class Generator(DistributionModule):
         if self.noiseless:
             raise ValueError("Generator: noise=0, so p(x | z) is a point and has no density. Build it with noise=None.")
         loc = self.location(z, check_context(self, context))
-        if Distribution._validate_args and not in_fit():
+        if looks_at_numbers():
             refuse_non_finite("Generator", loc.reshape(-1, self.features), "means given their latents")
         scale = self.standard.scale * self.sigma
         normal = dist.Normal(self.standard.loc + self.standard.scale * loc, scale).to_event(1)

@@ -24,7 +24,7 @@ from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.flows.coupling import TailedCoupling
 from pyro_dgm.guides.chains import ChainPosterior, start_chain
-from pyro_dgm.guides.modes import Modes, WhitenedPosterior, as_pyro
+from pyro_dgm.guides.modes import GivenGlobals, Modes, WhitenedPosterior, as_pyro
 from pyro_dgm.guides.plate_start import start_plates
 from pyro_dgm.guides.plates import PlatedPosterior
 from pyro_dgm.guides.start import find_start
@@ -38,9 +38,7 @@ __all__ = ["AutoFlow"]
 
 _WIDE = 50  # latents above which a posterior follows plates by itself. Not measured; chosen by hand
 _JOINT = 5_000  # latents up to which one flow is tried over all, as D x D numbers. Not measured; chosen by hand
-_FAR_OFF = (
-    15.0  # nats between which nine of ten log weights lie, above which a start is none. Not measured; chosen by hand
-)
+_FAR_OFF = 15.0  # nats that span nine of ten log weights; beyond it a start is none. Not measured; chosen by hand
 _JUDGED = 256  # draws by which a posterior of many elements is judged, at least
 _LEAST_WEIGHT = 1e-3  # of a mode, by the Gaussians of the start
 
@@ -230,29 +228,27 @@ class AutoFlow(VectorGuide):
             return
         self.centre_circles(log_joint)
         if self.follows_structure:
-            if self.follows_chain:
-                start_chain(log_joint, self.chain_of(log_joint), self.plated)
-            else:
-                start_plates(log_joint, self.factors_of(log_joint), self.plated)
+            start = start_chain if self.follows_chain else start_plates
+            start(log_joint, self.factors_of(log_joint), self.plated)
             if self._structure != "auto" or self.latent_dim > _JOINT or self._is_near(log_joint):
                 self._start_with_tails(self.plated)
                 if self.follows_chain:
-                    self.plated.learn(self.chain_of(log_joint))
+                    self.plated.learn(self.factors_of(log_joint))
                 return
             self._become_joint()
             log_joint = LogJoint(self, self.target, args, kwargs, how=log_joint.how)
-        start = find_start(log_joint)
-        self._posterior.grow(len(start.loc))
-        for component, loc, scale_tril in zip(self._posterior.components, start.loc, start.scale_tril, strict=True):
+        found = find_start(log_joint)
+        self._posterior.grow(len(found.loc))
+        for component, loc, scale_tril in zip(self._posterior.components, found.loc, found.scale_tril, strict=True):
             component.whiten(loc, scale_tril)
             self._start_with_tails(component)
-        if len(start.loc) > 1:
+        if len(found.loc) > 1:
             weights = self._posterior.weigh(LogJoint(self, self.target, args, kwargs, whole=True, how=log_joint.how))
             self._posterior.keep([i for i, w in enumerate(weights.tolist()) if w >= _LEAST_WEIGHT])
 
-    def _start_with_tails(self, component: WhitenedPosterior | PlatedPosterior | ChainPosterior) -> None:
+    def _start_with_tails(self, component: WhitenedPosterior | GivenGlobals) -> None:
         """Give a component tails, without making it wider."""
-        outer = component if isinstance(component, WhitenedPosterior) else component.outer
+        outer = component.outer if isinstance(component, GivenGlobals) else component
         if isinstance(outer.family, TailedCoupling):
             component.whiten(outer.loc, outer.scale_tril / outer.family.start_with_tails())
 
@@ -269,27 +265,19 @@ class AutoFlow(VectorGuide):
     @property
     def follows_structure(self) -> bool:
         """Whether it is either of these."""
-        return self.follows_plates or self.follows_chain
+        return isinstance(self._posterior.components[0], GivenGlobals)
 
     @property
     def plated(self) -> Any:
         """That posterior."""
         return self._posterior.components[0]
 
-    def factors_of(self, log_joint: LogJoint) -> Factors:
-        """The log joint by elements; what belongs to which is found again where the arguments are others."""
-        known = self._factors
-        if not isinstance(known, Factors) or not known.is_of(log_joint):
-            known = self._factors = Factors(log_joint, [group.elements() for group in self.plated.groups])
-        return known
-
-    def chain_of(self, log_joint: LogJoint) -> BandedChain:
-        """The chain of the log joint, which draws of the guide are of from then on."""
-        known = self._factors
-        if not isinstance(known, BandedChain) or not known.is_of(log_joint):
-            known = self._factors = BandedChain(log_joint)
-        if self.plated.chain is not known:
-            self.plated.chain, self.plated.learned = known, None
+    def factors_of(self, log_joint: LogJoint) -> Any:
+        """The log joint by elements, or as a chain; what belongs to which is found again where the arguments are others."""
+        asked, known = log_joint.engine, self._factors
+        if known is None or not known.log_joint.engine.is_of(asked.model, asked.args, asked.kwargs):
+            known = self._factors = self.plated.factors_of(log_joint)
+        self.plated.use(known)
         return known
 
     def integrated(self, log_joint: LogJoint, num_particles: int) -> tuple[Tensor, Tensor] | None:
@@ -303,8 +291,7 @@ class AutoFlow(VectorGuide):
         q = own.outer()
         count = own.particles(num_particles)
         g = q.rsample((count if torch.is_grad_enabled() else min(num_particles, max(count, _JUDGED)),))
-        factors = self.chain_of(log_joint) if self.follows_chain else self.factors_of(log_joint)
-        return own.marginal(factors, g) - q.detach().log_prob(g), g
+        return own.marginal(self.factors_of(log_joint), g) - q.detach().log_prob(g), g
 
     def finish(self, *args: Any, **kwargs: Any) -> None:
         """Weigh the modes of a trained posterior anew; nothing happens where there is one mode."""
@@ -324,7 +311,7 @@ class AutoFlow(VectorGuide):
     def get_posterior(self, *args: Any, **kwargs: Any) -> LearnedDistribution:
         self.setup(*args, **kwargs)
         if self.follows_chain and self.plated.chain is None and self._plain_model is not None:
-            self.chain_of(LogJoint(self, self.target, args, kwargs))
+            self.factors_of(LogJoint(self, self.target, args, kwargs))
         if not self._posterior.affine.requires_grad:  # frozen by a bound's second pass: nothing to register
             return self._posterior()
         changed = not pyro.settings.get("module_local_params") and self._agree_with_param_store()

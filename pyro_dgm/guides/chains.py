@@ -23,15 +23,14 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Transform, constraints
+from torch import Tensor
+from torch.distributions import Categorical, Transform
 
-from pyro_dgm.core import DistributionModule, zuko
+from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.module import OnePass
 from pyro_dgm.core.pace import steps
-from pyro_dgm.guides.modes import WhitenedPosterior, WithNormals, whitened
-from pyro_dgm.guides.plate_start import outer_step
-from pyro_dgm.guides.plates import Head
+from pyro_dgm.guides.modes import GivenGlobals, log_normal, whitened
+from pyro_dgm.guides.plate_start import draws_for, outer_step
 from pyro_dgm.model.chains import BandBlocks, BandedChain, BlockFactor, Derivatives
 from pyro_dgm.model.handlers import apart
 from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread
@@ -163,7 +162,7 @@ class ChainLaw:
         return self.chain.flat(self.factor.whitened(x - self.mean))
 
 
-class ChainPosterior(DistributionModule):
+class ChainPosterior(GivenGlobals):
     """A family over :math:`R^D` of which some entries are a chain, given the others.
 
     Args:
@@ -174,9 +173,7 @@ class ChainPosterior(DistributionModule):
     """
 
     def __init__(self, family: DistributionModule, loc: Tensor, scale: float, chain: BandedChain) -> None:
-        super().__init__(len(loc), support=constraints.real_vector)
-        self.size = len(chain.free)
-        self.outer = WhitenedPosterior(family, loc[chain.free.to(loc.device)], scale)
+        super().__init__(family, loc, scale, chain.free)
         self.chain: BandedChain | None = chain
         self.sites = chain.sites
         self.learned: Learned | None = None
@@ -184,36 +181,15 @@ class ChainPosterior(DistributionModule):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "chain": None, "learned": None}
 
-    @property
-    def affine(self) -> nn.Parameter:
-        """Shift and log scale of the globals."""
-        return self.outer.affine
+    def placed(self, outer: Transform) -> Transform:
+        return _WithChain(self.known_chain(), self.size, outer)
 
-    @property
-    def family(self) -> DistributionModule:
-        """That of the globals."""
-        return self.outer.family
+    def factors_of(self, log_joint: LogJoint) -> BandedChain:
+        return BandedChain(log_joint)
 
-    def buffer_version(self) -> int:
-        """A number that grows when the whitening is set."""
-        return self.outer.buffer_version()
-
-    def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Set the whitening of the globals."""
-        self.outer.whiten(loc, scale_tril)
-
-    def build(self, context: Tensor | None) -> Distribution:
-        inner = self.outer.family.checked_build(context)
-        if not isinstance(inner, zuko.distributions.NormalizingFlow):
-            raise NotImplementedError(
-                f"AutoFlow: {type(self.outer.family).__name__} is no transform of a base distribution."
-            )
-        base = WithNormals(inner.base, self.event_shape[0] - self.size)
-        return zuko.distributions.NormalizingFlow(Head(inner.transform, self.size), base)
-
-    def bijection(self, built: Any) -> Transform:
-        inner = zuko.distributions.NormalizingFlow(built.transform.inner, built.base.base)
-        return _WithChain(self.known_chain(), self.size, self.outer.bijection(inner))
+    def use(self, factors: BandedChain) -> None:
+        if self.chain is not factors:
+            self.chain, self.learned = factors, None
 
     def known_chain(self) -> BandedChain:
         if self.chain is None:
@@ -271,7 +247,7 @@ class ChainPosterior(DistributionModule):
     def _log_ratio(self, law: ChainLaw, g: Tensor, x: Tensor, ladj: Tensor, z: Tensor) -> Tensor:
         rows = g.to(x).expand(*x.shape[:2], -1)
         log_p = law.chain.value(rows.flatten(0, 1), x.flatten(0, 1)).reshape(x.shape[:2])
-        return log_p + 0.5 * z.square().sum(-1) + 0.5 * z.shape[-1] * math.log(2.0 * math.pi) + ladj
+        return log_p - log_normal(z) + ladj
 
     @torch.no_grad()
     def chosen(self, chain: BandedChain, g: Tensor, draws: int) -> tuple[Tensor, Tensor]:
@@ -343,8 +319,8 @@ def start_chain(log_joint: LogJoint, chain: BandedChain, posterior: ChainPosteri
     """Whiten the globals by the prior's draws, then by natural gradients, the chain integrated out."""
     u = chain.split(prior_draws(log_joint, 256))[0]
     posterior.whiten(u.median(0).values, spread(u).diag())
-    n = max(32, 4 * (1 + posterior.size))
+    n = draws_for(posterior.size)
     chain.learns = True
     for _, progress in steps("start: globals", _STEPS, 0.8):
-        outer_step(chain, posterior, n + n % 2, _RATES[0] * (_RATES[1] / _RATES[0]) ** progress)
+        outer_step(chain, posterior, n, _RATES[0] * (_RATES[1] / _RATES[0]) ** progress)
     chain.learns = False

@@ -14,6 +14,7 @@ trained. With one component the mixture is that component, at no cost.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -25,13 +26,14 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, Transform, constraints
 
-from pyro_dgm.core import DistributionModule, LearnedDistribution
-from pyro_dgm.core.module import composed
+from pyro_dgm.core import DistributionModule, LearnedDistribution, zuko
+from pyro_dgm.core.module import OnePass, composed
 from pyro_dgm.core.weights import stratified
 from pyro_dgm.flows.base import StandardNormalBase
 from pyro_dgm.flows.coupling import StableStudentT, StudentTBase
 
 __all__ = [
+    "GivenGlobals",
     "Modes",
     "WhitenedPosterior",
     "WithNormals",
@@ -119,6 +121,64 @@ class WhitenedPosterior(DistributionModule):
         inner = self.family.bijection(built)
         whitening = Whitening(self.loc, self.scale_tril, *self.affine.unbind())
         return whitening if inner is None else composed([inner, whitening])
+
+
+class GivenGlobals(DistributionModule):
+    """Abstract: a family over :math:`R^D` of which some entries have a law given the others, the globals.
+
+    Args:
+        family: of the globals, over vectors of length G.
+        loc: the centre, shape ``(D,)``.
+        scale: the standard deviation at the start, in each dimension.
+        free: where the globals stand in the vector, ``(G,)``.
+    """
+
+    def __init__(self, family: DistributionModule, loc: Tensor, scale: float, free: Tensor) -> None:
+        super().__init__(len(loc), support=constraints.real_vector)
+        self.size = len(free)
+        self.outer = WhitenedPosterior(family, loc[free.to(loc.device)], scale)
+
+    @property
+    def affine(self) -> nn.Parameter:
+        """Shift and log scale of the globals."""
+        return self.outer.affine
+
+    @property
+    def family(self) -> DistributionModule:
+        """That of the globals."""
+        return self.outer.family
+
+    def buffer_version(self) -> int:
+        """A number that grows when the whitening is set."""
+        return self.outer.buffer_version()
+
+    def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Set the whitening of the globals."""
+        self.outer.whiten(loc, scale_tril)
+
+    def build(self, context: Tensor | None) -> Distribution:
+        inner = self.outer.family.checked_build(context)
+        if not isinstance(inner, zuko.distributions.NormalizingFlow):
+            raise NotImplementedError(
+                f"AutoFlow: {type(self.outer.family).__name__} is no transform of a base distribution."
+            )
+        base = WithNormals(inner.base, self.event_shape[0] - self.size)
+        return zuko.distributions.NormalizingFlow(Head(inner.transform, self.size), base)
+
+    def bijection(self, built: Any) -> Transform:
+        inner = zuko.distributions.NormalizingFlow(built.transform.inner, built.base.base)
+        return self.placed(self.outer.bijection(inner))
+
+    @abstractmethod
+    def placed(self, outer: Transform) -> Transform:
+        """From a flow's globals, by ``outer``, and standard normals to the vector of all latents."""
+
+    @abstractmethod
+    def factors_of(self, log_joint: Any) -> Any:
+        """The parts of a log joint that belong to what is given the globals."""
+
+    def use(self, factors: Any) -> None:
+        """Have draws of these from now on, where they are the model's."""
 
 
 class Modes(DistributionModule):
@@ -285,6 +345,24 @@ class WithNormals(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         x, z = value.split([value.shape[-1] - self.more, self.more], -1)
         return self.base.log_prob(x) + log_normal(z)
+
+
+class Head(OnePass):
+    """A transform of the first entries of vectors."""
+
+    def __init__(self, inner: Any, size: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.size = size
+
+    @property
+    def inv(self) -> Head:
+        return Head(self.inner.inv, self.size)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, ladj = self.inner.call_and_ladj(x[..., : self.size])
+        more = ladj.dim() - x.dim() + 1
+        return torch.cat([y, x[..., self.size :]], -1), ladj.flatten(-more).sum(-1) if more else ladj
 
 
 def as_pyro(base: Any) -> Any:

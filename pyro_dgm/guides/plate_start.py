@@ -24,7 +24,7 @@ from pyro_dgm.guides.start import antithetic, natural_step, shortened
 from pyro_dgm.model.elements import Factors
 from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread
 
-__all__ = ["outer_step", "start_plates"]
+__all__ = ["draws_for", "outer_step", "start_plates"]
 
 _TOGETHER = 30  # simulated normal, Poisson and binomial hierarchies of 100 to 10,000 groups stand still after 15 to 30
 _GLOBALS = 20
@@ -41,7 +41,7 @@ _SHORTEST, _LARGEST = 0.2, 5.0  # change of an element's information in a step
 def start_plates(log_joint: LogJoint, factors: Factors, posterior: PlatedPosterior) -> None:
     """Fit the elements, and whiten the globals."""
     _take_prior(log_joint, posterior)
-    n, few = _draws(posterior)
+    n, few = draws_for(posterior.size), _fewer(posterior)
     for _, progress in steps("start 1/3: together", _TOGETHER, 0.4):
         _joint_step(log_joint, posterior, n, _rate(progress))
     for _, progress in steps("start 2/3: globals", _GLOBALS, 0.4):
@@ -55,11 +55,15 @@ def _rate(progress: float) -> float:
     return _RATES[0] * (_RATES[1] / _RATES[0]) ** max(0.0, (progress - 0.3) / 0.7)
 
 
-def _draws(posterior: PlatedPosterior) -> tuple[int, int]:
-    """Draws of a step: a regression on the globals needs some for each, the globals alone fewer where elements are many."""
-    enough = max(32, 4 * (1 + posterior.size))
-    few = max(posterior.particles(enough), 2 * (1 + posterior.size))
-    return enough + enough % 2, few + few % 2
+def draws_for(size: int) -> int:
+    """Draws of a step: a regression on the globals needs some for each."""
+    return max(32, 4 * (1 + size))
+
+
+def _fewer(posterior: PlatedPosterior) -> int:
+    """Draws of a step of the globals alone: fewer where elements are many."""
+    few = max(posterior.particles(draws_for(posterior.size)), 2 * (1 + posterior.size))
+    return few + few % 2
 
 
 @torch.no_grad()

@@ -23,20 +23,21 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Transform, constraints
+from torch.distributions import Categorical, Transform
 from torch.utils.checkpoint import checkpoint
 
-from pyro_dgm.core import DistributionModule, frozen, zuko
+from pyro_dgm.core import DistributionModule, frozen
 from pyro_dgm.core.module import OnePass
-from pyro_dgm.guides.modes import WhitenedPosterior, WithNormals, log_normal, precision_of, solved, times, whitened
+from pyro_dgm.guides.modes import GivenGlobals, log_normal, precision_of, solved, times, whitened
 from pyro_dgm.model.elements import Elements, Factors
+from pyro_dgm.model.log_joint import LogJoint
 
-__all__ = ["Head", "LocalLaw", "LocalNormals", "Nodes", "PlatedPosterior", "quadrature"]
+__all__ = ["LocalLaw", "LocalNormals", "Nodes", "PlatedPosterior", "quadrature"]
 
 _WIDEST = 3.0  # standard deviation of an element before anything is known of it, in units of its prior
 _BOUND = 8.0  # on |log diagonal of R|
@@ -138,7 +139,7 @@ class LocalLaw:
         return times(self.tril.mT, (u - self.loc) / self.scale - self.mean)
 
 
-class PlatedPosterior(DistributionModule):
+class PlatedPosterior(GivenGlobals):
     """A family over :math:`R^D` of which some entries are latents of elements, given the others.
 
     Args:
@@ -152,13 +153,11 @@ class PlatedPosterior(DistributionModule):
     place: Tensor
 
     def __init__(self, family: DistributionModule, loc: Tensor, scale: float, elements: list[Elements]) -> None:
-        super().__init__(len(loc), support=constraints.real_vector)
         inside = torch.cat([each.index.reshape(-1) for each in elements])
         outside = torch.ones(len(loc), dtype=torch.bool, device="cpu")
         outside[inside] = False
         free = outside.nonzero()[:, 0]
-        self.size = len(free)
-        self.outer = WhitenedPosterior(family, loc[free.to(loc.device)], scale)
+        super().__init__(family, loc, scale, free)
         self.locals = nn.ModuleList(
             LocalNormals(each, self.size, loc[each.index.to(loc.device)], scale) for each in elements
         )
@@ -167,23 +166,18 @@ class PlatedPosterior(DistributionModule):
         self.in_place = bool((self.order == torch.arange(len(loc), device="cpu")).all())
 
     @property
-    def affine(self) -> nn.Parameter:
-        """Shift and log scale of the globals."""
-        return self.outer.affine
-
-    @property
-    def family(self) -> DistributionModule:
-        """That of the globals."""
-        return self.outer.family
-
-    @property
     def groups(self) -> list[LocalNormals]:
         """The latents of elements."""
         return [each for each in self.locals if isinstance(each, LocalNormals)]
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Those of the elements."""
+        return tuple(k for group in self.groups for k in group.sites)
+
     def buffer_version(self) -> int:
         """A number that grows when the whitening is set."""
-        return self.outer.buffer_version() + sum(g.loc._version + g.scale._version for g in self.groups)
+        return super().buffer_version() + sum(g.loc._version + g.scale._version for g in self.groups)
 
     @torch.no_grad()
     def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
@@ -194,20 +188,13 @@ class PlatedPosterior(DistributionModule):
         for answer in (p for group in self.groups for p in group.parameters() if p.numel()):
             constant, linear = answer[..., :1], answer[..., 1:]
             answer.copy_(torch.cat([constant + (linear @ moved)[..., None], linear @ turned], -1))
-        outer.whiten(loc, scale_tril)
+        super().whiten(loc, scale_tril)
 
-    def build(self, context: Tensor | None) -> Distribution:
-        inner = self.outer.family.checked_build(context)
-        if not isinstance(inner, zuko.distributions.NormalizingFlow):
-            raise NotImplementedError(
-                f"AutoFlow: {type(self.outer.family).__name__} is no transform of a base distribution."
-            )
-        base = WithNormals(inner.base, len(self.order) - self.size)
-        return zuko.distributions.NormalizingFlow(Head(inner.transform, self.size), base)
+    def placed(self, outer: Transform) -> Transform:
+        return _Placed(self, outer)
 
-    def bijection(self, built: Any) -> Transform:
-        inner = zuko.distributions.NormalizingFlow(built.transform.inner, built.base.base)
-        return _Placed(self, self.outer.bijection(inner))
+    def factors_of(self, log_joint: LogJoint) -> Factors:
+        return Factors(log_joint, [group.elements() for group in self.groups])
 
     def white(self, g: Tensor) -> Tensor:
         """Whitened globals ``(*batch, G)``."""
@@ -310,24 +297,6 @@ class Inner(NamedTuple):
     latents: list[Tensor]
     weighted: Tensor
     log_ratio: Tensor
-
-
-class Head(OnePass):
-    """A transform of the first entries of vectors."""
-
-    def __init__(self, inner: Any, size: int) -> None:
-        super().__init__()
-        self.inner = inner
-        self.size = size
-
-    @property
-    def inv(self) -> Head:
-        return Head(self.inner.inv, self.size)
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, ladj = self.inner.call_and_ladj(x[..., : self.size])
-        more = ladj.dim() - x.dim() + 1
-        return torch.cat([y, x[..., self.size :]], -1), ladj.flatten(-more).sum(-1) if more else ladj
 
 
 class _Placed(OnePass):

@@ -25,7 +25,7 @@ from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.model.elements import NotFactoredError
 from pyro_dgm.model.log_joint import LogJoint
 
-__all__ = ["BlockFactor", "BandBlocks", "BandedChain", "Derivatives"]
+__all__ = ["BandBlocks", "BandedChain", "BlockFactor", "Derivatives"]
 
 # Chosen by hand; not measured.
 _LONG = 20  # entries of a site that may be steps of a chain
@@ -74,6 +74,7 @@ class BandedChain:
         if not log_joint.vectorized or log_joint.rounds > 1:
             raise NotFactoredError("the model does not run in a plate, or by vmap")
         self.log_joint = log_joint
+        self.dtype = log_joint.guide._init_loc().dtype
         try:
             with fork_rng(0):
                 self.dtype = self._precision()
@@ -101,11 +102,6 @@ class BandedChain:
         solve = torch.linalg.solve(h.T @ h + 1e-2 * torch.eye(h.shape[1]).to(h), h.T)
         linear = [torch.einsum("hn,nkb->hkb", solve, t) for t in (x, spread.clamp_min(1e-9).log())]
         self.seen = (centre, scale, linear[0], linear[1])
-
-    def is_of(self, log_joint: LogJoint) -> bool:
-        """Whether it was made for this model and these arguments."""
-        asked = log_joint.engine
-        return self.log_joint.engine.is_of(asked.model, asked.args, asked.kwargs)
 
     @property
     def size(self) -> int:
@@ -186,9 +182,8 @@ class BandedChain:
     def _blocks(self, products: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Minus the Hessian's blocks on the diagonal and below it, of its products with the probes."""
         count, width = self.inside.shape
-        by_first = -torch.stack(products, -1).unflatten(
-            -1, (-1, width)
-        )  # (n, K, B, 3, B): rows of block k, by the probe
+        # (n, K, B, 3, B): rows of block k, by the probe
+        by_first = -torch.stack(products, -1).unflatten(-1, (-1, width))
         k = torch.arange(count)
         diagonal = by_first[:, k, :, k % 3]
         lower = by_first[:, k[1:], :, k[:-1] % 3]
@@ -209,7 +204,7 @@ class BandedChain:
 
     def _somewhere(self, n: int, far: float) -> Tensor:
         loc = self.log_joint.guide._init_loc().detach()
-        return (loc + far * torch.randn(n, len(loc)).to(loc)).to(getattr(self, "dtype", loc.dtype))
+        return (loc + far * torch.randn(n, len(loc)).to(loc)).to(self.dtype)
 
     def _candidates(self) -> tuple[Tensor, int, list[int]]:
         """Latents that may be a chain, by time, how many there are each time, and how wide its blocks may be."""

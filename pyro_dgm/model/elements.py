@@ -132,11 +132,6 @@ class Factors:
             self.owners = self._owners()
             self._refuse_another_sum()
 
-    def is_of(self, log_joint: LogJoint) -> bool:
-        """Whether it was made for this model and these arguments."""
-        asked = log_joint.engine
-        return self.log_joint.engine.is_of(asked.model, asked.args, asked.kwargs)
-
     @property
     def size(self) -> int:
         """The number of entries that belong to elements."""

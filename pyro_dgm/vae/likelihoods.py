@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from pyro.infer.util import is_validation_enabled
 from torch import Size, Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import constraints
 
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.module import has_finite_numbers
-from pyro_dgm.core.pace import in_fit
+from pyro_dgm.core.module import has_finite_numbers, looks_at_numbers
 from pyro_dgm.core.shapes import as_tensor_like, broadcast_batch, check_number, check_support, of_entries
 
 __all__ = [
@@ -76,9 +75,7 @@ def _entries(make: Make) -> Make:
             given = {k: _as_float(make.__name__, k, v) for k, v in given.items()}
         try:
             made = make(**given)
-            if (
-                Distribution._validate_args and not in_fit() and not has_finite_numbers(made)
-            ):  # a fit leaves such a step out
+            if looks_at_numbers() and not has_finite_numbers(made):
                 raise ValueError("infinite parameters")
             return made
         except (ValueError, RuntimeError) as error:

@@ -9,7 +9,6 @@ sizes. Peak memory is that of the process, so one row at a time tells it.
 """
 
 import math
-import os
 import resource
 import time
 
@@ -19,6 +18,7 @@ import pyro.distributions as dist
 import torch
 
 import pyro_dgm as dgm
+from tests.benchmarks import _nuts
 
 KINDS, GROUPS = ("normal", "poisson", "binomial"), (8, 50, 200, 1000, 10_000)
 NUTS_MOST = 1000  # groups up to which NUTS is run
@@ -109,14 +109,12 @@ def ours(kind, known, y, centred, seed, at_once=None):
 
 def nuts(kind, known, y, seed):
     """CPU seconds of NumPyro's NUTS, and draws of mu and log tau; None where it is not installed."""
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
-    try:
-        import jax
-        import numpyro
-        import numpyro.distributions as nd
-        from numpyro.infer import MCMC, NUTS
-    except ImportError:
+    if not _nuts.is_installed():
         return None
+    import jax
+    import numpyro
+    import numpyro.distributions as nd
+
     known, y = np.asarray(known), np.asarray(y)
 
     def model():
@@ -131,13 +129,8 @@ def nuts(kind, known, y, seed):
             }
             numpyro.sample("y", law[kind](), obs=y)
 
-    began = time.process_time()
-    mcmc = MCMC(
-        NUTS(model), num_warmup=1000, num_samples=1000, num_chains=4, chain_method="sequential", progress_bar=False
-    )
-    mcmc.run(jax.random.PRNGKey(seed))
-    samples = mcmc.get_samples()
-    return time.process_time() - began, np.stack([samples["mu"], np.log(samples["tau"])], -1)
+    seconds, samples = _nuts.drawn(model, seed, 4)
+    return seconds, np.stack([samples["mu"].ravel(), np.log(samples["tau"].ravel())], -1)
 
 
 def row(kind, groups, centred, seed, at_once=None):

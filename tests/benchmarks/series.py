@@ -6,7 +6,6 @@ centred model; it is left out where NumPyro is not installed. CPU seconds of the
 """
 
 import math
-import os
 import resource
 import time
 
@@ -17,6 +16,7 @@ import torch
 from torch.distributions import constraints
 
 import pyro_dgm as dgm
+from tests.benchmarks import _nuts
 
 KINDS, LENGTHS = ("level", "volatility"), (500, 2000)
 
@@ -116,14 +116,12 @@ def ours(kind, y, seed):
 
 def nuts(kind, y, seed, chains):
     """CPU seconds of NumPyro's NUTS, and means and sds of the globals; None where it is not installed."""
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
-    try:
-        import jax
-        import numpyro
-        import numpyro.distributions as nd
-        from numpyro.infer import MCMC, NUTS
-    except ImportError:
+    if not _nuts.is_installed():
         return None
+    import jax
+    import numpyro
+    import numpyro.distributions as nd
+
     y = np.asarray(y)
 
     def level():
@@ -142,26 +140,20 @@ def nuts(kind, y, seed, chains):
         numpyro.factor("walk", start + nd.Normal(keep * (h[:-1] - mean), push).log_prob(h[1:] - mean).sum())
         numpyro.sample("y", nd.Normal(0.0, jax.numpy.exp(h / 2.0)), obs=y)
 
-    began = time.process_time()
-    kernel = NUTS(level if kind == "level" else vol)
-    mcmc = MCMC(
-        kernel, num_warmup=1000, num_samples=1000, num_chains=chains, chain_method="sequential", progress_bar=False
-    )
-    mcmc.run(jax.random.PRNGKey(seed))
-    found = mcmc.get_samples(group_by_chain=True)
+    seconds, found = _nuts.drawn(level if kind == "level" else vol, seed, chains)
     summary = numpyro.diagnostics.summary({k: v for k, v in found.items() if v.ndim == 2})
-    return time.process_time() - began, unconstrained(found), min(float(v["n_eff"]) for v in summary.values())
+    return seconds, unconstrained(found), min(float(v["n_eff"]) for v in summary.values())
 
 
 def _shown(found):
     return ", ".join(f"{k} {m:.3f} +- {s:.3f}" for k, (m, s) in found.items())
 
 
-def row(kind, length, seed, peers):
+def row(kind, length, seed):
     y = DRAWN[kind](length, seed)
     seconds, verdict, found = ours(kind, y, seed)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    peer = nuts(kind, y, seed, 2 if length <= 500 else 1) if peers else None
+    peer = nuts(kind, y, seed, 2 if length <= 500 else 1)
     off = ""
     if kind == "level":
         loc, sd = zip(*found.values(), strict=True)
@@ -188,4 +180,4 @@ def main(arguments):
         for length in LENGTHS:
             if not only or only & {kind, str(length), f"{kind}:{length}"}:
                 for seed in arguments.seeds:
-                    row(kind, length, seed, True)
+                    row(kind, length, seed)

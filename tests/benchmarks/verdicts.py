@@ -101,10 +101,13 @@ def by_stock(model, args):
     return guide
 
 
+def verdict(model, args, guide, draws=4000):
+    return dgm.khat(dgm.from_svi(model, guide, *args, num_samples=draws, prior=0, posterior_predictive=False,
+                                 log_likelihood=False, seed=1, container="dict"))  # fmt: skip
+
+
 def judged(name, model, args, guide):
-    idata = dgm.from_svi(model, guide, *args, num_samples=4000, prior=0, posterior_predictive=False, log_likelihood=False,
-                         seed=1, container="dict")  # fmt: skip
-    v = dgm.khat(idata)
+    v = verdict(model, args, guide)
     return {"fault": name, "status": v.status, "khat": v.k, "gap": v.gap, "ess": v.ess, "drift": v.drift, "drift_sd": v.drift_sd,
             "other_modes": v.other_modes}  # fmt: skip
 

@@ -12,8 +12,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-import pyro_dgm as dgm
 from tests.benchmarks import hierarchies
+from tests.benchmarks.verdicts import fitted, verdict
 
 
 def groups(kind, count):
@@ -97,28 +97,23 @@ OF_ELEMENTS = {"elements moved by half a sd": of_elements(1.0, shift=0.5), "elem
                "elements that answer to a global wrongly": of_elements(1.0, answer=1.0)}  # fmt: skip
 
 
-def verdict(model, args, guide):
-    idata = dgm.from_svi(model, guide, *args, num_samples=1000, prior=0, posterior_predictive=False, log_likelihood=False,
-                         seed=1, container="dict")  # fmt: skip
-    return dgm.khat(idata)
+DRAWS = 1_000
 
 
 def rows_of(name):
-    pyro.clear_param_store()
     pyro.set_rng_seed(20)
     model, args = POSTERIORS[name]()
-    guide = dgm.AutoFlow(model)
-    dgm.fit(dgm.STL_ELBO()(model, guide), args, progress=False, seed=0)
-    yield name, "none", verdict(model, args, guide)
+    guide = fitted(model, args)
+    yield name, "none", verdict(model, args, guide, DRAWS)
     kept = deepcopy(guide._posterior.state_dict())
     for fault, plant in (FAULTS | (OF_ELEMENTS if guide.follows_plates else {})).items():
         with torch.no_grad():
             plant(guide)
-        yield name, fault, verdict(model, args, guide)
+        yield name, fault, verdict(model, args, guide, DRAWS)
         guide._posterior.load_state_dict(kept)
     if args:
         stale = (*args[:-1], args[-1].flip(0))
-        yield name, "data of other groups", verdict(model, stale, guide)
+        yield name, "data of other groups", verdict(model, stale, guide, DRAWS)
 
 
 def main(arguments):

@@ -123,7 +123,7 @@ def test_factors_are_those_of_dense_matrices(width, count):
 def test_chains_are_found_in_the_density(model, width, stride, normal):
     y = drawn_level(60, 0)
     guide = dgm.AutoFlow(model).setup(y)
-    chain = guide.chain_of(LogJoint(guide, model, (y,), {}))
+    chain = guide.factors_of(LogJoint(guide, model, (y,), {}))
     assert guide.follows_chain and not guide.follows_plates
     assert (chain.inside.shape[1], chain.stride, chain.normal) == (width, stride, normal)
     assert len(chain.free) + chain.size == guide.latent_dim
@@ -158,7 +158,7 @@ def test_the_marginal_of_a_local_level_is_that_of_the_kalman_filter(model):
     """Planted: half of the log determinant; gradients by the precision left out are off by 30."""
     y = drawn_level(60, 0)
     guide = dgm.AutoFlow(model).setup(y)
-    chain = guide.chain_of(LogJoint(guide, model, (y,), {}))
+    chain = guide.factors_of(LogJoint(guide, model, (y,), {}))
     g = torch.tensor([[0.1, -1.0], [-0.2, -0.5]]).double().requires_grad_()
     found = guide.plated.marginal(chain, g)
     expected = exact_level(y.double(), g)
@@ -214,7 +214,7 @@ def test_an_autoregression_with_noise_is_right():
         x.append(0.8 * x[-1] + 0.6 * torch.randn(()))
     y = torch.stack(x) + 0.5 * torch.randn(80)
     guide = started(autoregression, y)
-    chain = guide.chain_of(LogJoint(guide, autoregression, (y,), {}))
+    chain = guide.factors_of(LogJoint(guide, autoregression, (y,), {}))
     g = guide.plated.outer().sample((4,)).double()
     with torch.no_grad():
         found = guide.plated.inner(chain, g, 2)[1]
@@ -240,7 +240,7 @@ def test_the_chain_of_a_stochastic_volatility_is_integrated_out():
     """Two estimates of the same integrals agree. Planted: the mode in the place of the best law; the variance is then .7, not .14."""
     y = drawn_volatility(100, 0)
     guide = started(volatility, y)
-    chain = guide.chain_of(LogJoint(guide, volatility, (y,), {}))
+    chain = guide.factors_of(LogJoint(guide, volatility, (y,), {}))
     g = guide.plated.outer().sample((8,)).double()
     with torch.no_grad():
         few = guide.plated.inner(chain, g, 256)[1]
@@ -342,7 +342,7 @@ def test_draws_and_densities_agree():
     u, scored = posterior.rsample_and_log_prob((5,))
     assert torch.allclose(posterior.log_prob(u), scored, atol=2e-2)
     log_joint = LogJoint(guide, local_level, (y,), {})
-    chain = guide.chain_of(log_joint)
+    chain = guide.factors_of(log_joint)
     g, _ = chain.split(u)
     own.learned = None
     with torch.no_grad():
