@@ -39,7 +39,7 @@ _TOLERANCE = 0.02  # nats that its error may vary by from draw to draw; a gap of
 _OFFSET = 0.1  # nats that it may be off by in all draws
 _NOISE = 0.02  # variance of a weight by its draws of the chain
 _MOST_PAIRS = 64  # of draws of a chain
-_NOT_LOOKED = "a chain has none of its own"
+_NOT_LOOKED = "neither is made for a time series"
 _LOOKED = 64  # draws around which modes are looked for
 
 
