@@ -19,6 +19,7 @@ __all__ = [
     "K_LIMIT",
     "LEAST_DRAWS",
     "arviz_major",
+    "correction",
     "evidence_error",
     "k_threshold",
     "log_mean",
@@ -173,3 +174,12 @@ def stratified(weights: np.ndarray, n: int, uniforms: np.ndarray | float) -> np.
     edges = np.cumsum(weights)
     index = np.searchsorted(edges / edges[-1], (np.arange(n) + uniforms) / n)
     return index.clip(max=len(weights) - 1)
+
+
+def correction(draws: np.ndarray, log_weight: np.ndarray) -> float:
+    """Largest change of a mean when draws ``(n, F)`` are importance-weighted, in standard deviations of the draws."""
+    if len(log_weight) < LEAST_DRAWS or not draws.size:
+        return 0.0
+    sd = draws.std(0)
+    change = np.abs(np.exp(psis(log_weight)[0]) @ draws - draws.mean(0))
+    return float((change[sd > 0] / sd[sd > 0]).max(initial=0.0))

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_dgm.core.weights import correction
 from pyro_dgm.diagnostics.containers import ContainerOptions
 from pyro_dgm.diagnostics.converters import groups_of_samples
 from pyro_dgm.diagnostics.groups import Groups
-from pyro_dgm.diagnostics.khat import Exploration, correction, judge, judge_elements, seen_rows
+from pyro_dgm.diagnostics.khat import Exploration, judge, judge_elements, seen_rows
 from pyro_dgm.guides.autoflow import AutoFlow
 from pyro_dgm.guides.chains import ChainPosterior
 from pyro_dgm.guides.plates import PlatedPosterior

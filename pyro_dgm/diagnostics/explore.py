@@ -11,7 +11,6 @@ a valley of a nat separates it from the guide's best draw.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,8 +32,9 @@ from pyro_dgm.core.pace import few_threads
 from pyro_dgm.diagnostics.containers import CONTAINER, ContainerOptions, with_defaults
 from pyro_dgm.diagnostics.converters import groups_of_samples
 from pyro_dgm.diagnostics.groups import container_of
-from pyro_dgm.diagnostics.khat import Exploration
+from pyro_dgm.diagnostics.khat import Exploration, judge
 from pyro_dgm.guides.vector import VectorGuide
+from pyro_dgm.model.hmc import Clamped, deviation, opposite, trajectories
 from pyro_dgm.model.log_joint import Density, LogJoint, PulledBack, pulled_back, uncovered, value_and_grad
 from pyro_dgm.model.program import refuse_guides_as_models
 from pyro_dgm.model.runs import Draws
@@ -49,12 +49,9 @@ _CHAINS = 128  # in pairs of opposite starts and momenta
 _SEEN = 512  # draws of the guide that other modes are held against
 _REFERENCE = 4096  # draws of the guide, which the chains' places are compared with
 _FEWEST, _MOST = 4, 12  # iterations
-_LENGTH = 0.5 * math.pi  # of a trajectory: a quarter of a normal's period, after which places are as good as new
-_LEAPFROGS = 8  # at most
 _QUIET = 0.5  # share of its threshold below which a drift is none, and by whose inverse it is exceeded for good
 _ROUNDS = 20  # runs of the model for one density, of which there are some 60 to 140. Not measured; chosen by hand
 _UNTOUCHED = 1e-5  # relative difference of a scale from init_scale, by its constraint; chosen by hand
-_ROBUST_SDS = 1.5  # of the 68 % interval: three sds. Not measured; chosen by hand
 
 
 def explore(
@@ -91,8 +88,16 @@ def explore(
         density = PulledBack(log_joint, transform)
         # valleys are looked for in z, where funnels are straight
         found = len(uncovered(log_joint, u[:_SEEN], transform.inv, lambda z: value_and_grad(density, z)[0]))
-        z = _opposite(partial(pulled_back, posterior.log_prob, transform), transform.inv(u[:_CHAINS]).detach())
-        return replace(_drift(density, transform, u, z), other_modes=found)
+        base = partial(pulled_back, posterior.log_prob, transform)
+        z = opposite(base, transform.inv(u[:_CHAINS]).detach())
+        explored = replace(_drift(density, transform, u, z), other_modes=found)
+        log_weight = (log_joint(u) - posterior.log_prob(u)).detach().double().cpu().numpy()
+        if explored.contradicts or judge(log_weight).status in (
+            "exact",
+            "good",
+        ):  # longer chains would tell nothing new
+            return explored
+        return replace(explored, deviation=deviation(density, posterior))
 
 
 def _reason_not_to(log_joint: LogJoint) -> str:
@@ -106,65 +111,24 @@ def _reason_not_to(log_joint: LogJoint) -> str:
 
 
 @torch.no_grad()
-def _opposite(base: Density, z: Tensor) -> Tensor:
-    """Half of the draws z of a base, and their opposites where it is symmetric; all of them where it is not."""
-    half = z[: len(z) // 2]
-    symmetric = torch.allclose(base(half), base(-half), atol=1e-3)
-    return torch.cat([half, -half]) if symmetric else z
-
-
-@torch.no_grad()
 def _drift(density: Density, transform: Transform, u: Tensor, z: Tensor) -> Exploration:
     """How far chains that start at z leave the draws u of the guide: of a mean, in sd, and of a log sd.
 
     Half of the chains start opposite to the others, with opposite momenta: where q is the posterior their means stay, nearly
     without noise. The places of the second half of the iterations count; there are more iterations only while in doubt.
     """
-    low, centre, high = u.quantile(u.new_tensor([0.16, 0.5, 0.84]), 0)
-    reach = _ROBUST_SDS * (high - low)  # the sd of a heavy tail is too noisy to compare
-    start = u.clamp(centre - reach, centre + reach)
-    step, shares, places = 0.5 * z.shape[-1] ** -0.25, [], []
-    value, grad = value_and_grad(density, z)
-    for i in range(1, _MOST + 1):
-        z, value, grad, share = _moved(density, z, value, grad, step)
-        places.append(transform(z).clamp(centre - reach, centre + reach))
-        shares.append(share)
-        step *= 1.15 if share > 0.8 else 0.7 if share < 0.6 else 1.0
+    seen = Clamped.of(u)
+    shares, places = [], []
+    for i, moved in zip(range(1, _MOST + 1), trajectories(density, z), strict=False):
+        places.append(seen.clamp(transform(moved.z)))
+        shares.append(moved.share)
         if i >= _FEWEST:
-            end, half = torch.cat(places[i // 2 :]), shares[i // 2 :]
-            shift, change = (end.mean(0) - start.mean(0)) / start.std(0), (end.std(0) / start.std(0)).log()
+            shift, change = seen.changes(torch.cat(places[i // 2 :]))
+            half = shares[i // 2 :]
             found = Exploration(float(shift.abs().max()), float(change.abs().max()), sum(half) / len(half))
             if found.scaled(1.0 / _QUIET).moved == found.scaled(_QUIET).moved:
                 break
     return found
-
-
-def _moved(
-    density: Density, z: Tensor, value: Tensor, grad: Tensor, step: float
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """One iteration of all chains; the share of proposals that were accepted."""
-    n = len(z) // 2
-    p = torch.randn_like(z[:n])
-    p = torch.cat([p, -p])
-    new, new_p, new_value, new_grad = _leapfrog(density, z, p, grad, step)
-    gain = (new_value - value + 0.5 * (p.square() - new_p.square()).sum(-1)).nan_to_num(-math.inf)
-    taken = torch.rand_like(gain[:n]).log().repeat(2) < gain
-    z = torch.where(taken[:, None], new, z)
-    grad = torch.where(taken[:, None], new_grad, grad)
-    return z, torch.where(taken, new_value, value), grad, float(gain.clamp_max(0.0).exp().mean())
-
-
-def _leapfrog(
-    density: Density, z: Tensor, p: Tensor, grad: Tensor, step: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Place, momentum, log density and gradient at the end of a trajectory."""
-    value = grad.new_zeros(len(z))
-    for _ in range(min(_LEAPFROGS, max(2, round(_LENGTH / step)))):
-        p = p + 0.5 * step * grad
-        z = z + step * p
-        value, grad = value_and_grad(density, z)
-        p = p + 0.5 * step * grad
-    return z, p, value, grad
 
 
 def never_fitted(guide: Any) -> str:

@@ -3,8 +3,8 @@ r"""What importance weights :math:`w = p(x, \theta) / q(\theta)` say of a guide'
 **Verdict.** Pareto k alone is none: it passed 15 of 34 deliberately bad fits (a Gaussian that is too wide, shifted by half a
 standard deviation, a mean field). The gap between the importance-weighted evidence and the ELBO, an estimate of
 :math:`\mathrm{KL}(q\|p)`, caught all of them, but no weight can show a mode that q has never visited. The verdict uses
-both, and what :mod:`~pyro_dgm.diagnostics.explore` found.
-
+both, and what :mod:`~pyro_dgm.diagnostics.explore` found. Where a gap is spread over many latents, and longer chains
+stay where the guide is, means, standard deviations and dependence are right all the same: the verdict is good, of the draws.
 """
 
 from __future__ import annotations
@@ -18,21 +18,13 @@ from typing import Any, Literal
 import numpy as np
 
 from pyro_dgm.core.kinds import checked, shown
-from pyro_dgm.core.weights import (
-    LEAST_DRAWS,
-    NEARLY_EQUAL,
-    evidence_error,
-    k_threshold,
-    log_mean,
-    psis,
-)
+from pyro_dgm.core.weights import LEAST_DRAWS, NEARLY_EQUAL, correction, evidence_error, k_threshold, log_mean, psis
 from pyro_dgm.diagnostics.containers import group_attrs, log_weights_of
 
 __all__ = [
     "Exploration",
     "KHat",
     "Rows",
-    "correction",
     "judge",
     "judge_elements",
     "judge_rows",
@@ -47,14 +39,14 @@ _GAP = 0.05  # nats; fires on 34 of the bad and 3 of the good, which had not con
 _NO_TAIL = 1.5  # nats from ELBO to the largest log weight: no weight above 4.5, so k means nothing. Chosen by hand
 _USABLE = 0.1  # ESS as a share of the draws, below which resampling leaves too few. Not measured; chosen by hand
 _ENOUGH = 100  # ESS below which resample is not advised: an sd of so few draws has an error of 7 %
-_MOST_ROWS = (
-    0.95  # share of rows that must be good for a good verdict: k-hat of one in twenty is off by two of its errors
-)
+# Share of rows that must be good for a good verdict: k-hat of one in twenty is off by two of its errors.
+_MOST_ROWS = 0.95
 _SEEN_ROWS = 2_000  # rows of a plate that get a k-hat, evenly spaced. Not measured; chosen by hand
 _DRIFT = 0.25  # sd; chains from exact draws drift by 0.03 to 0.07, largest over coordinates
 _DRIFT_SD = 0.2  # log sd; fires on 31 and 1
 _ACCEPTANCE = 0.4  # share; any of these three fires on 33 and 1
 _CORRECTION = 0.1  # sd; fires on 25 and 0
+_DEVIATION = 0.1  # sd, and log sd: what the reference posteriors are held to
 
 Status = Literal["exact", "good", "usable", "bad"]
 _STATUSES: tuple[Status, ...] = ("exact", "good", "usable", "bad")
@@ -70,6 +62,8 @@ class Exploration:
         acceptance: share of accepted proposals in the second half.
         other_modes: modes of comparable density that the guide's draws do not reach.
         correction: largest change of a posterior mean by importance weights, in standard deviations.
+        deviation: largest change of a mean (sd) or log sd along longer chains, over latents and the directions in which the score
+            is most wrong; infinite where they were not asked, since the weights say enough or the guide is far off.
         unseen: why no chains were run and no modes were looked for; empty where they were.
         unfitted: what shows that the guide was never fitted; empty where nothing does.
         unsure: why the weights themselves are not known well enough; empty where they are.
@@ -80,6 +74,7 @@ class Exploration:
     acceptance: float = 1.0
     other_modes: int = 0
     correction: float = 0.0
+    deviation: float = math.inf
     unseen: str = ""
     unfitted: str = ""
     unsure: str = ""
@@ -96,7 +91,13 @@ class Exploration:
     @property
     def contradicts(self) -> bool:
         """Whether something was found that a good guide does not have."""
-        return self.moved or self.other_modes > 0 or self.correction >= _CORRECTION or bool(self.unsure)
+        corrected = self.correction >= _CORRECTION and self.deviation >= _DEVIATION
+        return self.moved or self.other_modes > 0 or corrected or bool(self.unsure)
+
+    @property
+    def confirms(self) -> bool:
+        """Whether longer chains stayed where the guide is, whatever its weights."""
+        return self.deviation < _DEVIATION and not self.contradicts
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class KHat(Exploration):
         if self.status == "exact":
             return "q is the posterior, up to the draws' error."
         if self.status == "good":
-            return "Use the draws as they are."
+            return f"Use the draws as they are{', without weights; the evidence is a bound' if self.confirms else ''}."
         if self.unfitted:
             return f"The guide was never fitted ({self.unfitted}): call fit(STL_ELBO()(model, guide), data) first."
         if self.unsure:
@@ -211,6 +212,10 @@ class KHat(Exploration):
         moved = f"mean by {self.drift:.2f} sd, log sd by {self.drift_sd:.2f}, acceptance {self.acceptance:.2f}"
         if self.moved:
             return f"Short MCMC leaves it ({moved}): neutra runs it longer."
+        if self.confirms:
+            return (
+                f"Longer chains change no mean, sd or worst direction by more than {self.deviation:.2f} (sd or log sd)."
+            )
         if self.correction >= _CORRECTION and self.repairable:
             return f"Importance weights move a mean by {self.correction:.2f} sd."
         if self.unseen:
@@ -311,6 +316,8 @@ def judge(log_weight: np.ndarray, explored: Exploration | None = None) -> KHat:
     status = _status(k, k_threshold(n), ess / n, evidence - elbo, float(finite.max(initial=-math.inf)) - elbo)
     if explored.contradicts and status in ("exact", "good"):
         status = "usable"
+    if explored.confirms and status in ("usable", "bad") and len(finite) == n:
+        status = "good"
     return KHat(
         k=k,
         threshold=k_threshold(n),
@@ -323,15 +330,6 @@ def judge(log_weight: np.ndarray, explored: Exploration | None = None) -> KHat:
         status=status,
         **asdict(explored),
     )
-
-
-def correction(draws: np.ndarray, log_weight: np.ndarray) -> float:
-    """Largest change of a mean when draws ``(n, F)`` are importance-weighted, in standard deviations of the draws."""
-    if len(log_weight) < LEAST_DRAWS or not draws.size:
-        return 0.0
-    sd = draws.std(0)
-    change = np.abs(np.exp(psis(log_weight)[0]) @ draws - draws.mean(0))
-    return float((change[sd > 0] / sd[sd > 0]).max(initial=0.0))
 
 
 def seen_rows(total: int) -> np.ndarray:

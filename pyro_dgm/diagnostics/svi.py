@@ -21,11 +21,12 @@ from typing_extensions import Unpack
 
 from pyro_dgm.core.devices import seed_everywhere, seeded
 from pyro_dgm.core.kinds import checked, shown
+from pyro_dgm.core.weights import correction
 from pyro_dgm.diagnostics.containers import CONTAINER, ContainerOptions, with_defaults
 from pyro_dgm.diagnostics.elements import groups_by_elements
 from pyro_dgm.diagnostics.explore import explore, never_fitted
 from pyro_dgm.diagnostics.groups import Groups, all_groups, container_of
-from pyro_dgm.diagnostics.khat import Exploration, Rows, correction, judge, judge_rows, with_rows
+from pyro_dgm.diagnostics.khat import Exploration, Rows, judge, judge_rows, with_rows
 from pyro_dgm.guides.autoflow import AutoFlow
 from pyro_dgm.model.program import Model, Program, refuse_guides_as_models
 from pyro_dgm.model.runs import Table

@@ -28,7 +28,7 @@ from pyro_dgm.model.log_joint import LogJoint, barrier, climbed, prior_draws, sp
 __all__ = ["Gaussians", "antithetic", "find_start", "natural_step", "shortened"]
 
 _WIDE = 50  # dimensions from which many starts compete by their diagonals, and only the winner gets a covariance
-_WIDEST = 400  # dimensions from which it gets none: a covariance costs D^3 a step; the flow has to bend the rest
+_WIDEST = 1_000  # dimensions from which it gets none: a covariance costs D^3 a step; the flow has to bend the rest
 
 
 # The parts of a start, and what each may take of the seconds that are left, where they are limited: chosen by hand.

@@ -23,14 +23,15 @@ from pyro.infer.elbo import ELBOModule
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
-from pyro_dgm.core import LearnedDistribution
+from pyro_dgm.core import LearnedDistribution, frozen
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.module import tensors_of
+from pyro_dgm.core.module import tensors_of, whole_event
 from pyro_dgm.core.record import Recordable, Records, with_gradients
 from pyro_dgm.core.warn import plain_errors, told_unless_finite
 from pyro_dgm.core.weights import psis
-from pyro_dgm.model.log_joint import LogJoint
+from pyro_dgm.model.hmc import deviation, near_in_each
+from pyro_dgm.model.log_joint import LogJoint, PulledBack
 from pyro_dgm.objectives.agreement import Pair
 from pyro_dgm.objectives.particles import ParticleELBO
 from pyro_dgm.train.hooks import Recipe
@@ -49,6 +50,11 @@ _KL_ALONE = 0.01  # nats, where means and standard deviations are not looked at
 _K = 0.5  # its error is .1 to .2 at 1,024 draws, and .7 is the limit
 _MEAN = 0.03  # sd
 _SD = 0.04  # log sd
+
+# When chains are asked, which cost some hundred steps: of so many latents, at first and at doubling numbers of steps.
+_MANY = 50
+_FIRST_ASKED = 256  # steps. Not measured; chosen by hand
+_STAYS = 0.08  # sd and log sd: four fifths of what the verdict asks of other chains
 
 
 @runtime_checkable
@@ -166,6 +172,17 @@ class STL_ELBO(ParticleELBO):
         log_p = torch.cat([joint(some) for some in latent.split(_AT_ONCE)])
         return log_p - q.log_prob(latent), latent
 
+    def stays(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> bool:
+        """Whether chains stay where the guide is."""
+        pair = Pair.of(model, guide, args, kwargs)
+        with frozen(*guide.parameters()):
+            try:
+                transform = whole_event(guide.get_transform(*pair.args, **pair.kwargs), 1)
+            except NotImplementedError:  # a mixture
+                return False
+            posterior = guide.get_posterior(*pair.args, **pair.kwargs)
+            return deviation(PulledBack(self._joint_at(pair), transform), posterior) < _STAYS
+
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         return told_unless_finite("STL_ELBO", -self.log_weights(model, guide, *args, **kwargs).mean())
 
@@ -183,12 +200,14 @@ class _STLModule(ELBOModule):
         super().__init__(model, guide, elbo)
         self._recent: deque[Tensor] = deque(maxlen=50)
         self._records = Records()
+        self._steps = self._due = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         found = self._replayed(args, kwargs) if torch.is_grad_enabled() and not am_i_wrapped() else None
         loss, log_weights = self._loss(args, kwargs) if found is None else found
         if loss.requires_grad:  # a step
             self._recent.append(log_weights)
+            self._steps += 1
         return told_unless_finite("STL_ELBO", loss)
 
     def _loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -215,6 +234,7 @@ class _STLModule(ELBOModule):
     def recipe(self, rows: int | None) -> Recipe:
         """The running average of the weights is what counts: it is right in half of the steps. Called when a fit begins."""
         self._recent.clear()
+        self._steps = self._due = 0
         return Recipe(averaging=_AVERAGING)
 
     def converged(self, *args: Any, **kwargs: Any) -> bool:
@@ -230,8 +250,20 @@ class _STLModule(ELBOModule):
         if seen is not None:
             log_weights, draws = (x.double().cpu().numpy() for x in seen)
             near = _near(log_weights, _KL_TRAINED if self._recent else _KL)
-            return near and _agree(np.exp(psis(log_weights)[0]), draws)
+            if near and _agree(np.exp(psis(log_weights)[0]), draws):
+                return True
+            whole = draws.shape[-1] == self.guide.latent_dim  # otherwise some latents were integrated out
+            return whole and self._stays(seen[0], args, kwargs)
         return len(self._recent) == 50 and _near(torch.cat(list(self._recent)).double().cpu().numpy(), _KL_ALONE)
+
+    def _stays(self, log_weights: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether many latents are right by chains, where the weights of all together are of no use."""
+        size = self.guide.latent_dim
+        if size <= _MANY or self._steps < self._due or not near_in_each(log_weights, size):
+            return False
+        self._due = max(_FIRST_ASKED, 2 * self._steps)
+        with torch.no_grad(), fork_rng(), pyro.validation_enabled(False):
+            return self.elbo.stays(self.model, self.guide, *args, **kwargs)
 
     def _model_learns(self) -> bool:
         """Whether anything but one autoguide is trained."""

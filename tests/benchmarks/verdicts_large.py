@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from tests.benchmarks import hierarchies
+from tests.benchmarks import hierarchies, scaling
 from tests.benchmarks.verdicts import fitted, verdict
 
 
@@ -63,8 +63,14 @@ def normal():
     return model, ()
 
 
+def logistic(d):
+    """Slopes of 500 rows: no start is exact, and a gap of a nat is spread over all of them."""
+    return lambda: scaling.logistic(d)[:2]
+
+
 POSTERIORS = {"normal groups: 200": groups("normal", 200), "counts of groups: 1,000": groups("poisson", 1000),
-              "trials of groups: 200": groups("binomial", 200), "slopes: 85": slopes, "funnel: 100": funnel, "normal: 200": normal}  # fmt: skip
+              "trials of groups: 200": groups("binomial", 200), "slopes: 85": slopes, "funnel: 100": funnel, "normal: 200": normal,
+              "slopes of rows: 100": logistic(100), "slopes of rows: 300": logistic(300)}  # fmt: skip
 
 
 def of_globals(shift, log_scale):
@@ -97,6 +103,27 @@ OF_ELEMENTS = {"elements moved by half a sd": of_elements(1.0, shift=0.5), "elem
                "elements that answer to a global wrongly": of_elements(1.0, answer=1.0)}  # fmt: skip
 
 
+def of_latents(shift=0.0, scale=1.0, share=0.0, mixed=0.0):
+    """Of one flow over all: some latents (the last, or a share) moved by so many sds, wider; the last two correlated."""
+
+    def plant(guide):
+        whitened = guide._posterior.components[0]
+        some = slice(math.floor((1.0 - share) * len(whitened.loc)) if share else -1, None)
+        sd = whitened.scale_tril.norm(dim=-1)
+        whitened.loc[some] += shift * sd[some]
+        whitened.scale_tril[some] *= scale
+        pair = whitened.scale_tril[-1] / sd[-1], whitened.scale_tril[-2] / sd[-2]
+        whitened.scale_tril[-1] = sd[-1] * (math.sqrt(1.0 - mixed**2) * pair[0] + mixed * pair[1])
+
+    return plant
+
+
+OF_LATENTS = {"one latent moved by .3 sd": of_latents(shift=0.3), "one latent too narrow (.75)": of_latents(scale=0.75),
+              "two latents correlated by .5": of_latents(mixed=0.5),
+              "a quarter of the latents moved by .15 sd": of_latents(shift=0.15, share=0.25),
+              "all latents too narrow (.88)": of_latents(scale=0.88, share=1.0)}  # fmt: skip
+
+
 DRAWS = 1_000
 
 
@@ -106,7 +133,7 @@ def rows_of(name):
     guide = fitted(model, args)
     yield name, "none", verdict(model, args, guide, DRAWS)
     kept = deepcopy(guide._posterior.state_dict())
-    for fault, plant in (FAULTS | (OF_ELEMENTS if guide.follows_plates else {})).items():
+    for fault, plant in (FAULTS | (OF_ELEMENTS if guide.follows_plates else OF_LATENTS)).items():
         with torch.no_grad():
             plant(guide)
         yield name, fault, verdict(model, args, guide, DRAWS)

@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, init_to_value
 from pyro.optim import ClippedAdam
 
 import pyro_dgm as dgm
-from pyro_dgm.diagnostics.explore import _opposite, explore
+from pyro_dgm.diagnostics.explore import explore
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.train.players import by_rate
@@ -371,14 +371,6 @@ def schools(y, sigma):
     with pyro.plate("school", len(y)):
         theta = pyro.sample("theta", dist.Normal(mu, tau))
         pyro.sample("y", dist.Normal(theta, sigma), obs=y)
-
-
-def test_chains_start_at_draws_of_the_guide_and_opposite_where_the_base_is_symmetric():
-    """Planted: opposites of a Gumbel's draws, where the Gumbel hardly is."""
-    for base, symmetric in ((dist.Normal(0.0, 1.0), True), (dist.StudentT(5.0), True), (dist.Gumbel(0.0, 1.0), False)):
-        z = base.sample((8, 2))
-        starts = _opposite(lambda x: base.log_prob(x).sum(-1), z)
-        assert bool((starts[4:] == -starts[:4]).all()) == symmetric and bool((starts == z).all()) != symmetric
 
 
 def test_short_chains_leave_a_planted_bad_guide_and_stay_with_a_good_one():
