@@ -26,6 +26,7 @@ from pyro_dgm.diagnostics import (
     resample,
     sbc,
     tarp,
+    workflow,
 )
 from pyro_dgm.evaluate.density import assert_density
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
@@ -33,7 +34,7 @@ from pyro_dgm.gan import Adversarial, Critic, Generator
 from pyro_dgm.guides import AutoFlow
 from pyro_dgm.objectives import IWAE_ELBO, STL_ELBO, MaximumLikelihood
 from pyro_dgm.ratio import Adversarial_ELBO, DensityRatio, ImplicitGuide, LogisticRegression, refine
-from pyro_dgm.simulation import Simulations, simulate
+from pyro_dgm.simulation import Simulations, as_model, simulate
 from pyro_dgm.train import FitDiverged, History, fit
 from pyro_dgm.vae import VAE
 
@@ -75,6 +76,7 @@ __all__ = [
     "compare",
     "coverage",
     "error_bounds",
+    "as_model",
     "assert_density",
     "fit",
     "from_fits",
@@ -89,4 +91,5 @@ __all__ = [
     "sbc",
     "simulate",
     "tarp",
+    "workflow",
 ]

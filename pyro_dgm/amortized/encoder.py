@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from pyro_dgm.amortized.sets import Range, SetEncoder
 from pyro_dgm.amortized.structure import Site, Structure
+from pyro_dgm.amortized.summaries import summary_for
 from pyro_dgm.core import InputUnits
 from pyro_dgm.core.networks import broadcast_cat
 
-__all__ = ["Pools", "Stream", "Streams", "Trained", "by_site", "pairs", "parts_of", "pooled"]
+__all__ = ["Pools", "Stream", "Streams", "Trained", "by_site", "checksum", "pairs", "parts_of", "pooled"]
 
 # Not measured; chosen by hand.
 _LEVEL = 0.005  # share of simulations that count as outside
@@ -342,10 +343,23 @@ def _encoded(encoder: nn.Module, u: Tensor, site: Site, entries: Tensor | None) 
     return out.reshape(*u.shape[:-1], out.shape[-1])
 
 
-def by_site(encoder: nn.Module | Mapping[str, nn.Module] | None, observed: list[str]) -> dict[str, nn.Module]:
-    """Encoders by the names of observed sites."""
+@torch.no_grad()
+def checksum(module: nn.Module) -> Tensor:
+    """A number that training changes; NaN where there is nothing to train."""
+    sums = [p.double().sum() for p in module.parameters()]
+    return torch.stack(sums).sum() if sums else torch.tensor(torch.nan)
+
+
+def by_site(encoder: nn.Module | Mapping[str, nn.Module] | str | None, sites: Sequence[Site]) -> dict[str, nn.Module]:
+    """Encoders by the names of observed sites; "auto" chooses them by the shapes of events."""
+    observed = [s.name for s in sites]
     if encoder is None:
         return {}
+    if isinstance(encoder, str):
+        if encoder != "auto":
+            raise ValueError(f"AmortizedGuide: encoder={encoder!r}, expected modules by observed site, or 'auto'.")
+        chosen = {s.name: summary_for(s.event_shape) for s in sites}
+        return {k: network for k, network in chosen.items() if network is not None}
     if isinstance(encoder, Mapping):
         return dict(encoder)
     if len(observed) == 1:

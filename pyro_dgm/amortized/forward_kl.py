@@ -25,6 +25,7 @@ from pyro_dgm.core.devices import device_of, to_device
 from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.shapes import as_tensor_like, check_number
 from pyro_dgm.core.warn import told_unless_finite
+from pyro_dgm.flows.ensemble import members_of
 from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
 
@@ -194,10 +195,11 @@ def _training(families: list[nn.Module]) -> Iterator[None]:
 def _term(turn: Turn) -> Tensor:
     """What a group adds: its log density, or minus the loss of flow matching, evenly over its plates' elements."""
     if turn.u is None or not turn.group.continuous_flow:
-        return turn.log_prob()
+        return turn.log_prob(apart=torch.is_grad_enabled())
     u = turn.u
     context = turn.context.expand(*u.shape[:-1], -1)
-    loss = FlowMatching(turn.group.family)(u.flatten(0, -2), context.flatten(0, -2))
+    flat = u.flatten(0, -2), context.flatten(0, -2)
+    loss = torch.stack([FlowMatching(family)(*flat) for family in members_of(turn.group.family)]).mean(0)
     evenly = (loss / u.shape[1:-1].numel()).expand(u.shape[:-1])
     return turn.present(turn.log_prob_discrete()) - evenly
 

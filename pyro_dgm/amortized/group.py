@@ -13,14 +13,15 @@ import torch
 from torch import Size, Tensor, nn
 
 from pyro_dgm.amortized.encoder import Pools, Stream, pairs, pooled
-from pyro_dgm.amortized.structure import Site
-from pyro_dgm.amortized.units import Moments, Units
+from pyro_dgm.amortized.structure import Site, Structure
+from pyro_dgm.amortized.units import Moments, PriorUnits, Units
 from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule, Standardize
 from pyro_dgm.core.networks import LOG_WIDTHS, MLP, broadcast_cat, chosen_place_and_width
+from pyro_dgm.flows.ensemble import Ensemble, members_of
 from pyro_dgm.flows.mixture_chain import MixtureChain
 
-__all__ = ["REGRESSED", "Family", "Group", "Turn", "family_of", "trimmed", "trimmed_moments"]
+__all__ = ["REGRESSED", "Family", "Group", "Turn", "groups_of", "trimmed", "trimmed_moments"]
 
 Family = Callable[[int, int], DistributionModule]
 Values = dict[str, Tensor]
@@ -44,6 +45,7 @@ class Group(nn.Module):
         centred: sites that are seen in units of their prior given earlier latents.
         family: ``family(features, context_features)``; None for a chain of mixtures.
         keeps_boxes: whether the chain of mixtures keeps the boxes of priors by itself.
+        ensemble: so many flows, evenly mixed.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Group(nn.Module):
         centred: Collection[Site],
         family: Family | None,
         keeps_boxes: bool,
+        ensemble: int = 1,
     ) -> None:
         super().__init__()
         self.sites = sites
@@ -75,7 +78,8 @@ class Group(nn.Module):
         self.counts += [False] * 2 * width
         self.bent += [0] * 2 * width
         self.context_features = len(self.steady)
-        self.family: Any = self._family(family)
+        made: list[Any] = [self._family(family) for _ in range(ensemble)]
+        self.family: Any = Ensemble(made) if ensemble > 1 and self.units is not None else made[0]
         self.heads = nn.ModuleList(self._heads())
 
     def _pools(self, stream: Stream, owned: Collection[tuple[str, ...]], dims: dict[str, int]) -> nn.Module:
@@ -145,7 +149,7 @@ class Group(nn.Module):
     @property
     def continuous_flow(self) -> bool:
         """Whether the family is carried along a velocity field, and is trained by flow matching."""
-        return isinstance(self.family, ContinuousFlow)
+        return self.family is not None and all(isinstance(f, ContinuousFlow) for f in members_of(self.family))
 
     def context(self, streams: list[Stream], earlier: list[Stream], learned: bool = True) -> Tensor:
         """All that the group sees, shape ``(*lead, *plates, C)``; plates that it lacks have become 1."""
@@ -196,6 +200,27 @@ class Group(nn.Module):
                 values[site.name] = pyro.sample(site.name, delta)
                 seen = broadcast_cat(seen, _one_hot(site, values[site.name]))
         return values, u
+
+
+def groups_of(
+    structure: Structure,
+    prior: PriorUnits,
+    streams: Sequence[Stream],
+    family: Family | Mapping[str, Family] | None,
+    keeps_boxes: bool,
+    ensemble: int,
+) -> list[Group]:
+    """One for each set of plates of latents that hang together, outermost first."""
+    dims = {n: d for n, (d, _) in structure.plates.items()}
+    owned = {s.plates for s in structure.latents}
+    groups: list[Group] = []
+    for sites in structure.groups():
+        sees = {i: g for i, g in enumerate(groups) if structure.related(g.sites[0], sites[0])}
+        outer = not (sites[0].plates or sees)  # elsewhere the constant of a box would depend on other latents
+        own = family_of(family, sites)
+        keeps = keeps_boxes and outer and own is None
+        groups.append(Group(sites, dims, streams, owned, sees, prior.sites, own, keeps, ensemble))
+    return groups
 
 
 def _one_hot(site: Site, value: Tensor) -> Tensor:
@@ -318,11 +343,18 @@ class Turn:
         hot = [_one_hot(s, self.values[s.name]) for s in self.group.discrete]
         return Stream(self.group.plates, broadcast_cat(self.u, *hot), self.mask)
 
-    def log_prob(self) -> Tensor:
-        """Log density of encoded values, nats, shape ``(*lead, *plates)``; 0 where there is no element."""
-        if self.u is None:
+    def log_prob(self, *, apart: bool = False) -> Tensor:
+        """Log density of encoded values, nats, shape ``(*lead, *plates)``; 0 where there is no element.
+
+        Members of an ensemble are trained ``apart``, by the mean of their own.
+        """
+        if self.u is None or self.log_det is None:
             return self.present(self.log_prob_discrete())
-        terms = self.group.family(self.context).log_prob(self.u) + self.log_det
+        family = self.group.family
+        if apart and isinstance(family, Ensemble):
+            terms = family.apart(self.context, self.u).mean(0) + self.log_det
+        else:
+            terms = family(self.context).log_prob(self.u) + self.log_det
         if self.group.discrete:
             terms = terms + self.log_prob_discrete()
         return terms if self.mask is None else self.present(terms)

@@ -21,14 +21,16 @@ import torch
 from torch import Size, Tensor, nn
 
 from pyro_dgm.amortized.binding import Arguments, alike, covariate_sites, size_arguments
-from pyro_dgm.amortized.encoder import Streams, Trained, by_site, pairs, parts_of
-from pyro_dgm.amortized.group import REGRESSED, Family, Group, Turn, family_of, trimmed, trimmed_moments
-from pyro_dgm.amortized.posterior import ConditionedGuide, Unbounded, rewritten
+from pyro_dgm.amortized.encoder import Streams, Trained, by_site, checksum, pairs, parts_of
+from pyro_dgm.amortized.group import REGRESSED, Family, Group, Turn, groups_of, trimmed, trimmed_moments
+from pyro_dgm.amortized.moving import Unbounded, rewritten
+from pyro_dgm.amortized.posterior import ConditionedGuide
 from pyro_dgm.amortized.structure import Site, as_drawn, moving_supports, present, read
 from pyro_dgm.amortized.units import PriorUnits
 from pyro_dgm.core.devices import device_of, fork_rng, to_device
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.warn import warn_user
+from pyro_dgm.flows.ensemble import members_of
 from pyro_dgm.flows.mixture_chain import MixtureChain
 
 __all__ = ["AmortizedGuide"]
@@ -60,11 +62,15 @@ class AmortizedGuide(nn.Module):
         covariates: names of model arguments that differ between data sets: tensors whose dimensions are those of plates
             (``(J,)`` for one number per group), a name or a mapping ``{name: number of dimensions right of the plates}``.
         encoder: ``{observed site: module}`` from events ``(N, *event_shape)`` to features ``(N, F)``: a convolutional,
-            recurrent or set network. One module serves a model with one observed site.
+            recurrent or set network. One module serves a model with one observed site. "auto" chooses networks by the shapes:
+            convolutions along ``(L,)`` of 32 entries and more and along the T of ``(T, F)``, over ``(C, H, W)`` and square
+            ``(H, W)``; shorter vectors are read as they are.
         family: ``family(features, context_features)`` gives the flow of a group; a mapping ``{site: family}`` chooses by
             one of the group's sites. None for a chain of mixtures of normals around a linear regression.
         bounds: how a prior's box is kept. None: by the default family itself, with an exact constant, for latents outside
             plates; otherwise, and always for a family given here, by mapping the box to all numbers. ``"map"`` maps every box.
+        ensemble: so many flows for each group, evenly mixed (:class:`~pyro_dgm.flows.Ensemble`): five cost five times as much,
+            are less often overconfident, and their disagreement shows where they learned too little.
 
     Raises:
         ValueError: for an observed name that is no site; no latents; subsampled plates; supports that depend on discrete sites;
@@ -97,9 +103,10 @@ class AmortizedGuide(nn.Module):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         covariates: Sequence[str] | Mapping[str, int] = (),
-        encoder: nn.Module | Mapping[str, nn.Module] | None = None,
+        encoder: nn.Module | Mapping[str, nn.Module] | str | None = None,
         family: Family | Mapping[str, Family] | None = None,
         bounds: str | None = None,
+        ensemble: int = 1,
     ) -> None:
         super().__init__()
         observed = [observed] if isinstance(observed, str) else list(observed)
@@ -118,12 +125,15 @@ class AmortizedGuide(nn.Module):
             self.prior = PriorUnits(self.arguments, self.structure, self.covariates)
             self.unbounded = Unbounded(model, moving, self.prior) if moving else None
             self.alike = alike(self.arguments, self.structure, self.covariates)
-            self.streams = Streams(self.structure, self.covariates, by_site(encoder, observed))
-            self.groups: Any = nn.ModuleList(self._groups(family, keeps_boxes=bounds is None))
+            self.streams = Streams(self.structure, self.covariates, by_site(encoder, self.structure.observed))
+            made = groups_of(
+                self.structure, self.prior, self.streams(self._example(), 0), family, bounds is None, ensemble
+            )
+            self.groups: Any = nn.ModuleList(made)
             self.trained = Trained(list(self.structure.plates), self._compared(self._example(), 0).shape[-1])
         self.standardized: Tensor
         self.register_buffer("standardized", torch.zeros((), dtype=torch.bool))
-        self.trained.start.copy_(self._checksum())
+        self.trained.start.copy_(checksum(self))
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -156,7 +166,7 @@ class AmortizedGuide(nn.Module):
     def _warn(self, data: Data, lead: int) -> None:
         """Say once what the guide was not trained for."""
         names = ", ".join(f"'{s.name}'" for s in self.structure.observed)
-        if self._checksum() == self.trained.start:
+        if checksum(self) == self.trained.start:
             warn_user(
                 f"condition: the guide was never trained, so its posterior of {names} is that of random networks. Train it: "
                 "fit(ForwardKL(guide), simulate(model, 10_000, observed=...))."
@@ -167,11 +177,6 @@ class AmortizedGuide(nn.Module):
             found = [self.trained.unusual_data(self._compared(data, lead))]
         if any(found):
             warn_user(f"condition: data of {names}: {' '.join(found)}")
-
-    def _checksum(self) -> Tensor:
-        """A number that training changes; NaN where there is nothing to train."""
-        sums = [p.detach().double().sum() for p in self.parameters()]
-        return torch.stack(sums).sum() if sums else torch.tensor(torch.nan)
 
     def _example(self) -> dict[str, Any]:
         return self.arguments.example(self.structure, self.covariates)
@@ -297,7 +302,7 @@ class AmortizedGuide(nn.Module):
         rows: dict[Group, list[Any]] = {}
         for part in parts_of(batch):
             for turn in self._walk(part, 1, part, learned=False):
-                if turn.u is not None and isinstance(turn.group.family, MixtureChain):
+                if turn.u is not None and isinstance(members_of(turn.group.family)[0], MixtureChain):
                     rows.setdefault(turn.group, []).append(pairs(turn.context, turn.u, turn.mask))
         for group, found in rows.items():
             context, u = (torch.cat(parts)[:REGRESSED] for parts in zip(*found, strict=True))
@@ -345,20 +350,6 @@ class AmortizedGuide(nn.Module):
                     stack.enter_context(plate)
                 out[x] = pyro.sample(x, delta)
         return out
-
-    def _groups(self, family: Family | Mapping[str, Family] | None, keeps_boxes: bool) -> list[Group]:
-        dims = {n: d for n, (d, _) in self.structure.plates.items()}
-        example = self.streams(self._example(), 0)
-        owned = {s.plates for s in self.structure.latents}
-        groups: list[Group] = []
-        for sites in self.structure.groups():
-            sees = {i: g for i, g in enumerate(groups) if self.structure.related(g.sites[0], sites[0])}
-            outer = not (sites[0].plates or sees)  # elsewhere the constant of a box would depend on other latents
-            own = family_of(family, sites)
-            groups.append(
-                Group(sites, dims, example, owned, sees, self.prior.sites, own, keeps_boxes and outer and own is None)
-            )
-        return groups
 
     def _mask(self, group: Group, masks: Mapping[str, Tensor], lead: int) -> Tensor | None:
         """Which elements of the group's plates exist, ``(*lead, *plates)``."""

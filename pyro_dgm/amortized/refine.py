@@ -34,7 +34,7 @@ from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine
 if TYPE_CHECKING:
     from pyro_dgm.amortized.posterior import ConditionedGuide
 
-__all__ = ["Joint", "Refined", "refined"]
+__all__ = ["Chains", "Joint", "Refined", "picked", "refined", "run_chains", "smoothed"]
 
 _LIKELY = 0.5  # Pareto k below which weights are all that is needed (Vehtari et al. 2024)
 _EQUAL = 0.98  # share of effective draws above which weights are as good as equal; not measured, chosen by hand
@@ -107,12 +107,12 @@ def _refined(joint: Joint, n: int, proposals: int, steps: int) -> Refined:
             "model simulates, or the guide is not trained."
         )
     log_w = torch.where(finite, log_p - log_q, -torch.inf).double()
-    smooth, k = _smoothed(log_w.cpu())
+    smooth, k = smoothed(log_w.cpu())
     ess = float(1.0 / np.square(smooth).sum())
     error = evidence_error(log_w.cpu().numpy(), np.log(smooth, where=smooth > 0, out=np.full_like(smooth, -np.inf)), k)
-    index = _picked(smooth, n)
-    chains = _Chains(u[index], log_p[index].double())
-    accepted = _run(chains, joint, steps) if steps and n > 3 else {}
+    index = picked(smooth, n)
+    chains = Chains(u[index], log_p[index].double())
+    accepted = run_chains(chains, joint, steps) if steps and n > 3 else {}
     moved = float((chains.u != u[index]).any(-1).double().mean())
     _warn(k, ess, proposals, steps, accepted)
     evidence = float(log_mean(log_w.cpu().numpy()))
@@ -120,7 +120,7 @@ def _refined(joint: Joint, n: int, proposals: int, steps: int) -> Refined:
 
 
 @dataclass
-class _Chains:
+class Chains:
     """Where the chains are, ``(n, D)``, and the model's log density there."""
 
     u: Tensor
@@ -134,7 +134,7 @@ class _Chains:
         return take
 
 
-def _run(chains: _Chains, joint: Joint, steps: int) -> dict[str, float]:
+def run_chains(chains: Chains, joint: Joint, steps: int) -> dict[str, float]:
     """Move the chains; the share of accepted proposals of each kind."""
     shares: dict[str, list[float]] = {"fresh draws": [], "differences": []}
     for i in range(steps):
@@ -145,7 +145,7 @@ def _run(chains: _Chains, joint: Joint, steps: int) -> dict[str, float]:
     return {k: sum(v) / len(v) for k, v in shares.items() if v}
 
 
-def _fresh(chains: _Chains, joint: Joint) -> float:
+def _fresh(chains: Chains, joint: Joint) -> float:
     """Independence step: the proposal is the guide. It changes modes."""
     u = joint.sample(len(chains.u))
     log_p = _finite(joint.log_p(u))
@@ -153,7 +153,7 @@ def _fresh(chains: _Chains, joint: Joint) -> float:
     return float(chains.accept(u, log_p, log_ratio).double().mean())
 
 
-def _difference(chains: _Chains, joint: Joint, jump: bool) -> float:
+def _difference(chains: Chains, joint: Joint, jump: bool) -> float:
     """Half the chains at a time move by the difference of two chains of the other half, which stays as it is."""
     n, dim = chains.u.shape
     order = torch.randperm(n)
@@ -164,7 +164,7 @@ def _difference(chains: _Chains, joint: Joint, jump: bool) -> float:
         gamma = 1.0 if jump else 2.38 / math.sqrt(2.0 * dim) * torch.rand(len(movers), 1, device=chains.u.device)
         u = chains.u[movers] + gamma * (chains.u[rest[a]] - chains.u[rest[b]])
         u = u + _JITTER * torch.randn_like(u)
-        half = _Chains(chains.u[movers], chains.log_p[movers])
+        half = Chains(chains.u[movers], chains.log_p[movers])
         log_p = _finite(joint.log_p(u))
         taken[movers] = half.accept(u, log_p, log_p - half.log_p)
         chains.u[movers] = half.u
@@ -176,7 +176,7 @@ def _finite(log_p: Tensor) -> Tensor:
     return log_p.double().nan_to_num(nan=-torch.inf, posinf=-torch.inf)
 
 
-def _smoothed(log_w: Tensor) -> tuple[np.ndarray, float]:
+def smoothed(log_w: Tensor) -> tuple[np.ndarray, float]:
     """Smoothed weights of all draws, summing to one, and Pareto k; draws of density zero have weight zero."""
     finite = log_w.isfinite().numpy()
     smooth, k = psis(log_w.numpy()[finite])
@@ -185,7 +185,7 @@ def _smoothed(log_w: Tensor) -> tuple[np.ndarray, float]:
     return out / out.sum(), k
 
 
-def _picked(weights: np.ndarray, n: int) -> Tensor:
+def picked(weights: np.ndarray, n: int) -> Tensor:
     """Indices in proportion to the weights, in random order."""
     index = stratified(weights, n, torch.rand(n, dtype=torch.float64, device="cpu").numpy())
     return torch.from_numpy(index)[torch.randperm(n, device="cpu")]

@@ -17,6 +17,7 @@ from pyro_dgm.diagnostics.misspecification import Misspecification, misspecifica
 from pyro_dgm.diagnostics.posteriors import Refit
 from pyro_dgm.diagnostics.sharpness import Sharpness
 from pyro_dgm.diagnostics.svi import from_fits, from_svi
+from pyro_dgm.diagnostics.workflow import Workflow, workflow
 
 __all__ = [
     "Calibration",
@@ -28,6 +29,7 @@ __all__ = [
     "Report",
     "Rows",
     "Sharpness",
+    "Workflow",
     "check",
     "compare",
     "compute_log_likelihood",
@@ -47,4 +49,5 @@ __all__ = [
     "sample_posterior_predictive",
     "sbc",
     "tarp",
+    "workflow",
 ]

@@ -27,6 +27,7 @@ from pyro_dgm.model.vectorize import NOT_VECTORIZED, first_line, plate_nesting
 from pyro_dgm.simulation.blocks import TOO_FEW, Blocks, Part, fault_of_plate, random_state, run_job, run_whole_job
 from pyro_dgm.simulation.design import checked_sizes, resizable, truncated, whole
 from pyro_dgm.simulation.folder import begun, locked
+from pyro_dgm.simulation.function import FunctionModel
 from pyro_dgm.simulation.store import Simulations, Store
 
 __all__ = ["simulate"]
@@ -192,7 +193,7 @@ class _Prepared:
         events = {k: s["fn"].event_dim for k, s in nodes.items()}
         nesting = max([plate_nesting(trace), *(len(s["fn"].batch_shape) for s in nodes.values())])
         self.blocks = Blocks(model, args, kwargs, nesting, events, shapes, "plate", plates=once.plates)
-        fault = fault_of_plate(self.blocks, n)
+        fault = TOO_FEW if isinstance(model, FunctionModel) else fault_of_plate(self.blocks, n)
         if fault and fault != TOO_FEW:
             warn_user(NOT_VECTORIZED.format(fault))
         if fault:

@@ -1,0 +1,274 @@
+r"""An amortised guide on many data sets: each posterior is judged by the model's density, and repaired where it has to be.
+
+For each data set the first of these that is enough is taken:
+
+1. *accepted*: the guide's own draws, where importance weights say that they are the posterior's (as :func:`~pyro_dgm.khat` does);
+2. *reweighted*: draws picked by weight, where k-hat is fine and enough distinct ones are left;
+3. *moved*: those moved by short Markov chains, which propose fresh draws of the guide and differences of each other, until
+   another hundred steps change neither a mean nor the log density;
+4. *refused*: none of these. MCMC from scratch is what is left.
+
+The guide's draws stay *unchecked* where the model's data have no density (a simulator whose data are a ``Delta``).
+
+References:
+    | Li, Vehtari, Bürkner, Radev, Acerbi & Schmitt (2024), "Amortized Bayesian workflow", arXiv 2409.04332.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from torch import Tensor
+from tqdm.auto import tqdm
+from typing_extensions import Unpack
+
+from pyro_dgm.amortized.guide import AmortizedGuide
+from pyro_dgm.amortized.posterior import ConditionedGuide
+from pyro_dgm.amortized.refine import Chains, Joint, picked, run_chains, smoothed
+from pyro_dgm.core import ImplicitDistribution
+from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.pace import few_threads
+from pyro_dgm.core.weights import correction
+from pyro_dgm.diagnostics.containers import ContainerOptions
+from pyro_dgm.diagnostics.converters import from_posterior_samples
+from pyro_dgm.diagnostics.khat import Exploration, KHat, judge
+from pyro_dgm.model.sites import innermost_distribution
+
+__all__ = ["Workflow", "workflow"]
+
+Status = Literal["accepted", "reweighted", "moved", "refused", "unchecked"]
+_STATUSES: tuple[Status, ...] = get_args(Status)
+
+# Not measured; chosen by hand.
+_PROPOSALS = 4  # draws of the guide for each that is returned
+_DISTINCT = 0.4  # effective draws for each that is returned, from which weights are enough
+_BLOCK, _MOST_BLOCKS = 100, 6  # steps of the chains
+_STILL = 4.0  # standard errors: a larger change from block to block is none of chance
+_STUCK = 0.9  # share of the chains that must have left their starts
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """The posteriors of M data sets, and what was done for each.
+
+    Attributes:
+        draws: ``{site: (M, n, *site)}``; of a refused data set where its chains ended, or NaN where it could not be read.
+        status: "accepted", "reweighted", "moved", "refused" or "unchecked", of each.
+        khat, gap, ess: of the guide's importance weights: Pareto k, nats, effective number of 4 n; NaN where there are none.
+        seconds: of each.
+        notes: what ``condition`` warned of, for each, and why data could not be read; empty where there was nothing.
+    """
+
+    draws: dict[str, Tensor]
+    status: tuple[Status, ...]
+    khat: tuple[float, ...]
+    gap: tuple[float, ...]
+    ess: tuple[float, ...]
+    seconds: tuple[float, ...]
+    notes: tuple[str, ...]
+    _posteriors: tuple[ConditionedGuide, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    def share(self, status: Status) -> float:
+        """Share of the data sets with this status."""
+        return self.status.count(status) / len(self)
+
+    def where(self, status: Status) -> list[int]:
+        """The data sets with this status, by their place."""
+        return [i for i, each in enumerate(self.status) if each == status]
+
+    def container(self, index: int, **options: Unpack[ContainerOptions]) -> Any:
+        """One data set's draws for ArviZ, as :func:`~pyro_dgm.from_posterior_samples` makes it with these options."""
+        samples = {k: v[index] for k, v in self.draws.items()}
+        return from_posterior_samples(self._posteriors[index].model, samples, **options)
+
+    def table(self) -> str:
+        """A line for each data set."""
+        head = f"{'data set':>8s}  {'status':11s}{'k-hat':>7s}{'gap':>9s}{'ESS':>8s}{'seconds':>9s}"
+        rows = zip(self.status, self.khat, self.gap, self.ess, self.seconds, self.notes, strict=True)
+        lines = [
+            f"{i:8d}  {status:11s}{k:7.2f}{gap:9.3f}{ess:8.0f}{s:9.2f}  {note}".rstrip()
+            for i, (status, k, gap, ess, s, note) in enumerate(rows)
+        ]
+        return "\n".join([head, *lines])
+
+    def __str__(self) -> str:
+        counts = Counter(self.status)
+        shares = ", ".join(f"{counts[s] / len(self):.0%} {s}" for s in _STATUSES if counts[s])
+        refused = self.where("refused")
+        some = ", ".join(map(str, refused[:10])) + (", ..." if len(refused) > 10 else "")
+        advice = f" Refused: {some}; run MCMC there, or train the guide on more simulations." if refused else ""
+        if counts["unchecked"]:
+            advice += " The model's data have no density to check with: look at sbc, and at misspecification for each."
+        return f"{len(self)} data sets in {sum(self.seconds):.1f} s: {shares}.{advice}"
+
+
+@dataclass
+class _Found:
+    """The outcome of one data set."""
+
+    draws: dict[str, Tensor]
+    status: Status
+    verdict: KHat | None = None
+    failure: str = ""
+
+    def number(self, name: str) -> float:
+        """Of the verdict."""
+        return math.nan if self.verdict is None else float(getattr(self.verdict, name))
+
+
+@checked(num_samples=10)
+def workflow(
+    guide: AmortizedGuide,
+    data: Mapping[str, Any],
+    *,
+    num_samples: int = 1000,
+    progress: bool = True,
+    seed: int | None = None,
+) -> Workflow:
+    """Posterior draws for each of many data sets, accepted, reweighted or moved as the model's density asks.
+
+    Args:
+        guide: a trained :class:`~pyro_dgm.AmortizedGuide`.
+        data: ``{observed site or covariate: (M, *shape)}``; masks under ``"mask"``, with the same first dimension.
+        num_samples: draws of each posterior.
+        progress: show a bar over the data sets.
+        seed: makes it reproducible.
+
+    Raises:
+        ValueError: as :meth:`~pyro_dgm.AmortizedGuide.condition`; for numbers of data sets that differ from site to site.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
+        >>> def model(x=None):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     return pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+        >>> guide = dgm.AmortizedGuide(model, observed=["x"])
+        >>> sims = dgm.simulate(model, 1000, observed=["x"], seed=0, progress=False)
+        >>> history = dgm.fit(dgm.ForwardKL(guide), sims, max_steps=200, progress=False, seed=0)
+        >>> found = dgm.workflow(guide, {"x": torch.tensor([-1.0, 0.0, 2.0])}, num_samples=200, seed=0, progress=False)
+        >>> found.draws["mu"].shape, found.where("refused")
+        (torch.Size([3, 200]), [])
+    """
+    rows = _rows(data)
+    found: list[_Found] = []
+    posteriors: list[ConditionedGuide] = []
+    notes: list[str] = []
+    seconds: list[float] = []
+    with seeded(seed), tqdm(rows, desc="posteriors", disable=not progress) as bar:
+        for row in bar:
+            began = time.perf_counter()
+            posterior, note = _conditioned(guide, row)
+            found.append(_one_or_none(posterior, num_samples))
+            posteriors.append(posterior)
+            notes.append(f"{note} {found[-1].failure}".strip())
+            seconds.append(time.perf_counter() - began)
+            bar.set_postfix(Counter(each.status for each in found))
+    return Workflow(
+        draws=_stacked(found),
+        status=tuple(each.status for each in found),
+        khat=tuple(each.number("k") for each in found),
+        gap=tuple(each.number("gap") for each in found),
+        ess=tuple(each.number("ess") for each in found),
+        seconds=tuple(seconds),
+        notes=tuple(notes),
+        _posteriors=tuple(posteriors),
+    )
+
+
+def _rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of ``condition``, data set by data set."""
+    masks = data.get("mask") or {}
+    values = {k: torch.as_tensor(v) for k, v in data.items() if k != "mask"}
+    lengths = {k: len(v) if v.dim() else 0 for k, v in (*values.items(), *masks.items())}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(f"workflow: the data have {lengths} data sets in their first dimension, expected one number.")
+    count = next(iter(lengths.values()))
+    return [
+        {k: v[i] for k, v in values.items()} | ({"mask": {k: m[i] for k, m in masks.items()}} if masks else {})
+        for i in range(count)
+    ]
+
+
+def _conditioned(guide: AmortizedGuide, row: dict[str, Any]) -> tuple[ConditionedGuide, str]:
+    """The posterior, and what was warned of."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        posterior = guide.condition(**row)
+    return posterior, " ".join(str(w.message).removeprefix("condition: ") for w in said)
+
+
+def _one_or_none(posterior: ConditionedGuide, n: int) -> _Found:
+    """The outcome; data that the guide cannot read are refused by themselves, and the other data sets go on."""
+    try:
+        return _one(posterior, n)
+    except ValueError as error:
+        return _Found({}, "refused", failure=str(error))
+
+
+def _stacked(found: list[_Found]) -> dict[str, Tensor]:
+    """Draws of all data sets; NaN where there are none."""
+    some = next((each.draws for each in found if each.draws), None)
+    if some is None:
+        raise ValueError(f"workflow: no data set has a posterior. {found[0].failure}")
+    return {
+        k: torch.stack([each.draws.get(k, torch.full_like(v, torch.nan)) for each in found]) for k, v in some.items()
+    }
+
+
+@torch.no_grad()
+def _one(posterior: ConditionedGuide, n: int) -> _Found:
+    """The first of accepted, reweighted, moved that is enough."""
+    if _lacks_density(posterior):
+        return _Found(posterior.sample((n,)), "unchecked")
+    with few_threads(n * sum(v.numel() for v in posterior.data.values() if isinstance(v, Tensor))):
+        joint = Joint(posterior)
+        u = joint.sample(_PROPOSALS * n)
+        log_p = joint.log_p(u).double()
+        log_weight = (log_p - joint.log_q(u)).nan_to_num(-torch.inf).cpu().numpy()
+        moved_by = correction(u.double().cpu().numpy(), log_weight)
+        verdict = judge(log_weight, Exploration(correction=moved_by))
+        if verdict.status in ("exact", "good"):
+            return _Found(joint.unpack(u[:n]), "accepted", verdict)
+        if not log_p.isfinite().any():
+            return _Found(joint.unpack(u[:n]), "refused", verdict)
+        index = picked(smoothed(torch.as_tensor(log_weight))[0], n)
+        if verdict.k < verdict.threshold and verdict.ess > _DISTINCT * n:
+            return _Found(joint.unpack(u[index]), "reweighted", verdict)
+        chains = Chains(u[index], log_p[index])
+        settled = not joint.discrete and _settle(chains, joint)
+        return _Found(joint.unpack(chains.u), "moved" if settled else "refused", verdict)
+
+
+def _lacks_density(posterior: ConditionedGuide) -> bool:
+    """Whether some datum of the model is a computed value, or an implicit draw."""
+    trace = poutine.trace(posterior.model).get_trace()
+    kinds = [innermost_distribution(trace.nodes[s.name]) for s in posterior.guide.structure.observed]
+    return any(isinstance(fn, Delta | ImplicitDistribution) for fn in kinds)
+
+
+def _settle(chains: Chains, joint: Joint) -> bool:
+    """Run the chains until another block of steps changes nothing; whether that was reached."""
+    start = chains.u
+    for _ in range(_MOST_BLOCKS):
+        before = torch.cat([chains.u, chains.log_p[:, None].to(chains.u)], 1)
+        run_chains(chains, joint, _BLOCK)
+        after = torch.cat([chains.u, chains.log_p[:, None].to(chains.u)], 1)
+        error = ((before.var(0) + after.var(0)) / len(after)).sqrt()
+        still = (after.mean(0) - before.mean(0)).abs() < _STILL * error
+        left = (chains.u != start).any(-1).double().mean() > _STUCK
+        if bool(still.all()) and bool(left):
+            return True
+    return False

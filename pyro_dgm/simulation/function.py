@@ -1,0 +1,101 @@
+"""A simulator that is a plain function, of numpy or of a program outside of Python, as a Pyro model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_dgm.core.kinds import checked, shown
+
+__all__ = ["FunctionModel", "as_model"]
+
+_SEEDS = 2**31 - 1
+
+
+class FunctionModel:
+    """The model of :func:`as_model`: it can be sent to processes where its function can."""
+
+    def __init__(self, function: Callable[..., Any], prior: Mapping[str, Any], observed: Sequence[str]) -> None:
+        self.function = function
+        self.prior = dict(prior)
+        self.observed = tuple(observed)
+        known = inspect.signature(function).parameters
+        self.__signature__ = inspect.Signature(
+            [inspect.Parameter(k, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for k in self.observed]
+        )
+        self.needs = [k for k in ("rng", "seed") if k in known and k not in self.prior]
+
+    def __call__(self, *args: Tensor | None, **kwargs: Tensor | None) -> Any:
+        data = self.__signature__.bind(*args, **kwargs).arguments
+        values = {k: pyro.sample(k, fn) for k, fn in self.prior.items()}
+        if all(data.get(k) is not None for k in self.observed):  # what is seen needs no simulation
+            made = {k: torch.as_tensor(data[k]) for k in self.observed}
+        else:
+            made = self._made(values)
+        sites = [pyro.sample(k, dist.Delta(made[k], event_dim=made[k].dim()), obs=data.get(k)) for k in self.observed]
+        return sites[0] if len(sites) == 1 else tuple(sites)
+
+    def _made(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the function gives for these parameters, as tensors by site."""
+        given: dict[str, Any] = {k: v.detach().cpu().numpy() for k, v in values.items()}
+        given = {k: v.item() if v.ndim == 0 else v for k, v in given.items()}
+        seed = int(torch.randint(_SEEDS, ()))
+        given |= {k: np.random.default_rng(seed) if k == "rng" else seed for k in self.needs}
+        made = self.function(**given)
+        found = dict(zip(self.observed, [made], strict=False)) if len(self.observed) == 1 else made
+        if not isinstance(found, Mapping) or set(found) != set(self.observed):
+            raise ValueError(
+                f"as_model: the function gave {shown(made)}, expected a mapping with the observed names {list(self.observed)}."
+            )
+        return {k: torch.as_tensor(np.asarray(v), dtype=torch.get_default_dtype()) for k, v in found.items()}
+
+
+@checked()
+def as_model(
+    function: Callable[..., Any], prior: Mapping[str, Any], observed: str | Sequence[str] = "x"
+) -> FunctionModel:
+    """A Pyro model that draws parameters from ``prior`` and runs ``function`` with them.
+
+    Args:
+        function: takes the parameters by name, scalars as Python numbers and vectors as numpy arrays, and returns an array (a
+            number, a list), or a mapping by name where several sites are observed. If it has an argument ``rng``, it gets a numpy
+            generator, and of ``seed`` a whole number (for a program outside of Python): simulations can then be made again.
+            Noise from elsewhere is the function's own business.
+        prior: ``{parameter: Pyro distribution of one draw}``.
+        observed: the site, or sites, of what the function returns.
+
+    Returns:
+        A model for :func:`~pyro_dgm.simulate` and :class:`~pyro_dgm.AmortizedGuide`. It runs a draw at a time (pass an
+        ``executor`` for many processes), and it has no density: ``refine`` and other corrections by weights cannot be had.
+
+    Raises:
+        TypeError: if ``function`` is none, or a prior is no distribution.
+        ValueError: for a prior with batch dimensions, and for names that are both parameters and observed.
+
+    Example:
+        >>> import numpy as np, pyro.distributions as dist, pyro_dgm as dgm
+        >>> def walk(drift, rng):
+        ...     return np.cumsum(drift + rng.normal(size=20))
+        >>> model = dgm.as_model(walk, prior={"drift": dist.Normal(0.0, 1.0)}, observed="path")
+        >>> dgm.simulate(model, 100, observed=["path"], seed=0, progress=False)
+        Simulations(100: drift (), observed path (20,))
+    """
+    names = [observed] if isinstance(observed, str) else list(observed)
+    for name, fn in prior.items():
+        if not isinstance(fn, dist.TorchDistribution | torch.distributions.Distribution):
+            raise TypeError(f"as_model: the prior of '{name}' is {shown(fn)}, expected a distribution.")
+        if fn.batch_shape:
+            raise ValueError(
+                f"as_model: the prior of '{name}' has batch shape {tuple(fn.batch_shape)}, expected one draw: .to_event(1)."
+            )
+    twice = sorted(set(prior) & set(names))
+    if twice or not names:
+        raise ValueError(f"as_model: observed={names}, expected one name or more that are no parameters {list(prior)}.")
+    return FunctionModel(function, prior, names)

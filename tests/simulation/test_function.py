@@ -1,0 +1,102 @@
+"""Plain functions as models."""
+
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_dgm as dgm
+
+PRIOR = {"drift": dist.Normal(0.0, 1.0), "sd": dist.Uniform(0.5, 1.5)}
+
+
+def walk(drift, sd, rng):
+    return np.cumsum(drift + sd * rng.normal(size=6))
+
+
+def two_sites(drift, sd, rng):
+    path = walk(drift, sd, rng)
+    return {"end": path[-1], "largest": path.max()}
+
+
+def outside_of_python(drift, seed):
+    """A program of its own, whose answer is read from its output."""
+    program = f"import random; random.seed({seed}); print({drift} + random.gauss(0.0, 0.1))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def fails_often(drift, sd, rng):
+    if drift < 0.0:
+        raise FloatingPointError("below zero")
+    return drift
+
+
+def simulated(model, n=40, **options):
+    return dgm.simulate(model, n, observed=list(model.observed), seed=3, progress=False, **options)
+
+
+def test_simulations_are_made_again_with_the_same_seed_and_without_a_warning(recwarn):
+    model = dgm.as_model(walk, PRIOR, observed="path")
+    first, second = simulated(model), simulated(model)
+    assert torch.equal(first["path"], second["path"]) and first["path"].shape == (40, 6)
+    assert float((first["path"][:, -1] / 6 - first["drift"]).abs().mean()) < 0.5
+    assert not recwarn.list
+
+
+def test_processes_give_what_one_gives():
+    model = dgm.as_model(walk, PRIOR, observed="path")
+    with ProcessPoolExecutor(2) as pool:
+        assert torch.equal(simulated(model, executor=pool)["path"], simulated(model)["path"])
+
+
+def test_several_sites_and_programs_outside_of_python():
+    sims = simulated(dgm.as_model(two_sites, PRIOR, observed=["end", "largest"]))
+    assert bool((sims["largest"] >= sims["end"]).all())
+    sims = simulated(dgm.as_model(outside_of_python, {"drift": dist.Normal(0.0, 1.0)}, observed="y"), n=4)
+    assert float((sims["y"] - sims["drift"]).abs().max()) < 0.5
+
+
+def test_failures_are_counted():
+    with pytest.warns(UserWarning, match="failed"):
+        sims = simulated(dgm.as_model(fails_often, PRIOR, observed="x"))
+    assert bool((sims["drift"] >= 0.0).all()) and len(sims.failed) > 0
+
+
+def test_a_guide_learns_it():
+    """Exact: with steps N(drift, 1) and a standard normal prior the posterior is N(6 / 7 of the mean step, 1 / 7)."""
+    pyro.set_rng_seed(0)
+    model = dgm.as_model(unit_walk, {"drift": dist.Normal(0.0, 1.0)}, observed="path")
+    sims = simulated(model, n=1500)
+    guide = dgm.AmortizedGuide(model, observed=["path"])
+    dgm.fit(dgm.ForwardKL(guide), sims, max_steps=400, progress=False, seed=0)
+    draws = guide.condition(path=torch.arange(1.0, 7.0)).sample((4000,))["drift"]
+    assert abs(float(draws.mean()) - 6 / 7) < 0.15 and abs(float(draws.std()) - 7**-0.5) < 0.08
+
+
+def unit_walk(drift, rng):
+    return walk(drift, 1.0, rng)
+
+
+@pytest.mark.parametrize(
+    "prior, observed, error, text",
+    [
+        ({"drift": 1.0}, "x", TypeError, "expected a distribution"),
+        ({"drift": dist.Normal(torch.zeros(2), 1.0)}, "x", ValueError, r"to_event\(1\)"),
+        (PRIOR, "sd", ValueError, "no parameters"),
+        (PRIOR, [], ValueError, "expected one name"),
+    ],
+)
+def test_what_is_no_prior_is_refused(prior, observed, error, text):
+    with pytest.raises(error, match=text):
+        dgm.as_model(walk, prior, observed=observed)
+
+
+def test_a_function_that_gives_no_mapping_is_refused():
+    with pytest.raises(ValueError, match="expected a mapping with the observed names"):
+        dgm.as_model(walk, PRIOR, observed=["a", "b"])()
