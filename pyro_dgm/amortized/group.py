@@ -14,10 +14,11 @@ from torch import Size, Tensor, nn
 
 from pyro_dgm.amortized.encoder import Pools, Stream, pairs, pooled
 from pyro_dgm.amortized.structure import Site, Structure
-from pyro_dgm.amortized.units import Moments, PriorUnits, Units
+from pyro_dgm.amortized.units import BesidePrior, Moments, PriorUnits, Units
 from pyro_dgm.cnf.families import ContinuousFlow
-from pyro_dgm.core import DistributionModule, Standardize
-from pyro_dgm.core.networks import LOG_WIDTHS, MLP, broadcast_cat, chosen_place_and_width
+from pyro_dgm.core import DistributionModule
+from pyro_dgm.core.devices import device_of
+from pyro_dgm.core.networks import MLP, broadcast_cat
 from pyro_dgm.flows.ensemble import Ensemble, members_of
 from pyro_dgm.flows.mixture_chain import MixtureChain
 
@@ -78,9 +79,22 @@ class Group(nn.Module):
         self.counts += [False] * 2 * width
         self.bent += [0] * 2 * width
         self.context_features = len(self.steady)
-        made: list[Any] = [self._family(family) for _ in range(ensemble)]
-        self.family: Any = Ensemble(made) if ensemble > 1 and self.units is not None else made[0]
+        self.may_grow = family is None and self.units is not None
+        self.family: Any = _together([self._family(family) for _ in range(ensemble if self.units is not None else 1)])
         self.heads = nn.ModuleList(self._heads())
+
+    def grow(self, count: int) -> None:
+        """Have an ensemble of at least so many default families; new ones have parameters of their own."""
+        members = members_of(self.family)
+        if self.may_grow and count > len(members):
+            made = [self._family(None) for _ in range(count - len(members))]
+            self.family = _together([*members, *made]).to(device_of(self.family))
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A saved guide may have grown."""
+        start = f"{prefix}family.members."
+        self.grow(len({k.removeprefix(start).split(".")[0] for k in state if k.startswith(start)}))
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def _pools(self, stream: Stream, owned: Collection[tuple[str, ...]], dims: dict[str, int]) -> nn.Module:
         """What pools a stream; plates come last that have latents which another plate of the stream does not split."""
@@ -202,6 +216,11 @@ class Group(nn.Module):
         return values, u
 
 
+def _together(families: list[Any]) -> Any:
+    """One family, or an ensemble of them."""
+    return families[0] if len(families) == 1 else Ensemble(families)
+
+
 def groups_of(
     structure: Structure,
     prior: PriorUnits,
@@ -240,65 +259,6 @@ def _classes(head: nn.Module, seen: Tensor, site: Site) -> dist.TorchDistributio
 
 def _as_values(site: Site, drawn: Tensor) -> Tensor:
     return drawn.reshape([*drawn.shape[:-1], *site.event_shape]).to(site.dtype)
-
-
-class BesidePrior(nn.Module):
-    r"""What the data alone say of latents inside plates, put beside their prior given the latents outside.
-
-    The data of an element place it at :math:`m \pm w` by a regression; a normal prior :math:`N(a, b)` makes of that, in the
-    prior's units and with :math:`v = w / b`,
-
-    .. math:: \frac{(m - a) / b}{1 + v^2} \pm \frac{v}{\sqrt{1 + v^2}}.
-
-    These two are features of the context: a network would have to learn ratios over decades.
-
-    Args:
-        sites: real latents of a group.
-        features: of the context, without earlier latents.
-    """
-
-    slope: Tensor
-    offset: Tensor
-    log_slope: Tensor
-    log_offset: Tensor
-
-    def __init__(self, sites: Sequence[Site], features: int) -> None:
-        super().__init__()
-        self.sites = tuple(sites)
-        width = sum(s.width for s in sites)
-        self.features = features
-        self.standard = Standardize(width)
-        self.register_buffer("slope", torch.zeros(width, features))
-        self.register_buffer("offset", torch.zeros(width))
-        self.register_buffer("log_slope", torch.zeros(width, features))
-        self.register_buffer("log_offset", torch.zeros(width))
-
-    def forward(self, context: Tensor, prior: Moments) -> Tensor:
-        """The context with these features on its right."""
-        told = context[..., : self.features]
-        scale = self.standard.scale
-        place = (told @ self.slope.mT + self.offset) * scale + self.standard.loc
-        log_width = (told @ self.log_slope.mT + self.log_offset).clamp(*LOG_WIDTHS) + scale.log()
-        mean, sd = (torch.cat([self._flat(s, prior[s.name][i]) for s in self.sites], -1) for i in range(2))
-        log_ratio = log_width - sd.log()
-        left = nn.functional.softplus(2.0 * log_ratio)
-        return broadcast_cat(context, (place - mean) / sd * torch.exp(-left), log_ratio - 0.5 * left)
-
-    def _flat(self, site: Site, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[: x.dim() - len(site.event_shape)], site.event_shape.numel())
-
-    def values(self, values: Values) -> Tensor:
-        """Latents as one vector."""
-        return torch.cat([self._flat(s, values[s.name]) for s in self.sites], -1)
-
-    @torch.no_grad()
-    def fit(self, context: Tensor, x: Tensor, *columns: Tensor) -> None:
-        """The regression of latents ``(N, D)`` on contexts ``(N, C)``, of which some are steady, counts and bent."""
-        self.standard.fit(x)
-        own = [c[: self.features] for c in columns]
-        found = chosen_place_and_width(context[:, : self.features], self.standard(x), *own)
-        for buffer, new in zip((self.slope, self.offset, self.log_slope, self.log_offset), found, strict=True):
-            buffer.copy_(new)
 
 
 @dataclass

@@ -70,7 +70,8 @@ class AmortizedGuide(nn.Module):
         bounds: how a prior's box is kept. None: by the default family itself, with an exact constant, for latents outside
             plates; otherwise, and always for a family given here, by mapping the box to all numbers. ``"map"`` maps every box.
         ensemble: so many flows for each group, evenly mixed (:class:`~pyro_dgm.flows.Ensemble`): five cost five times as much,
-            are less often overconfident, and their disagreement shows where they learned too little.
+            are less often overconfident, and their disagreement shows where they learned too little. None: one, or five
+            where :class:`~pyro_dgm.ForwardKL` is fitted without a limit to few simulations, which one learns by heart.
 
     Raises:
         ValueError: for an observed name that is no site; no latents; subsampled plates; supports that depend on discrete sites;
@@ -106,7 +107,7 @@ class AmortizedGuide(nn.Module):
         encoder: nn.Module | Mapping[str, nn.Module] | str | None = None,
         family: Family | Mapping[str, Family] | None = None,
         bounds: str | None = None,
-        ensemble: int = 1,
+        ensemble: int | None = None,
     ) -> None:
         super().__init__()
         observed = [observed] if isinstance(observed, str) else list(observed)
@@ -127,9 +128,10 @@ class AmortizedGuide(nn.Module):
             self.alike = alike(self.arguments, self.structure, self.covariates)
             self.streams = Streams(self.structure, self.covariates, by_site(encoder, self.structure.observed))
             made = groups_of(
-                self.structure, self.prior, self.streams(self._example(), 0), family, bounds is None, ensemble
+                self.structure, self.prior, self.streams(self._example(), 0), family, bounds is None, ensemble or 1
             )
             self.groups: Any = nn.ModuleList(made)
+            self.may_grow = ensemble is None
             self.trained = Trained(list(self.structure.plates), self._compared(self._example(), 0).shape[-1])
         self.standardized: Tensor
         self.register_buffer("standardized", torch.zeros((), dtype=torch.bool))
@@ -235,6 +237,11 @@ class AmortizedGuide(nn.Module):
             simulations = self.unbounded.to_real(simulations, simulations, 1)
         self.arguments.refuse_lacking(simulations, self.structure, self.covariates)
         return simulations
+
+    def grow(self, count: int) -> None:
+        """Have so many default flows for each group, unless the number was given or units were taken."""
+        for group in self.groups if self.may_grow and not self.standardized else ():
+            group.grow(count)
 
     @torch.no_grad()
     def standardize(self, simulations: Data) -> None:

@@ -28,10 +28,11 @@ from torch.distributions.transforms import Transform
 from pyro_dgm.amortized.binding import Arguments
 from pyro_dgm.amortized.structure import Site, Structure
 from pyro_dgm.core import Standardize
+from pyro_dgm.core.networks import LOG_WIDTHS, broadcast_cat, chosen_place_and_width
 from pyro_dgm.core.shapes import is_real, of_entries
 from pyro_dgm.model.handlers import EndOfRun, run_to_end
 
-__all__ = ["Moments", "PriorUnits", "Units", "per_row"]
+__all__ = ["BesidePrior", "Moments", "PriorUnits", "Units", "per_row"]
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 
@@ -304,3 +305,62 @@ class _PriorMoments(Messenger):
             self.moments[msg["name"]] = (msg["fn"].mean, msg["fn"].variance.sqrt().clamp_min(_LEAST_SD))
             if len(self.moments) == len(self.names):
                 raise EndOfRun
+
+
+class BesidePrior(nn.Module):
+    r"""What the data alone say of latents inside plates, put beside their prior given the latents outside.
+
+    The data of an element place it at :math:`m \pm w` by a regression; a normal prior :math:`N(a, b)` makes of that, in the
+    prior's units and with :math:`v = w / b`,
+
+    .. math:: \frac{(m - a) / b}{1 + v^2} \pm \frac{v}{\sqrt{1 + v^2}}.
+
+    These two are features of the context: a network would have to learn ratios over decades.
+
+    Args:
+        sites: real latents of a group.
+        features: of the context, without earlier latents.
+    """
+
+    slope: Tensor
+    offset: Tensor
+    log_slope: Tensor
+    log_offset: Tensor
+
+    def __init__(self, sites: Sequence[Site], features: int) -> None:
+        super().__init__()
+        self.sites = tuple(sites)
+        width = sum(s.width for s in sites)
+        self.features = features
+        self.standard = Standardize(width)
+        self.register_buffer("slope", torch.zeros(width, features))
+        self.register_buffer("offset", torch.zeros(width))
+        self.register_buffer("log_slope", torch.zeros(width, features))
+        self.register_buffer("log_offset", torch.zeros(width))
+
+    def forward(self, context: Tensor, prior: Moments) -> Tensor:
+        """The context with these features on its right."""
+        told = context[..., : self.features]
+        scale = self.standard.scale
+        place = (told @ self.slope.mT + self.offset) * scale + self.standard.loc
+        log_width = (told @ self.log_slope.mT + self.log_offset).clamp(*LOG_WIDTHS) + scale.log()
+        mean, sd = (torch.cat([self._flat(s, prior[s.name][i]) for s in self.sites], -1) for i in range(2))
+        log_ratio = log_width - sd.log()
+        left = nn.functional.softplus(2.0 * log_ratio)
+        return broadcast_cat(context, (place - mean) / sd * torch.exp(-left), log_ratio - 0.5 * left)
+
+    def _flat(self, site: Site, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[: x.dim() - len(site.event_shape)], site.event_shape.numel())
+
+    def values(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Latents as one vector."""
+        return torch.cat([self._flat(s, values[s.name]) for s in self.sites], -1)
+
+    @torch.no_grad()
+    def fit(self, context: Tensor, x: Tensor, *columns: Tensor) -> None:
+        """The regression of latents ``(N, D)`` on contexts ``(N, C)``, of which some are steady, counts and bent."""
+        self.standard.fit(x)
+        own = [c[: self.features] for c in columns]
+        found = chosen_place_and_width(context[:, : self.features], self.standard(x), *own)
+        for buffer, new in zip((self.slope, self.offset, self.log_slope, self.log_offset), found, strict=True):
+            buffer.copy_(new)

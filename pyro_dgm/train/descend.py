@@ -59,12 +59,14 @@ class Limits:
     Attributes:
         reserved: seconds that are left for what comes after the steps.
         spent: seconds before the first step.
+        recommended: whether the user gave none, so that they are the objective's.
     """
 
     max_steps: int | None
     max_seconds: float | None
     reserved: float = 0.0
     spent: float = 0.0
+    recommended: bool = False
     began: float = field(default_factory=time.perf_counter)
 
     def begin(self) -> None:

@@ -236,7 +236,8 @@ def _limits(
 ) -> Limits:
     """The given limits, on a clock that runs; without any those of the recipe, or of two players."""
     timed = clock.max_seconds is not None
-    if max_steps is None and max_epochs is None and not timed:
+    clock.recommended = max_steps is None and max_epochs is None and not timed
+    if clock.recommended:
         max_epochs = recipe.max_epochs
         max_steps = recipe.max_steps
     if max_epochs is not None:

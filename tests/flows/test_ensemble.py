@@ -9,6 +9,7 @@ import torch
 
 import pyro_dgm as dgm
 from pyro_dgm.flows import Ensemble, MixtureChain
+from pyro_dgm.flows.ensemble import members_of
 
 
 class Fixed(dgm.DistributionModule):
@@ -79,8 +80,8 @@ def trained():
 
 def test_members_learn_apart_and_agree_where_simulations_tell(trained):
     """Exact: x ~ N(mu, 2) each, so mu given three is N(mean * 1.5 / 2.5, 1 / 2.5)."""
-    members = trained.groups[0].family.members
-    first, second = (torch.cat([p.flatten() for p in m.parameters()]) for m in members[:2])
+    own = trained.groups[0].family.members
+    first, second = (torch.cat([p.flatten() for p in m.parameters()]) for m in own[:2])
     assert not torch.allclose(first, second)
     posterior = trained.condition(x=torch.tensor([0.5, 1.0, 1.5]))
     draws = posterior.sample((4000,))["mu"]
@@ -103,3 +104,26 @@ def test_many_data_sets_and_a_guide_without_an_ensemble(trained):
         posterior = alone.condition(x=torch.zeros(3))
     with pytest.raises(ValueError, match="ensemble=5"):
         posterior.disagreement()
+
+
+def fitted(n, ensemble=None, **limits):
+    pyro.set_rng_seed(0)
+    guide = dgm.AmortizedGuide(model, observed=["x"], ensemble=ensemble)
+    sims = dgm.simulate(model, n, observed=["x"], seed=0, progress=False)
+    dgm.fit(dgm.ForwardKL(guide), sims, progress=False, seed=0, **limits)
+    return guide
+
+
+def members(guide):
+    return [len(members_of(group.family)) for group in guide.groups]
+
+
+def test_few_simulations_without_a_limit_are_learned_by_five(tmp_path):
+    guide = fitted(150, patience=1, checkpoint=tmp_path / "fit.pt")
+    assert members(guide) == [5, 5]
+    assert members(fitted(150, max_steps=5)) == members(fitted(150, ensemble=1, patience=1)) == [1, 1]
+    again = dgm.AmortizedGuide(model, observed=["x"])
+    again.load_state_dict(guide.state_dict())
+    x = torch.tensor([0.5, 1.0, 1.5])
+    values = guide.condition(x=x).sample((5,))
+    assert torch.equal(again.condition(x=x).log_prob(values), guide.condition(x=x).log_prob(values))
