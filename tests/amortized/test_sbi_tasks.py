@@ -77,6 +77,17 @@ def test_statistics_of_spikes_have_the_density_of_the_spikes_up_to_a_constant():
     assert torch.allclose(glm.SpikeStatistics(t).log_prob(spikes[0] @ glm.DESIGN), raw, atol=1e-3)
 
 
+def test_the_prior_of_the_filter_is_that_of_the_paper():
+    """Its rows are 1, -2 and 1 + sqrt((i - 1) / 9)."""
+    rows = torch.zeros(9, 9)
+    for i in range(9):
+        rows[i, i] = 1.0 + math.sqrt(i / 9)
+        rows[i, i - 1 : i] = -2.0
+        rows[i, max(i - 2, 0) : max(i - 1, 0)] = 1.0
+    assert torch.allclose(glm.PRECISION[1:, 1:], rows.T @ rows, atol=1e-5) and glm.PRECISION[0, 0] == 0.5
+    assert glm.PRECISION[0, 1:].abs().sum() == 0.0
+
+
 def test_distractors_leave_the_posterior_of_slcp():
     """Planted fault: the order's inverse left out."""
     t, x = tasks.simulations("slcp_distractors", 2_000, 0)
