@@ -12,6 +12,7 @@ parser.add_argument("--only", nargs="*", help="a subset of the benchmark's rows"
 parser.add_argument("--limit", type=float, help="CPU seconds after which a NUTS row is stopped")
 parser.add_argument("--count", type=int, help="inputs of a seed of the fuzz")
 parser.add_argument("--case", type=int, help="the number of one input of the fuzz, to repeat it")
+parser.add_argument("--sizes", nargs="*", type=int, default=[10_000], help="simulations of a training")
 parser.add_argument("--seeds", nargs="*", type=int, default=[0])
 arguments = parser.parse_args()
 rows = importlib.import_module(f"tests.benchmarks.{arguments.name}").main(arguments)

@@ -1,15 +1,20 @@
-"""Four tasks of simulation-based inference as Pyro models, with exact posterior draws for any observation.
+"""Ten tasks of simulation-based inference as Pyro models, with exact posterior draws for any observation.
 
 The definitions are those of Lueckmann et al. (2021), "Benchmarking simulation-based inference", arXiv 2101.04653. The
-density of two_moons has the polar Jacobian 1 / r, as its simulator does.
+density of two_moons has the polar Jacobian 1 / r, as its simulator does. The distractors of slcp_distractors follow the paper's
+text with random numbers of our own.
 """
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch.distributions import constraints
+
+from tests.benchmarks._sbi_glm import bernoulli_glm, bernoulli_glm_raw, exact_glm, exact_glm_raw
+from tests.benchmarks._sbi_odes import exact_ode, lotka_volterra, sir
 
 
 class Crescent(dist.TorchDistribution):
@@ -60,6 +65,11 @@ def gaussian_linear_uniform(data=None):
     return pyro.sample("data", dist.Normal(t, math.sqrt(0.1)).to_event(1), obs=data)
 
 
+def gaussian_linear(data=None):
+    t = pyro.sample("theta", dist.Normal(torch.zeros(10), math.sqrt(0.1)).to_event(1))
+    return pyro.sample("data", dist.Normal(t, math.sqrt(0.1)).to_event(1), obs=data)
+
+
 def cholesky(t):
     """Of the covariance that the last three of five parameters make."""
     a, b, rho = t[..., 2].square(), t[..., 3].square(), t[..., 4].tanh()
@@ -69,18 +79,70 @@ def cholesky(t):
     return torch.stack([torch.stack([first, 0.0 * first], -1), torch.stack([below, last], -1)], -2)
 
 
-def slcp(data=None):
-    """Four points of a plane normal, side by side in a vector of eight."""
-    t = pyro.sample("theta", box(3.0, 5))
+def points(t):
+    """Four points of a plane, normal with a mean and covariance of their own, side by side in a vector of eight."""
     loc, tril = t[..., :2], cholesky(t)
-    points = dist.MultivariateNormal(loc[..., None, :], scale_tril=tril[..., None, :, :], validate_args=False)
-    points = points.expand((*t.shape[:-1], 4)).to_event(1)
-    flat = dist.TransformedDistribution(points, dist.transforms.ReshapeTransform((4, 2), (8,)))
-    return pyro.sample("data", flat, obs=data)
+    each = dist.MultivariateNormal(loc[..., None, :], scale_tril=tril[..., None, :, :], validate_args=False)
+    each = each.expand((*t.shape[:-1], 4)).to_event(1)
+    return dist.TransformedDistribution(each, dist.transforms.ReshapeTransform((4, 2), (8,)))
 
 
-TASKS = {f.__name__: f for f in (two_moons, gaussian_mixture, gaussian_linear_uniform, slcp)}
+def slcp(data=None):
+    t = pyro.sample("theta", box(3.0, 5))
+    return pyro.sample("data", points(t), obs=data)
+
+
+class Distracted(dist.TorchDistribution):
+    """The eight numbers of slcp among 92 of a mixture of t's that has nothing to do with the parameters, in a fixed order.
+
+    ``log_prob`` leaves out the mixture's density: it says nothing about ``t``, and its triangular factors are too ill
+    conditioned to be solved with.
+    """
+
+    arg_constraints = {"t": constraints.real_vector}
+    support = constraints.real_vector
+    dim, parts = 92, 20
+
+    def __init__(self, t):
+        self.t = t
+        super().__init__(t.shape[:-1], torch.Size([8 + self.dim]), validate_args=False)
+        generator = torch.Generator().manual_seed(42)
+        normal = lambda *shape: torch.randn(shape, generator=generator)
+        self.loc = 15.0 * normal(self.parts, self.dim)
+        diagonal = torch.diag_embed(normal(self.parts, self.dim).exp())
+        self.tril = 3.0 * (normal(self.parts, self.dim, self.dim).tril(-1) + diagonal)
+        self.order = torch.randperm(8 + self.dim, generator=generator)
+
+    def expand(self, batch_shape, _instance=None):
+        return Distracted(self.t.expand(*batch_shape, 5))
+
+    def sample(self, sample_shape=()):
+        shape = torch.Size(sample_shape) + self.batch_shape
+        part, noise = torch.randint(self.parts, shape), torch.randn(*shape, self.dim)
+        for k in range(self.parts):
+            noise[part == k] = noise[part == k] @ self.tril[k].T
+        noise = self.loc[part] + noise / dist.Gamma(1.0, 1.0).sample((*shape, 1)).sqrt()
+        return torch.cat([points(self.t).sample(sample_shape), noise], -1)[..., self.order]
+
+    def log_prob(self, value):
+        return points(self.t).log_prob(value[..., self.order.argsort()[:8]])
+
+
+def slcp_distractors(data=None):
+    t = pyro.sample("theta", box(3.0, 5))
+    return pyro.sample("data", Distracted(t), obs=data)
+
+
+MODELS = (
+    two_moons, gaussian_mixture, gaussian_linear_uniform, slcp, slcp_distractors, gaussian_linear, bernoulli_glm,
+    bernoulli_glm_raw, sir, lotka_volterra,
+)  # fmt: skip
+TASKS = {f.__name__: f for f in MODELS}
 BOUND = {"two_moons": 1.0, "gaussian_mixture": 10.0, "gaussian_linear_uniform": 1.0, "slcp": 3.0}
+
+
+def prior(task):
+    return pyro.poutine.trace(TASKS[task]).get_trace().nodes["theta"]["fn"]
 
 
 def simulations(task, n, seed):
@@ -92,19 +154,34 @@ def simulations(task, n, seed):
 
 
 def exact_posterior(task, x, n, seed=0):
-    """``n`` draws of the exact posterior of one observation, by inversion and rejection."""
+    """``n`` draws of the exact posterior of one observation."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        propose = {"two_moons": _two_moons, "gaussian_mixture": _mixture, "gaussian_linear_uniform": _truncated,
-                   "slcp": _slcp}[task]  # fmt: skip
-        kept, total = [], 0
-        for _ in range(1_000):
-            t = propose(x, 4 * n)
-            kept.append(t[(t.abs() <= BOUND[task]).all(-1)])
-            total += len(kept[-1])
-            if total >= n:
-                return torch.cat(kept)[:n]
+        return _in_box(task, x, n) if task in BOUND else EXACT[task](x, n)
+
+
+def _in_box(task, x, n):
+    """By inversion and rejection."""
+    propose = {"two_moons": _two_moons, "gaussian_mixture": _mixture, "gaussian_linear_uniform": _truncated,
+               "slcp": _slcp}[task]  # fmt: skip
+    kept, total = [], 0
+    for _ in range(1_000):
+        t = propose(x, 4 * n)
+        kept.append(t[(t.abs() <= BOUND[task]).all(-1)])
+        total += len(kept[-1])
+        if total >= n:
+            return torch.cat(kept)[:n]
     raise RuntimeError(f"{task}: {total} draws of {n} lie in the box.")
+
+
+EXACT = {
+    "slcp_distractors": lambda x, n: _in_box("slcp", x[Distracted(torch.zeros(5)).order.argsort()[:8]], n),
+    "gaussian_linear": lambda x, n: x / 2.0 + math.sqrt(0.05) * torch.randn(n, 10),
+    "bernoulli_glm": exact_glm,
+    "bernoulli_glm_raw": exact_glm_raw,
+    "sir": partial(exact_ode, "sir"),
+    "lotka_volterra": partial(exact_ode, "lotka_volterra"),
+}
 
 
 def _two_moons(x, n):

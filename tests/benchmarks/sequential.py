@@ -93,7 +93,7 @@ def theirs(task, theta, x):
 
 def tasks():
     """Mean CPU seconds of 10,000 draws, in turns."""
-    for task in TASKS:
+    for task in BOUND:
         (theta, x), (_, seen) = simulations(task, 10_000, 100), simulations(task, 5, 900)
         ways = {"pyro_dgm": ours} | ({"sbi nsf": theirs} if importlib.util.find_spec("sbi") else {})
         draw = {name: way(task, theta, x) for name, way in ways.items()}
