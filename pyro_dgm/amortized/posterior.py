@@ -14,7 +14,7 @@ from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.transforms import CatTransform, ComposeTransform, ReshapeTransform
 
 from pyro_dgm.amortized.group import Turn
-from pyro_dgm.amortized.refine import Refined, refined
+from pyro_dgm.amortized.refine import Refined, Vectors, refined
 from pyro_dgm.amortized.structure import as_drawn
 from pyro_dgm.amortized.units import Units
 from pyro_dgm.core import compose, zuko
@@ -121,6 +121,21 @@ class ConditionedGuide(nn.Module):
         entries = num_samples * sum(v.numel() for v in self.data.values() if isinstance(v, Tensor))
         with seeded(seed), few_threads(entries):
             return refined(self, num_samples, proposals or 4 * num_samples, steps)
+
+    @torch.no_grad()
+    @checked(num_samples=1)
+    def mode(self, num_samples: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """The latents ``{site: value}`` at which this density is largest (MAP), of one data set.
+
+        The best of so many draws after gradient steps uphill; a mode that no draw is near is not found. It depends on how the
+        latents are measured (the mode of a logarithm is elsewhere), and a discrete latent keeps the value of its draw.
+
+        Raises:
+            ValueError: on many data sets at once.
+        """
+        self._refuse_many("asked for its mode")
+        with seeded(seed):
+            return Vectors(self).mode(num_samples)
 
     @torch.no_grad()
     @checked(num_samples=2)

@@ -34,13 +34,18 @@ from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine
 if TYPE_CHECKING:
     from pyro_dgm.amortized.posterior import ConditionedGuide
 
-__all__ = ["Chains", "Joint", "Refined", "picked", "refined", "run_chains", "smoothed"]
+__all__ = ["Chains", "Joint", "Refined", "Vectors", "picked", "refined", "run_chains", "smoothed"]
 
 _LIKELY = 0.5  # Pareto k below which weights are all that is needed (Vehtari et al. 2024)
 _EQUAL = 0.98  # share of effective draws above which weights are as good as equal; not measured, chosen by hand
 _STEPS = 200  # of the chains, where weights are not enough; not measured, chosen by hand
 _FRESH_EVERY = 20  # steps; a fresh draw asks the flow three times, a difference only the model
 _JUMP_EVERY = 4  # steps; a whole difference leads from one mode to another (ter Braak & Vrugt 2008: 5 or 10)
+_CLIMBERS, _CLIMB_STEPS, _CLIMB_RATE = (
+    16,
+    200,
+    0.05,
+)  # towards a mode, in the units of the vectors; not measured, chosen by hand
 _JITTER = 1e-4  # standard deviation, in the units of the vectors, by which chains that share a point part
 
 
@@ -49,7 +54,8 @@ class Refined:
     """Draws of one data set's posterior, and what is known of their quality.
 
     Attributes:
-        draws: ``{site: (n, *site)}``.
+        draws: ``{site: (n, *site)}``; of one also ``refined[site]``. Their container for ArviZ is
+            ``from_posterior_samples(posterior.model, refined.draws)``.
         khat: Pareto k of the guide's importance weights; 0.7 and more is bad.
         ess: effective number among the ``proposed`` draws of the guide.
         log_evidence: estimate of log p(x), nats.
@@ -66,6 +72,9 @@ class Refined:
     log_evidence_error: float
     acceptance: dict[str, float] = field(default_factory=dict)
     moved: float = 0.0
+
+    def __getitem__(self, site: str) -> Tensor:
+        return self.draws[site]
 
     @property
     def good(self) -> bool:
@@ -209,26 +218,20 @@ def _warn(k: float, ess: float, proposals: int, steps: int, accepted: dict[str, 
     )
 
 
-class Joint:
-    """Densities over vectors ``(N, D)``: the continuous latents, mapped to all numbers, side by side.
+class Vectors:
+    """Draws and density of a guide over vectors ``(N, D)``: the continuous latents, mapped to all numbers, side by side.
 
     Args:
         posterior: of one data set.
     """
 
     def __init__(self, posterior: ConditionedGuide) -> None:
-        self.posterior, structure = posterior, posterior.guide.structure
-        self.sites = structure.latents
+        self.posterior = posterior
+        self.sites = posterior.guide.structure.latents
         self.discrete = any(s.classes for s in self.sites)
-        model = posterior.guide.conditioned_model(posterior.data, rewritten=True)
-        self.engine = Engine(model, (), {}, structure.nesting, {s.name: len(s.event_shape) for s in self.sites})
-        example = self._drawn(3)
         where = device_of(posterior.guide)
         self.units = {s.name: Units([s]).to(where) for s in self.sites if not s.classes}
-        self.shapes = {k: v.shape[1:] for k, v in example.items()}
-        self.how, fault = self.engine.find_how(example)
-        if self.how == "loop":
-            warn_user(NOT_VECTORIZED.format(fault))
+        self.shapes = {k: v.shape[1:] for k, v in self._drawn(1).items()}
 
     def sample(self, n: int) -> Tensor:
         """Draws of the guide."""
@@ -254,12 +257,6 @@ class Joint:
         with pyro.validation_enabled(False):
             return self.posterior.guide.log_prob(values, self.posterior.data, 0).double() + log_det
 
-    def log_p(self, u: Tensor) -> Tensor:
-        """Log joint density of the model over vectors, nats; NaN where it has none."""
-        values, log_det = self._unpacked(u)
-        with pyro.validation_enabled(False), poutine.block():
-            return self.engine.log_joint(values, self.how).double() + log_det
-
     def _packed(self, site: Any, value: Tensor) -> Tensor:
         if site.classes:
             return value.reshape(len(value), -1).to(torch.get_default_dtype())
@@ -278,3 +275,43 @@ class Joint:
             values[site.name] = value[site.name]
             log_det = log_det + log_dets[site.name].double().reshape(len(u), -1).sum(-1)
         return values, log_det
+
+    def mode(self, n: int) -> dict[str, Tensor]:
+        """Where the guide's density of the latents themselves is largest: the best of n draws, after gradient steps uphill."""
+        u = self.sample(n)
+        value = self._constrained(u)
+        u = u[value.argsort(descending=True)[:_CLIMBERS]].requires_grad_()
+        optimizer = torch.optim.Adam([u], lr=_CLIMB_RATE)
+        for i in range(_CLIMB_STEPS):
+            optimizer.param_groups[0]["lr"] = _CLIMB_RATE * (1.0 - i / _CLIMB_STEPS)
+            with torch.enable_grad():
+                loss = -self._constrained(u).nan_to_num(0.0, 0.0, 0.0).sum()
+                u.grad = torch.autograd.grad(loss, u)[0].nan_to_num(0.0)
+            optimizer.step()
+        end = u.detach()
+        best = end[self._constrained(end).nan_to_num(-torch.inf).argmax()]
+        return {k: v[0] for k, v in self.unpack(best[None]).items()}
+
+    def _constrained(self, u: Tensor) -> Tensor:
+        """Log density of the latents that vectors stand for."""
+        with pyro.validation_enabled(False):
+            return self.posterior.guide.log_prob(self._unpacked(u)[0], self.posterior.data, 0)
+
+
+class Joint(Vectors):
+    """The same, beside the density of the model."""
+
+    def __init__(self, posterior: ConditionedGuide) -> None:
+        super().__init__(posterior)
+        nesting = posterior.guide.structure.nesting
+        model = posterior.guide.conditioned_model(posterior.data, rewritten=True)
+        self.engine = Engine(model, (), {}, nesting, {s.name: len(s.event_shape) for s in self.sites})
+        self.how, fault = self.engine.find_how(self._drawn(3))
+        if self.how == "loop":
+            warn_user(NOT_VECTORIZED.format(fault))
+
+    def log_p(self, u: Tensor) -> Tensor:
+        """Log joint density of the model over vectors, nats; NaN where it has none."""
+        values, log_det = self._unpacked(u)
+        with pyro.validation_enabled(False), poutine.block():
+            return self.engine.log_joint(values, self.how).double() + log_det
