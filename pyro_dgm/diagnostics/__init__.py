@@ -10,12 +10,13 @@ from pyro_dgm.diagnostics.converters import (
     from_pyro_mcmc,
     sample_posterior_predictive,
 )
-from pyro_dgm.diagnostics.explore import neutra
+from pyro_dgm.diagnostics.explore import Explored, explore
 from pyro_dgm.diagnostics.khat import KHat, Rows, khat
 from pyro_dgm.diagnostics.loo import compare, loo
 from pyro_dgm.diagnostics.misspecification import Misspecification, misspecification
 from pyro_dgm.diagnostics.posteriors import Refit
 from pyro_dgm.diagnostics.sharpness import Sharpness
+from pyro_dgm.diagnostics.short_chains import neutra
 from pyro_dgm.diagnostics.svi import from_fits, from_svi
 from pyro_dgm.diagnostics.workflow import Workflow, workflow
 
@@ -23,6 +24,7 @@ __all__ = [
     "Calibration",
     "Conditionals",
     "ErrorBounds",
+    "Explored",
     "KHat",
     "Misspecification",
     "Refit",
@@ -37,6 +39,7 @@ __all__ = [
     "conditionals",
     "coverage",
     "error_bounds",
+    "explore",
     "from_fits",
     "from_posterior_samples",
     "from_pyro_mcmc",

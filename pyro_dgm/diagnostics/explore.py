@@ -1,256 +1,338 @@
-r"""What the weights cannot see: whether MCMC leaves the guide's draws where they are, and whether other modes exist.
+r"""Chains that use a guide as their proposal, and the better guide that their draws make.
 
-:func:`neutra` runs such chains for long. With :math:`\theta = T(z)` the guide's map from its base, NUTS samples
-:math:`p(T(z) \mid x)\,|\det J_T(z)|`: where the guide is near the posterior this is nearly the base distribution, whatever the
-posterior's shape; where it is not, the draws are still exact in the limit.
+Many short chains run at once. In turn each makes
 
-Short Hamiltonian chains start at draws of the guide, in the guide's own coordinates :math:`\theta = T(z)`. If q is the
-posterior, their distribution does not change. Apart from that, draws of the prior climb; where they arrive is another mode if
-a valley of a nat separates it from the guide's best draw.
+- a *jump*: a fresh draw u' of the guide q, accepted with probability
+  :math:`\min\{1,\ p(u') q(u) / (p(u) q(u'))\}`, which leads from one mode to another;
+- a *local move*: a Hamiltonian trajectory in the coordinates of the guide's component that has the largest share in q at the
+  place, :math:`\theta = T_k(z)`; it is refused where another component has at its end. This leaves p as it is.
+
+Before that, draws of the prior climb, and each mode that the guide lacks gets a component of its own. After each round of chains
+the guide is fitted to their places by maximum likelihood, so that more jumps are accepted in the next; in the last round, whose
+draws are returned, it stays as it is.
+
+References:
+    | Gabrié, Rotskoff & Vanden-Eijnden (2022), "Adaptive Monte Carlo augmented with normalizing flows", PNAS 119(10).
+    | Vehtari et al. (2021), "Rank-normalization, folding, and localization: an improved R-hat", Bayesian Analysis 16(2).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer import MCMC, NUTS
-from pyro.infer.autoguide.guides import AutoContinuous, AutoGuide
-from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import Transform
+from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
-from pyro_dgm.core import frozen
+from pyro_dgm.core import compose, frozen, zuko
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.module import whole_event
 from pyro_dgm.core.pace import few_threads
 from pyro_dgm.diagnostics.containers import CONTAINER, ContainerOptions, with_defaults
 from pyro_dgm.diagnostics.converters import groups_of_samples
 from pyro_dgm.diagnostics.groups import container_of
-from pyro_dgm.diagnostics.khat import Exploration, judge
-from pyro_dgm.guides.vector import VectorGuide
-from pyro_dgm.model.hmc import Clamped, deviation, opposite, trajectories
-from pyro_dgm.model.log_joint import Density, LogJoint, PulledBack, pulled_back, uncovered, value_and_grad
-from pyro_dgm.model.program import refuse_guides_as_models
-from pyro_dgm.model.runs import Draws
-from pyro_dgm.model.vectorize import How, Model
+from pyro_dgm.guides.autoflow import AutoFlow
+from pyro_dgm.guides.modes import Whitening
+from pyro_dgm.guides.start import Gaussians, gaussians_at
+from pyro_dgm.model.hmc import Steps, leap
+from pyro_dgm.model.log_joint import LogJoint, PulledBack, ascend, other_modes, prior_draws, spread, value_and_grad
+from pyro_dgm.model.program import Model
 
-__all__ = ["explore", "neutra", "never_fitted"]
+__all__ = ["Explored", "explore"]
 
-# Of 720 exact guides (normal, Student-t, lognormal; D = 1 to 30) one is said to be left; means drift by .03 to .07 (95 %), log
-# sds by .08 to .16. All of 160 that are .3 or .5 sd off are left, and all scales of .7 and 1.5; of .8 and 1.25 15 and 8 of 20 at
-# D = 1, nearly all from D = 3 on.
-_CHAINS = 128  # in pairs of opposite starts and momenta
-_SEEN = 512  # draws of the guide that other modes are held against
-_REFERENCE = 4096  # draws of the guide, which the chains' places are compared with
-_FEWEST, _MOST = 4, 12  # iterations
-_QUIET = 0.5  # share of its threshold below which a drift is none, and by whose inverse it is exceeded for good
-_ROUNDS = 20  # runs of the model for one density, of which there are some 60 to 140. Not measured; chosen by hand
-_UNTOUCHED = 1e-5  # relative difference of a scale from init_scale, by its constraint; chosen by hand
+# Not measured one by one; chosen by hand.
+_CLIMBERS, _CLIMB = 256, 64  # prior draws that climb, and their steps
+_MOST_MODES = 32
+_WIDE = 50  # latents above which no modes are looked for
+_LOST = 5.0  # nats from a mode's Gaussian to the guide, from which the guide lacks the mode
+_STARTS = 64  # draws of the guide, for each chain, of which the chains' starts are picked by weight
+_ROUND = 40  # iterations of a round before the last
+_FIT_STEPS, _FIT_ROWS, _FIT_RATE = 200, 512, 5e-3
+_SPLIT_RHAT = 1.01  # Vehtari et al. (2021)
 
 
+@dataclass(frozen=True)
+class Explored:
+    """Draws of chains, and what is known of them.
+
+    Attributes:
+        idata: their container for ArviZ.
+        guide: the guide as the chains' places made it, for ``from_svi``, ``explore`` and everything that takes a guide.
+        jumps, moves: shares of accepted jumps and local moves.
+        modes: weight and its standard error (over chains) of each component of the guide.
+        rhat: the largest split R-hat of an unconstrained latent.
+    """
+
+    idata: Any = field(repr=False)
+    guide: AutoFlow = field(repr=False)
+    jumps: float
+    moves: float
+    modes: tuple[tuple[float, float], ...]
+    rhat: float
+
+    @property
+    def converged(self) -> bool:
+        """Whether R-hat is below 1.01, so that the chains agree."""
+        return self.rhat < _SPLIT_RHAT
+
+    def __str__(self) -> str:
+        weights = ", ".join(f"{w:.3f} +- {e:.3f}" for w, e in self.modes)
+        advice = "" if self.converged else " The chains do not agree: more rounds, or a guide that is trained longer."
+        return (
+            f"explored: R-hat {self.rhat:.3f}, {self.jumps:.0%} of the jumps and {self.moves:.0%} of the local moves accepted; "
+            f"weights of the modes {weights}.{advice} A mode that no prior draw climbs to stays unseen."
+        )
+
+
+@checked(only=("num_samples", "num_chains", "rounds", "options"), num_samples=4, num_chains=4, rounds=0)
 def explore(
-    model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], how: How | None = None
-) -> Exploration:
-    """Look around the guide's draws; where that cannot be done in one batch, the result says why.
-
-    A subsampled plate is visited whole at every step: the chains need one fixed density. ``how`` many draws of the model run
-    is asked where it is not given.
-
-    Example:
-        >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
-        >>> def model():
-        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
-        >>> guide = dgm.AutoFlow(model, init_loc_fn=pyro.infer.autoguide.init_to_mean, init_scale=0.3)
-        >>> guide.setup().get_posterior().event_shape
-        torch.Size([1])
-        >>> explore(model, guide, (), {}).moved  # a guide that is too narrow
-        True
-    """
-    if not isinstance(guide, AutoContinuous):
-        return Exploration(unseen="the guide has no vector of all latents")
-    with frozen(*guide.parameters()):
-        log_joint = LogJoint(guide, model, args, kwargs, whole=True, how=how)
-        unseen = _reason_not_to(log_joint)
-        if unseen:
-            return Exploration(unseen=unseen)
-        posterior = guide.get_posterior(*args, **kwargs)
-        u = posterior.sample((_REFERENCE,)).detach()
-        try:
-            transform = whole_event(guide.get_transform(*args, **kwargs), 1)
-        except NotImplementedError:  # a mixture is no transform: no chains, and valleys are looked for in theta
-            return Exploration(other_modes=len(uncovered(log_joint, u[:_SEEN], lambda x: x, log_joint)))
-        density = PulledBack(log_joint, transform)
-        # valleys are looked for in z, where funnels are straight
-        found = len(uncovered(log_joint, u[:_SEEN], transform.inv, lambda z: value_and_grad(density, z)[0]))
-        base = partial(pulled_back, posterior.log_prob, transform)
-        z = opposite(base, transform.inv(u[:_CHAINS]).detach())
-        explored = replace(_drift(density, transform, u, z), other_modes=found)
-        log_weight = (log_joint(u) - posterior.log_prob(u)).detach().double().cpu().numpy()
-        if explored.contradicts or judge(log_weight).status in (
-            "exact",
-            "good",
-        ):  # longer chains would tell nothing new
-            return explored
-        return replace(explored, deviation=deviation(density, posterior))
-
-
-def _reason_not_to(log_joint: LogJoint) -> str:
-    if log_joint.missing:
-        return f"latent site '{log_joint.missing[0]}' is not in the guide"
-    if not log_joint.vectorized:
-        return "the model runs one draw at a time"
-    if log_joint.rounds > _ROUNDS:
-        return f"a pass over the subsampled plate takes {log_joint.rounds} runs of the model"
-    return ""
-
-
-@torch.no_grad()
-def _drift(density: Density, transform: Transform, u: Tensor, z: Tensor) -> Exploration:
-    """How far chains that start at z leave the draws u of the guide: of a mean, in sd, and of a log sd.
-
-    Half of the chains start opposite to the others, with opposite momenta: where q is the posterior their means stay, nearly
-    without noise. The places of the second half of the iterations count; there are more iterations only while in doubt.
-    """
-    seen = Clamped.of(u)
-    shares, places = [], []
-    for i, moved in zip(range(1, _MOST + 1), trajectories(density, z), strict=False):
-        places.append(seen.clamp(transform(moved.z)))
-        shares.append(moved.share)
-        if i >= _FEWEST:
-            shift, change = seen.changes(torch.cat(places[i // 2 :]))
-            half = shares[i // 2 :]
-            found = Exploration(float(shift.abs().max()), float(change.abs().max()), sum(half) / len(half))
-            if found.scaled(1.0 / _QUIET).moved == found.scaled(_QUIET).moved:
-                break
-    return found
-
-
-def never_fitted(guide: Any) -> str:
-    """What shows that a guide has the parameters that it was made with; empty where nothing does.
-
-    A guide over one vector of this package knows it, a stock autoguide shows it by its scales, all at ``init_scale``; of a
-    guide written by hand nothing is known.
-    """
-    if isinstance(guide, VectorGuide) and guide.untouched:
-        return f"{type(guide).__name__} has the parameters that it was made with"
-    if not isinstance(guide, AutoGuide):
-        return ""
-    if guide.prototype_trace is None:
-        return f"{type(guide).__name__} was made by this call"
-    scale = getattr(guide, "_init_scale", None)
-    own = guide.scales if hasattr(guide, "scales") else getattr(guide, "scale", None)
-    tensors = [getattr(own, k) for k in own._pyro_params] if isinstance(own, PyroModule) else [own]
-    if scale and all(isinstance(v, Tensor) and bool((v - scale).abs().max() < _UNTOUCHED * scale) for v in tensors):
-        return f"all scales of {type(guide).__name__} are its init_scale"
-    return ""
-
-
-# --- Long chains ---
-
-
-@checked(
-    only=("num_samples", "warmup_steps", "num_chains", "options"),
-    num_samples=1,
-    warmup_steps=0,
-    num_chains=1,
-    batch_size=1,
-)
-def neutra(
     model: Model,
-    guide: AutoContinuous,
+    guide: AutoFlow,
     *args: Any,
-    num_samples: int = 1000,
-    warmup_steps: int = 500,
-    num_chains: int = 2,
+    num_samples: int = 100,
+    num_chains: int = 64,
+    rounds: int = 3,
     progress: bool = True,
     **options: Unpack[ContainerOptions],
-) -> Any:
-    """Draw from the posterior by NUTS in the guide's coordinates, and return an ArviZ container.
-
-    Groups: ``posterior``, ``log_likelihood``, ``posterior_predictive``, ``observed_data``, and ``sample_stats`` with
-    ``lp`` (nats) and ``diverging``. Every chain starts at a draw of the guide. Enumerated sites are summed out, and drawn
-    afterwards.
+) -> Explored:
+    """Draw from the posterior by many short chains with the guide as their proposal, and fit the guide to what they find.
 
     Args:
-        model: a Pyro model.
-        guide: a trained :class:`~pyro_dgm.AutoFlow` (any ``AutoContinuous`` with a transform).
+        model: a Pyro model that runs many draws at once.
+        guide: a trained :class:`~pyro_dgm.AutoFlow` over one vector; it stays as it is.
         args: the model's arguments.
-        num_samples, warmup_steps, num_chains: of NUTS, per chain; two chains at least for R-hat.
-        progress: show NUTS' progress bar.
+        num_samples: draws that are kept of each chain.
+        num_chains: how many chains.
+        rounds: of 40 iterations each, after which the guide is fitted anew; their draws are not kept.
+        progress: show a bar over the iterations.
         options: as in :func:`~pyro_dgm.from_svi`, from ``model_kwargs`` on; ``prior`` is 0 unless it is given.
 
     Raises:
-        NotImplementedError: if the guide is no transform of a base distribution (a mixture).
-        ValueError: for fewer than four draws per chain.
-
-    Warns:
-        UserWarning: as :func:`~pyro_dgm.from_svi`.
-
-    References:
-        | Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte Carlo", arXiv 1903.03704.
+        TypeError: for a guide that is no ``AutoFlow``.
+        ValueError: for a guide that follows plates or a series, a model that runs one draw at a time, and latents that the guide
+            lacks.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
         >>> def model(x):
-        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
-        >>> guide = dgm.AutoFlow(model, init_scale=0.7).setup(torch.tensor(1.0))
-        >>> options = {"num_samples": 50, "warmup_steps": 50, "seed": 0, "progress": False}
-        >>> idata = dgm.neutra(model, guide, torch.tensor(1.0), **options)
-        >>> idata["posterior"]["mu"].shape
-        (2, 50)
+        ...     a = pyro.sample("a", dist.Normal(0.0, 3.0))
+        ...     pyro.sample("x", dist.Normal(a.square(), 0.5), obs=x)
+        >>> guide = dgm.AutoFlow(model, init_scale=0.3).setup(torch.tensor(4.0))  # at one of the modes, or between them
+        >>> found = dgm.explore(model, guide, torch.tensor(4.0), num_samples=20, rounds=1, seed=0, progress=False)
+        >>> found.idata["posterior"]["a"].shape, found.guide.modes
+        ((64, 20), 3)
     """
-    complete: ContainerOptions = with_defaults(neutra, options, {**CONTAINER, "prior": 0})
+    if not isinstance(guide, AutoFlow):
+        raise TypeError(f"explore: {type(guide).__name__} is no AutoFlow. For other autoguides there is neutra.")
+    complete: ContainerOptions = with_defaults(explore, options, {**CONTAINER, "prior": 0})
     kwargs = complete["model_kwargs"] or {}
-    if num_samples < 4:
-        raise ValueError(f"neutra: num_samples is {num_samples}, expected at least 4: R-hat halves each chain.")
-    refuse_guides_as_models("neutra", model)
-    with seeded(complete["seed"]), frozen(*guide.parameters()):
-        guide.get_transform(*args, **kwargs)
-        with few_threads(0):  # a chain moves one point
-            draws, diverging = _run_nuts(model, guide, args, kwargs, num_samples, warmup_steps, num_chains, progress)
-        program, groups = groups_of_samples("neutra", model, draws, args, complete)
-    groups.arrays["sample_stats"]["diverging"] = diverging
-    return container_of(program, groups, complete, {"guide": type(guide).__name__}, num_chains, "neutra")
+    total = rounds * _ROUND + num_samples
+    with seeded(complete["seed"]), tqdm(total=total, desc="modes", disable=not progress) as bar:
+        guide = deepcopy(guide).setup(*args, **kwargs)
+        log_joint = LogJoint(guide, model, args, kwargs, whole=True)
+        _refuse(guide, log_joint)
+        with few_threads(num_chains * guide.latent_dim):
+            _add_lost_modes(guide, log_joint)
+            chains = _Chains(guide, log_joint, num_chains)
+            for i in range(rounds):
+                bar.set_description(f"round {i + 1}/{rounds}")
+                _fit(guide, torch.cat([chains.step(bar) for _ in range(_ROUND)][_ROUND // 4 :]))
+                chains.renew()
+            bar.set_description("draws")
+            chains.taken.clear()
+            u = torch.stack([chains.step(bar) for _ in range(num_samples)], 1)
+        draws = log_joint.constrain(u.flatten(0, 1))[0]
+        program, groups = groups_of_samples("explore", model, draws, args, complete)
+    jumps, moves = np.mean(chains.taken, 0).tolist()
+    attrs = {"guide": type(guide).__name__, "jumps": jumps, "moves": moves}
+    idata = container_of(program, groups, complete, attrs, num_chains, "explore")
+    rhat = max(_split_rhat(column) for column in u.double().cpu().numpy().transpose(2, 0, 1))
+    return Explored(idata, guide, jumps, moves, _weights(guide, u), rhat)
 
 
-def _run_nuts(
-    model: Model,
-    guide: AutoContinuous,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    n: int,
-    warmup: int,
-    chains: int,
-    progress: bool,
-) -> tuple[Draws, np.ndarray]:
-    """Site values of all draws, and which diverged. The guide's map is built once; NUTS sees a function of z."""
-    transform = whole_event(guide.get_transform(*args, **kwargs), 1)
-    joint = LogJoint(guide, model, args, kwargs, whole=True)  # NUTS needs one density: all rows of subsampled plates
-    density = PulledBack(joint, transform)
-    posterior = guide.get_posterior(*args, **kwargs)
-    if not bool(joint(posterior.sample((8,))).isfinite().any()):
-        raise ValueError(
-            "neutra: the model's log density is not finite at 8 draws of the guide. Usual causes: NaN in the data, or a guide "
-            "that was not fitted to them."
-        )
-    starts = transform.inv(posterior.sample((chains,))).detach()
+def _refuse(guide: AutoFlow, log_joint: LogJoint) -> None:
+    reason = ""
+    if guide.follows_structure:
+        reason = "the guide follows plates or a series, whose elements have weights of their own"
+    elif log_joint.missing:
+        reason = f"latent site '{log_joint.missing[0]}' is not in the guide"
+    elif not log_joint.vectorized:
+        reason = "the model runs one draw at a time"
+    if reason:
+        raise ValueError(f"explore: {reason}. For such a model there is NUTS.")
 
-    def potential(values: dict[str, Tensor]) -> Tensor:
-        return -density(values["z"][None])[0]
 
-    rows = []
-    diverging = np.zeros((chains, n), dtype=bool)
-    for chain, start in enumerate(starts):
-        kernel = NUTS(potential_fn=potential)
-        mcmc = MCMC(kernel, n, warmup, initial_params={"z": start}, disable_progbar=not progress)
-        mcmc.run()
-        diverging[chain, mcmc.diagnostics()["divergences"]["chain 0"]] = True
-        rows.append(mcmc.get_samples()["z"].detach())
-    return joint.constrain(transform(torch.cat(rows)))[0], diverging.reshape(-1)
+# --- The guide: its parts, modes that it lacks, and its fit to places ---
+
+
+def _parts(guide: AutoFlow) -> list[Any]:
+    """The distributions of its components."""
+    return [component() for component in guide._posterior.components]
+
+
+def _maps(guide: AutoFlow) -> list[Transform]:
+    """The map of each component from its base; of a family that has none the whitening alone."""
+    found = []
+    for component in guide._posterior.components:
+        built = component.build(None)
+        if isinstance(built, zuko.distributions.NormalizingFlow):
+            found.append(compose([built.transform.inv, component.bijection(built)]))
+        else:
+            found.append(Whitening(component.loc, component.scale_tril, *component.affine.unbind()))
+    return found
+
+
+def _shares(guide: AutoFlow, u: Tensor) -> Tensor:
+    """Log of each component's part in the density at u, ``(K, N)``."""
+    each = torch.stack([part.log_prob(u) for part in _parts(guide)])
+    return each + guide._posterior.log_weight[:, None].to(each)
+
+
+@torch.no_grad()
+def _add_lost_modes(guide: AutoFlow, log_joint: LogJoint) -> None:
+    """A component for each mode that draws of the prior climb to and the guide lacks, and weights for all."""
+    posterior = guide._posterior
+    if guide.latent_dim > _WIDE:
+        return
+    prior = prior_draws(log_joint, _CLIMBERS)
+    ends = ascend(log_joint, prior, spread(prior), "modes", _CLIMB)
+    value = log_joint(ends).detach()
+    ends = ends[value.argsort(descending=True)][: int(value.isfinite().sum())]
+    if not len(ends):
+        return
+    found = gaussians_at(log_joint, torch.stack([ends[0], *other_modes(log_joint, ends[0], ends[1:], _MOST_MODES - 1)]))
+    lost = [i for i in range(len(found.names)) if _is_lost(guide, found, i)]
+    old = len(posterior.components)
+    posterior.grow(old + len(lost))
+    for component, i in zip(list(posterior.components)[old:], lost, strict=True):
+        component.family.start_at_identity()
+        component.affine.zero_()
+        component.whiten(found.loc[i], found.scale_tril[i])
+    if len(posterior.components) > 1:
+        posterior.weigh(log_joint)
+
+
+def _is_lost(guide: AutoFlow, found: Gaussians, i: int) -> bool:
+    """Whether the KL divergence from this Gaussian to the guide is large."""
+    gaussian = torch.distributions.MultivariateNormal(found.loc[i], scale_tril=found.scale_tril[i])
+    x = gaussian.sample((_CLIMBERS,))
+    return not bool((gaussian.log_prob(x) - _shares(guide, x).logsumexp(0)).mean() < _LOST)
+
+
+def _fit(guide: AutoFlow, u: Tensor) -> None:
+    """Maximum likelihood of places, of the components by gradient steps and of their weights by their shares."""
+    posterior = guide._posterior
+    optimizer = torch.optim.Adam([p for p in posterior.parameters() if p.requires_grad], lr=_FIT_RATE)
+    for i in range(_FIT_STEPS):
+        optimizer.param_groups[0]["lr"] = _FIT_RATE * (1.0 - i / _FIT_STEPS)
+        rows = u[torch.randint(len(u), (_FIT_ROWS,))]
+        optimizer.zero_grad()
+        loss = -_shares(guide, rows).logsumexp(0).mean()
+        if bool(loss.isfinite()):
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        posterior.log_weight.copy_(_shares(guide, u).softmax(0).mean(1).clamp_min(1e-6).log().log_softmax(0))
+
+
+# --- The chains ---
+
+
+class _Chains:
+    """Places of all chains, with the densities of model and guide there."""
+
+    def __init__(self, guide: AutoFlow, log_joint: LogJoint, count: int) -> None:
+        self.guide, self.log_joint = guide, log_joint
+        self.taken: list[tuple[float, float]] = []
+        with torch.no_grad():
+            u = guide._posterior().sample((_STARTS * count,))
+            log_weight = (log_joint(u) - _shares(guide, u).logsumexp(0)).nan_to_num(-torch.inf)
+            noise = -torch.log(-torch.log(torch.rand_like(log_weight).clamp(1e-20, 1.0 - 6e-8)))
+            # without replacement: weights of a few draws alone would start all chains at one place
+            self.u = u[(log_weight.clamp_min(-1e30) + noise).topk(count).indices]
+        self.renew()
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Take the guide as it is now."""
+        self.maps = _maps(self.guide)
+        self.densities = [PulledBack(self.log_joint, each) for each in self.maps]
+        self.steps = [Steps(self.u.shape[-1]) for _ in self.maps]
+        self.log_p = self.log_joint(self.u)
+
+    @torch.no_grad()
+    def step(self, bar: Any) -> Tensor:
+        """One jump and one local move of each chain; the places after them."""
+        with frozen(*self.guide._posterior.parameters()):
+            jumps = self._jump()
+            self.taken.append((jumps, self._move()))
+        bar.update()
+        return self.u.clone()
+
+    def _jump(self) -> float:
+        new = self.guide._posterior().sample((len(self.u),))
+        log_p = self.log_joint(new).nan_to_num(-torch.inf)
+        log_q = _shares(self.guide, torch.cat([self.u, new])).logsumexp(0)
+        gain = log_p - self.log_p + log_q[: len(self.u)] - log_q[len(self.u) :]
+        return self._accept(torch.arange(len(self.u)), new, log_p, gain)
+
+    def _move(self) -> float:
+        """Chains in one cell of the guide move together."""
+        cells = _shares(self.guide, self.u).argmax(0)
+        shares = torch.zeros(len(self.u))
+        for k in cells.unique().tolist():
+            rows = (cells == k).nonzero()[:, 0]
+            shares[rows] = self._moved(rows, k)
+        return float(shares.mean())
+
+    def _moved(self, rows: Tensor, k: int) -> float:
+        z = self.maps[k].inv(self.u[rows])
+        value, grad = value_and_grad(self.densities[k], z)
+        p = torch.randn_like(z)
+        new, new_p, new_value, _ = leap(self.densities[k], z, p, grad, self.steps[k].size)
+        u = self.maps[k](new)
+        gain = (new_value - value + 0.5 * (p.square() - new_p.square()).sum(-1)).nan_to_num(-torch.inf)
+        inside = _shares(self.guide, u.nan_to_num()).argmax(0) == k
+        share = self._accept(rows, u, self.log_joint(u), torch.where(inside, gain, -torch.inf))
+        self.steps[k].adapt(float(gain.clamp_max(0.0).exp().mean()))
+        return share
+
+    def _accept(self, rows: Tensor, u: Tensor, log_p: Tensor, gain: Tensor) -> float:
+        taken = torch.rand_like(gain).log() < gain
+        self.u[rows] = torch.where(taken[:, None], u, self.u[rows])
+        self.log_p[rows] = torch.where(taken, log_p, self.log_p[rows])
+        return float(taken.double().mean())
+
+
+# --- What is known of the draws ---
+
+
+@torch.no_grad()
+def _weights(guide: AutoFlow, u: Tensor) -> tuple[tuple[float, float], ...]:
+    """Share of the draws ``(C, n, D)`` in each component's cell, and its standard error over chains."""
+    cells = _shares(guide, u.flatten(0, 1)).argmax(0).reshape(u.shape[:2])
+    found = []
+    for k in range(len(guide._posterior.components)):
+        by_chain = (cells == k).double().mean(1)
+        found.append((float(by_chain.mean()), float(by_chain.std() / len(by_chain) ** 0.5)))
+    return tuple(found)
+
+
+def _split_rhat(draws: np.ndarray) -> float:
+    """Split R-hat of rank-normalised draws ``(C, n)``, and of their distances from the median: the larger of both."""
+    n = draws.shape[1] // 2
+    halves = np.concatenate([draws[:, :n], draws[:, -n:]])
+    return max(_rhat(halves), _rhat(np.abs(halves - np.median(halves))))
+
+
+def _rhat(draws: np.ndarray) -> float:
+    ranks = draws.ravel().argsort().argsort().reshape(draws.shape)
+    z = torch.special.ndtri(torch.from_numpy((ranks + 0.625) / (draws.size + 0.25)))
+    within = z.var(1).mean()
+    between = z.mean(1).var()
+    return float(((1.0 - 1.0 / z.shape[1]) + between / within).sqrt())

@@ -3,7 +3,7 @@ r"""What importance weights :math:`w = p(x, \theta) / q(\theta)` say of a guide'
 **Verdict.** Pareto k alone is none: it passed 15 of 34 deliberately bad fits (a Gaussian that is too wide, shifted by half a
 standard deviation, a mean field). The gap between the importance-weighted evidence and the ELBO, an estimate of
 :math:`\mathrm{KL}(q\|p)`, caught all of them, but no weight can show a mode that q has never visited. The verdict uses
-both, and what :mod:`~pyro_dgm.diagnostics.explore` found. Where a gap is spread over many latents, and longer chains
+both, and what :mod:`~pyro_dgm.diagnostics.short_chains` found. Where a gap is spread over many latents, and longer chains
 stay where the guide is, means, standard deviations and dependence are right all the same: the verdict is good, of the draws.
 """
 

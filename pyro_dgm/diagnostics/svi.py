@@ -24,9 +24,9 @@ from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.weights import correction
 from pyro_dgm.diagnostics.containers import CONTAINER, ContainerOptions, with_defaults
 from pyro_dgm.diagnostics.elements import groups_by_elements
-from pyro_dgm.diagnostics.explore import explore, never_fitted
 from pyro_dgm.diagnostics.groups import Groups, all_groups, container_of
 from pyro_dgm.diagnostics.khat import Exploration, Rows, judge, judge_rows, with_rows
+from pyro_dgm.diagnostics.short_chains import look_around, never_fitted
 from pyro_dgm.guides.autoflow import AutoFlow
 from pyro_dgm.model.program import Model, Program, refuse_guides_as_models
 from pyro_dgm.model.runs import Table
@@ -209,7 +209,7 @@ def _from_guides(
         by_rows = None
         if log_weight is not None:
             if check:
-                explored = explore(model, guides[0], args, kwargs, how=programs[0].density_how)
+                explored = look_around(model, guides[0], args, kwargs, how=programs[0].density_how)
             explored = replace(explored, unfitted=unfitted)
             if len(guides) == 1:
                 by_rows = _by_rows(programs[0], drawn[0], scored, log_weight, check)

@@ -25,7 +25,7 @@ from torch import Tensor
 from pyro_dgm.core.pace import seconds_left, steps, within
 from pyro_dgm.model.log_joint import LogJoint, barrier, climbed, prior_draws, spread
 
-__all__ = ["Gaussians", "antithetic", "find_start", "natural_step", "shortened"]
+__all__ = ["Gaussians", "antithetic", "find_start", "gaussians_at", "natural_step", "shortened"]
 
 _WIDE = 50  # dimensions from which many starts compete by their diagonals, and only the winner gets a covariance
 _WIDEST = 1_000  # dimensions from which it gets none: a covariance costs D^3 a step; the flow has to bend the rest
@@ -101,6 +101,16 @@ def find_start(log_joint: LogJoint) -> Gaussians:
             "or a prior far from anything plausible."
         )
     return q
+
+
+def gaussians_at(log_joint: LogJoint, points: Tensor) -> Gaussians:
+    """Gaussians that begin small at points ``(C, D)``, those within 6 nats of the best, one for each mode."""
+    size, wide = log_joint.dim, log_joint.dim > _WIDE
+    tril = 0.1 * torch.diag_embed(spread(prior_draws(log_joint, 256)).expand_as(points))
+    q = Gaussians(points, tril, points.new_full((len(points),), -torch.inf), [f"point {i}" for i in range(len(points))])
+    q = _raced(log_joint, q, 100, 2 * size if 8 < size <= 16 else 16, diagonal=wide)[0]
+    q = _settled(log_joint, q.pick(_modes(log_joint, q, within=_NEAR)), 100, max(64, 2 * size), diagonal=wide)
+    return q.pick(_modes(log_joint, q, within=6.0))
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch.distributions import Distribution
 
 from pyro_dgm.model.log_joint import Density, PulledBack, derived, pulled_back, value_and_grad
 
-__all__ = ["Clamped", "Moved", "deviation", "near_in_each", "opposite", "trajectories"]
+__all__ = ["Clamped", "Moved", "Steps", "deviation", "leap", "near_in_each", "opposite", "trajectories"]
 
 _LENGTH = 0.5 * math.pi  # of a trajectory: a quarter of a normal's period, after which places are as good as new
 _LEAPFROGS = 8  # at most
@@ -52,12 +52,23 @@ def opposite(base: Density, z: Tensor) -> Tensor:
 @torch.no_grad()
 def trajectories(density: Density, z: Tensor) -> Iterator[Moved]:
     """Iterations of chains that start at ``z (C, D)``, C even, for ever; the second half has the opposite momenta."""
-    step = 0.5 * z.shape[-1] ** -0.25
+    steps = Steps(z.shape[-1])
     value, grad = value_and_grad(density, z)
     while True:
-        z, value, grad, share = _iterated(density, z, value, grad, step)
-        step *= 1.15 if share > 0.8 else 0.7 if share < 0.6 else 1.0
+        z, value, grad, share = _iterated(density, z, value, grad, steps.size)
+        steps.adapt(share)
         yield Moved(z, share)
+
+
+class Steps:
+    """The size of leapfrog steps for so many dimensions, which follows the share of accepted proposals."""
+
+    def __init__(self, dim: int) -> None:
+        self.size = 0.5 * dim**-0.25
+
+    def adapt(self, share: float) -> None:
+        """After a proposal of all chains."""
+        self.size *= 1.15 if share > 0.8 else 0.7 if share < 0.6 else 1.0
 
 
 def _iterated(
@@ -66,7 +77,7 @@ def _iterated(
     n = len(z) // 2
     p = torch.randn_like(z[:n])
     p = torch.cat([p, -p])
-    new, new_p, new_value, new_grad = _leapfrog(density, z, p, grad, step)
+    new, new_p, new_value, new_grad = leap(density, z, p, grad, step)
     gain = (new_value - value + 0.5 * (p.square() - new_p.square()).sum(-1)).nan_to_num(-math.inf)
     taken = torch.rand_like(gain[:n]).log().repeat(2) < gain
     z = torch.where(taken[:, None], new, z)
@@ -74,9 +85,7 @@ def _iterated(
     return z, torch.where(taken, new_value, value), grad, float(gain.clamp_max(0.0).exp().mean())
 
 
-def _leapfrog(
-    density: Density, z: Tensor, p: Tensor, grad: Tensor, step: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def leap(density: Density, z: Tensor, p: Tensor, grad: Tensor, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Place, momentum, log density and gradient at the end of a trajectory."""
     value = grad.new_zeros(len(z))
     for _ in range(min(_LEAPFROGS, max(2, round(_LENGTH / step)))):

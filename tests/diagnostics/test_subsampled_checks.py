@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyro_dgm as dgm
-from pyro_dgm.diagnostics.explore import explore
+from pyro_dgm.diagnostics.short_chains import look_around
 from pyro_dgm.model.log_joint import LogJoint
 
 ROWS = 40
@@ -89,7 +89,7 @@ def test_nuts_samples_the_posterior_of_the_full_data():
 def test_what_was_not_looked_at_is_said():
     """A pass of 40 runs for one density is too dear; a guide without a vector; a check that was not asked for."""
     guide = placed(POSTERIOR.loc, POSTERIOR.scale)
-    assert "takes 40 runs of the model" in explore(in_plates, guide, (X, 1), {}).unseen
+    assert "takes 40 runs of the model" in look_around(in_plates, guide, (X, 1), {}).unseen
     verdict = dgm.khat(dgm.from_svi(in_plates, guide, X, 1, num_samples=200, prior=0, seed=0))
     assert "No short MCMC was run and no modes were looked for: a pass over the subsampled plate" in str(verdict)
     verdict = dgm.khat(dgm.from_svi(in_plates, guide, X, 10, num_samples=200, prior=0, seed=0, check=False))

@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, init_to_value
 from pyro.optim import ClippedAdam
 
 import pyro_dgm as dgm
-from pyro_dgm.diagnostics.explore import explore
+from pyro_dgm.diagnostics.short_chains import look_around
 from pyro_dgm.guides.start import find_start
 from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.train.players import by_rate
@@ -379,7 +379,7 @@ def test_short_chains_leave_a_planted_bad_guide_and_stay_with_a_good_one():
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
     guide = dgm.AutoFlow(schools)
     dgm.fit(dgm.STL_ELBO()(schools, guide), (y, sigma), seed=0, progress=False, max_steps=500)
-    look = lambda: explore(schools, guide, (y, sigma), {})
+    look = lambda: look_around(schools, guide, (y, sigma), {})
     assert not look().moved and look().other_modes == 0
     affine, kept = guide._posterior.affine, guide._posterior.affine.detach().clone()
     for shift, log_scale in [(0.5, 0.0), (0.0, -0.36), (0.0, 0.41)]:
