@@ -88,11 +88,12 @@ def drawn_by_nutpie(model, seed, chains):
     compiled, constrained = for_nutpie(model, seed)
     ready = time.process_time()
     found = nutpie.sample(compiled, draws=DRAWS, chains=chains, cores=1, seed=seed, progress_bar=False)
-    ended = time.process_time()
-    draws = constrained(found.posterior["u"].values)
+    sampling = time.process_time() - ready
+    compiling, constraining, draws = timed(constrained, found.posterior["u"].values)
     steps = [int(g["n_steps"].sum()) for g in (found.warmup_sample_stats, found.sample_stats)]
-    tuning = (ended - ready) * steps[0] / sum(steps)
-    return Run(ready - began + tuning, time.process_time() - ready - tuning, draws)
+    tuning = sampling * steps[0] / sum(steps)
+    draws = {k: np.asarray(v) for k, v in draws.items()}
+    return Run(ready - began + tuning + compiling, sampling - tuning + constraining, draws)
 
 
 def for_nutpie(model, seed):
@@ -114,5 +115,4 @@ def for_nutpie(model, seed):
     density(np.asarray(flat))
     identity = lambda *seeds: lambda u: {"u": np.array(u)}
     compiled = from_pyfunc(len(flat), lambda: density, identity, [np.dtype("float64")], [(len(flat),)], ["u"])
-    named = jax.jit(jax.vmap(jax.vmap(lambda u: constrain_fn(model, (), {}, sites_of(u)))))
-    return compiled, lambda draws: {k: np.asarray(v) for k, v in named(draws).items()}
+    return compiled, jax.vmap(jax.vmap(lambda u: constrain_fn(model, (), {}, sites_of(u))))
