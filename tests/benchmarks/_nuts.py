@@ -15,13 +15,14 @@ DRAWS = 1000  # of a chain, and NumPyro's steps of warm-up
 class Run:
     """What chains cost in CPU seconds, and their draws by site, ``(chains, draws, *site)``."""
 
-    warm_up: float  # with the compilation
+    compiling: float
+    warm_up: float
     sampling: float
     draws: dict
 
     @property
     def seconds(self):
-        return self.warm_up + self.sampling
+        return self.compiling + self.warm_up + self.sampling
 
     def ess(self):
         """The smallest bulk ESS."""
@@ -32,8 +33,8 @@ class Run:
         return max(float(v.max()) for v in az.rhat(self.draws).data_vars.values())
 
     def seconds_to(self, count):
-        """CPU seconds to so many effective draws: the warm-up once, the sampling as long as it takes."""
-        return self.warm_up + self.sampling * count / self.ess()
+        """CPU seconds to so many effective draws: compilation and warm-up once, the sampling as long as it takes."""
+        return self.compiling + self.warm_up + self.sampling * count / self.ess()
 
 
 def is_installed(name="numpyro"):
@@ -66,7 +67,7 @@ def drawn(model, seed, chains):
 
     compiling, warming, state = timed(adapted, jax.random.PRNGKey(seed))
     _, sampling, draws = timed(sampled, state)
-    return Run(compiling + warming, sampling, {k: np.asarray(v) for k, v in draws.items()})
+    return Run(compiling, warming, sampling, {k: np.asarray(v) for k, v in draws.items()})
 
 
 def timed(function, argument):
@@ -93,7 +94,7 @@ def drawn_by_nutpie(model, seed, chains):
     steps = [int(g["n_steps"].sum()) for g in (found.warmup_sample_stats, found.sample_stats)]
     tuning = sampling * steps[0] / sum(steps)
     draws = {k: np.asarray(v) for k, v in draws.items()}
-    return Run(ready - began + tuning + compiling, sampling - tuning + constraining, draws)
+    return Run(ready - began + compiling, tuning, sampling - tuning + constraining, draws)
 
 
 def for_nutpie(model, seed):

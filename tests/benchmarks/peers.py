@@ -30,7 +30,12 @@ MOST_DIM = 30  # the bar on the worst ratio is for posteriors of at most so many
 COUNTS = (1_000, 10_000)  # effective draws
 CHAINS = 4
 MOST_RHAT = 1.01  # Vehtari et al. (2021); an ESS of chains that differ more is none, and such a peer has no time
+METHODS = ("AutoFlow", "NumPyro", "nutpie")
 JUDGED = 1_000  # draws of a default container, of which a verdict's ESS is
+DRAWS_HEAD = (
+    "| posterior | D | AutoFlow: fit + verdict | to 1,000 / 10,000 | NumPyro: compilation + warm-up + sampling | to 1,000 / 10,000 | "
+    "nutpie: the same | to 1,000 / 10,000 | mean errors of the three | first at 1,000 / 10,000 |\n" + "|---" * 10 + "|"
+)
 
 
 def stock_steps(model, args, seed=0, steps=300):
@@ -104,24 +109,19 @@ def posterior_draws(p, guide, found, count, seed):
 def by_flow(p, seed):
     """The times of AutoFlow, infinite where its verdict is bad, and the errors of the most draws."""
     fit, verdict, _, found, guide = default_fit(p.model, (p.data,), seed)
+    judged = {"judged": fit + verdict, "status": found.status, "khat": found.k, "ess": found.ess}
     if found.status == "bad":
-        return {"seconds": [math.inf] * len(COUNTS), "judged": fit + verdict, "status": found.status, "khat": found.k}
+        return judged | {"seconds": [math.inf] * len(COUNTS)}
     drawn = [posterior_draws(p, guide, found, count, seed) for count in COUNTS]
-    seconds = [fit + verdict + s for s, _ in drawn]
-    return {
-        "seconds": seconds,
-        "judged": fit + verdict,
-        "status": found.status,
-        "khat": found.k,
-        **errors(p, drawn[-1][1]),
-    }
+    return judged | {"seconds": [fit + verdict + s for s, _ in drawn]} | errors(p, drawn[-1][1])
 
 
 def by_chains(p, run):
     """The times of a peer, with its ESS, R-hat and the errors of all its draws."""
     draws = {k: torch.as_tensor(v.copy()).flatten(0, 1) for k, v in run.draws.items()}
-    return {"seconds": [run.seconds_to(c) for c in COUNTS], "warm_up": run.warm_up, "sampling": run.sampling, "ess": run.ess(),
-            "rhat": run.rhat(), **errors(p, draws)}  # fmt: skip
+    spent = {"compiling": run.compiling, "warm_up": run.warm_up, "sampling": run.sampling}
+    mixed = {"seconds": [run.seconds_to(c) for c in COUNTS], "ess": run.ess(), "rhat": run.rhat()}
+    return spent | mixed | errors(p, draws)
 
 
 def draws_row(p, name, seed):
@@ -140,7 +140,8 @@ def time_of(row, method, at):
 
 def chains_cell(found):
     mixed = "" if found["rhat"] <= MOST_RHAT else f", R-hat {found['rhat']:.3f}"
-    return f"{found['warm_up']:.1f} + {found['sampling']:.1f} (ESS {found['ess']:.0f}{mixed}) | " + times_cell(found)
+    spent = " + ".join(f"{found[k]:.1f}" for k in ("compiling", "warm_up", "sampling"))
+    return f"{spent} (ESS {found['ess']:.0f}{mixed}) | {times_cell(found)}"
 
 
 def times_cell(found):
@@ -148,11 +149,20 @@ def times_cell(found):
 
 
 def errors_cell(row):
-    return ", ".join(f"{row[m]['mean']:.2f}" if "mean" in row[m] else "-" for m in ("AutoFlow", "NumPyro", "nutpie"))
+    return ", ".join(f"{row[m]['mean']:.2f}" if "mean" in row[m] else "-" for m in METHODS)
 
 
 def first(row, at):
-    return min(("AutoFlow", "NumPyro", "nutpie"), key=lambda method: time_of(row, method, at))
+    return min(METHODS, key=lambda method: time_of(row, method, at))
+
+
+def draws_line(r):
+    flow = r["AutoFlow"]
+    judged = (
+        f"{flow['judged']:.1f}, {flow['status']} (k-hat {flow['khat']:.2f}, ESS {flow['ess']:.0f}) | {times_cell(flow)}"
+    )
+    peers = f"{chains_cell(r['NumPyro'])} | {chains_cell(r['nutpie'])}"
+    return f"| {r['posterior']} | {r['dim']} | {judged} | {peers} | {errors_cell(r)} | {first(r, 0)} / {first(r, 1)} |"
 
 
 def draws(posteriors, seeds):
@@ -160,16 +170,12 @@ def draws(posteriors, seeds):
     if not (_nuts.is_installed("numpyro") and _nuts.is_installed("nutpie")):
         sys.exit("draws: numpyro and nutpie are not installed")
     warm_up_peers()
-    print("| posterior | D | AutoFlow: fit + verdict | to 1,000 / 10,000 | NumPyro: warm-up + sampling | to 1,000 / 10,000 | "
-          "nutpie: warm-up + sampling | to 1,000 / 10,000 | mean errors | first at 1,000 / 10,000 |\n" + "|---" * 10 + "|")  # fmt: skip
+    print(DRAWS_HEAD)
     rows = []
     for name, p in posteriors:
         for seed in seeds:
             rows.append(r := draws_row(p, name, seed))
-            flow = r["AutoFlow"]
-            print(f"| {name} | {p.dim} | {flow['judged']:.1f}, {flow['status']} (k-hat {flow['khat']:.2f}) | {times_cell(flow)} | "
-                  f"{chains_cell(r['NumPyro'])} | {chains_cell(r['nutpie'])} | {errors_cell(r)} | {first(r, 0)} / {first(r, 1)} |",
-                  flush=True)  # fmt: skip
+            print(draws_line(r), flush=True)
     for at, count in enumerate(COUNTS):
         told(rows, at, count)
     return rows
@@ -188,16 +194,15 @@ def told(rows, at, count):
     ours = np.array([time_of(r, "AutoFlow", at) for r in rows])
     peers = {m: np.array([time_of(r, m, at) for r in rows]) for m in ("NumPyro", "nutpie")}
     better = np.minimum(peers["NumPyro"], peers["nutpie"])
-    ratios = [f"{np.median(ours / peers[m]):.2f} of {m}'s" for m in peers]
+    ratios = [f"{np.nanmedian(ours / peers[m]):.2f} of {m}'s" for m in peers]
     ahead = [f"of {m} on {(ours < peers[m]).sum()}" for m in peers]
     print(f"{count} draws: AutoFlow is ahead of the better peer on {(ours < better).sum()} of {len(rows)}, {', '.join(ahead)}; "
-          f"its time is in the median {', '.join(ratios)}, {np.median(ours / better):.2f} of the better's")  # fmt: skip
+          f"its time is in the median {', '.join(ratios)}, {np.nanmedian(ours / better):.2f} of the better's")  # fmt: skip
 
 
 def main(arguments):
     words = arguments.only or []
     posteriors = references([w for w in words if w not in PARTS])
-    parts = {"units": units, "draws": draws}
-    return [
-        row for k in PARTS if k in words or not set(PARTS) & set(words) for row in parts[k](posteriors, arguments.seeds)
-    ]
+    tables = {"units": units, "draws": draws}
+    chosen = [k for k in PARTS if k in words] or PARTS
+    return [row for k in chosen for row in tables[k](posteriors, arguments.seeds)]
