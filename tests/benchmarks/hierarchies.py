@@ -129,8 +129,8 @@ def nuts(kind, known, y, seed):
             }
             numpyro.sample("y", law[kind](), obs=y)
 
-    seconds, samples = _nuts.drawn(model, seed, 4)
-    return seconds, np.stack([samples["mu"].ravel(), np.log(samples["tau"].ravel())], -1)
+    run = _nuts.drawn(model, seed, 4)
+    return run.seconds, np.stack([run.draws["mu"].ravel(), np.log(run.draws["tau"].ravel())], -1)
 
 
 def row(kind, groups, centred, seed, at_once=None):

@@ -140,9 +140,9 @@ def nuts(kind, y, seed, chains):
         numpyro.factor("walk", start + nd.Normal(keep * (h[:-1] - mean), push).log_prob(h[1:] - mean).sum())
         numpyro.sample("y", nd.Normal(0.0, jax.numpy.exp(h / 2.0)), obs=y)
 
-    seconds, found = _nuts.drawn(level if kind == "level" else vol, seed, chains)
-    summary = numpyro.diagnostics.summary({k: v for k, v in found.items() if v.ndim == 2})
-    return seconds, unconstrained(found), min(float(v["n_eff"]) for v in summary.values())
+    run = _nuts.drawn(level if kind == "level" else vol, seed, chains)
+    summary = numpyro.diagnostics.summary({k: v for k, v in run.draws.items() if v.ndim == 2})
+    return run.seconds, unconstrained(run.draws), min(float(v["n_eff"]) for v in summary.values())
 
 
 def _shown(found):
