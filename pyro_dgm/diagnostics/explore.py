@@ -52,7 +52,11 @@ _WIDE = 50  # latents above which no modes are looked for
 _LOST = 5.0  # nats from a mode's Gaussian to the guide, from which the guide lacks the mode
 _STARTS = 64  # draws of the guide, for each chain, of which the chains' starts are picked by weight
 _ROUND = 40  # iterations of a round before the last
-_FIT_STEPS, _FIT_ROWS, _FIT_RATE = 200, 512, 5e-3
+_FIT_STEPS, _FIT_LOOK, _FIT_ROWS, _FIT_RATE = 200, 20, 512, 1e-3
+_PATIENCE = 2  # looks
+_LEAST_SHARE = (
+    0.1  # of a component in the jumps, as a part of an even one: one that is never proposed is never found again
+)
 _SPLIT_RHAT = 1.01  # Vehtari et al. (2021)
 
 
@@ -82,7 +86,7 @@ class Explored:
 
     def __str__(self) -> str:
         weights = ", ".join(f"{w:.3f} +- {e:.3f}" for w, e in self.modes)
-        advice = "" if self.converged else " The chains do not agree: more rounds, or a guide that is trained longer."
+        advice = "" if self.converged else " The chains do not agree: more rounds and draws, or a guide that is trained longer."
         return (
             f"explored: R-hat {self.rhat:.3f}, {self.jumps:.0%} of the jumps and {self.moves:.0%} of the local moves accepted; "
             f"weights of the modes {weights}.{advice} A mode that no prior draw climbs to stays unseen."
@@ -141,7 +145,8 @@ def explore(
             chains = _Chains(guide, log_joint, num_chains)
             for i in range(rounds):
                 bar.set_description(f"round {i + 1}/{rounds}")
-                _fit(guide, torch.cat([chains.step(bar) for _ in range(_ROUND)][_ROUND // 4 :]))
+                places = torch.stack([chains.step(bar) for _ in range(_ROUND)][_ROUND // 4 :])
+                _fit(guide, *(half.flatten(0, 1) for half in places.chunk(2, 1)))
                 chains.renew()
             bar.set_description("draws")
             chains.taken.clear()
@@ -224,20 +229,34 @@ def _is_lost(guide: AutoFlow, found: Gaussians, i: int) -> bool:
     return not bool((gaussian.log_prob(x) - _shares(guide, x).logsumexp(0)).mean() < _LOST)
 
 
-def _fit(guide: AutoFlow, u: Tensor) -> None:
-    """Maximum likelihood of places, of the components by gradient steps and of their weights by their shares."""
+def _fit(guide: AutoFlow, u: Tensor, held_out: Tensor) -> None:
+    """Maximum likelihood of places, as long as those of other chains become likelier: of weights first, then of components."""
     posterior = guide._posterior
+    with torch.no_grad():
+        shares = _shares(guide, torch.cat([u, held_out])).softmax(0).mean(1)
+        posterior.log_weight.copy_(shares.clamp_min(_LEAST_SHARE / len(shares)).log().log_softmax(0))
+    best, kept = _loss(guide, held_out), deepcopy(posterior.state_dict())
     optimizer = torch.optim.Adam([p for p in posterior.parameters() if p.requires_grad], lr=_FIT_RATE)
-    for i in range(_FIT_STEPS):
-        optimizer.param_groups[0]["lr"] = _FIT_RATE * (1.0 - i / _FIT_STEPS)
-        rows = u[torch.randint(len(u), (_FIT_ROWS,))]
-        optimizer.zero_grad()
-        loss = -_shares(guide, rows).logsumexp(0).mean()
-        if bool(loss.isfinite()):
+    stale = 0
+    for _ in range(_FIT_STEPS // _FIT_LOOK):
+        for _ in range(_FIT_LOOK):
+            optimizer.zero_grad()
+            loss = -_shares(guide, u[torch.randint(len(u), (_FIT_ROWS,))]).logsumexp(0).mean()
             loss.backward()
             optimizer.step()
-    with torch.no_grad():
-        posterior.log_weight.copy_(_shares(guide, u).softmax(0).mean(1).clamp_min(1e-6).log().log_softmax(0))
+        now = _loss(guide, held_out)
+        stale = 0 if now < best else stale + 1
+        if now < best:
+            best, kept = now, deepcopy(posterior.state_dict())
+        if stale == _PATIENCE:
+            break
+    posterior.load_state_dict(kept)
+
+
+@torch.no_grad()
+def _loss(guide: AutoFlow, u: Tensor) -> float:
+    """Nats; NaN counts as none better."""
+    return float(-_shares(guide, u).logsumexp(0).mean())
 
 
 # --- The chains ---
@@ -250,11 +269,9 @@ class _Chains:
         self.guide, self.log_joint = guide, log_joint
         self.taken: list[tuple[float, float]] = []
         with torch.no_grad():
-            u = guide._posterior().sample((_STARTS * count,))
-            log_weight = (log_joint(u) - _shares(guide, u).logsumexp(0)).nan_to_num(-torch.inf)
-            noise = -torch.log(-torch.log(torch.rand_like(log_weight).clamp(1e-20, 1.0 - 6e-8)))
-            # without replacement: weights of a few draws alone would start all chains at one place
-            self.u = u[(log_weight.clamp_min(-1e30) + noise).topk(count).indices]
+            parts = _parts(guide)
+            sizes = [count // len(parts) + (k < count % len(parts)) for k in range(len(parts))]
+            self.u = torch.cat([_started(part, log_joint, n) for part, n in zip(parts, sizes, strict=True) if n])
         self.renew()
 
     @torch.no_grad()
@@ -279,34 +296,42 @@ class _Chains:
         log_p = self.log_joint(new).nan_to_num(-torch.inf)
         log_q = _shares(self.guide, torch.cat([self.u, new])).logsumexp(0)
         gain = log_p - self.log_p + log_q[: len(self.u)] - log_q[len(self.u) :]
-        return self._accept(torch.arange(len(self.u)), new, log_p, gain)
+        return self._accept(new, log_p, gain.nan_to_num(-torch.inf))
 
     def _move(self) -> float:
-        """Chains in one cell of the guide move together."""
+        """Chains in one cell of the guide move together, and those that leave it stay."""
         cells = _shares(self.guide, self.u).argmax(0)
-        shares = torch.zeros(len(self.u))
+        u, gain = self.u.clone(), torch.full_like(self.log_p, -torch.inf)
         for k in cells.unique().tolist():
-            rows = (cells == k).nonzero()[:, 0]
-            shares[rows] = self._moved(rows, k)
-        return float(shares.mean())
+            u[cells == k], gain[cells == k] = self._moved(self.u[cells == k], k)
+        inside = _shares(self.guide, u).argmax(0) == cells
+        return self._accept(u, self.log_joint(u), torch.where(inside, gain, -torch.inf))
 
-    def _moved(self, rows: Tensor, k: int) -> float:
-        z = self.maps[k].inv(self.u[rows])
+    def _moved(self, u: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The ends of trajectories in the coordinates of a component, and what decides on them."""
+        z = self.maps[k].inv(u)
         value, grad = value_and_grad(self.densities[k], z)
         p = torch.randn_like(z)
         new, new_p, new_value, _ = leap(self.densities[k], z, p, grad, self.steps[k].size)
-        u = self.maps[k](new)
         gain = (new_value - value + 0.5 * (p.square() - new_p.square()).sum(-1)).nan_to_num(-torch.inf)
-        inside = _shares(self.guide, u.nan_to_num()).argmax(0) == k
-        share = self._accept(rows, u, self.log_joint(u), torch.where(inside, gain, -torch.inf))
         self.steps[k].adapt(float(gain.clamp_max(0.0).exp().mean()))
-        return share
+        end = self.maps[k](new)
+        fine = end.isfinite().all(-1)
+        return torch.where(fine[:, None], end, u), torch.where(fine, gain, -torch.inf)
 
-    def _accept(self, rows: Tensor, u: Tensor, log_p: Tensor, gain: Tensor) -> float:
+    def _accept(self, u: Tensor, log_p: Tensor, gain: Tensor) -> float:
         taken = torch.rand_like(gain).log() < gain
-        self.u[rows] = torch.where(taken[:, None], u, self.u[rows])
-        self.log_p[rows] = torch.where(taken, log_p, self.log_p[rows])
+        self.u = torch.where(taken[:, None], u, self.u)
+        self.log_p = torch.where(taken, log_p, self.log_p)
         return float(taken.double().mean())
+
+
+def _started(part: Any, log_joint: LogJoint, count: int) -> Tensor:
+    """So many different draws of a component, picked by weight: a few heavy ones alone would start all chains at one place."""
+    u = part.sample((_STARTS * count,))
+    log_weight = (log_joint(u) - part.log_prob(u)).nan_to_num(-torch.inf).clamp_min(-1e30)
+    noise = -torch.log(-torch.log(torch.rand_like(log_weight).clamp(1e-20, 1.0 - 6e-8)))
+    return u[(log_weight + noise).topk(count).indices]
 
 
 # --- What is known of the draws ---
