@@ -197,7 +197,7 @@ class KHat(Exploration):
         if self.unsure:
             return f"{self.unsure}: structure='joint', or NUTS."
         if self.other_modes:
-            return "Draws miss a mode: warm_start, or NUTS from there."
+            return "Draws miss a mode: explore(model, guide, *args) finds and weighs modes."
         if self.repairable:
             return f"resample(idata) gives draws of the posterior, {self.ess:.0f} distinct ones; training longer, more."
         if self.independent:
