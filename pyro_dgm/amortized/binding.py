@@ -147,6 +147,10 @@ class Arguments:
         for site in structure.observed:
             site.refuse_empty("ForwardKL", batch[site.name], 1)
 
+    def _others(self, sites: Mapping[str, Site]) -> str:
+        others = [k for k in self.names if k not in sites]
+        return f", and maybe other arguments of the model ({others})" if others else ""
+
     def checked_data(
         self,
         data: Mapping[str, Any],
@@ -161,8 +165,8 @@ class Arguments:
         unknown = [k for k in data if k not in sites and k not in self.names]
         if missing or unknown:
             raise ValueError(
-                f"condition: {f'{missing} missing' if missing else f'{unknown} unknown'}; expected the observed sites and "
-                f"covariates {list(sites)}, and maybe other arguments of the model ({self.names})."
+                f"condition: {' and '.join(f'{k} {what}' for k, what in ((missing, 'missing'), (unknown, 'unknown')) if k)}; "
+                f"expected the observed sites and covariates {list(sites)}{self._others(sites)}."
             )
         data = to_device({k: _tensor(sites[k], v) if k in sites else v for k, v in data.items()}, where)
         masks = to_device(

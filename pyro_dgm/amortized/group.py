@@ -17,7 +17,6 @@ from pyro_dgm.amortized.structure import Site, Structure
 from pyro_dgm.amortized.units import BesidePrior, Moments, PriorUnits, Units
 from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
-from pyro_dgm.core.devices import device_of
 from pyro_dgm.core.networks import MLP, broadcast_cat
 from pyro_dgm.flows.ensemble import Ensemble, members_of
 from pyro_dgm.flows.mixture_chain import MixtureChain
@@ -88,7 +87,7 @@ class Group(nn.Module):
         members = members_of(self.family)
         if self.may_grow and count > len(members):
             made = [self._family(None) for _ in range(count - len(members))]
-            self.family = _together([*members, *made]).to(device_of(self.family))
+            self.family = _together([*members, *made]).to(next(self.family.parameters()))
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A saved guide may have grown."""

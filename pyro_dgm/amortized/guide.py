@@ -95,7 +95,7 @@ class AmortizedGuide(nn.Module):
         {'mu': (100,), 'theta': (100, 3)}
     """
 
-    @checked()
+    @checked(ensemble=1)
     def __init__(
         self,
         model: Callable[..., Any],

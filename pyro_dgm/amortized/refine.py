@@ -27,8 +27,10 @@ from torch import Size, Tensor
 
 from pyro_dgm.amortized.units import Units
 from pyro_dgm.core.devices import device_of
+from pyro_dgm.core.distribution import NoDensityError
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.core.weights import K_LIMIT, evidence_error, log_mean, psis, stratified
+from pyro_dgm.model.sites import lacks_density
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine
 
 if TYPE_CHECKING:
@@ -303,6 +305,7 @@ class Joint(Vectors):
 
     def __init__(self, posterior: ConditionedGuide) -> None:
         super().__init__(posterior)
+        _refuse_without_density(posterior)
         nesting = posterior.guide.structure.nesting
         model = posterior.guide.conditioned_model(posterior.data, rewritten=True)
         self.engine = Engine(model, (), {}, nesting, {s.name: len(s.event_shape) for s in self.sites})
@@ -315,3 +318,14 @@ class Joint(Vectors):
         values, log_det = self._unpacked(u)
         with pyro.validation_enabled(False), poutine.block():
             return self.engine.log_joint(values, self.how).double() + log_det
+
+
+def _refuse_without_density(posterior: ConditionedGuide) -> None:
+    trace = poutine.trace(posterior.model).get_trace()
+    for site in posterior.guide.structure.observed:
+        if lacks_density(trace.nodes[site.name]):
+            raise NoDensityError(
+                f"refine: the data '{site.name}' of the model have no density (they are computed, or drawn by a simulator), so "
+                "draws cannot be weighed or moved. Check the guide with sbc and misspecification; more simulations, or "
+                "ensemble=5, make it better."
+            )

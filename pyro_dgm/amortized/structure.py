@@ -24,7 +24,7 @@ from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.shapes import of_entries, reference
-from pyro_dgm.model.sites import is_enumerable, latent_sites, plate_frames, sample_sites, subsampled
+from pyro_dgm.model.sites import is_enumerable, lacks_density, latent_sites, plate_frames, sample_sites, subsampled
 from pyro_dgm.model.stability import changing_supports, runs_from_the_prior
 from pyro_dgm.model.supports import innermost, is_circular
 from pyro_dgm.model.vectorize import plate_nesting
@@ -284,6 +284,8 @@ def _independent_parts(
         traces: two runs of the model.
         args, kwargs: the model's arguments.
     """
+    if any(lacks_density(traces[0].nodes[k]) for k in observed):  # it says nothing of what it depends on
+        return [set(latents)]
     drawn = _values(traces[0], observed)
     others = _values(traces[1], observed)
     quiet = warnings.catch_warnings()

@@ -85,8 +85,12 @@ class Explored:
         return self.rhat < _SPLIT_RHAT
 
     def __str__(self) -> str:
-        weights = ", ".join(f"{w:.3f} +- {e:.3f}" for w, e in self.modes)
-        advice = "" if self.converged else " The chains do not agree: more rounds and draws, or a guide that is trained longer."
+        weights = ", ".join(f"{w:.3f} +- {e:.3f}" for w, e in self.modes if w > 0.0)
+        advice = (
+            ""
+            if self.converged
+            else " The chains do not agree: more rounds and draws, or a guide that is trained longer."
+        )
         return (
             f"explored: R-hat {self.rhat:.3f}, {self.jumps:.0%} of the jumps and {self.moves:.0%} of the local moves accepted; "
             f"weights of the modes {weights}.{advice} A mode that no prior draw climbs to stays unseen."
@@ -142,6 +146,7 @@ def explore(
         _refuse(guide, log_joint)
         with few_threads(num_chains * guide.latent_dim):
             _add_lost_modes(guide, log_joint)
+            _refuse_no_density(guide, log_joint)
             chains = _Chains(guide, log_joint, num_chains)
             for i in range(rounds):
                 bar.set_description(f"round {i + 1}/{rounds}")
@@ -170,6 +175,15 @@ def _refuse(guide: AutoFlow, log_joint: LogJoint) -> None:
         reason = "the model runs one draw at a time"
     if reason:
         raise ValueError(f"explore: {reason}. For such a model there is NUTS.")
+
+
+@torch.no_grad()
+def _refuse_no_density(guide: AutoFlow, log_joint: LogJoint) -> None:
+    if not bool(log_joint(guide._posterior().sample((_CLIMBERS,))).isfinite().any()):
+        raise ValueError(
+            f"explore: the model's log density is not finite at any of {_CLIMBERS} draws of the guide. Usual causes: NaN in the "
+            "data, or a guide that was not fitted to them."
+        )
 
 
 # --- The guide: its parts, modes that it lacks, and its fit to places ---

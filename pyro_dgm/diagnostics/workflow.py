@@ -8,7 +8,8 @@ For each data set the first of these that is enough is taken:
    another hundred steps change neither a mean nor the log density;
 4. *refused*: none of these. MCMC from scratch is what is left.
 
-The guide's draws stay *unchecked* where the model's data have no density (a simulator whose data are a ``Delta``).
+Where the model's data have no density (a simulator whose data are a ``Delta``) the guide's draws stay *unchecked*, and data are
+*refused* that ``condition`` warns of: those outside of the range of the simulations.
 
 References:
     | Li, Vehtari, Bürkner, Radev, Acerbi & Schmitt (2024), "Amortized Bayesian workflow", arXiv 2409.04332.
@@ -21,12 +22,11 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
@@ -34,7 +34,6 @@ from typing_extensions import Unpack
 from pyro_dgm.amortized.guide import AmortizedGuide
 from pyro_dgm.amortized.posterior import ConditionedGuide
 from pyro_dgm.amortized.refine import Chains, Joint, picked, run_chains, smoothed
-from pyro_dgm.core import ImplicitDistribution
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import few_threads
@@ -42,7 +41,7 @@ from pyro_dgm.core.weights import correction
 from pyro_dgm.diagnostics.containers import ContainerOptions
 from pyro_dgm.diagnostics.converters import from_posterior_samples
 from pyro_dgm.diagnostics.khat import Exploration, KHat, judge
-from pyro_dgm.model.sites import innermost_distribution
+from pyro_dgm.model.sites import lacks_density
 
 __all__ = ["Workflow", "workflow"]
 
@@ -92,14 +91,15 @@ class Workflow:
     def container(self, index: int, **options: Unpack[ContainerOptions]) -> Any:
         """One data set's draws for ArviZ, as :func:`~pyro_dgm.from_posterior_samples` makes it with these options."""
         samples = {k: v[index] for k, v in self.draws.items()}
-        return from_posterior_samples(self._posteriors[index].model, samples, **options)
+        chains = 4 if len(next(iter(samples.values()))) % 4 == 0 else 1  # R-hat compares chains
+        return from_posterior_samples(self._posteriors[index].model, samples, num_chains=chains, **options)
 
     def table(self) -> str:
         """A line for each data set."""
-        head = f"{'data set':>8s}  {'status':11s}{'k-hat':>7s}{'gap':>9s}{'ESS':>8s}{'seconds':>9s}"
+        head = f"{'data set':>8s}  {'status':11s}{'k-hat':>7s}{'gap':>10s}{'ESS':>8s}{'seconds':>9s}"
         rows = zip(self.status, self.khat, self.gap, self.ess, self.seconds, self.notes, strict=True)
         lines = [
-            f"{i:8d}  {status:11s}{k:7.2f}{gap:9.3f}{ess:8.0f}{s:9.2f}  {note}".rstrip()
+            f"{i:8d}  {status:11s}{k:7.2f}{gap:>10.3g}{ess:8.0f}{s:9.2f}  {note}".rstrip()
             for i, (status, k, gap, ess, s, note) in enumerate(rows)
         ]
         return "\n".join([head, *lines])
@@ -171,7 +171,7 @@ def workflow(
         for row in bar:
             began = time.perf_counter()
             posterior, note = _conditioned(guide, row)
-            found.append(_one_or_none(posterior, num_samples))
+            found.append(_one_or_none(posterior, num_samples, note))
             posteriors.append(posterior)
             notes.append(f"{note} {found[-1].failure}".strip())
             seconds.append(time.perf_counter() - began)
@@ -210,12 +210,16 @@ def _conditioned(guide: AmortizedGuide, row: dict[str, Any]) -> tuple[Conditione
     return posterior, " ".join(str(w.message).removeprefix("condition: ") for w in said)
 
 
-def _one_or_none(posterior: ConditionedGuide, n: int) -> _Found:
-    """The outcome; data that the guide cannot read are refused by themselves, and the other data sets go on."""
+def _one_or_none(posterior: ConditionedGuide, n: int, note: str) -> _Found:
+    """The outcome; data that the guide cannot read are refused by themselves, and the other data sets go on.
+
+    Without a density the range of the simulations decides: the guide was not trained for what is warned of.
+    """
     try:
-        return _one(posterior, n)
+        found = _one(posterior, n)
     except ValueError as error:
         return _Found({}, "refused", failure=str(error))
+    return replace(found, status="refused") if note and found.status == "unchecked" else found
 
 
 def _stacked(found: list[_Found]) -> dict[str, Tensor]:
@@ -255,8 +259,7 @@ def _one(posterior: ConditionedGuide, n: int) -> _Found:
 def _lacks_density(posterior: ConditionedGuide) -> bool:
     """Whether some datum of the model is a computed value, or an implicit draw."""
     trace = poutine.trace(posterior.model).get_trace()
-    kinds = [innermost_distribution(trace.nodes[s.name]) for s in posterior.guide.structure.observed]
-    return any(isinstance(fn, Delta | ImplicitDistribution) for fn in kinds)
+    return any(lacks_density(trace.nodes[s.name]) for s in posterior.guide.structure.observed)
 
 
 def _settle(chains: Chains, joint: Joint) -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "is_enumerable",
     "is_factor",
     "is_implicit",
+    "lacks_density",
     "is_subsample",
     "latent_sites",
     "layout_of",
@@ -145,6 +146,11 @@ def innermost_distribution(site: Site) -> Any:
 def is_implicit(site: Site) -> bool:
     """Whether a site has no density."""
     return isinstance(innermost_distribution(site), ImplicitDistribution)
+
+
+def lacks_density(site: Site) -> bool:
+    """Whether a datum is a computed value, or an implicit draw, so that its score says nothing of the latents."""
+    return isinstance(innermost_distribution(site), ImplicitDistribution | Delta)
 
 
 def refuse_implicit(who: str, trace: Trace) -> None:

@@ -10,13 +10,30 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Size, Tensor
+from torch.distributions import Normal
 
+from pyro_dgm.core import ImplicitDistribution
 from pyro_dgm.core.kinds import checked, shown
 
 __all__ = ["FunctionModel", "as_model"]
 
 _SEEDS = 2**31 - 1
+_RANDOM = ("rng", "seed")
+
+
+class Simulated(ImplicitDistribution):
+    """The distribution of what a function has returned: a draw, and no density."""
+
+    def __init__(self, value: Tensor, batch_shape: Size = Size()) -> None:  # noqa: B008
+        self.value = value
+        base = Normal(torch.zeros(batch_shape), 1.0)
+        super().__init__(
+            lambda z: value.expand((*z.shape, *value.shape)), base, tuple(value.shape), name="as_model's simulator"
+        )
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Simulated:
+        return Simulated(self.value, Size(batch_shape))
 
 
 class FunctionModel:
@@ -26,11 +43,10 @@ class FunctionModel:
         self.function = function
         self.prior = dict(prior)
         self.observed = tuple(observed)
-        known = inspect.signature(function).parameters
         self.__signature__ = inspect.Signature(
             [inspect.Parameter(k, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for k in self.observed]
         )
-        self.needs = [k for k in ("rng", "seed") if k in known and k not in self.prior]
+        self.needs = [k for k in _RANDOM if k in inspect.signature(function).parameters]
 
     def __call__(self, *args: Tensor | None, **kwargs: Tensor | None) -> Any:
         data = self.__signature__.bind(*args, **kwargs).arguments
@@ -39,7 +55,7 @@ class FunctionModel:
             made = {k: torch.as_tensor(data[k]) for k in self.observed}
         else:
             made = self._made(values)
-        sites = [pyro.sample(k, dist.Delta(made[k], event_dim=made[k].dim()), obs=data.get(k)) for k in self.observed]
+        sites = [pyro.sample(k, Simulated(made[k]), obs=data.get(k)) for k in self.observed]
         return sites[0] if len(sites) == 1 else tuple(sites)
 
     def _made(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,12 +65,24 @@ class FunctionModel:
         seed = int(torch.randint(_SEEDS, ()))
         given |= {k: np.random.default_rng(seed) if k == "rng" else seed for k in self.needs}
         made = self.function(**given)
-        found = dict(zip(self.observed, [made], strict=False)) if len(self.observed) == 1 else made
-        if not isinstance(found, Mapping) or set(found) != set(self.observed):
+        if len(self.observed) == 1 and not isinstance(made, Mapping):
+            made = {self.observed[0]: made}
+        if not isinstance(made, Mapping) or set(made) != set(self.observed):
             raise ValueError(
                 f"as_model: the function gave {shown(made)}, expected a mapping with the observed names {list(self.observed)}."
             )
-        return {k: torch.as_tensor(np.asarray(v), dtype=torch.get_default_dtype()) for k, v in found.items()}
+        return {k: _as_numbers(k, v) for k, v in made.items()}
+
+
+def _as_numbers(name: str, value: Any) -> Tensor:
+    """What a function gave for a site, in the default precision."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf" or not array.size:
+        raise ValueError(
+            f"as_model: the function gave {shown(value)} for '{name}' (dtype {array.dtype}, shape {array.shape}), expected one "
+            "real number or more."
+        )
+    return torch.as_tensor(array, dtype=torch.get_default_dtype())
 
 
 @checked()
@@ -89,13 +117,34 @@ def as_model(
     """
     names = [observed] if isinstance(observed, str) else list(observed)
     for name, fn in prior.items():
-        if not isinstance(fn, dist.TorchDistribution | torch.distributions.Distribution):
-            raise TypeError(f"as_model: the prior of '{name}' is {shown(fn)}, expected a distribution.")
+        if not isinstance(fn, dist.Distribution):
+            raise TypeError(
+                f"as_model: the prior of '{name}' is {shown(fn)}, expected a distribution of pyro.distributions."
+            )
         if fn.batch_shape:
             raise ValueError(
                 f"as_model: the prior of '{name}' has batch shape {tuple(fn.batch_shape)}, expected one draw: .to_event(1)."
             )
+    _refuse_other_arguments(function, prior)
     twice = sorted(set(prior) & set(names))
     if twice or not names:
         raise ValueError(f"as_model: observed={names}, expected one name or more that are no parameters {list(prior)}.")
     return FunctionModel(function, prior, names)
+
+
+def _refuse_other_arguments(function: Callable[..., Any], prior: Mapping[str, Any]) -> None:
+    """Refuse a prior that is not over the function's arguments."""
+    if not prior:
+        raise ValueError("as_model: the prior is empty, expected a distribution for each parameter of the function.")
+    reserved = [k for k in _RANDOM if k in prior]
+    if reserved:
+        raise ValueError(
+            f"as_model: '{reserved[0]}' is what the function gets to draw with, and no parameter: rename it."
+        )
+    signature = inspect.signature(function)
+    try:
+        signature.bind(**dict.fromkeys([*prior, *(k for k in _RANDOM if k in signature.parameters)]))
+    except TypeError as error:
+        raise ValueError(
+            f"as_model: the function takes {list(signature.parameters)} and the prior is over {list(prior)}: {error}."
+        ) from error

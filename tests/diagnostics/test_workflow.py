@@ -72,7 +72,7 @@ def test_data_without_any_density_are_refused_and_the_rest_is_kept(guide):
 
 def test_a_container_of_one(guide):
     idata = found(guide).container(3, prior=0, container="dict")
-    assert idata["groups"]["posterior"]["mu"].shape == (1, 400)
+    assert idata["groups"]["posterior"]["mu"].shape == (4, 100)
 
 
 def test_the_same_seed_gives_the_same_draws(guide):
@@ -91,6 +91,7 @@ def test_a_simulator_without_a_density_is_left_unchecked():
     dgm.fit(dgm.ForwardKL(guide), sims, max_steps=100, progress=False, seed=0)
     result = found(guide)
     assert set(result.status) == {"unchecked"} and "sbc" in str(result)
+    assert found(guide, {"x": torch.tensor([0.0, 40.0])}).status == ("unchecked", "refused")
 
 
 def test_numbers_of_data_sets_that_differ_are_refused(guide):

@@ -83,11 +83,62 @@ def unit_walk(drift, rng):
     return walk(drift, 1.0, rng)
 
 
+def joint(a, b, rng):
+    return a + b + 0.1 * rng.normal(size=5)
+
+
+def test_parameters_of_a_function_have_one_joint_posterior():
+    """Planted (it was so): two flows, since a simulator says nothing of what its data depend on. Exact: correlation -.998."""
+    pyro.set_rng_seed(0)
+    model = dgm.as_model(joint, {"a": dist.Normal(0.0, 1.0), "b": dist.Normal(0.0, 1.0)})
+    guide = dgm.AmortizedGuide(model, observed=["x"])
+    assert len(guide.groups) == 1
+
+    def own_noise(x=None):
+        total = pyro.sample("a", dist.Normal(0.0, 1.0)) + pyro.sample("b", dist.Normal(0.0, 1.0))
+        return pyro.sample("x", dist.Delta(total + 0.1 * torch.randn(())), obs=x)
+
+    assert len(dgm.AmortizedGuide(own_noise, observed=["x"]).groups) == 1
+    sims = simulated(model, n=1500)
+    dgm.fit(dgm.ForwardKL(guide), sims, max_steps=500, progress=False, seed=0)
+    draws = guide.condition(x=torch.zeros(5)).sample((4000,))
+    both = torch.stack([draws["a"], draws["b"]])
+    assert float(torch.corrcoef(both)[0, 1]) < -0.95 and float(both.sum(0).std()) < 0.15
+
+
+def test_what_needs_a_density_is_refused():
+    """Planted (it was so): data that are given score nothing, and every posterior is the prior, called good."""
+    model = dgm.as_model(unit_walk, {"drift": dist.Normal(0.0, 1.0)}, observed="path")
+    path = torch.arange(1.0, 7.0)
+    guide = dgm.AmortizedGuide(model, observed=["path"])
+    with pytest.warns(UserWarning, match="never trained"):
+        posterior = guide.condition(path=path)
+    with pytest.raises(ValueError, match="no density"):
+        posterior.refine(10)
+    with pytest.raises(ValueError, match="density"):
+        dgm.AutoFlow(model).setup(path)
+    with pytest.raises(ValueError, match="density"):
+        dgm.fit(dgm.STL_ELBO()(model, guide), (path,), max_steps=2, progress=False)
+    result = dgm.sbc(model, guide, observed=["path"], num_simulations=20, num_draws=50, seed=0, progress=False)
+    assert result.sharpness is None or result.sharpness.lost is None
+
+
+@pytest.mark.parametrize("made", ["words", None, [], {"path": "words"}, 1j])
+def test_what_is_no_number_is_named(made):
+    model = dgm.as_model(lambda drift: made, {"drift": dist.Normal(0.0, 1.0)}, observed="path")
+    with pytest.raises(ValueError, match="as_model: the function gave"):
+        model()
+
+
 @pytest.mark.parametrize(
     "prior, observed, error, text",
     [
-        ({"drift": 1.0}, "x", TypeError, "expected a distribution"),
-        ({"drift": dist.Normal(torch.zeros(2), 1.0)}, "x", ValueError, r"to_event\(1\)"),
+        ({}, "x", ValueError, "empty"),
+        ({"drift": torch.distributions.Normal(0.0, 1.0)}, "x", TypeError, "pyro.distributions"),
+        ({"speed": dist.Normal(0.0, 1.0)}, "x", ValueError, "the function takes"),
+        ({"drift": dist.Normal(0.0, 1.0), "rng": dist.Normal(0.0, 1.0)}, "x", ValueError, "no parameter"),
+        ({"drift": 1.0, "sd": 1.0}, "x", TypeError, "expected a distribution"),
+        ({"drift": dist.Normal(torch.zeros(2), 1.0), "sd": dist.Normal(0.0, 1.0)}, "x", ValueError, r"to_event\(1\)"),
         (PRIOR, "sd", ValueError, "no parameters"),
         (PRIOR, [], ValueError, "expected one name"),
     ],
