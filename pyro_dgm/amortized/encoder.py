@@ -330,11 +330,17 @@ def _key(name: str) -> str:
 
 def _encoded(encoder: nn.Module, u: Tensor, site: Site, entries: Tensor | None) -> Tensor:
     rows = u.reshape(-1, *site.event_shape)
+    given: dict[str, Tensor] = {}
     if "mask" in inspect.signature(encoder.forward).parameters:
-        present = torch.ones_like(rows, dtype=torch.bool) if entries is None else entries.reshape(rows.shape)
-        out = encoder(rows, mask=present)
-    else:
-        out = encoder(rows)
+        given["mask"] = torch.ones_like(rows, dtype=torch.bool) if entries is None else entries.reshape(rows.shape)
+    try:
+        out = encoder(rows, **given)
+    except RuntimeError as error:
+        raise ValueError(
+            f"AmortizedGuide: the encoder of '{site.name}' cannot read its events, which it gets as {tuple(rows.shape)}: {error}"
+        ) from error
+    if not isinstance(out, Tensor):
+        raise TypeError(f"AmortizedGuide: the encoder of '{site.name}' gave a {type(out).__name__}, expected a tensor.")
     if out.dim() != 2 or len(out) != len(rows):
         raise ValueError(
             f"AmortizedGuide: the encoder of '{site.name}' maps {tuple(rows.shape)} to {tuple(out.shape)}; expected "

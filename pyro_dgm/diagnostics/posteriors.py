@@ -134,7 +134,8 @@ def experiment(
             f"posterior={shown(posterior)}: expected an object with .condition(**data), or a function of {{site: value}} that "
             "returns draws {site: (S, *site)}."
         )
-    bar = tqdm(desc="simulate", disable=not options["progress"], mininterval=0.5, miniters=1)
+    stage = "simulate" if options["simulations"] is None else "posteriors"
+    bar = tqdm(desc=stage, disable=not options["progress"], mininterval=0.5, miniters=1)
     with bar, seeded(options["seed"]), torch.no_grad():
         program = None
         if model is not None:

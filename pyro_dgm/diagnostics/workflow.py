@@ -37,6 +37,7 @@ from pyro_dgm.amortized.refine import Chains, Joint, picked, run_chains, smoothe
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import few_threads
+from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.core.weights import correction
 from pyro_dgm.diagnostics.containers import ContainerOptions
 from pyro_dgm.diagnostics.converters import from_posterior_samples
@@ -191,7 +192,7 @@ def workflow(
 def _rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The arguments of ``condition``, data set by data set."""
     masks = data.get("mask") or {}
-    values = {k: torch.as_tensor(v) for k, v in data.items() if k != "mask"}
+    values = {k: as_tensor_like("workflow", f"'{k}'", v, None) for k, v in data.items() if k != "mask"}
     lengths = {k: len(v) if v.dim() else 0 for k, v in (*values.items(), *masks.items())}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise ValueError(f"workflow: the data have {lengths} data sets in their first dimension, expected one number.")

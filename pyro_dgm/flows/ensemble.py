@@ -22,6 +22,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_dgm.core import DistributionModule, LearnedDistribution
+from pyro_dgm.core.kinds import shown
 from pyro_dgm.flows.mixture_chain import MixtureChain
 
 __all__ = ["Ensemble", "members_of"]
@@ -36,6 +37,7 @@ class Ensemble(DistributionModule):
         members: two or more families.
 
     Raises:
+        TypeError: for members that are no families.
         ValueError: where their events or contexts differ.
 
     Example:
@@ -47,6 +49,14 @@ class Ensemble(DistributionModule):
     """
 
     def __init__(self, members: Sequence[DistributionModule]) -> None:
+        if (
+            not isinstance(members, list | tuple)
+            or not members
+            or not all(isinstance(m, DistributionModule) for m in members)
+        ):
+            raise TypeError(
+                f"Ensemble: members are {shown(members)}, expected a list of families, as dgm.NSF makes them."
+            )
         first = members[0]
         shapes = {(tuple(m.event_shape), m.context_features) for m in members}
         if len(shapes) > 1:

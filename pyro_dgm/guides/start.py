@@ -29,6 +29,7 @@ __all__ = ["Gaussians", "antithetic", "find_start", "gaussians_at", "natural_ste
 
 _WIDE = 50  # dimensions from which many starts compete by their diagonals, and only the winner gets a covariance
 _WIDEST = 1_000  # dimensions from which it gets none: a covariance costs D^3 a step; the flow has to bend the rest
+_SLOW, _MOST_SLOW = 400, 40  # dimensions above which so many steps are enough: each takes a second or two at 1,000
 
 
 # The parts of a start, and what each may take of the seconds that are left, where they are limited: chosen by hand.
@@ -90,6 +91,7 @@ def find_start(log_joint: LogJoint) -> Gaussians:
     if not arrived:  # too far, or of too many scales at once
         q = q.joined(_raced(log_joint, _climbed(log_joint, q), most, few, diagonal=wide)[0])
     q = q.pick(_modes(log_joint, q, within=_NEAR))
+    most = min(most, _MOST_SLOW) if size > _SLOW else most
     if wide and full:
         q = _settled(log_joint, q, most, many, least=0.3)
     q = _settled(log_joint, q, most, many, diagonal=wide and not full)

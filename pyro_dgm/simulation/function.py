@@ -126,9 +126,14 @@ def as_model(
                 f"as_model: the prior of '{name}' has batch shape {tuple(fn.batch_shape)}, expected one draw: .to_event(1)."
             )
     _refuse_other_arguments(function, prior)
-    twice = sorted(set(prior) & set(names))
+    odd = [k for k in names if not (isinstance(k, str) and k.isidentifier())]
+    if odd:
+        raise ValueError(f"as_model: observed={names}, expected names like 'x', which {odd[0]!r} is not.")
+    twice = sorted(set(prior) & set(names)) or [k for k in names if names.count(k) > 1]
     if twice or not names:
-        raise ValueError(f"as_model: observed={names}, expected one name or more that are no parameters {list(prior)}.")
+        raise ValueError(
+            f"as_model: observed={names}, expected one name or more, each once, that are no parameters {list(prior)}."
+        )
     return FunctionModel(function, prior, names)
 
 

@@ -336,7 +336,7 @@ def test_a_model_that_cannot_be_amortised_is_refused(model, options, message):
 
 def test_bad_data_are_refused(normal_guide):
     guide = dgm.AmortizedGuide(groups, ["y"])
-    with pytest.raises(ValueError, match=r"\['y'\] missing; expected the observed sites"):
+    with pytest.raises(ValueError, match=r"\['y'\] missing and \['x'\] unknown; expected the observed sites"):
         guide.condition(x=torch.zeros(5))
     with pytest.raises(ValueError, match=r"\['z'\] unknown"):
         guide.condition(y=torch.zeros(5), z=torch.zeros(5))

@@ -44,6 +44,12 @@ def test_a_series_is_read_better_by_its_network():
     assert loss_with("auto") < loss_with(None) - 0.3
 
 
+@pytest.mark.parametrize("network", [torch.nn.Linear(7, 3), torch.nn.LSTM(64, 3)])
+def test_an_encoder_that_does_not_fit_is_named(network):
+    with pytest.raises((ValueError, TypeError), match="the encoder of 'x'"):
+        dgm.AmortizedGuide(wave, observed=["x"], encoder=network)
+
+
 def test_other_words_are_refused():
     with pytest.raises(ValueError, match="'auto'"):
         dgm.AmortizedGuide(wave, observed=["x"], encoder="cnn")

@@ -54,9 +54,9 @@ def call(*names):
 
 # What the package gives back or raises; nobody builds these.
 RESULTS = {
-    "AIS", "Calibration", "Conditionals", "CorrectedDraws", "ErrorBounds", "EvidenceBound", "FitDiverged", "History", "JudgedScore", "KHat",
+    "AIS", "Calibration", "Conditionals", "CorrectedDraws", "ErrorBounds", "EvidenceBound", "Explored", "FitDiverged", "History", "JudgedScore", "KHat",
     "Misspecification", "ModeCoverage", "NeighbourCoverage", "NoDensityError", "Plan", "Rates", "Report", "Score",
-    "Rows", "Sharpness", "SolverError", "VectorField",
+    "Rows", "Sharpness", "SolverError", "VectorField", "Workflow",
 }  # fmt: skip
 
 
@@ -156,6 +156,15 @@ def _(name):
     cls = CLASSES[name]
     usual = FAMILIES[name].keywords
     return Call(lambda **k: used(cls(**k)), {"event_shape": 2, **usual}, options_of(cls, ("context_features",)))
+
+
+@call("Ensemble")
+def _():
+    members = [FAMILIES["MixtureChain"](2) for _ in range(2)]
+    return Call(
+        lambda members, x: used(flows.Ensemble(members)) and flows.Ensemble(members)().log_prob(x),
+        {"members": members, "x": x2()},
+    )
 
 
 @call("Generator:build")
@@ -904,6 +913,19 @@ def _():
     )
 
 
+def user_function(mu, rng):
+    return mu + rng.normal(size=3)
+
+
+@call("as_model")
+def _():
+    return Call(
+        lambda **k: dict(dgm.simulate(dgm.as_model(**k), 6, observed=[k["observed"]], seed=0, progress=False)),
+        {"function": user_function, "prior": {"mu": dist.Normal(0.0, 1.0)}, "observed": "x"},
+        dtype=None,
+    )
+
+
 @call("simulate:arguments")
 def _():
     return Call(
@@ -1200,6 +1222,27 @@ def _(name):
         dtype=None,
         allows=("nan",),
         changes=True,
+    )
+
+
+@call("explore")
+def _():
+    guide = fitted_flow()
+    return Call(
+        lambda x, **k: dgm.explore(user_simulator, guide, x, progress=False, **k).idata["groups"]["posterior"],
+        {"x": torch.zeros(4), "num_samples": 4, "num_chains": 8, "rounds": 1, "container": "dict"},
+        CONTAINER,
+        dtype=None,
+    )
+
+
+@call("workflow")
+def _():
+    return Call(
+        lambda guide, x, **k: dgm.workflow(guide, {"x": x}, progress=False, **k).draws,
+        {"guide": amortized(), "x": torch.randn(2, 4), "num_samples": 20, "seed": 0},
+        dtype=None,
+        allows=("nan",),  # of data sets that are refused
     )
 
 
