@@ -30,25 +30,23 @@ from pyro_dgm.core.devices import device_of
 from pyro_dgm.core.distribution import NoDensityError
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.core.weights import K_LIMIT, evidence_error, log_mean, psis, stratified
+from pyro_dgm.model.hmc import Chains
 from pyro_dgm.model.sites import lacks_density
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine
 
 if TYPE_CHECKING:
     from pyro_dgm.amortized.posterior import ConditionedGuide
 
-__all__ = ["Chains", "Joint", "Refined", "Vectors", "picked", "refined", "run_chains", "smoothed"]
+__all__ = ["Joint", "Refined", "Vectors", "picked", "refined", "run_chains", "smoothed"]
 
 _LIKELY = 0.5  # Pareto k below which weights are all that is needed (Vehtari et al. 2024)
 _EQUAL = 0.98  # share of effective draws above which weights are as good as equal; not measured, chosen by hand
 _STEPS = 200  # of the chains, where weights are not enough; not measured, chosen by hand
 _FRESH_EVERY = 20  # steps; a fresh draw asks the flow three times, a difference only the model
 _JUMP_EVERY = 4  # steps; a whole difference leads from one mode to another (ter Braak & Vrugt 2008: 5 or 10)
-_CLIMBERS, _CLIMB_STEPS, _CLIMB_RATE = (
-    16,
-    200,
-    0.05,
-)  # towards a mode, in the units of the vectors; not measured, chosen by hand
 _JITTER = 1e-4  # standard deviation, in the units of the vectors, by which chains that share a point part
+_CLIMBERS, _CLIMB_STEPS = 16, 200  # towards a mode; not measured, chosen by hand
+_CLIMB_RATE = 0.05  # the same, in the units of the vectors
 
 
 @dataclass
@@ -128,21 +126,6 @@ def _refined(joint: Joint, n: int, proposals: int, steps: int) -> Refined:
     _warn(k, ess, proposals, steps, accepted)
     evidence = float(log_mean(log_w.cpu().numpy()))
     return Refined(joint.unpack(chains.u), k, ess, proposals, evidence, error, accepted, moved)
-
-
-@dataclass
-class Chains:
-    """Where the chains are, ``(n, D)``, and the model's log density there."""
-
-    u: Tensor
-    log_p: Tensor
-
-    def accept(self, u: Tensor, log_p: Tensor, log_ratio: Tensor) -> Tensor:
-        """Metropolis: move where a uniform number is below the ratio; returns where."""
-        take = torch.rand_like(log_ratio).log() < log_ratio
-        self.u = torch.where(take.unsqueeze(-1), u, self.u)
-        self.log_p = torch.where(take, log_p, self.log_p)
-        return take
 
 
 def run_chains(chains: Chains, joint: Joint, steps: int) -> dict[str, float]:
@@ -304,8 +287,8 @@ class Joint(Vectors):
     """The same, beside the density of the model."""
 
     def __init__(self, posterior: ConditionedGuide) -> None:
-        super().__init__(posterior)
         _refuse_without_density(posterior)
+        super().__init__(posterior)
         nesting = posterior.guide.structure.nesting
         model = posterior.guide.conditioned_model(posterior.data, rewritten=True)
         self.engine = Engine(model, (), {}, nesting, {s.name: len(s.event_shape) for s in self.sites})

@@ -8,12 +8,10 @@ from __future__ import annotations
 import functools
 import math
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 __all__ = [
     "K_LIMIT",
@@ -21,6 +19,7 @@ __all__ = [
     "arviz_major",
     "correction",
     "evidence_error",
+    "gumbels_like",
     "k_threshold",
     "log_mean",
     "log_mean_exp",
@@ -183,3 +182,8 @@ def correction(draws: np.ndarray, log_weight: np.ndarray) -> float:
     sd = draws.std(0)
     change = np.abs(np.exp(psis(log_weight)[0]) @ draws - draws.mean(0))
     return float((change[sd > 0] / sd[sd > 0]).max(initial=0.0))
+
+
+def gumbels_like(x: Tensor) -> Tensor:
+    """Standard Gumbel draws: added to log weights, the largest are picked in their proportion, each at most once."""
+    return -torch.log(-torch.log(torch.rand_like(x).clamp(1e-20, 1.0 - 6e-8)))

@@ -29,17 +29,19 @@ from torch.distributions import Transform
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
-from pyro_dgm.core import compose, frozen, zuko
+from pyro_dgm.core import frozen, zuko
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import few_threads
+from pyro_dgm.core.weights import gumbels_like
 from pyro_dgm.diagnostics.containers import CONTAINER, ContainerOptions, with_defaults
 from pyro_dgm.diagnostics.converters import groups_of_samples
 from pyro_dgm.diagnostics.groups import container_of
+from pyro_dgm.diagnostics.short_chains import refuse_not_finite
 from pyro_dgm.guides.autoflow import AutoFlow
-from pyro_dgm.guides.modes import Whitening
+from pyro_dgm.guides.modes import Whitening, transport
 from pyro_dgm.guides.start import Gaussians, gaussians_at
-from pyro_dgm.model.hmc import Steps, leap
+from pyro_dgm.model.hmc import Chains, Steps, leap, share_of
 from pyro_dgm.model.log_joint import LogJoint, PulledBack, ascend, other_modes, prior_draws, spread, value_and_grad
 from pyro_dgm.model.program import Model
 
@@ -146,7 +148,7 @@ def explore(
         _refuse(guide, log_joint)
         with few_threads(num_chains * guide.latent_dim):
             _add_lost_modes(guide, log_joint)
-            _refuse_no_density(guide, log_joint)
+            refuse_not_finite("explore", log_joint, guide._posterior().sample((_CLIMBERS,)))
             chains = _Chains(guide, log_joint, num_chains)
             for i in range(rounds):
                 bar.set_description(f"round {i + 1}/{rounds}")
@@ -177,15 +179,6 @@ def _refuse(guide: AutoFlow, log_joint: LogJoint) -> None:
         raise ValueError(f"explore: {reason}. For such a model there is NUTS.")
 
 
-@torch.no_grad()
-def _refuse_no_density(guide: AutoFlow, log_joint: LogJoint) -> None:
-    if not bool(log_joint(guide._posterior().sample((_CLIMBERS,))).isfinite().any()):
-        raise ValueError(
-            f"explore: the model's log density is not finite at any of {_CLIMBERS} draws of the guide. Usual causes: NaN in the "
-            "data, or a guide that was not fitted to them."
-        )
-
-
 # --- The guide: its parts, modes that it lacks, and its fit to places ---
 
 
@@ -200,7 +193,7 @@ def _maps(guide: AutoFlow) -> list[Transform]:
     for component in guide._posterior.components:
         built = component.build(None)
         if isinstance(built, zuko.distributions.NormalizingFlow):
-            found.append(compose([built.transform.inv, component.bijection(built)]))
+            found.append(transport(component, built))
         else:
             found.append(Whitening(component.loc, component.scale_tril, *component.affine.unbind()))
     return found
@@ -285,7 +278,8 @@ class _Chains:
         with torch.no_grad():
             parts = _parts(guide)
             sizes = [count // len(parts) + (k < count % len(parts)) for k in range(len(parts))]
-            self.u = torch.cat([_started(part, log_joint, n) for part, n in zip(parts, sizes, strict=True) if n])
+            u = torch.cat([_started(part, log_joint, n) for part, n in zip(parts, sizes, strict=True) if n])
+            self.places = Chains(u, log_joint(u))
         self.renew()
 
     @torch.no_grad()
@@ -293,8 +287,7 @@ class _Chains:
         """Take the guide as it is now."""
         self.maps = _maps(self.guide)
         self.densities = [PulledBack(self.log_joint, each) for each in self.maps]
-        self.steps = [Steps(self.u.shape[-1]) for _ in self.maps]
-        self.log_p = self.log_joint(self.u)
+        self.steps = [Steps(self.guide.latent_dim) for _ in self.maps]
 
     @torch.no_grad()
     def step(self, bar: Any) -> Tensor:
@@ -303,49 +296,42 @@ class _Chains:
             jumps = self._jump()
             self.taken.append((jumps, self._move()))
         bar.update()
-        return self.u.clone()
+        return self.places.u
 
     def _jump(self) -> float:
-        new = self.guide._posterior().sample((len(self.u),))
+        now = self.places
+        new = self.guide._posterior().sample((len(now.u),))
         log_p = self.log_joint(new).nan_to_num(-torch.inf)
-        log_q = _shares(self.guide, torch.cat([self.u, new])).logsumexp(0)
-        gain = log_p - self.log_p + log_q[: len(self.u)] - log_q[len(self.u) :]
-        return self._accept(new, log_p, gain.nan_to_num(-torch.inf))
+        log_q = _shares(self.guide, torch.cat([now.u, new])).logsumexp(0)
+        gain = log_p - now.log_p + log_q[: len(new)] - log_q[len(new) :]
+        return float(now.accept(new, log_p, gain.nan_to_num(-torch.inf)).double().mean())
 
     def _move(self) -> float:
         """Chains in one cell of the guide move together, and those that leave it stay."""
-        cells = _shares(self.guide, self.u).argmax(0)
-        u, gain = self.u.clone(), torch.full_like(self.log_p, -torch.inf)
+        now = self.places
+        cells = _shares(self.guide, now.u).argmax(0)
+        u, gain = now.u.clone(), torch.full_like(now.log_p, -torch.inf)
         for k in cells.unique().tolist():
-            u[cells == k], gain[cells == k] = self._moved(self.u[cells == k], k)
+            u[cells == k], gain[cells == k] = self._moved(now.u[cells == k], k)
         inside = _shares(self.guide, u).argmax(0) == cells
-        return self._accept(u, self.log_joint(u), torch.where(inside, gain, -torch.inf))
+        return float(now.accept(u, self.log_joint(u), torch.where(inside, gain, -torch.inf)).double().mean())
 
     def _moved(self, u: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ends of trajectories in the coordinates of a component, and what decides on them."""
         z = self.maps[k].inv(u)
         value, grad = value_and_grad(self.densities[k], z)
-        p = torch.randn_like(z)
-        new, new_p, new_value, _ = leap(self.densities[k], z, p, grad, self.steps[k].size)
-        gain = (new_value - value + 0.5 * (p.square() - new_p.square()).sum(-1)).nan_to_num(-torch.inf)
-        self.steps[k].adapt(float(gain.clamp_max(0.0).exp().mean()))
+        new, _, _, gain = leap(self.densities[k], z, torch.randn_like(z), value, grad, self.steps[k].size)
+        self.steps[k].adapt(share_of(gain))
         end = self.maps[k](new)
         fine = end.isfinite().all(-1)
         return torch.where(fine[:, None], end, u), torch.where(fine, gain, -torch.inf)
-
-    def _accept(self, u: Tensor, log_p: Tensor, gain: Tensor) -> float:
-        taken = torch.rand_like(gain).log() < gain
-        self.u = torch.where(taken[:, None], u, self.u)
-        self.log_p = torch.where(taken, log_p, self.log_p)
-        return float(taken.double().mean())
 
 
 def _started(part: Any, log_joint: LogJoint, count: int) -> Tensor:
     """So many different draws of a component, picked by weight: a few heavy ones alone would start all chains at one place."""
     u = part.sample((_STARTS * count,))
     log_weight = (log_joint(u) - part.log_prob(u)).nan_to_num(-torch.inf).clamp_min(-1e30)
-    noise = -torch.log(-torch.log(torch.rand_like(log_weight).clamp(1e-20, 1.0 - 6e-8)))
-    return u[(log_weight + noise).topk(count).indices]
+    return u[(log_weight + gumbels_like(log_weight)).topk(count).indices]
 
 
 # --- What is known of the draws ---

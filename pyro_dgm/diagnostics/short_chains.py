@@ -40,7 +40,7 @@ from pyro_dgm.model.program import refuse_guides_as_models
 from pyro_dgm.model.runs import Draws
 from pyro_dgm.model.vectorize import How, Model
 
-__all__ = ["look_around", "neutra", "never_fitted"]
+__all__ = ["look_around", "neutra", "never_fitted", "refuse_not_finite"]
 
 # Of 720 exact guides (normal, Student-t, lognormal; D = 1 to 30) one is said to be left; means drift by .03 to .07 (95 %), log
 # sds by .08 to .16. All of 160 that are .3 or .5 sd off are left, and all scales of .7 and 1.5; of .8 and 1.25 15 and 8 of 20 at
@@ -91,16 +91,15 @@ def look_around(
         base = partial(pulled_back, posterior.log_prob, transform)
         z = opposite(base, transform.inv(u[:_CHAINS]).detach())
         explored = replace(_drift(density, transform, u, z), other_modes=found)
-        log_weight = (log_joint(u) - posterior.log_prob(u)).detach().double().cpu().numpy()
-        if explored.contradicts or _are_enough(log_weight):
+        if explored.contradicts or _are_enough(log_joint(u) - posterior.log_prob(u)):
             return explored
         return replace(explored, deviation=deviation(density, posterior))
 
 
-def _are_enough(log_weight: np.ndarray) -> bool:
+def _are_enough(log_weight: Tensor) -> bool:
     """Whether weights alone say that q is good, so that longer chains tell nothing new; without ArviZ nothing does."""
     try:
-        return judge(log_weight).status in ("exact", "good")
+        return judge(log_weight.detach().double().cpu().numpy()).status in ("exact", "good")
     except ImportError:
         return True
 
@@ -225,6 +224,16 @@ def neutra(
     return container_of(program, groups, complete, {"guide": type(guide).__name__}, num_chains, "neutra")
 
 
+@torch.no_grad()
+def refuse_not_finite(who: str, log_joint: LogJoint, u: Tensor) -> None:
+    """Refuse a model that has no density at any of some draws of its guide: chains could not start."""
+    if not bool(log_joint(u).isfinite().any()):
+        raise ValueError(
+            f"{who}: the model's log density is not finite at {len(u)} draws of the guide. Usual causes: NaN in the data, or a "
+            "guide that was not fitted to them."
+        )
+
+
 def _run_nuts(
     model: Model,
     guide: AutoContinuous,
@@ -240,11 +249,7 @@ def _run_nuts(
     joint = LogJoint(guide, model, args, kwargs, whole=True)  # NUTS needs one density: all rows of subsampled plates
     density = PulledBack(joint, transform)
     posterior = guide.get_posterior(*args, **kwargs)
-    if not bool(joint(posterior.sample((8,))).isfinite().any()):
-        raise ValueError(
-            "neutra: the model's log density is not finite at 8 draws of the guide. Usual causes: NaN in the data, or a guide "
-            "that was not fitted to them."
-        )
+    refuse_not_finite("neutra", joint, posterior.sample((8,)))
     starts = transform.inv(posterior.sample((chains,))).detach()
 
     def potential(values: dict[str, Tensor]) -> Tensor:

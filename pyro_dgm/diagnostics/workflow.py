@@ -26,15 +26,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
-from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from pyro_dgm.amortized.guide import AmortizedGuide
 from pyro_dgm.amortized.posterior import ConditionedGuide
-from pyro_dgm.amortized.refine import Chains, Joint, picked, run_chains, smoothed
+from pyro_dgm.amortized.refine import Joint, picked, run_chains, smoothed
 from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.distribution import NoDensityError
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import few_threads
 from pyro_dgm.core.shapes import as_tensor_like
@@ -42,7 +42,7 @@ from pyro_dgm.core.weights import correction
 from pyro_dgm.diagnostics.containers import ContainerOptions
 from pyro_dgm.diagnostics.converters import from_posterior_samples
 from pyro_dgm.diagnostics.khat import Exploration, KHat, judge
-from pyro_dgm.model.sites import lacks_density
+from pyro_dgm.model.hmc import Chains
 
 __all__ = ["Workflow", "workflow"]
 
@@ -123,7 +123,9 @@ class _Found:
     draws: dict[str, Tensor]
     status: Status
     verdict: KHat | None = None
-    failure: str = ""
+    note: str = ""
+    posterior: Any = None
+    seconds: float = 0.0
 
     def number(self, name: str) -> float:
         """Of the verdict."""
@@ -165,17 +167,12 @@ def workflow(
     """
     rows = _rows(data)
     found: list[_Found] = []
-    posteriors: list[ConditionedGuide] = []
-    notes: list[str] = []
-    seconds: list[float] = []
     with seeded(seed), tqdm(rows, desc="posteriors", disable=not progress) as bar:
         for row in bar:
             began = time.perf_counter()
             posterior, note = _conditioned(guide, row)
-            found.append(_one_or_none(posterior, num_samples, note))
-            posteriors.append(posterior)
-            notes.append(f"{note} {found[-1].failure}".strip())
-            seconds.append(time.perf_counter() - began)
+            each = _one_or_none(posterior, num_samples, note)
+            found.append(replace(each, posterior=posterior, seconds=time.perf_counter() - began))
             bar.set_postfix(Counter(each.status for each in found))
     return Workflow(
         draws=_stacked(found),
@@ -183,9 +180,9 @@ def workflow(
         khat=tuple(each.number("k") for each in found),
         gap=tuple(each.number("gap") for each in found),
         ess=tuple(each.number("ess") for each in found),
-        seconds=tuple(seconds),
-        notes=tuple(notes),
-        _posteriors=tuple(posteriors),
+        seconds=tuple(each.seconds for each in found),
+        notes=tuple(each.note for each in found),
+        _posteriors=tuple(each.posterior for each in found),
     )
 
 
@@ -219,15 +216,16 @@ def _one_or_none(posterior: ConditionedGuide, n: int, note: str) -> _Found:
     try:
         found = _one(posterior, n)
     except ValueError as error:
-        return _Found({}, "refused", failure=str(error))
-    return replace(found, status="refused") if note and found.status == "unchecked" else found
+        return _Found({}, "refused", note=f"{note} {error}".strip())
+    refused = note and found.status == "unchecked"
+    return replace(found, note=note, status="refused" if refused else found.status)
 
 
 def _stacked(found: list[_Found]) -> dict[str, Tensor]:
     """Draws of all data sets; NaN where there are none."""
     some = next((each.draws for each in found if each.draws), None)
     if some is None:
-        raise ValueError(f"workflow: no data set has a posterior. {found[0].failure}")
+        raise ValueError(f"workflow: no data set has a posterior. {found[0].note}")
     return {
         k: torch.stack([each.draws.get(k, torch.full_like(v, torch.nan)) for each in found]) for k, v in some.items()
     }
@@ -236,10 +234,11 @@ def _stacked(found: list[_Found]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _one(posterior: ConditionedGuide, n: int) -> _Found:
     """The first of accepted, reweighted, moved that is enough."""
-    if _lacks_density(posterior):
-        return _Found(posterior.sample((n,)), "unchecked")
     with few_threads(n * sum(v.numel() for v in posterior.data.values() if isinstance(v, Tensor))):
-        joint = Joint(posterior)
+        try:
+            joint = Joint(posterior)
+        except NoDensityError:
+            return _Found(posterior.sample((n,)), "unchecked")
         u = joint.sample(_PROPOSALS * n)
         log_p = joint.log_p(u).double()
         log_weight = (log_p - joint.log_q(u)).nan_to_num(-torch.inf).cpu().numpy()
@@ -255,12 +254,6 @@ def _one(posterior: ConditionedGuide, n: int) -> _Found:
         chains = Chains(u[index], log_p[index])
         settled = not joint.discrete and _settle(chains, joint)
         return _Found(joint.unpack(chains.u), "moved" if settled else "refused", verdict)
-
-
-def _lacks_density(posterior: ConditionedGuide) -> bool:
-    """Whether some datum of the model is a computed value, or an implicit draw."""
-    trace = poutine.trace(posterior.model).get_trace()
-    return any(lacks_density(trace.nodes[s.name]) for s in posterior.guide.structure.observed)
 
 
 def _settle(chains: Chains, joint: Joint) -> bool:

@@ -34,6 +34,7 @@ from torch.distributions import constraints
 from pyro_dgm.core import DistributionModule, zuko
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import LOG_WIDTHS, Reader, chosen_place_and_width, soft_clip
+from pyro_dgm.core.weights import gumbels_like
 from pyro_dgm.flows.autoregressive import Run, schedule
 
 __all__ = ["AutoregressiveMixture", "Interval", "MixtureChain", "NormalMixture"]
@@ -114,8 +115,7 @@ class NormalMixture:
 
     def _drawn(self) -> Tensor:
         """A component, and a point of it by inversion, from the end that loses no digits."""
-        noise = -torch.log(-torch.log(torch.rand_like(self.loc).clamp(1e-20, 1.0 - 6e-8)))
-        k = (self._log_inside() + noise).argmax(-1, keepdim=True)
+        k = (self._log_inside() + gumbels_like(self.loc)).argmax(-1, keepdim=True)
         loc = self.loc.gather(-1, k)[..., 0]
         scale = self.log_scale.gather(-1, k)[..., 0].exp()
         if self.ends is None:

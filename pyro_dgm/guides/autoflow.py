@@ -17,14 +17,14 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
-from pyro_dgm.core import DistributionModule, LearnedDistribution, compose, zuko
+from pyro_dgm.core import DistributionModule, LearnedDistribution, zuko
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.flows.coupling import TailedCoupling
 from pyro_dgm.guides.chains import ChainPosterior, start_chain
-from pyro_dgm.guides.modes import GivenGlobals, Modes, WhitenedPosterior, as_pyro
+from pyro_dgm.guides.modes import GivenGlobals, Modes, WhitenedPosterior, as_pyro, transport
 from pyro_dgm.guides.plate_start import start_plates
 from pyro_dgm.guides.plates import PlatedPosterior
 from pyro_dgm.guides.start import find_start
@@ -331,7 +331,7 @@ class AutoFlow(VectorGuide):
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         self.get_base_dist()
         built: Any = self._posterior.build(None)
-        return compose([built.transform.inv, self._posterior.bijection(built)])
+        return transport(self._posterior, built)
 
     def _agree_with_param_store(self) -> bool:
         """Let a loaded param store fill an untouched guide; otherwise the guide's own values hold. Whether they differed.

@@ -44,6 +44,7 @@ __all__ = [
     "precision_of",
     "solved",
     "times",
+    "transport",
     "whitened",
 ]
 
@@ -363,6 +364,12 @@ class Head(OnePass):
         y, ladj = self.inner.call_and_ladj(x[..., : self.size])
         more = ladj.dim() - x.dim() + 1
         return torch.cat([y, x[..., self.size :]], -1), ladj.flatten(-more).sum(-1) if more else ladj
+
+
+def transport(posterior: DistributionModule, built: Any) -> Any:
+    """The map of a posterior from the base of the flow that it built."""
+    parts: list[Any] = [built.transform.inv, posterior.bijection(built)]
+    return composed(parts)
 
 
 def as_pyro(base: Any) -> Any:

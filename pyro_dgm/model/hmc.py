@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +20,18 @@ from torch.distributions import Distribution
 
 from pyro_dgm.model.log_joint import Density, PulledBack, derived, pulled_back, value_and_grad
 
-__all__ = ["Clamped", "Moved", "Steps", "deviation", "leap", "near_in_each", "opposite", "trajectories"]
+__all__ = [
+    "Chains",
+    "Clamped",
+    "Moved",
+    "Steps",
+    "deviation",
+    "leap",
+    "near_in_each",
+    "opposite",
+    "share_of",
+    "trajectories",
+]
 
 _LENGTH = 0.5 * math.pi  # of a trajectory: a quarter of a normal's period, after which places are as good as new
 _LEAPFROGS = 8  # at most
@@ -77,23 +89,44 @@ def _iterated(
     n = len(z) // 2
     p = torch.randn_like(z[:n])
     p = torch.cat([p, -p])
-    new, new_p, new_value, new_grad = leap(density, z, p, grad, step)
-    gain = (new_value - value + 0.5 * (p.square() - new_p.square()).sum(-1)).nan_to_num(-math.inf)
+    new, new_value, new_grad, gain = leap(density, z, p, value, grad, step)
     taken = torch.rand_like(gain[:n]).log().repeat(2) < gain
     z = torch.where(taken[:, None], new, z)
     grad = torch.where(taken[:, None], new_grad, grad)
-    return z, torch.where(taken, new_value, value), grad, float(gain.clamp_max(0.0).exp().mean())
+    return z, torch.where(taken, new_value, value), grad, share_of(gain)
 
 
-def leap(density: Density, z: Tensor, p: Tensor, grad: Tensor, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Place, momentum, log density and gradient at the end of a trajectory."""
-    value = grad.new_zeros(len(z))
+def leap(
+    density: Density, z: Tensor, p: Tensor, value: Tensor, grad: Tensor, step: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Place, log density and gradient at the end of trajectories, and the log ratios by which the ends are accepted."""
+    before = value - 0.5 * p.square().sum(-1)
     for _ in range(min(_LEAPFROGS, max(2, round(_LENGTH / step)))):
         p = p + 0.5 * step * grad
         z = z + step * p
         value, grad = value_and_grad(density, z)
         p = p + 0.5 * step * grad
-    return z, p, value, grad
+    return z, value, grad, (value - 0.5 * p.square().sum(-1) - before).nan_to_num(-math.inf)
+
+
+def share_of(gain: Tensor) -> float:
+    """The expected share of accepted proposals."""
+    return float(gain.clamp_max(0.0).exp().mean())
+
+
+@dataclass
+class Chains:
+    """Where the chains are, ``(n, D)``, and the model's log density there."""
+
+    u: Tensor
+    log_p: Tensor
+
+    def accept(self, u: Tensor, log_p: Tensor, log_ratio: Tensor) -> Tensor:
+        """Metropolis: move where a uniform number is below the ratio; returns where."""
+        take = torch.rand_like(log_ratio).log() < log_ratio
+        self.u = torch.where(take.unsqueeze(-1), u, self.u)
+        self.log_p = torch.where(take, log_p, self.log_p)
+        return take
 
 
 class Clamped(NamedTuple):
@@ -136,13 +169,14 @@ def deviation(density: PulledBack, q: Distribution) -> float:
         q: over the latent vector.
     """
     transform, base = density.transform, partial(pulled_back, q.log_prob, density.transform)
-    z = transform.inv(q.sample((_DRAWS,)))
+    u = q.sample((_DRAWS,))
+    z = transform.inv(u)
     value, grad = value_and_grad(density, z[:_SCORED])
     own, own_grad = derived(base, z[:_SCORED])
     if not near_in_each(value - own, z.shape[-1]):
         return math.inf
     axes = _worst_directions(grad - own_grad, z[:_SCORED])
-    latents, along = Clamped.of(transform(z)), Clamped.of(z @ axes)
+    latents, along = Clamped.of(u), Clamped.of(z @ axes)
     start = opposite(base, z[-_CHAINS:])
     places = [moved.z for _, moved in zip(range(_ITERATIONS), trajectories(density, start), strict=False)][_FORGOTTEN:]
     if not torch.stack([_correlation(start, some) for some in places]).mean(0).abs().max() < _STALE:
