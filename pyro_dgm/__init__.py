@@ -35,7 +35,7 @@ from pyro_dgm.gan import Adversarial, Critic, Generator
 from pyro_dgm.guides import AutoFlow
 from pyro_dgm.objectives import IWAE_ELBO, STL_ELBO, MaximumLikelihood
 from pyro_dgm.ratio import Adversarial_ELBO, DensityRatio, ImplicitGuide, LogisticRegression, refine
-from pyro_dgm.simulation import Simulations, as_model, simulate
+from pyro_dgm.simulation import Simulations, as_model, rounds, simulate
 from pyro_dgm.train import FitDiverged, History, fit
 from pyro_dgm.vae import VAE
 
@@ -91,6 +91,7 @@ __all__ = [
     "refine",
     "resample",
     "sbc",
+    "rounds",
     "simulate",
     "tarp",
     "workflow",

@@ -7,14 +7,18 @@ prior inside the highest-density region of a posterior:
           q\text{-mass of } \{q < \kappa\} = 10^{-4}
 
 Inside the region it is the prior, so the same loss learns the same posterior, at ``x_o`` with more simulations that matter
-(Deistler, Goncalves & Macke 2022, arXiv 2210.04815, section 3.2).
+(Deistler, Goncalves & Macke 2022, arXiv 2210.04815, section 3.2). Draws of the prior outside are thrown away. Where that leaves
+too few, candidates are even in an ellipsoid around the posterior's draws, and kept in proportion to the prior's density.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,18 +26,25 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_dgm.amortized.binding import Arguments, size_arguments
+from pyro_dgm.amortized.posterior import ConditionedGuide
+from pyro_dgm.amortized.refine import Vectors
 from pyro_dgm.core.kinds import LARGEST, shown
 from pyro_dgm.model.handlers import EndOfRun, Redraw, run_to_end
 from pyro_dgm.model.sites import is_drawn, plate_frames
+from pyro_dgm.model.vectorize import Engine, How
 from pyro_dgm.simulation.blocks import Blocks, Resizable, random_state
 
-__all__ = ["TruncatedPrior", "checked_sizes", "resizable", "truncated", "whole"]
+__all__ = ["TruncatedPrior", "checked_sizes", "narrowed", "resizable", "truncated", "whole"]
 
 _OUTSIDE = 1e-4  # mass of the posterior outside the region: that of Deistler et al. 2022
 # Not measured; chosen by hand.
-_DRAWS = 10_000  # of the posterior, for the density at the region's edge
+_DRAWS = (
+    10_000  # of the posterior, for the density at the region's edge, and candidates for the region's share of the prior
+)
 _AT_ONCE = 250  # candidates, at least, where they run together
 _TRIES = 1_000  # candidates for each draw that is wanted
+_FEW = 0.02  # share of the prior below which candidates come from an ellipsoid
+_MARGIN = 1.05  # of the ellipsoid's radius
 
 
 @dataclass(frozen=True)
@@ -45,26 +56,30 @@ class TruncatedPrior:
         sites: the latents that it knows.
         threshold: log density on the edge of the region, in nats.
         moments: ``[mean, sd]`` of each coordinate of its draws, by which a folder knows it again.
+        how: whether candidates from the prior run together.
+        ellipsoid: where candidates come from if the prior gives too few.
     """
 
     posterior: Any
     sites: tuple[str, ...]
     threshold: float
     moments: list[list[float]]
+    how: How = "loop"
+    ellipsoid: Ellipsoid | None = None
 
     @torch.no_grad()
     def __call__(self, blocks: Blocks, n: int) -> tuple[dict[str, Tensor], int]:
-        """``n`` accepted draws of all latents up to the last one that the posterior knows, and how many were tried for them.
+        """``n`` accepted draws of all latents up to the last one that the posterior knows, and how many of the prior these are.
 
         Raises:
-            ValueError: if fewer than one in 1,000 is accepted.
+            ValueError: if fewer than one candidate in 1,000 is accepted.
         """
         kept: list[dict[str, Tensor]] = []
         found = tried = 0
-        at_once = max(n, _AT_ONCE) if blocks.how == "plate" else n
+        at_once = max(n, _AT_ONCE) if self.ellipsoid or self.how == "plate" else n
         while found < n and tried < _TRIES * max(n, 10):
-            rows = self._candidates(blocks, at_once)
-            inside = self.posterior.log_prob({k: rows[k] for k in self.sites}) >= self.threshold
+            rows = self.ellipsoid.candidates(at_once) if self.ellipsoid else self._candidates(blocks, at_once)
+            inside = self.contains(rows)
             kept.append({k: v[inside] for k, v in rows.items()})
             found, tried = found + int(inside.sum()), tried + at_once
         if found < n:
@@ -73,15 +88,72 @@ class TruncatedPrior:
                 f"{found / tried:.1e}; 1e-03 is the least). The posterior is already far narrower than the prior: refine it by "
                 "the model's density, or narrow the prior itself."
             )
-        return {k: torch.cat([rows[k] for rows in kept])[:n] for k in kept[0]}, round(tried * n / found)
+        share = found / tried if self.ellipsoid is None else self.ellipsoid.share
+        return {k: torch.cat([rows[k] for rows in kept])[:n] for k in kept[0]}, round(n / share)
+
+    def contains(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Which of draws ``{site: (n, *site)}`` lie in the region, shape ``(n,)``."""
+        if not len(next(iter(rows.values()))):
+            return torch.zeros(0, dtype=torch.bool)
+        return self.posterior.log_prob({k: rows[k] for k in self.sites}) >= self.threshold
 
     def _candidates(self, blocks: Blocks, n: int) -> dict[str, Tensor]:
         """Latents of ``n`` runs that end before the simulator begins."""
-        if blocks.how == "plate":
+        if self.how == "plate":
             values = _begun(blocks.wide(n), blocks, self.sites)
             return {k: v.reshape(n, *blocks.shapes[k]) for k, v in values.items()}
         runs = [_begun(blocks.model, blocks, self.sites) for _ in range(n)]
         return {k: torch.stack([run[k] for run in runs]) for k in runs[0]}
+
+
+class Ellipsoid:
+    r"""Candidates for small regions: even in an ellipsoid around the posterior's draws, picked in proportion to the prior.
+
+    Latents are measured by their unconstrained values :math:`u`, where the prior has the density :math:`p(\theta(u))
+    |\partial\theta / \partial u|`. The share of the prior in the region is the mean of that over candidates inside, times the
+    ellipsoid's volume.
+
+    Args:
+        vectors: draws and density of the posterior.
+        prior: log density of draws of the latents, nats.
+        inside: which draws are in the region.
+    """
+
+    def __init__(
+        self, vectors: Vectors, prior: Callable[[dict[str, Tensor]], Tensor], inside: Callable[..., Tensor]
+    ) -> None:
+        self.vectors, self.prior = vectors, prior
+        u = vectors.sample(_DRAWS)
+        u = u[inside(vectors.unpack(u))].double()
+        self.centre = u.mean(0)
+        self.root = torch.linalg.cholesky(u.T.cov() + 1e-12 * torch.eye(u.shape[1], dtype=u.dtype))
+        away = torch.linalg.solve_triangular(self.root, (u - self.centre).T, upper=False)
+        self.radius = _MARGIN * float(away.norm(dim=0).max())
+        rows, log_p = self._even(_DRAWS)
+        log_p = log_p[inside(rows)]
+        self.most = float(log_p.max())
+        self.share = float(log_p.exp().sum()) / _DRAWS * self._volume()
+
+    def candidates(self, n: int) -> dict[str, Tensor]:
+        """About ``n`` of the prior, of which those in the region are to be kept."""
+        rows, log_p = self._even(n)
+        kept = torch.rand_like(log_p).log() < log_p - self.most
+        return {k: v[kept] for k, v in rows.items()}
+
+    def _even(self, n: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Draws that are even in the ellipsoid, and the prior's log density there."""
+        dim = len(self.centre)
+        z = torch.randn(n, dim, dtype=torch.float64)
+        z = z / z.norm(dim=1, keepdim=True) * torch.rand(n, 1, dtype=torch.float64) ** (1.0 / dim)
+        u = (self.centre + self.radius * z @ self.root.T).to(torch.get_default_dtype())
+        rows = self.vectors.unpack(u)
+        stretch = self.vectors.log_q(u) - self.vectors.posterior.log_prob(rows)
+        return rows, (self.prior(rows) + stretch).double().nan_to_num(-torch.inf)
+
+    def _volume(self) -> float:
+        dim = len(self.centre)
+        ball = 0.5 * dim * math.log(math.pi) - math.lgamma(0.5 * dim + 1.0)
+        return math.exp(ball + dim * math.log(self.radius) + float(self.root.diagonal().log().sum()))
 
 
 def truncated(posterior: Any) -> TruncatedPrior:
@@ -107,6 +179,31 @@ def truncated(posterior: Any) -> TruncatedPrior:
     rows = torch.cat([v.reshape(_DRAWS, -1).double() for v in draws.values()], 1)
     moments = torch.stack([rows.mean(0), rows.std(0)], 1).tolist()
     return TruncatedPrior(posterior, tuple(draws), float(density.quantile(_OUTSIDE)), moments)
+
+
+@torch.no_grad()
+def narrowed(found: TruncatedPrior, blocks: Blocks, latents: set[str]) -> TruncatedPrior:
+    """For a model's simulations: with an ellipsoid, where the region is a small part of the prior and the prior has a density."""
+    if latents != set(found.sites):
+        return replace(found, how=blocks.how)
+    begun = partial(_up_to, blocks.model, found.sites)
+    engine = Engine(begun, blocks.args, blocks.kwargs, blocks.nesting, blocks.event_dims)
+    with random_state(0):
+        how = engine.find_how(found.posterior.sample((3,)))[0]
+        found = replace(found, how="plate" if how == "plate" else blocks.how)
+        if found.how != "plate" or not isinstance(found.posterior, ConditionedGuide):
+            return found
+        vectors = Vectors(found.posterior)
+        if vectors.discrete or float(found.contains(found._candidates(blocks, _DRAWS)).double().mean()) > _FEW:
+            return found
+        prior = partial(engine.log_joint, how="plate")
+        return replace(found, ellipsoid=Ellipsoid(vectors, prior, found.contains))
+
+
+def _up_to(model: Callable[..., Any], sites: tuple[str, ...], *args: Any, **kwargs: Any) -> None:
+    """A run of the model until these sites are drawn; no other is seen further out."""
+    with poutine.block(expose=list(sites)), contextlib.suppress(EndOfRun), _UntilDrawn(sites):
+        model(*args, **kwargs)
 
 
 class _UntilDrawn(poutine.messenger.Messenger):

@@ -25,7 +25,7 @@ from pyro_dgm.core.warn import warn_user
 from pyro_dgm.model.sites import is_drawn, is_factor, is_subsample, observed_sites
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, first_line, plate_nesting
 from pyro_dgm.simulation.blocks import TOO_FEW, Blocks, Part, fault_of_plate, random_state, run_job, run_whole_job
-from pyro_dgm.simulation.design import checked_sizes, resizable, truncated, whole
+from pyro_dgm.simulation.design import checked_sizes, narrowed, resizable, truncated, whole
 from pyro_dgm.simulation.folder import begun, locked
 from pyro_dgm.simulation.function import FunctionModel
 from pyro_dgm.simulation.store import Simulations, Store
@@ -213,7 +213,8 @@ class _Prepared:
             raise ValueError(
                 f"simulate: the proposal draws {unknown}, which are no latents of the model, {list(self.nodes)}."
             )
-        self.blocks = replace(self.blocks, propose=proposal)
+        latents = self.nodes.keys() - set(self.observed)
+        self.blocks = replace(self.blocks, propose=narrowed(proposal, self.blocks, latents))
         self.moments = proposal.moments
 
     def noted(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def call(*names):
 RESULTS = {
     "AIS", "Calibration", "Conditionals", "CorrectedDraws", "ErrorBounds", "EvidenceBound", "Explored", "FitDiverged", "History", "JudgedScore", "KHat",
     "Misspecification", "ModeCoverage", "NeighbourCoverage", "NoDensityError", "Plan", "Rates", "Report", "Score",
-    "Rows", "Sharpness", "SolverError", "VectorField", "Workflow",
+    "Rounds", "Rows", "Sharpness", "SolverError", "VectorField", "Workflow",
 }  # fmt: skip
 
 
@@ -922,6 +922,21 @@ def _():
     return Call(
         lambda **k: dict(dgm.simulate(dgm.as_model(**k), 6, observed=[k["observed"]], seed=0, progress=False)),
         {"function": user_function, "prior": {"mu": dist.Normal(0.0, 1.0)}, "observed": "x"},
+        dtype=None,
+    )
+
+
+@call("rounds")
+def _():
+    guide = dgm.AmortizedGuide(user_simulator, observed=["x"], ensemble=1)
+    with torch.no_grad():
+        example = dgm.simulate(user_simulator, 1, observed=["x"], seed=0, progress=False)["x"][0]
+    return Call(
+        lambda data, num_simulations, **k: (
+            dgm.rounds(guide, data, num_simulations, progress=False, seed=0, **k).trained_on
+        ),
+        {"data": {"x": example}, "num_simulations": 20, "most": 2},
+        options_of(dgm.rounds, ("progress", "seed", "most")),
         dtype=None,
     )
 

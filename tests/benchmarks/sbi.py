@@ -8,7 +8,7 @@ Seconds are of CPU.
     python -m tests.benchmarks sbi --only ours nsf zuko_nsf two_moons --out both.json     # needs the sbi package
     python -m tests.benchmarks sbi --only table ours.json both.json                       # the table of several files
 
-``--only`` names methods (ours, nsf, zuko_nsf) or ``table``, tasks, and ``fast`` to leave out the ten-dimensional C2ST
+``--only`` names methods (ours, rounds, nsf, zuko_nsf) or ``table``, tasks, and ``fast`` to leave out the ten-dimensional C2ST
 (90 CPU s each), and of the tasks with reference draws the observations simulated here; ``plain`` leaves out refined draws.
 Methods named together share simulations and process. ``--sizes`` are numbers of simulations, 10,000 by default.
 """
@@ -75,6 +75,19 @@ def ours(task, size, seed):
     return row, draw
 
 
+def in_rounds(task, size, seed):
+    """All simulations for one observation, in rounds from ever smaller parts of the prior."""
+
+    def draw(at, plain):
+        torch.manual_seed(seed)
+        guide = dgm.AmortizedGuide(TASKS[task], observed=["data"])
+        found, train = seconds(lambda: dgm.rounds(guide, {"data": at}, size, progress=False, seed=seed))
+        draws, cost = seconds(lambda: found.posterior.sample((DRAWS,))["theta"])
+        return {"": (draws, cost)}, {"train": train, "shares": found.shares, "trained_on": found.trained_on}
+
+    return {"method": "pyro_dgm rounds", "steps": None}, draw
+
+
 def peer(net, task, size, seed):
     """A spline flow of the sbi package, with its default arguments."""
     import sbi
@@ -95,7 +108,7 @@ def peer(net, task, size, seed):
     return {"method": f"sbi {sbi.__version__} {net}", "train": train, "steps": None}, draw
 
 
-METHODS = {"ours": ours, "nsf": partial(peer, "nsf"), "zuko_nsf": partial(peer, "zuko_nsf")}
+METHODS = {"ours": ours, "rounds": in_rounds, "nsf": partial(peer, "nsf"), "zuko_nsf": partial(peer, "zuko_nsf")}
 
 
 def compared(task, reference, draws):
