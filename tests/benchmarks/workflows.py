@@ -11,7 +11,6 @@ draws have an error of .03 in each. Data sets beyond .2 sd are run again with 4,
 Seconds are CPU seconds.
 """
 
-import math
 import time
 import warnings
 from collections.abc import Callable
