@@ -179,7 +179,7 @@ class AutoregressiveMixture(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         value = value.expand(*batch, -1)
-        return self.chain.conditionals(value, self.context.expand(*batch, -1)).log_prob(value).sum(-1)
+        return self.chain.conditionals(value, self.context).log_prob(value).sum(-1)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         entries = self.chain.in_turn(self.context, Size(sample_shape) + self.batch_shape)
@@ -279,9 +279,13 @@ class MixtureChain(DistributionModule):
         return AutoregressiveMixture(self, self.offset.new_zeros(1) if context is None else context)
 
     def conditionals(self, x: Tensor, context: Tensor) -> NormalMixture:
-        """The mixtures of all entries of the vectors x, each given those before it; batch ``(..., D)``."""
+        """The mixtures of all entries of the vectors x, each given those before it; batch ``(..., D)``.
+
+        The context, ``(*, C)``, is read before it is repeated for the vectors.
+        """
         around = self._around(context)
-        numbers = self.net(torch.cat([around.standard(x), self._read(around.context)], -1))
+        seen = self._read(around.context).expand(*x.shape[:-1], -1)
+        numbers = self.net(torch.cat([around.standard(x), seen], -1))
         return self._mixture(numbers.unflatten(-1, (self.features, -1)), around, (self.low, self.high))
 
     def in_turn(self, context: Tensor, batch: Size) -> Generator[NormalMixture, Tensor, None]:
