@@ -343,11 +343,9 @@ class _Weighed:
     def chains(self, n: int) -> Chains:
         """At least n chains in equal populations; each starts at draws of its own, picked by weight."""
         size = -(-max(n, _LEAST) // _POPULATIONS)
-        parts = torch.arange(len(self.u), device="cpu").chunk(_POPULATIONS)
-        index = torch.cat(
-            [part[_Weighed(*(x[part] for x in (self.u, self.log_p, self.log_weight))).picked(size)] for part in parts]
-        )
-        return Chains(self.u[index], self.log_p[index].nan_to_num(-torch.inf))
+        parts = self.log_weight.cpu().isfinite().nonzero()[:, 0].chunk(_POPULATIONS)
+        index = torch.cat([part[picked(smoothed(self.log_weight.cpu()[part])[0], size)] for part in parts])
+        return Chains(self.u[index], self.log_p[index])
 
 
 def _changed(draws: Tensor, weight: Tensor) -> float:
@@ -366,8 +364,10 @@ def _settle(chains: Chains, joint: Joint) -> bool:
     for _ in range(_MOST_BLOCKS):
         before = _numbers(chains)
         run_chains(chains, joint, _BLOCK, _POPULATIONS)
+        after = _numbers(chains)
         left = (chains.u != start).any(-1).double().mean() > _STUCK
-        if bool(left) and _still(before, _numbers(chains)) and _alike(_numbers(chains)):
+        centre = after.mean(0)
+        if bool(left) and _still(_spread(before, centre), _spread(after, centre)) and _alike(_spread(after, centre)):
             return True
     return False
 
@@ -375,6 +375,11 @@ def _settle(chains: Chains, joint: Joint) -> bool:
 def _numbers(chains: Chains) -> Tensor:
     """What is looked at of each chain, ``(n, F)``."""
     return torch.cat([chains.u.double(), chains.log_p[:, None]], 1)
+
+
+def _spread(numbers: Tensor, centre: Tensor) -> Tensor:
+    """Numbers ``(n, F)`` and how far they are from the centre, ``(n, 2 F)``: a mean of these sees a wrong width."""
+    return torch.cat([numbers, (numbers - centre).abs()], 1)
 
 
 def _still(before: Tensor, after: Tensor) -> bool:

@@ -84,7 +84,7 @@ def test_draws_are_accepted_only_where_their_sds_are_right(guide):
     """Planted: draws 1.15 times as wide have the right mean and a gap of .02 nats, below the .05 of a good verdict."""
     u = torch.randn(4000, 1)
     assert _changed(u, (-0.5 * u[:, 0].square() * (1.15**2 - 1.0)).softmax(0)) > _CHANGE
-    assert _changed(u, torch.full((4000,), 1 / 4000)) < 1e-6
+    assert _changed(u, torch.full((4000,), 1 / 4000)) < 1e-3  # n or n - 1
 
 
 def test_populations_in_different_modes_have_not_settled():
