@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import chi2, false_discovery_control
 from torch import Tensor
 
 from pyro_dgm.amortized.sets import Range
@@ -31,6 +30,7 @@ from pyro_dgm.diagnostics.posteriors import EXPERIMENT, ExperimentOptions, exper
 
 __all__ = ["local_p_values"]
 
+# Not measured beside others; chosen by hand. At 200 ranks a shift of .3 sd and a width of 1.3 are seen in more than nine of ten.
 _NEAR = 200  # simulations of a neighbourhood
 _ROWS = 5_000  # simulations that are used
 _DRAWS = 99  # of each
@@ -55,6 +55,8 @@ def local_p_values(
         ValueError: for fewer than 1,000 simulations, those that lack a site or have other sizes than the data, and as
             :func:`~pyro_dgm.sbc`.
     """
+    from scipy.stats import false_discovery_control
+
     simulated, observed = _flat(simulations, names), _flat(data, names)
     _refuse_unfit(simulated, observed)
     pit = _ranked(guide, simulations, names, len(simulated))
@@ -107,6 +109,8 @@ def _nearest(simulated: Tensor, data: Tensor) -> Tensor:
 
 def _smooth_p_values(pit: np.ndarray) -> np.ndarray:
     """Of uniformity of ranks ``(M, n, F)``, ``(M, F)``."""
+    from scipy.stats import chi2
+
     shift = np.sqrt(12.0) * (pit - 0.5).mean(1)
     width = np.sqrt(5.0) * (6.0 * pit * (pit - 1.0) + 1.0).mean(1)
     return np.asarray(chi2.sf(pit.shape[1] * (shift**2 + width**2), 2))

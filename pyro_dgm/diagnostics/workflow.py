@@ -2,10 +2,13 @@ r"""An amortised guide on many data sets: each posterior is judged by the model'
 
 For each data set the first of these that is enough is taken:
 
-1. *accepted*: the guide's own draws, where importance weights say that they are the posterior's (as :func:`~pyro_dgm.khat` does);
+1. *accepted*: the guide's own draws, where importance weights say that they are the posterior's (as :func:`~pyro_dgm.khat`
+   does), and that no mean and no sd would change;
 2. *reweighted*: draws picked by weight, where k-hat is fine and enough distinct ones are left;
-3. *moved*: those moved by short Markov chains, which propose fresh draws of the guide and differences of each other, until
-   another hundred steps change neither a mean nor the log density;
+3. *moved*: those moved by short Markov chains, which propose fresh draws of the guide and differences of each other. Eight
+   populations of chains know nothing of each other. They are run until another hundred steps change no mean and no width, and
+   the populations differ by no more than independent draws do: few draws that carry all the weight put them in different
+   places, and that they agree says that it is forgotten;
 4. *refused*: none of these. MCMC from scratch is what is left.
 
 Where the model's data have no density (a simulator whose data are a ``Delta``) data are *refused* that ``condition`` warns of:
@@ -31,14 +34,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from scipy.stats import f, norm
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from pyro_dgm.amortized.guide import AmortizedGuide
 from pyro_dgm.amortized.posterior import ConditionedGuide
-from pyro_dgm.amortized.refine import Joint, picked, run_chains, smoothed
+from pyro_dgm.amortized.refine import Joint, picked, smoothed
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.distribution import NoDensityError
 from pyro_dgm.core.kinds import checked
@@ -49,6 +51,7 @@ from pyro_dgm.diagnostics.containers import ContainerOptions
 from pyro_dgm.diagnostics.converters import from_posterior_samples
 from pyro_dgm.diagnostics.khat import Exploration, KHat, judge
 from pyro_dgm.diagnostics.local_calibration import local_p_values
+from pyro_dgm.diagnostics.populations import POPULATIONS, settled
 from pyro_dgm.model.hmc import Chains
 
 __all__ = ["Workflow", "workflow"]
@@ -56,15 +59,14 @@ __all__ = ["Workflow", "workflow"]
 Status = Literal["accepted", "reweighted", "moved", "refused", "unchecked"]
 _STATUSES: tuple[Status, ...] = get_args(Status)
 
-_PROPOSALS = 4  # draws of the guide for each that is returned
-_LEAST = 1_000  # draws that are judged, however few are asked for
-_CHANGE = 0.1  # sd, and log sd
-_DISTINCT = 0.6  # effective draws for each that is returned, from which weights are enough
-_BLOCK, _MOST_BLOCKS = 100, 20  # steps of the chains
-_POPULATIONS = 8
-_CHANCE = 1e-3  # of a change that is none, over all numbers
-_LEVEL = 0.01  # of the share of right data sets among those refused by local calibration; a convention
-_STUCK = 0.9  # share of the chains that must have left their starts
+# Set by ``python -m tests.benchmarks workflows``, docs/benchmarks/workflows.md, unless said otherwise.
+_PROPOSALS = 4  # draws of the guide for each that is returned. Not measured; chosen by hand
+_LEAST = 1_000  # draws that are judged, however few are asked for; a good guide is known by as many. Chosen by hand
+_CHANGE = 0.1  # sd, and log sd. By means alone and a gap of .05 nats a log sd that was .40 off was accepted
+_DISTINCT = (
+    0.6  # effective draws for each that is returned, from which weights are enough; at .4 the largest error was .16 sd
+)
+_LEVEL = 0.01  # share of false alarms among the data sets that local calibration refuses; a convention
 
 
 @dataclass(frozen=True)
@@ -295,9 +297,9 @@ def _judged(weighed: _Weighed, joint: Joint, n: int) -> _Found:
     if verdict.k < verdict.threshold and verdict.ess > _DISTINCT * max(n, _LEAST):
         return _Found(joint.unpack(weighed.u[weighed.picked(n)]), "reweighted", verdict)
     chains = weighed.chains(n)
-    settled = not joint.discrete and _settle(chains, joint)
+    still = not joint.discrete and settled(chains, joint)
     some = torch.randperm(len(chains.u), device="cpu")[:n]
-    return _Found(joint.unpack(chains.u[some]), "moved" if settled else "refused", verdict)
+    return _Found(joint.unpack(chains.u[some]), "moved" if still else "refused", verdict)
 
 
 @dataclass(frozen=True)
@@ -342,8 +344,8 @@ class _Weighed:
 
     def chains(self, n: int) -> Chains:
         """At least n chains in equal populations; each starts at draws of its own, picked by weight."""
-        size = -(-max(n, _LEAST) // _POPULATIONS)
-        parts = self.log_weight.cpu().isfinite().nonzero()[:, 0].chunk(_POPULATIONS)
+        size = -(-max(n, _LEAST) // POPULATIONS)
+        parts = self.log_weight.cpu().isfinite().nonzero()[:, 0].chunk(POPULATIONS)
         index = torch.cat([part[picked(smoothed(self.log_weight.cpu()[part])[0], size)] for part in parts])
         return Chains(self.u[index], self.log_p[index])
 
@@ -356,42 +358,3 @@ def _changed(draws: Tensor, weight: Tensor) -> float:
     log_sd = 0.5 * (weight @ (draws - there).square() / sd.square()).log()
     change = torch.maximum((there - mean).abs() / sd, log_sd.abs())
     return float(change[sd > 0].max()) if bool((sd > 0).any()) else 0.0
-
-
-def _settle(chains: Chains, joint: Joint) -> bool:
-    """Run the chains until another block of steps changes nothing and no population differs; whether that was reached."""
-    start = chains.u
-    for _ in range(_MOST_BLOCKS):
-        before = _numbers(chains)
-        run_chains(chains, joint, _BLOCK, _POPULATIONS)
-        after = _numbers(chains)
-        left = (chains.u != start).any(-1).double().mean() > _STUCK
-        centre = after.mean(0)
-        if bool(left) and _still(_spread(before, centre), _spread(after, centre)) and _alike(_spread(after, centre)):
-            return True
-    return False
-
-
-def _numbers(chains: Chains) -> Tensor:
-    """What is looked at of each chain, ``(n, F)``."""
-    return torch.cat([chains.u.double(), chains.log_p[:, None]], 1)
-
-
-def _spread(numbers: Tensor, centre: Tensor) -> Tensor:
-    """Numbers ``(n, F)`` and how far they are from the centre, ``(n, 2 F)``: a mean of these sees a wrong width."""
-    return torch.cat([numbers, (numbers - centre).abs()], 1)
-
-
-def _still(before: Tensor, after: Tensor) -> bool:
-    """Whether no mean has changed by more than by chance, chain by chain."""
-    change = after - before
-    limit = float(norm.isf(0.5 * _CHANCE / change.shape[1]))
-    return bool((change.mean(0).abs() <= limit * change.std(0) / math.sqrt(len(change))).all())
-
-
-def _alike(numbers: Tensor) -> bool:
-    """Whether the means of populations differ as those of independent draws do (an F test)."""
-    each = numbers.reshape(_POPULATIONS, -1, numbers.shape[1])
-    between, within = each.shape[1] * each.mean(1).var(0), each.var(1).mean(0)
-    limit = float(f.isf(_CHANCE / numbers.shape[1], _POPULATIONS - 1, len(numbers) - _POPULATIONS))
-    return bool((between <= limit * within).all())

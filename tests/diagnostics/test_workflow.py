@@ -9,7 +9,8 @@ import torch
 
 import pyro_dgm as dgm
 from pyro_dgm.diagnostics import local_calibration
-from pyro_dgm.diagnostics.workflow import _CHANGE, _alike, _changed, _still
+from pyro_dgm.diagnostics.populations import _alike, _still
+from pyro_dgm.diagnostics.workflow import _CHANGE, _changed
 
 
 def model(x=None):
