@@ -279,12 +279,9 @@ class MixtureChain(DistributionModule):
         return AutoregressiveMixture(self, self.offset.new_zeros(1) if context is None else context)
 
     def conditionals(self, x: Tensor, context: Tensor) -> NormalMixture:
-        """The mixtures of all entries of the vectors x, each given those before it; batch ``(..., D)``.
-
-        The context, ``(*, C)``, is read before it is repeated for the vectors.
-        """
+        """The mixtures of all entries of the vectors x, each given those before it; batch ``(..., D)``."""
         around = self._around(context)
-        seen = self._read(around.context).expand(*x.shape[:-1], -1)
+        seen = self._read(around.context).expand(*x.shape[:-1], -1)  # read before it is repeated
         numbers = self.net(torch.cat([around.standard(x), seen], -1))
         return self._mixture(numbers.unflatten(-1, (self.features, -1)), around, (self.low, self.high))
 
