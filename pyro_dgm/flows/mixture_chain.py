@@ -177,8 +177,7 @@ class AutoregressiveMixture(TorchDistribution):
         return AutoregressiveMixture(self.chain, self.context.expand(*batch_shape, -1))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        value = value.expand(*batch, -1)
+        value = value.expand(*torch.broadcast_shapes(value.shape[:-1], self.batch_shape), -1)
         return self.chain.conditionals(value, self.context).log_prob(value).sum(-1)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
