@@ -128,14 +128,14 @@ def _refined(joint: Joint, n: int, proposals: int, steps: int) -> Refined:
     return Refined(joint.unpack(chains.u), k, ess, proposals, evidence, error, accepted, moved)
 
 
-def run_chains(chains: Chains, joint: Joint, steps: int) -> dict[str, float]:
-    """Move the chains; the share of accepted proposals of each kind."""
+def run_chains(chains: Chains, joint: Joint, steps: int, populations: int = 1) -> dict[str, float]:
+    """Move the chains; the share of accepted proposals of each kind. Equal populations, side by side, stay independent."""
     shares: dict[str, list[float]] = {"fresh draws": [], "differences": []}
     for i in range(steps):
         if i % _FRESH_EVERY == _FRESH_EVERY - 1:
             shares["fresh draws"].append(_fresh(chains, joint))
         else:
-            shares["differences"].append(_difference(chains, joint, jump=i % _JUMP_EVERY == _JUMP_EVERY - 1))
+            shares["differences"].append(_difference(chains, joint, i % _JUMP_EVERY == _JUMP_EVERY - 1, populations))
     return {k: sum(v) / len(v) for k, v in shares.items() if v}
 
 
@@ -147,22 +147,25 @@ def _fresh(chains: Chains, joint: Joint) -> float:
     return float(chains.accept(u, log_p, log_ratio).double().mean())
 
 
-def _difference(chains: Chains, joint: Joint, jump: bool) -> float:
-    """Half the chains at a time move by the difference of two chains of the other half, which stays as it is."""
+def _difference(chains: Chains, joint: Joint, jump: bool, populations: int) -> float:
+    """Half of each population at a time moves by the difference of two chains of its other half, which stays as it is."""
     n, dim = chains.u.shape
-    order = torch.randperm(n)
+    order = torch.rand(populations, n // populations, device="cpu").argsort(1)
+    order = order + torch.arange(populations, device="cpu")[:, None] * order.shape[1]
     taken = torch.zeros_like(chains.log_p, dtype=torch.bool)
-    for movers, rest in ((order[: n // 2], order[n // 2 :]), (order[n // 2 :], order[: n // 2])):
-        a = torch.randint(len(rest), (len(movers),))
-        b = (a + torch.randint(1, len(rest), (len(movers),))) % len(rest)
+    half = order.shape[1] // 2
+    for places, rest in ((order[:, :half], order[:, half:]), (order[:, half:], order[:, :half])):
+        a = torch.randint(rest.shape[1], places.shape, device="cpu")
+        b = (a + torch.randint(1, rest.shape[1], places.shape, device="cpu")) % rest.shape[1]
+        movers, one, other = places.flatten(), rest.gather(1, a).flatten(), rest.gather(1, b).flatten()
         gamma = 1.0 if jump else 2.38 / math.sqrt(2.0 * dim) * torch.rand(len(movers), 1, device=chains.u.device)
-        u = chains.u[movers] + gamma * (chains.u[rest[a]] - chains.u[rest[b]])
+        u = chains.u[movers] + gamma * (chains.u[one] - chains.u[other])
         u = u + _JITTER * torch.randn_like(u)
-        half = Chains(chains.u[movers], chains.log_p[movers])
+        moving = Chains(chains.u[movers], chains.log_p[movers])
         log_p = _finite(joint.log_p(u))
-        taken[movers] = half.accept(u, log_p, log_p - half.log_p)
-        chains.u[movers] = half.u
-        chains.log_p[movers] = half.log_p
+        taken[movers] = moving.accept(u, log_p, log_p - moving.log_p)
+        chains.u[movers] = moving.u
+        chains.log_p[movers] = moving.log_p
     return float(taken.double().mean())
 
 

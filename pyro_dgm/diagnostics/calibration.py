@@ -24,7 +24,7 @@ from pyro_dgm.model.program import Model
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Calibration", "coverage", "sbc", "tarp"]
+__all__ = ["Calibration", "coverage", "ranks", "sbc", "tarp"]
 
 _LEVEL = 0.01  # of the test of uniformity; a convention
 _PANELS = 16  # of the picture; chosen by hand
@@ -166,7 +166,7 @@ def sbc(model: Model | None, posterior: Any, *args: Any, **options: Unpack[Exper
     complete: ExperimentOptions = with_defaults(sbc, options, EXPERIMENT)
     trials = experiment(model, posterior, args, complete)
     rng = np.random.default_rng(complete["seed"])
-    pit = {k: _ranks(trials.draws[k], truth, rng) for k, truth in trials.truth.items()}
+    pit = {k: ranks(trials.draws[k], truth, rng) for k, truth in trials.truth.items()}
     p_values = {k: _uniform_by_chi2(v) for k, v in pit.items()}
     return Calibration("sbc", pit, p_values, complete["num_draws"], trials.sharpness)
 
@@ -201,7 +201,7 @@ def coverage(model: Model | None, posterior: Any, *args: Any, **options: Unpack[
     complete: ExperimentOptions = with_defaults(coverage, options, EXPERIMENT)
     trials = experiment(model, posterior, args, complete, density=True)
     of_draws, of_truth = trials.densities
-    credibility = 1.0 - _ranks(of_draws, of_truth, np.random.default_rng(complete["seed"]))
+    credibility = 1.0 - ranks(of_draws, of_truth, np.random.default_rng(complete["seed"]))
     p_values = {"credibility": _uniform_by_ks(credibility)}
     return Calibration("coverage", {"credibility": credibility}, p_values, complete["num_draws"], trials.sharpness)
 
@@ -251,7 +251,7 @@ def tarp(
             f"tarp: references has shape {np.shape(points)}, expected {truth.shape}, a point per simulation."
         )
     distances = np.linalg.norm(draws - points[:, None], axis=-1)
-    pit = {"ball": _ranks(distances, np.linalg.norm(truth - points, axis=-1), rng)}
+    pit = {"ball": ranks(distances, np.linalg.norm(truth - points, axis=-1), rng)}
     p_values = {"ball": _uniform_by_ks(pit["ball"])}
     return Calibration("tarp", pit, p_values, complete["num_draws"], trials.sharpness)
 
@@ -276,7 +276,7 @@ def _ecdfs(method: str, pit: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def _ranks(draws: np.ndarray, truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def ranks(draws: np.ndarray, truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Ranks of ``(M, ...)`` among ``(M, S, ...)`` as points of (0, 1); ties are broken at random."""
     below = (draws < truth[:, None]).sum(1)
     ties = (draws == truth[:, None]).sum(1)

@@ -2,17 +2,23 @@ r"""An amortised guide on many data sets: each posterior is judged by the model'
 
 For each data set the first of these that is enough is taken:
 
-1. *accepted*: the guide's own draws, where importance weights say that they are the posterior's (as :func:`~pyro_dgm.khat` does);
+1. *accepted*: the guide's own draws, where importance weights say that they are the posterior's (as :func:`~pyro_dgm.khat`
+   does), and that no mean and no sd would change;
 2. *reweighted*: draws picked by weight, where k-hat is fine and enough distinct ones are left;
-3. *moved*: those moved by short Markov chains, which propose fresh draws of the guide and differences of each other, until
-   another hundred steps change neither a mean nor the log density;
+3. *moved*: those moved by short Markov chains, which propose fresh draws of the guide and differences of each other. Eight
+   populations of chains know nothing of each other. They are run until another hundred steps change no mean and no width, and
+   the populations differ by no more than independent draws do: few draws that carry all the weight put them in different
+   places, and that they agree says that it is forgotten;
 4. *refused*: none of these. MCMC from scratch is what is left.
 
-Where the model's data have no density (a simulator whose data are a ``Delta``) the guide's draws stay *unchecked*, and data are
-*refused* that ``condition`` warns of: those outside of the range of the simulations.
+Where the model's data have no density (a simulator whose data are a ``Delta``) data are *refused* that ``condition`` warns of:
+those outside of the range of the simulations. The others are *accepted* or *refused* by local calibration, the ranks of the
+truths of the simulations nearest to them, where simulations are given; otherwise the guide's draws stay *unchecked*.
 
 References:
     | Li, Vehtari, Bürkner, Radev, Acerbi & Schmitt (2024), "Amortized Bayesian workflow", arXiv 2409.04332.
+    | Zhao, Dalmasso, Izbicki & Lee (2021), "Diagnostics for conditional density models and Bayesian inference algorithms",
+      arXiv 2102.10473: local calibration.
 """
 
 from __future__ import annotations
@@ -23,8 +29,10 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -32,7 +40,7 @@ from typing_extensions import Unpack
 
 from pyro_dgm.amortized.guide import AmortizedGuide
 from pyro_dgm.amortized.posterior import ConditionedGuide
-from pyro_dgm.amortized.refine import Joint, picked, run_chains, smoothed
+from pyro_dgm.amortized.refine import Joint, picked, smoothed
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.distribution import NoDensityError
 from pyro_dgm.core.kinds import checked
@@ -42,6 +50,8 @@ from pyro_dgm.core.weights import correction
 from pyro_dgm.diagnostics.containers import ContainerOptions
 from pyro_dgm.diagnostics.converters import from_posterior_samples
 from pyro_dgm.diagnostics.khat import Exploration, KHat, judge
+from pyro_dgm.diagnostics.local_calibration import local_p_values
+from pyro_dgm.diagnostics.populations import POPULATIONS, settled
 from pyro_dgm.model.hmc import Chains
 
 __all__ = ["Workflow", "workflow"]
@@ -49,12 +59,14 @@ __all__ = ["Workflow", "workflow"]
 Status = Literal["accepted", "reweighted", "moved", "refused", "unchecked"]
 _STATUSES: tuple[Status, ...] = get_args(Status)
 
-# Not measured; chosen by hand.
-_PROPOSALS = 4  # draws of the guide for each that is returned
-_DISTINCT = 0.4  # effective draws for each that is returned, from which weights are enough
-_BLOCK, _MOST_BLOCKS = 100, 6  # steps of the chains
-_STILL = 4.0  # standard errors: a larger change from block to block is none of chance
-_STUCK = 0.9  # share of the chains that must have left their starts
+# Set by ``python -m tests.benchmarks workflows``, docs/benchmarks/workflows.md, unless said otherwise.
+_PROPOSALS = 4  # draws of the guide for each that is returned. Not measured; chosen by hand
+_LEAST = 1_000  # draws that are judged, however few are asked for; a good guide is known by as many. Chosen by hand
+_CHANGE = 0.1  # sd, and log sd. By means alone and a gap of .05 nats a log sd that was .40 off was accepted
+_DISTINCT = (
+    0.6  # effective draws for each that is returned, from which weights are enough; at .4 the largest error was .16 sd
+)
+_LEVEL = 0.01  # share of false alarms among the data sets that local calibration refuses; a convention
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,7 @@ class Workflow:
         some = ", ".join(map(str, refused[:10])) + (", ..." if len(refused) > 10 else "")
         advice = f" Refused: {some}; run MCMC there, or train the guide on more simulations." if refused else ""
         if counts["unchecked"]:
-            advice += " The model's data have no density to check with: look at sbc, and at misspecification for each."
+            advice += " The model's data have no density to check with: pass simulations=, and look at sbc."
         return f"{len(self)} data sets in {sum(self.seconds):.1f} s: {shares}.{advice}"
 
 
@@ -138,6 +150,7 @@ def workflow(
     data: Mapping[str, Any],
     *,
     num_samples: int = 1000,
+    simulations: Mapping[str, Tensor] | None = None,
     progress: bool = True,
     seed: int | None = None,
 ) -> Workflow:
@@ -147,11 +160,14 @@ def workflow(
         guide: a trained :class:`~pyro_dgm.AmortizedGuide`.
         data: ``{observed site or covariate: (M, *shape)}``; masks under ``"mask"``, with the same first dimension.
         num_samples: draws of each posterior.
+        simulations: of the model, 1,000 or more that the guide was not trained on: they judge data that have no density, and
+            are not looked at elsewhere. A guide that is shifted by .3 sd near a data set is seen, a smaller fault may not be.
         progress: show a bar over the data sets.
         seed: makes it reproducible.
 
     Raises:
-        ValueError: as :meth:`~pyro_dgm.AmortizedGuide.condition`; for numbers of data sets that differ from site to site.
+        ValueError: as :meth:`~pyro_dgm.AmortizedGuide.condition`; for numbers of data sets that differ from site to site; for too
+            few simulations, or padded ones.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
@@ -174,6 +190,8 @@ def workflow(
             each = _one_or_none(posterior, num_samples, note)
             found.append(replace(each, posterior=posterior, seconds=time.perf_counter() - began))
             bar.set_postfix(Counter(each.status for each in found))
+        if simulations is not None:
+            found = _by_simulations(guide, simulations, data, found)
     return Workflow(
         draws=_stacked(found),
         status=tuple(each.status for each in found),
@@ -221,6 +239,29 @@ def _one_or_none(posterior: ConditionedGuide, n: int, note: str) -> _Found:
     return replace(found, note=note, status="refused" if refused else found.status)
 
 
+def _by_simulations(
+    guide: AmortizedGuide, simulations: Mapping[str, Tensor], data: Mapping[str, Any], found: list[_Found]
+) -> list[_Found]:
+    """Data sets that are unchecked, accepted or refused by local calibration."""
+    names = [s.name for s in (*guide.structure.observed, *guide.covariates)]
+    places = [i for i, each in enumerate(found) if each.status == "unchecked"]
+    if not places:
+        return found
+    rows = {k: torch.stack([found[i].posterior.data[k] for i in places]) for k in names}
+    p_values = dict(zip(places, local_p_values(guide, simulations, rows, names), strict=True))
+    return [_calibrated(each, p_values.get(i)) for i, each in enumerate(found)]
+
+
+def _calibrated(each: _Found, p: float | None) -> _Found:
+    """The outcome by its p-value, if it has one."""
+    if p is None:
+        return each
+    fine = p > _LEVEL
+    what = "as often as they should" if fine else "more or less often than they should"
+    note = f"The nearest simulations' truths lie below draws {what}: p = {p:.2g}."
+    return replace(each, status="accepted" if fine else "refused", note=note)
+
+
 def _stacked(found: list[_Found]) -> dict[str, Tensor]:
     """Draws of all data sets; NaN where there are none."""
     some = next((each.draws for each in found if each.draws), None)
@@ -239,33 +280,81 @@ def _one(posterior: ConditionedGuide, n: int) -> _Found:
             joint = Joint(posterior)
         except NoDensityError:
             return _Found(posterior.sample((n,)), "unchecked")
-        u = joint.sample(_PROPOSALS * n)
+        least = max(n, _LEAST)
+        weighed = _Weighed.of(joint, least)
+        if not weighed.right(joint):
+            weighed = weighed.joined(_Weighed.of(joint, (_PROPOSALS - 1) * least))
+        return _judged(weighed, joint, n)
+
+
+def _judged(weighed: _Weighed, joint: Joint, n: int) -> _Found:
+    """The outcome by weighed draws."""
+    verdict = weighed.verdict
+    if weighed.right(joint):
+        return _Found(joint.unpack(weighed.u[:n]), "accepted", verdict)
+    if not weighed.log_p.isfinite().any():
+        return _Found(joint.unpack(weighed.u[:n]), "refused", verdict)
+    if verdict.k < verdict.threshold and verdict.ess > _DISTINCT * max(n, _LEAST):
+        return _Found(joint.unpack(weighed.u[weighed.picked(n)]), "reweighted", verdict)
+    chains = weighed.chains(n)
+    still = not joint.discrete and settled(chains, joint)
+    some = torch.randperm(len(chains.u), device="cpu")[:n]
+    return _Found(joint.unpack(chains.u[some]), "moved" if still else "refused", verdict)
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """Draws of the guide as vectors, the model's density there, and their log weights."""
+
+    u: Tensor
+    log_p: Tensor
+    log_weight: Tensor
+
+    @classmethod
+    def of(cls, joint: Joint, count: int) -> _Weighed:
+        """Fresh ones."""
+        u = joint.sample(count)
         log_p = joint.log_p(u).double()
-        log_weight = (log_p - joint.log_q(u)).nan_to_num(-torch.inf).cpu().numpy()
-        moved_by = correction(u.double().cpu().numpy(), log_weight)
-        verdict = judge(log_weight, Exploration(correction=moved_by))
-        if verdict.status in ("exact", "good"):
-            return _Found(joint.unpack(u[:n]), "accepted", verdict)
-        if not log_p.isfinite().any():
-            return _Found(joint.unpack(u[:n]), "refused", verdict)
-        index = picked(smoothed(torch.as_tensor(log_weight))[0], n)
-        if verdict.k < verdict.threshold and verdict.ess > _DISTINCT * n:
-            return _Found(joint.unpack(u[index]), "reweighted", verdict)
-        chains = Chains(u[index], log_p[index])
-        settled = not joint.discrete and _settle(chains, joint)
-        return _Found(joint.unpack(chains.u), "moved" if settled else "refused", verdict)
+        return cls(u, log_p, (log_p - joint.log_q(u)).nan_to_num(-torch.inf))
+
+    def joined(self, more: _Weighed) -> _Weighed:
+        """Both together."""
+        pairs = ((self.u, more.u), (self.log_p, more.log_p), (self.log_weight, more.log_weight))
+        return _Weighed(*(torch.cat(pair) for pair in pairs))
+
+    @cached_property
+    def _array(self) -> np.ndarray:
+        return self.log_weight.cpu().numpy()
+
+    @cached_property
+    def verdict(self) -> KHat:
+        """What the weights say."""
+        return judge(self._array, Exploration(correction=correction(self.u.double().cpu().numpy(), self._array)))
+
+    def right(self, joint: Joint) -> bool:
+        """Whether the draws can be used as they are: the weights change no mean and no sd, in the sites' own units."""
+        if self.verdict.status not in ("exact", "good"):
+            return False
+        values = [v.reshape(len(v), -1).double() for v in joint.unpack(self.u).values()]
+        return _changed(torch.cat(values, 1), torch.as_tensor(smoothed(self.log_weight.cpu())[0])) < _CHANGE
+
+    def picked(self, n: int) -> Tensor:
+        """Places of n draws by weight."""
+        return picked(smoothed(self.log_weight.cpu())[0], n)
+
+    def chains(self, n: int) -> Chains:
+        """At least n chains in equal populations; each starts at draws of its own, picked by weight."""
+        size = -(-max(n, _LEAST) // POPULATIONS)
+        parts = self.log_weight.cpu().isfinite().nonzero()[:, 0].chunk(POPULATIONS)
+        index = torch.cat([part[picked(smoothed(self.log_weight.cpu()[part])[0], size)] for part in parts])
+        return Chains(self.u[index], self.log_p[index])
 
 
-def _settle(chains: Chains, joint: Joint) -> bool:
-    """Run the chains until another block of steps changes nothing; whether that was reached."""
-    start = chains.u
-    for _ in range(_MOST_BLOCKS):
-        before = torch.cat([chains.u, chains.log_p[:, None].to(chains.u)], 1)
-        run_chains(chains, joint, _BLOCK)
-        after = torch.cat([chains.u, chains.log_p[:, None].to(chains.u)], 1)
-        error = ((before.var(0) + after.var(0)) / len(after)).sqrt()
-        still = (after.mean(0) - before.mean(0)).abs() < _STILL * error
-        left = (chains.u != start).any(-1).double().mean() > _STUCK
-        if bool(still.all()) and bool(left):
-            return True
-    return False
+def _changed(draws: Tensor, weight: Tensor) -> float:
+    """Largest change of a mean, in sds, or of a log sd of draws ``(n, F)`` by weights that sum to one."""
+    weight = weight.to(draws)
+    mean, sd = draws.mean(0), draws.std(0)
+    there = weight @ draws
+    log_sd = 0.5 * (weight @ (draws - there).square() / sd.square()).log()
+    change = torch.maximum((there - mean).abs() / sd, log_sd.abs())
+    return float(change[sd > 0].max()) if bool((sd > 0).any()) else 0.0

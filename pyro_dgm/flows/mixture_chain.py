@@ -177,9 +177,8 @@ class AutoregressiveMixture(TorchDistribution):
         return AutoregressiveMixture(self.chain, self.context.expand(*batch_shape, -1))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        value = value.expand(*batch, -1)
-        return self.chain.conditionals(value, self.context.expand(*batch, -1)).log_prob(value).sum(-1)
+        value = value.expand(*torch.broadcast_shapes(value.shape[:-1], self.batch_shape), -1)
+        return self.chain.conditionals(value, self.context).log_prob(value).sum(-1)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         entries = self.chain.in_turn(self.context, Size(sample_shape) + self.batch_shape)
@@ -281,7 +280,8 @@ class MixtureChain(DistributionModule):
     def conditionals(self, x: Tensor, context: Tensor) -> NormalMixture:
         """The mixtures of all entries of the vectors x, each given those before it; batch ``(..., D)``."""
         around = self._around(context)
-        numbers = self.net(torch.cat([around.standard(x), self._read(around.context)], -1))
+        seen = self._read(around.context).expand(*x.shape[:-1], -1)  # read before it is repeated
+        numbers = self.net(torch.cat([around.standard(x), seen], -1))
         return self._mixture(numbers.unflatten(-1, (self.features, -1)), around, (self.low, self.high))
 
     def in_turn(self, context: Tensor, batch: Size) -> Generator[NormalMixture, Tensor, None]:
