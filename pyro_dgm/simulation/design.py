@@ -8,7 +8,7 @@ prior inside the highest-density region of a posterior:
 
 Inside the region it is the prior, so the same loss learns the same posterior, at ``x_o`` with more simulations that matter
 (Deistler, Goncalves & Macke 2022, arXiv 2210.04815, section 3.2). Draws of the prior outside are thrown away. Where that leaves
-too few, candidates are even in an ellipsoid around the posterior's draws, and kept in proportion to the prior's density.
+too few, Markov chains that start at the posterior's draws find the prior inside the region.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pyro_dgm.amortized.posterior import ConditionedGuide
 from pyro_dgm.amortized.refine import Vectors
 from pyro_dgm.core.kinds import LARGEST, shown
 from pyro_dgm.model.handlers import EndOfRun, Redraw, run_to_end
+from pyro_dgm.model.hmc import Chains
 from pyro_dgm.model.sites import is_drawn, plate_frames
 from pyro_dgm.model.vectorize import Engine, How
 from pyro_dgm.simulation.blocks import Blocks, Resizable, random_state
@@ -43,8 +44,10 @@ _DRAWS = (
 )
 _AT_ONCE = 250  # candidates, at least, where they run together
 _TRIES = 1_000  # candidates for each draw that is wanted
-_FEW = 0.02  # share of the prior below which candidates come from an ellipsoid
-_MARGIN = 1.05  # of the ellipsoid's radius
+_FEW = 0.02  # share of the prior below which chains find the draws
+_POOL = 4_000  # chains
+_STEPS, _MORE_STEPS = 60, 5  # of all chains, and of those that are picked for a block
+_JUMP_EVERY = 4  # steps; a whole difference leads from one mode to another
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class TruncatedPrior:
         threshold: log density on the edge of the region, in nats.
         moments: ``[mean, sd]`` of each coordinate of its draws, by which a folder knows it again.
         how: whether candidates from the prior run together.
-        ellipsoid: where candidates come from if the prior gives too few.
+        walkers: where draws come from if the prior gives too few.
     """
 
     posterior: Any
@@ -65,20 +68,22 @@ class TruncatedPrior:
     threshold: float
     moments: list[list[float]]
     how: How = "loop"
-    ellipsoid: Ellipsoid | None = None
+    walkers: Walkers | None = None
 
     @torch.no_grad()
     def __call__(self, blocks: Blocks, n: int) -> tuple[dict[str, Tensor], int]:
         """``n`` accepted draws of all latents up to the last one that the posterior knows, and how many of the prior these are.
 
         Raises:
-            ValueError: if fewer than one candidate in 1,000 is accepted.
+            ValueError: if fewer than one in 1,000 is accepted.
         """
+        if self.walkers is not None:
+            return self.walkers.draw(n), round(n / self.walkers.share)
         kept: list[dict[str, Tensor]] = []
         found = tried = 0
-        at_once = max(n, _AT_ONCE) if self.ellipsoid or self.how == "plate" else n
+        at_once = max(n, _AT_ONCE) if self.how == "plate" else n
         while found < n and tried < _TRIES * max(n, 10):
-            rows = self.ellipsoid.candidates(at_once) if self.ellipsoid else self._candidates(blocks, at_once)
+            rows = self._candidates(blocks, at_once)
             inside = self.contains(rows)
             kept.append({k: v[inside] for k, v in rows.items()})
             found, tried = found + int(inside.sum()), tried + at_once
@@ -88,13 +93,10 @@ class TruncatedPrior:
                 f"{found / tried:.1e}; 1e-03 is the least). The posterior is already far narrower than the prior: refine it by "
                 "the model's density, or narrow the prior itself."
             )
-        share = found / tried if self.ellipsoid is None else self.ellipsoid.share
-        return {k: torch.cat([rows[k] for rows in kept])[:n] for k in kept[0]}, round(n / share)
+        return {k: torch.cat([rows[k] for rows in kept])[:n] for k in kept[0]}, round(tried * n / found)
 
     def contains(self, rows: Mapping[str, Tensor]) -> Tensor:
         """Which of draws ``{site: (n, *site)}`` lie in the region, shape ``(n,)``."""
-        if not len(next(iter(rows.values()))):
-            return torch.zeros(0, dtype=torch.bool)
         return self.posterior.log_prob({k: rows[k] for k in self.sites}) >= self.threshold
 
     def _candidates(self, blocks: Blocks, n: int) -> dict[str, Tensor]:
@@ -106,54 +108,52 @@ class TruncatedPrior:
         return {k: torch.stack([run[k] for run in runs]) for k in runs[0]}
 
 
-class Ellipsoid:
-    r"""Candidates for small regions: even in an ellipsoid around the posterior's draws, picked in proportion to the prior.
+class Walkers:
+    """Draws of the prior in small regions: posterior draws that chains carry to where the prior inside has its mass.
 
-    Latents are measured by their unconstrained values :math:`u`, where the prior has the density :math:`p(\theta(u))
-    |\partial\theta / \partial u|`. The share of the prior in the region is the mean of that over candidates inside, times the
-    ellipsoid's volume.
+    The chains start at posterior draws, picked in proportion to the prior's density over the posterior's, and move by
+    differences of others, over the unconstrained values of the latents. The share of the prior in the region is the mean of that ratio.
 
     Args:
         vectors: draws and density of the posterior.
         prior: log density of draws of the latents, nats.
-        inside: which draws are in the region.
+        threshold: the posterior's log density on the edge of the region, nats.
+
+    Source: ter Braak & Vrugt (2008), "Differential evolution Markov chain with snooker updater and fewer chains", for differences
+    of vectors that do not move.
     """
 
-    def __init__(
-        self, vectors: Vectors, prior: Callable[[dict[str, Tensor]], Tensor], inside: Callable[..., Tensor]
-    ) -> None:
-        self.vectors, self.prior = vectors, prior
-        u = vectors.sample(_DRAWS)
-        u = u[inside(vectors.unpack(u))].double()
-        self.centre = u.mean(0)
-        self.root = torch.linalg.cholesky(u.T.cov() + 1e-12 * torch.eye(u.shape[1], dtype=u.dtype))
-        away = torch.linalg.solve_triangular(self.root, (u - self.centre).T, upper=False)
-        self.radius = _MARGIN * float(away.norm(dim=0).max())
-        rows, log_p = self._even(_DRAWS)
-        log_p = log_p[inside(rows)]
-        self.most = float(log_p.max())
-        self.share = float(log_p.exp().sum()) / _DRAWS * self._volume()
+    def __init__(self, vectors: Vectors, prior: Callable[[dict[str, Tensor]], Tensor], threshold: float) -> None:
+        self.vectors, self.prior, self.threshold = vectors, prior, threshold
+        self.others = vectors.sample(_POOL)
+        rows = vectors.unpack(self.others)
+        log_q = vectors.posterior.log_prob(rows).double()
+        ratio = torch.where(log_q >= threshold, (prior(rows).double() - log_q).exp(), 0.0)
+        self.share = float(ratio.mean())
+        start = self.others[torch.multinomial(ratio, _POOL, replacement=True)]
+        self.pool = self._moved(start, _STEPS)
 
-    def candidates(self, n: int) -> dict[str, Tensor]:
-        """About ``n`` of the prior, of which those in the region are to be kept."""
-        rows, log_p = self._even(n)
-        kept = torch.rand_like(log_p).log() < log_p - self.most
-        return {k: v[kept] for k, v in rows.items()}
+    def draw(self, n: int) -> dict[str, Tensor]:
+        """``n`` draws of the latents."""
+        return self.vectors.unpack(self._moved(self.pool[torch.randint(_POOL, (n,))], _MORE_STEPS))
 
-    def _even(self, n: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Draws that are even in the ellipsoid, and the prior's log density there."""
-        dim = len(self.centre)
-        z = torch.randn(n, dim, dtype=torch.float64)
-        z = z / z.norm(dim=1, keepdim=True) * torch.rand(n, 1, dtype=torch.float64) ** (1.0 / dim)
-        u = (self.centre + self.radius * z @ self.root.T).to(torch.get_default_dtype())
+    def _moved(self, u: Tensor, steps: int) -> Tensor:
+        chains = Chains(u, self._log_p(u))
+        for i in range(steps):
+            a, b = self.others[torch.randint(_POOL, (2, len(u)))]
+            scale = 1.0 if i % _JUMP_EVERY == 0 else 2.0 * 2.38 / math.sqrt(2.0 * u.shape[1]) * torch.rand(len(u), 1)
+            v = chains.u + scale * (a - b)
+            log_p = self._log_p(v)
+            chains.accept(v, log_p, log_p - chains.log_p)
+        return chains.u
+
+    def _log_p(self, u: Tensor) -> Tensor:
+        """Log density of the prior over vectors, nats; -inf outside of the region."""
         rows = self.vectors.unpack(u)
-        stretch = self.vectors.log_q(u) - self.vectors.posterior.log_prob(rows)
-        return rows, (self.prior(rows) + stretch).double().nan_to_num(-torch.inf)
-
-    def _volume(self) -> float:
-        dim = len(self.centre)
-        ball = 0.5 * dim * math.log(math.pi) - math.lgamma(0.5 * dim + 1.0)
-        return math.exp(ball + dim * math.log(self.radius) + float(self.root.diagonal().log().sum()))
+        log_q = self.vectors.posterior.log_prob(rows).double()
+        stretch = self.vectors.log_q(u) - log_q
+        log_p = (self.prior(rows).double() + stretch).nan_to_num(-torch.inf, -torch.inf)
+        return torch.where(log_q >= self.threshold, log_p, -torch.inf)
 
 
 def truncated(posterior: Any) -> TruncatedPrior:
@@ -183,7 +183,7 @@ def truncated(posterior: Any) -> TruncatedPrior:
 
 @torch.no_grad()
 def narrowed(found: TruncatedPrior, blocks: Blocks, latents: set[str]) -> TruncatedPrior:
-    """For a model's simulations: with an ellipsoid, where the region is a small part of the prior and the prior has a density."""
+    """For a model's simulations: with chains, where the region is a small part of the prior and the prior has a density."""
     if latents != set(found.sites):
         return replace(found, how=blocks.how)
     begun = partial(_up_to, blocks.model, found.sites)
@@ -197,7 +197,7 @@ def narrowed(found: TruncatedPrior, blocks: Blocks, latents: set[str]) -> Trunca
         if vectors.discrete or float(found.contains(found._candidates(blocks, _DRAWS)).double().mean()) > _FEW:
             return found
         prior = partial(engine.log_joint, how="plate")
-        return replace(found, ellipsoid=Ellipsoid(vectors, prior, found.contains))
+        return replace(found, walkers=Walkers(vectors, prior, found.threshold))
 
 
 def _up_to(model: Callable[..., Any], sites: tuple[str, ...], *args: Any, **kwargs: Any) -> None:
