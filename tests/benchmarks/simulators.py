@@ -149,7 +149,14 @@ def calibrated(guide, held_out):
     ranks = dgm.sbc(None, guide, simulations=held_out, seed=0)
     region = dgm.coverage(None, guide, simulations=held_out, seed=0)
     share, error = region.covered(0.8)
-    return {"sbc": float(ranks.p_value), "coverage": float(region.p_value), "covered": [float(share), float(error)]}
+    lost = ranks.sharpness.lost
+    return {
+        "sbc": float(ranks.p_value),
+        "coverage": float(region.p_value),
+        "covered": [float(share), float(error)],
+        "lost": [lost.value, lost.standard_error],
+        "faults": ranks.sharpness.faults,
+    }
 
 
 def trained(name, seed):
@@ -196,11 +203,12 @@ def told(name, kind, row):
 
     parts = [f"{k}: mean {of(row[k]['mean'])}, log sd {of(row[k]['log sd'])}" for k in ("raw", "refined")]
     khat = sorted(row["refined"]["khat"])
-    share = f"{row['covered'][0]:.2f} +- {row['covered'][1]:.2f}"
+    share, lost = ("{:.2f} +- {:.2f}".format(*row[k]) for k in ("covered", "lost"))
     return (
         f"{name}, {kind}: {'; '.join(parts)}; raw below .1 in {row['raw']['mean']['below']:.0%} of sets; k-hat {khat[SETS // 2]:.2f}, "
         f"at most {khat[-1]:.2f}, {row['refined']['by chains']} by chains; evidence off by {row['refined']['evidence']:.3f}; "
-        f"sbc p = {row['sbc']:.2g}, coverage p = {row['coverage']:.2g}, {share} in 80 %"
+        f"sbc p = {row['sbc']:.2g}, coverage p = {row['coverage']:.2g}, {share} in 80 %, "
+        f"{lost} nats lost; {row['faults'] or 'no fault of sharpness'}"
     )
 
 
