@@ -197,7 +197,7 @@ def _site(site: dict[str, Any], support: constraints.Constraint | None, classes:
             f"AmortizedGuide: site '{site['name']}' has batch shape {tuple(fn.batch_shape)}, and dimension(s) {loose} are "
             "in no plate. Declare them dependent with .to_event(n), or open a pyro.plate."
         )
-    return Site(site["name"], fn.event_shape, plates, dims, support, classes, site["value"].dtype)
+    return Site(site["name"], Size(fn.event_shape), plates, dims, support, classes, site["value"].dtype)
 
 
 def _latent(name: str, sites: list[dict[str, Any]]) -> Site:

@@ -112,7 +112,8 @@ class Walkers:
     """Draws of the prior in small regions: posterior draws that chains carry to where the prior inside has its mass.
 
     The chains start at posterior draws, picked in proportion to the prior's density over the posterior's, and move by
-    differences of others, over the unconstrained values of the latents. The share of the prior in the region is the mean of that ratio.
+    differences of others, over the unconstrained values of the latents. The share of the prior in the region is the mean of that
+    ratio.
 
     Args:
         vectors: draws and density of the posterior.
