@@ -120,10 +120,10 @@ class AmortizedGuide(nn.Module):
             )
         given = (tuple(args), dict(kwargs or {}))
         with fork_rng():
-            moving = moving_supports(model, observed, *given)
+            moving, runs = moving_supports(model, observed, *given)
             sizes = size_arguments(model, *given)
             self.arguments = Arguments(rewritten(model, moving) if moving else model, *given, sizes)
-            self.structure = read(self.arguments.model, observed, *given)
+            self.structure = read(self.arguments.model, observed, *given, runs)
             self.covariates = covariate_sites(self.arguments, covariates, self.structure)
             self.prior = PriorUnits(self.arguments, self.structure, self.covariates)
             self.unbounded = Unbounded(model, moving, self.prior) if moving else None

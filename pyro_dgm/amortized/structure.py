@@ -145,8 +145,10 @@ class Structure:
         return any(a.name in part and b.name in part for part in self.parts)
 
 
-def read(model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs) -> Structure:
-    """The structure of a model that simulates its data.
+def read(
+    model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs, runs: Sequence[poutine.Trace] = ()
+) -> Structure:
+    """The structure of a model that simulates its data; ``runs`` are others of it, for the shapes of its data.
 
     Raises:
         ValueError: for an observed name that is no site, a subsampled plate, latents without a density or with a support
@@ -157,7 +159,7 @@ def read(model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs) -> S
     names = tuple(observed)
     _refuse_unknown(trace, names)
     _refuse_subsamples(trace)
-    data = tuple(_data([t.nodes[k] for t in traces]) for k in trace.nodes if k in names)
+    data = tuple(_data([t.nodes[k] for t in (*traces, *runs) if k in t.nodes]) for k in trace.nodes if k in names)
     hidden = [n for n, s in latent_sites(trace) if n not in names and not is_enumerable(s)]
     latents = tuple(_latent(n, [t.nodes[n] for t in traces]) for n in hidden)
     if not latents:
@@ -170,13 +172,15 @@ def read(model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs) -> S
     return Structure(latents, data, plates, plate_nesting(trace), tuple(map(frozenset, parts)))
 
 
-def moving_supports(model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs) -> frozenset[str]:
-    """Latents whose support follows other latents."""
+def moving_supports(
+    model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs
+) -> tuple[frozenset[str], list[poutine.Trace]]:
+    """Latents whose support follows other latents; and the runs that tell."""
     who = "AmortizedGuide"
     traces = runs_from_the_prior(who, model, _simulated(model, args, kwargs), args, kwargs, one_size=False)
     hidden = {name for name, site in latent_sites(traces[0]) if not is_enumerable(site)} - set(observed)
     moving = changing_supports(who, model, traces, args, kwargs)
-    return frozenset(k for k in moving & hidden if not traces[0].nodes[k]["fn"].support.is_discrete)
+    return frozenset(k for k in moving & hidden if not traces[0].nodes[k]["fn"].support.is_discrete), traces
 
 
 def _simulated(model: Model, args: Args, kwargs: Kwargs) -> poutine.Trace:
@@ -229,8 +233,8 @@ def _data(sites: list[dict[str, Any]]) -> Site:
     shapes = [s["fn"].event_shape for s in sites]
     if len({(len(shape), shape[1:]) for shape in shapes}) > 1:
         raise ValueError(
-            f"AmortizedGuide: events of site '{sites[0]['name']}' have shapes {[tuple(s) for s in shapes]} in {len(shapes)} "
-            "runs; only their first size may differ, the times of a series."
+            f"AmortizedGuide: events of site '{sites[0]['name']}' have shapes {sorted({tuple(s) for s in shapes})} in "
+            f"{len(shapes)} runs; only their first size may differ, the times of a series."
         )
     return replace(_site(sites[0], None), varies=len(set(shapes)) > 1)
 
