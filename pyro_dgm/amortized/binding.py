@@ -14,7 +14,8 @@ import torch
 from pyro import poutine
 from torch import Size, Tensor
 
-from pyro_dgm.amortized.structure import Site, Structure, refuse_unequal_plates
+from pyro_dgm.amortized.missing import MaskedData, checked_mask
+from pyro_dgm.amortized.structure import Site, Structure
 from pyro_dgm.core.devices import fork_rng, to_device
 from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.shapes import as_tensor_like
@@ -83,7 +84,7 @@ class Arguments:
         masks = {k: m for k, m in data.get("mask", {}).items() if k in observed}
 
         def model(*args: Any, **kwargs: Any) -> Any:
-            with poutine.condition(data=observed), _MaskedData(masks):
+            with poutine.condition(data=observed), MaskedData(masks):
                 return self.model(**arguments)
 
         return model
@@ -170,41 +171,20 @@ class Arguments:
             )
         data = to_device({k: _tensor(sites[k], v) if k in sites else v for k, v in data.items()}, where)
         masks = to_device(
-            {k: _mask(k, m, [*sites, *(s.name for s in structure.latents)]) for k, m in (mask or {}).items()}, where
+            {k: checked_mask(k, m, [*sites, *(s.name for s in structure.latents)]) for k, m in (mask or {}).items()},
+            where,
         )
         first = structure.observed[0]
         lead = first.lead_of(data[first.name])
         out = {k: _checked(sites[k], v, masks.get(k), lead) if k in sites else v for k, v in data.items()}
-        refuse_unequal_plates(sites, out)
+        _refuse_unequal_plates(sites, out)
         return out | ({"mask": masks} if masks else {})
-
-
-class _MaskedData(poutine.messenger.Messenger):
-    """Leaves data out of the density where a mask is False."""
-
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.masks = masks
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.masks:
-            msg["mask"] = self.masks[msg["name"]] if msg["mask"] is None else msg["mask"] & self.masks[msg["name"]]
 
 
 def _tensor(site: Site, value: Any) -> Tensor:
     """A site's value in its own dtype, since a model may count or index with it; booleans as the model draws them."""
     value = as_tensor_like("condition", f"'{site.name}'", value, None)
     return value.to(site.dtype) if value.dtype is torch.bool else value
-
-
-def _mask(name: str, mask: Any, known: list[str]) -> Tensor:
-    mask = as_tensor_like("condition", f"the mask of '{name}'", mask, None)
-    if name not in known or mask.dtype != torch.bool:
-        raise ValueError(
-            f"condition: got a mask of '{name}' of {mask.dtype}, expected torch.bool (True where there is a datum), by one of "
-            f"the names {known}."
-        )
-    return mask
 
 
 def _checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
@@ -218,8 +198,8 @@ def _checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
         lead = 0
     event = value.shape[value.dim() - len(site.event_shape) :]
     depth = value.dim() - len(site.event_shape) - lead
-    if event != site.event_shape or depth != site.depth or lead < 0:
-        expected = ", ".join([f"size of '{p}'" for p in site.plates] + [str(n) for n in site.event_shape])
+    if not site.fits(event) or depth != site.depth or lead < 0:
+        expected = ", ".join([f"size of '{p}'" for p in site.plates] + site.event_sizes)
         raise ValueError(
             f"condition: '{site.name}' has shape {tuple(value.shape)}, expected ({expected}) "
             "with any number of leading dimensions for many data sets."
@@ -241,6 +221,20 @@ def _checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
             f"condition({site.name}=..., mask={{'{site.name}': present}})."
         )
     return value
+
+
+def _refuse_unequal_plates(sites: Mapping[str, Site], data: Mapping[str, Tensor]) -> None:
+    """Refuse data of one plate with different numbers of elements."""
+    known: dict[str, tuple[str, int]] = {}
+    for name, site in sites.items():
+        batch = data[name].shape[: data[name].dim() - len(site.event_shape)]
+        for plate, dim in zip(site.plates, site.dims, strict=True):
+            size = batch[dim]
+            other, its = known.setdefault(plate, (name, size))
+            if size != its and 1 not in (size, its):
+                raise ValueError(
+                    f"condition: '{other}' has {its} elements of plate '{plate}' and '{name}' {size}; expected as many of each."
+                )
 
 
 def covariate_sites(
@@ -305,6 +299,8 @@ def alike(arguments: Arguments, structure: Structure, covariates: tuple[Site, ..
     covariates: no density but their own may change. Elements whose design is written in the model are not alike, nor are
     those without a density, nor those of a plate of random size.
     """
+    if not structure.plates:
+        return frozenset()
     with fork_rng(0), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -7,7 +7,6 @@ a :class:`~pyro_dgm.amortized.sets.SetEncoder`. A latent inside a plate sees its
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_dgm.amortized.sets import Range, SetEncoder
+from pyro_dgm.amortized.sets import SetEncoder
 from pyro_dgm.amortized.structure import Site, Structure
 from pyro_dgm.amortized.summaries import summary_for
 from pyro_dgm.core import InputUnits
 from pyro_dgm.core.networks import broadcast_cat
 
-__all__ = ["Pools", "Stream", "Streams", "Trained", "by_site", "checksum", "pairs", "parts_of", "pooled"]
+__all__ = ["Pools", "Stream", "Streams", "by_site", "pairs", "parts_of", "pooled"]
 
-# Not measured; chosen by hand.
-_LEVEL = 0.005  # share of simulations that count as outside
-_FEWEST = 200  # simulations for a range
-_PART = 1_000  # simulations whose contexts are made at once
-_CHANCE = 4.0  # standard deviations by which more of many data sets are outside than that
+_LEAST_VARIANCE = 1e-12
+_PART = 1_000  # simulations whose contexts are made at once; not measured, chosen by hand
 
 
 @dataclass
@@ -125,95 +121,6 @@ def pooled(x: Tensor, dims: list[int], mask: Tensor | None) -> tuple[Tensor, Ten
     return mean, torch.log1p(count)
 
 
-class Trained(nn.Module):
-    """What a guide was trained on, as buffers: sizes of plates, and the range of the data.
-
-    A guide whose parameters are those that it was made with was not trained. One that was trained on data has no range: an
-    ELBO says nothing of data that it did not see, and those that it saw it knows.
-
-    Args:
-        plates: their names.
-        features: numbers by which data sets are compared.
-    """
-
-    least: Tensor
-    most: Tensor
-    limit: Tensor
-    start: Tensor
-
-    def __init__(self, plates: Sequence[str], features: int) -> None:
-        super().__init__()
-        self.plates = list(plates)
-        self.range = Range(features)
-        self.register_buffer("least", torch.full((len(self.plates),), 2**31))
-        self.register_buffer("most", torch.zeros(len(self.plates), dtype=torch.long))
-        self.register_buffer("limit", torch.tensor(torch.inf))
-        self.register_buffer("start", torch.tensor(torch.nan, dtype=torch.float64))
-
-    @torch.no_grad()
-    def on_sizes(self, counts: Mapping[str, Tensor]) -> None:
-        """Note the sizes of plates in simulations."""
-        for i, plate in enumerate(self.plates):
-            if plate in counts:
-                self.least[i] = min(int(self.least[i]), int(counts[plate].min()))
-                self.most[i] = max(int(self.most[i]), int(counts[plate].max()))
-
-    @torch.no_grad()
-    def on_data(self, features: Tensor) -> None:
-        """Take the range of vectors ``(N, F)`` of simulations; too few of them have none."""
-        if len(features) < _FEWEST or not features.shape[-1]:
-            return
-        self.range.fit(features, torch.Generator().manual_seed(0))
-        known = self.range.known().sort().values
-        self.limit.copy_(known[min(len(known), math.ceil((len(known) + 1) * (1.0 - _LEVEL))) - 1])
-
-    @torch.no_grad()
-    def forget(self) -> None:
-        """Know of no range any more."""
-        self.least.fill_(2**31)
-        self.most.zero_()
-        self.limit.fill_(torch.inf)
-
-    def unusual_sizes(self, counts: Mapping[str, Tensor]) -> Iterator[str]:
-        """What is wrong with the sizes of plates, ``{plate: one of each data set}``."""
-        for i, plate in enumerate(self.plates):
-            low, high = int(self.least[i]), int(self.most[i])
-            if plate not in counts or not high:
-                continue
-            outside = counts[plate][(counts[plate] < low) | (counts[plate] > high)]
-            if len(outside):
-                sizes = (
-                    f"{int(outside.min()):,}"
-                    if outside.min() == outside.max()
-                    else f"{int(outside.min()):,} to {int(outside.max()):,}"
-                )
-                many = f" in {len(outside):,} of {len(counts[plate]):,} data sets" if len(counts[plate]) > 1 else ""
-                wider = (max(1, min(low, int(outside.min()))), max(high, int(outside.max())))
-                yield (
-                    f"plate '{plate}' has {sizes} elements{many}, and the guide was trained on {low:,} to {high:,}. Refine the "
-                    f"posterior, or train on such sizes: simulate(..., sizes={{'{plate}': {wider}}})."
-                )
-
-    def unusual_data(self, features: Tensor) -> str:
-        """What is wrong with data sets whose vectors are ``(m, F)``; more of them than chance explains must be far."""
-        if not self.limit.isfinite():
-            return ""
-        scores = self.range.distances(features)
-        outside = int((scores > self.limit).sum())
-        expected = _LEVEL * len(scores)
-        if outside <= expected + _CHANCE * math.sqrt(expected) and not (outside and len(scores) == 1):
-            return ""
-        if len(scores) > 1:
-            far = f"{outside:,} of {len(scores):,} data sets are"
-        else:
-            far = f"at a distance of {float(scores):.3g} from the nearest simulations they are"
-        return (
-            f"{far} outside of the range that the guide was trained on ({1.0 - _LEVEL:.1%} of the simulations are within "
-            f"{float(self.limit):.3g}); the posterior may be anything there. Refine it, or widen the prior and train again. "
-            "diagnostics.misspecification says what is unusual."
-        )
-
-
 class Streams(nn.Module):
     """The data as features, one stream for each set of plates: standardised, through the user's encoder where there is one.
 
@@ -227,18 +134,22 @@ class Streams(nn.Module):
         encoder: ``{site: module}``; a module maps events ``(N, *event_shape)`` to ``(N, F)``, and may take ``mask``.
     """
 
+    longest: Tensor
+
     def __init__(self, structure: Structure, covariates: tuple[Site, ...], encoder: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.structure = structure
         self.covariates = covariates
         self.inputs = (*structure.observed, *covariates)
         self.keys = {s.name: _key(s.name) for s in self.inputs}
-        self.standard = nn.ModuleDict({self.keys[s.name]: InputUnits(s.width, bounded=False) for s in self.inputs})
+        self.standard = nn.ModuleDict({self.keys[s.name]: InputUnits(s.columns, bounded=False) for s in self.inputs})
         observed = [s.name for s in structure.observed]
         unknown = [k for k in encoder if k not in observed]
         if unknown:
             raise ValueError(f"AmortizedGuide: encoder={unknown} names no observed site; observed are {observed}.")
         self.encoder = nn.ModuleDict({_key(k): m for k, m in encoder.items()})
+        _refuse_unread([s for s in structure.observed if s.varies and s.name not in encoder])
+        self.register_buffer("longest", torch.zeros(len(structure.observed), dtype=torch.long))
 
     def forward(self, batch: Mapping[str, Any], lead: int) -> list[Stream]:
         seen = {s.name: self._standardised(s, batch, lead) for s in self.inputs}
@@ -288,22 +199,47 @@ class Streams(nn.Module):
             x = site.features(batch[site.name], self.structure.nesting, 1)
             mask, entries = self._masks(site, batch, 1, x)
             there = mask if mask is None or entries is not None else mask.expand(x.shape[:-1]).unsqueeze(-1)
+            there = there if entries is None else entries
             standard: Any = self.standard[self.keys[site.name]]
-            standard.fit(x, mask=there if entries is None else entries, who=f"AmortizedGuide, site '{site.name}'")
+            rows = _by_column(x, site.columns)
+            there = there if there is None else _by_column(there.expand(x.shape), site.columns)
+            standard.fit(rows, mask=there, who=f"AmortizedGuide, site '{site.name}'")
+        for i, site in enumerate(self.structure.observed):
+            self.longest[i] = batch[site.name].shape[1 + site.depth] if site.varies else 0
+
+    def entries(self, batch: Mapping[str, Any], lead: int) -> dict[str, Tensor]:
+        """Of sites whose events have several entries, how many of them each datum has."""
+        found: dict[str, Tensor] = {}
+        for site in [s for s in self.structure.observed if s.event_shape]:
+            x = site.features(batch[site.name], self.structure.nesting, lead)
+            _, there = self._masks(site, batch, lead, x)
+            counts = torch.tensor([x.shape[-1]]) if there is None else there.sum(-1).reshape(-1)
+            found[site.name] = counts[counts > 0] if site.plates else counts
+        return found
 
     def _standardised(self, site: Site, batch: Mapping[str, Any], lead: int) -> Stream:
         x = site.features(batch[site.name], self.structure.nesting, lead)
         key = self.keys[site.name]
         standard: Any = self.standard[key]
-        u = standard(x.to(standard.loc))
-        mask, entries = self._masks(site, batch, lead, x) if "mask" in batch else (None, None)
+        mask, entries = self._masks(site, batch, lead, x)
+        x, entries = self._as_long_as_trained(site, x, entries)
+        u = standard(_by_column(x.to(standard.loc), site.columns)).reshape(x.shape)
         if mask is not None:
             present = mask.unsqueeze(-1) if entries is None else entries
             u = torch.where(present, u, torch.zeros_like(u))
         if key in self.encoder:
-            return Stream(site.plates, _encoded(self.encoder[key], u, site, entries), mask, learned=True, raw=u)
+            raw = _moments(_by_column(u, site.columns), entries) if site.varies else u
+            return Stream(site.plates, _encoded(self.encoder[key], u, site, entries), mask, learned=True, raw=raw)
         there = None if entries is None else entries.to(u)
         return Stream(site.plates, u, mask, u.shape[-1], there=there)
+
+    def _as_long_as_trained(self, site: Site, x: Tensor, entries: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Of a series of any length, with what it lacks of the longest simulated one as missing entries at its end."""
+        if not site.varies:
+            return x, entries
+        lacking = max(0, int(self.longest[self.structure.observed.index(site)]) * site.columns - x.shape[-1])
+        entries = torch.ones_like(x, dtype=torch.bool) if entries is None else entries
+        return nn.functional.pad(x, (0, lacking)), nn.functional.pad(entries, (0, lacking))
 
     def _masks(self, site: Site, batch: Mapping[str, Any], lead: int, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Of whole data, and of entries of data (where the mask has axes of the event)."""
@@ -328,8 +264,31 @@ def _key(name: str) -> str:
     return f"site_{name}".replace(".", "_")
 
 
+def _by_column(x: Tensor, columns: int) -> Tensor:
+    """Events as vectors; of a series of any length as rows, one for each time."""
+    return x if x.shape[-1] == columns else x.reshape(*x.shape[:-1], x.shape[-1] // max(columns, 1), columns)
+
+
+def _moments(u: Tensor, entries: Tensor | None) -> Tensor:
+    """What series of any length are compared by: means and deviations of their columns, and the log of their length."""
+    there = torch.ones_like(u) if entries is None else entries.reshape(u.shape).to(u)
+    n = there.sum(-2).clamp_min(1.0)
+    mean = (u * there).sum(-2) / n
+    variance = ((u - mean.unsqueeze(-2)).square() * there).sum(-2) / n
+    return torch.cat([mean, (variance + _LEAST_VARIANCE).sqrt(), n[..., :1].log()], -1)
+
+
+def _refuse_unread(sites: list[Site]) -> None:
+    for site in sites:
+        raise ValueError(
+            f"AmortizedGuide: events of site '{site.name}' have another size in each run, which only a network can read: "
+            f"encoder='auto', or encoder={{'{site.name}': module}} with an argument mask."
+        )
+
+
 def _encoded(encoder: nn.Module, u: Tensor, site: Site, entries: Tensor | None) -> Tensor:
-    rows = u.reshape(-1, *site.event_shape)
+    times = [u.shape[-1] // site.columns] if site.varies else []
+    rows = u.reshape(u.shape[:-1].numel(), *times, *site.event_shape[site.varies :])
     given: dict[str, Tensor] = {}
     if "mask" in inspect.signature(encoder.forward).parameters:
         given["mask"] = torch.ones_like(rows, dtype=torch.bool) if entries is None else entries.reshape(rows.shape)
@@ -349,13 +308,6 @@ def _encoded(encoder: nn.Module, u: Tensor, site: Site, entries: Tensor | None) 
     return out.reshape(*u.shape[:-1], out.shape[-1])
 
 
-@torch.no_grad()
-def checksum(module: nn.Module) -> Tensor:
-    """A number that training changes; NaN where there is nothing to train."""
-    sums = [p.double().sum() for p in module.parameters()]
-    return torch.stack(sums).sum() if sums else torch.tensor(torch.nan)
-
-
 def by_site(encoder: nn.Module | Mapping[str, nn.Module] | str | None, sites: Sequence[Site]) -> dict[str, nn.Module]:
     """Encoders by the names of observed sites; "auto" chooses them by the shapes of events."""
     observed = [s.name for s in sites]
@@ -364,7 +316,7 @@ def by_site(encoder: nn.Module | Mapping[str, nn.Module] | str | None, sites: Se
     if isinstance(encoder, str):
         if encoder != "auto":
             raise ValueError(f"AmortizedGuide: encoder={encoder!r}, expected modules by observed site, or 'auto'.")
-        chosen = {s.name: summary_for(s.event_shape) for s in sites}
+        chosen = {s.name: summary_for(s.event_shape, s.varies) for s in sites}
         return {k: network for k, network in chosen.items() if network is not None}
     if isinstance(encoder, Mapping):
         return dict(encoder)

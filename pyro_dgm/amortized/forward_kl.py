@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from pyro_dgm.amortized.group import Turn
 from pyro_dgm.amortized.guide import AmortizedGuide
-from pyro_dgm.amortized.structure import Site, Structure, present
+from pyro_dgm.amortized.missing import present
+from pyro_dgm.amortized.structure import Site, Structure
 from pyro_dgm.cnf.matching import FlowMatching
 from pyro_dgm.core.devices import device_of, to_device
 from pyro_dgm.core.kinds import checked, shown

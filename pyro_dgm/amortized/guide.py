@@ -21,11 +21,13 @@ import torch
 from torch import Size, Tensor, nn
 
 from pyro_dgm.amortized.binding import Arguments, alike, covariate_sites, size_arguments
-from pyro_dgm.amortized.encoder import Streams, Trained, by_site, checksum, pairs, parts_of
+from pyro_dgm.amortized.encoder import Streams, by_site, pairs, parts_of
 from pyro_dgm.amortized.group import REGRESSED, Family, Group, Turn, groups_of, trimmed, trimmed_moments
+from pyro_dgm.amortized.missing import present
 from pyro_dgm.amortized.moving import Unbounded, rewritten
 from pyro_dgm.amortized.posterior import ConditionedGuide
-from pyro_dgm.amortized.structure import Site, as_drawn, moving_supports, present, read
+from pyro_dgm.amortized.structure import Site, as_drawn, moving_supports, read
+from pyro_dgm.amortized.trained import NEVER_TRAINED, Trained, checksum
 from pyro_dgm.amortized.units import PriorUnits
 from pyro_dgm.core.devices import device_of, fork_rng, to_device
 from pyro_dgm.core.kinds import checked
@@ -61,10 +63,10 @@ class AmortizedGuide(nn.Module):
         args, kwargs: the model's arguments for the prototype (sizes, covariates), without data.
         covariates: names of model arguments that differ between data sets: tensors whose dimensions are those of plates
             (``(J,)`` for one number per group), a name or a mapping ``{name: number of dimensions right of the plates}``.
-        encoder: ``{observed site: module}`` from events ``(N, *event_shape)`` to features ``(N, F)``: a convolutional,
-            recurrent or set network. One module serves a model with one observed site. "auto" chooses networks by the shapes:
+        encoder: ``{observed site: module}`` from events ``(N, *event_shape)`` to features ``(N, F)``, which may take a
+            ``mask``. One module serves a model with one observed site. "auto" chooses networks by the shapes, which read masks:
             convolutions along ``(L,)`` of 32 entries and more and along the T of ``(T, F)``, over ``(C, H, W)`` and square
-            ``(H, W)``; shorter vectors are read as they are.
+            ``(H, W)``, and along series of random length; shorter vectors are read as they are, with 0 for what is missing.
         family: ``family(features, context_features)`` gives the flow of a group; a mapping ``{site: family}`` chooses by
             one of the group's sites. None for a chain of mixtures of normals around a linear regression.
         bounds: how a prior's box is kept. None: by the default family itself, with an exact constant, for latents outside
@@ -118,10 +120,10 @@ class AmortizedGuide(nn.Module):
             )
         given = (tuple(args), dict(kwargs or {}))
         with fork_rng():
-            moving = moving_supports(model, observed, *given)
+            moving, runs = moving_supports(model, observed, *given)
             sizes = size_arguments(model, *given)
             self.arguments = Arguments(rewritten(model, moving) if moving else model, *given, sizes)
-            self.structure = read(self.arguments.model, observed, *given)
+            self.structure = read(self.arguments.model, observed, *given, runs)
             self.covariates = covariate_sites(self.arguments, covariates, self.structure)
             self.prior = PriorUnits(self.arguments, self.structure, self.covariates)
             self.unbounded = Unbounded(model, moving, self.prior) if moving else None
@@ -132,7 +134,9 @@ class AmortizedGuide(nn.Module):
             )
             self.groups: Any = nn.ModuleList(made)
             self.may_grow = ensemble is None
-            self.trained = Trained(list(self.structure.plates), self._compared(self._example(), 0).shape[-1])
+            example = self._example()
+            seen = self._compared(example, 0).shape[-1]
+            self.trained = Trained(self.structure.plates, self.streams.entries(example, 0), seen)
         self.standardized: Tensor
         self.register_buffer("standardized", torch.zeros((), dtype=torch.bool))
         self.trained.start.copy_(checksum(self))
@@ -147,7 +151,7 @@ class AmortizedGuide(nn.Module):
         """The posterior given ``{observed site: value}`` and covariates; plates may have any size.
 
         Args:
-            mask: ``{site: True where there is a datum}`` for missing data.
+            mask: ``{site: True where there is a datum}``, ``(*lead, *plates)``, with axes of the event for missing entries.
             data: all observed sites and covariates by name; leading dimensions stand for many data sets at once. They are
                 moved to the guide's device.
 
@@ -169,25 +173,21 @@ class AmortizedGuide(nn.Module):
         """Say once what the guide was not trained for."""
         names = ", ".join(f"'{s.name}'" for s in self.structure.observed)
         if checksum(self) == self.trained.start:
-            warn_user(
-                f"condition: the guide was never trained, so its posterior of {names} is that of random networks. Train it: "
-                "fit(ForwardKL(guide), simulate(model, 10_000, observed=...))."
-            )
+            warn_user(NEVER_TRAINED.format(names))
             return
-        found = list(self.trained.unusual_sizes(self._counts(data, lead)))
-        if not found and bool(self.trained.limit.isfinite()):
-            found = [self.trained.unusual_data(self._compared(data, lead))]
-        if any(found):
-            warn_user(f"condition: data of {names}: {' '.join(found)}")
+        found = self.trained.unusual(self._counts(data, lead), lambda: self._compared(data, lead))
+        if found:
+            warn_user(f"condition: data of {names}: {found}")
 
     def _example(self) -> dict[str, Any]:
         return self.arguments.example(self.structure, self.covariates)
 
     def _counts(self, data: Data, lead: int) -> dict[str, Tensor]:
-        """Elements of each plate that hold data, one number for each data set."""
+        """Elements of each plate that hold data, one number for each data set, and entries of each site's data."""
         sites = self.structure.observed
         known = [p for p in self.structure.plates if any(p in s.plates for s in sites)]
-        return {p: present(p, sites, data, data.get("mask", {}), lead).sum(-1).reshape(-1) for p in known}
+        plates = {p: present(p, sites, data, data.get("mask", {}), lead).sum(-1).reshape(-1) for p in known}
+        return plates | self.streams.entries(data, lead)
 
     def _compared(self, data: Data, lead: int) -> Tensor:
         """What data sets are compared by, ``(m, F)``: all that the first group sees and no training changes."""

@@ -307,7 +307,8 @@ class Joint(Vectors):
 
 
 def _refuse_without_density(posterior: ConditionedGuide) -> None:
-    trace = poutine.trace(posterior.model).get_trace()
+    with torch.no_grad(), pyro.validation_enabled(False):  # a draw of the prior may be one that fails
+        trace = poutine.trace(posterior.model).get_trace()
     for site in posterior.guide.structure.observed:
         if lacks_density(trace.nodes[site.name]):
             raise NoDensityError(

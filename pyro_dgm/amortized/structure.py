@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -29,12 +30,14 @@ from pyro_dgm.model.stability import changing_supports, runs_from_the_prior
 from pyro_dgm.model.supports import innermost, is_circular
 from pyro_dgm.model.vectorize import plate_nesting
 
-__all__ = ["Site", "Structure", "as_drawn", "moving_supports", "present", "read", "refuse_unequal_plates"]
+__all__ = ["Site", "Structure", "as_drawn", "moving_supports", "read"]
 
 Model = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 Values = dict[str, Tensor]
+
+_ATTEMPTS = 20  # runs until one does not fail; not measured, chosen by hand
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Site:
         dims: the dimension of each plate, negative, in the order of ``plates``.
         support: constraint of one event; None for data.
         classes: number of values of a discrete latent, 0 for a continuous one.
+        varies: whether the first size of the event is another one in each run: a series of any length.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Site:
     support: constraints.Constraint | None = None
     classes: int = 0
     dtype: torch.dtype = torch.float32
+    varies: bool = False
 
     @cached_property
     def depth(self) -> int:
@@ -64,6 +69,21 @@ class Site:
     def width(self) -> int:
         """Numbers in one event."""
         return self.event_shape.numel()
+
+    @property
+    def columns(self) -> int:
+        """Numbers in one event that have units of their own: all, or those at one time of a series of any length."""
+        return self.event_shape[1:].numel() if self.varies else self.width
+
+    @property
+    def event_sizes(self) -> list[str]:
+        """Sizes of an event, for messages."""
+        return ["any number"] * self.varies + [str(n) for n in self.event_shape[self.varies :]]
+
+    def fits(self, event: Size) -> bool:
+        """Whether an event may have this shape."""
+        same = len(event) == len(self.event_shape) and event[self.varies :] == self.event_shape[self.varies :]
+        return same and (not self.varies or event[0] > 0)
 
     def lead_of(self, value: Tensor) -> int:
         """Dimensions of a value that stand left of the site's: 1 for a batch of simulations, 0 for one data set."""
@@ -82,17 +102,17 @@ class Site:
     def laid(self, value: Tensor, nesting: int, lead: int) -> Tensor:
         """Values ``(*lead, *batch, *event)`` as ``(*lead, 1, .., *batch, *event)`` with ``nesting`` batch dimensions."""
         shape = value.shape
-        if shape[lead + self.depth :] != self.event_shape or len(shape) < lead + self.depth:
+        if not self.fits(shape[lead + self.depth :]) or len(shape) < lead + self.depth:
             raise ValueError(
                 f"AmortizedGuide: '{self.name}' has shape {tuple(shape)}, expected {lead} leading dimension(s), "
-                f"{self.depth} of plates {list(self.plates)}, and an event of shape {tuple(self.event_shape)}."
+                f"{self.depth} of plates {list(self.plates)}, and an event of shape ({', '.join(self.event_sizes)})."
             )
         return value.reshape([*shape[:lead], *(1,) * (nesting - self.depth), *shape[lead:]])
 
     def features(self, value: Tensor, nesting: int, lead: int) -> Tensor:
         """The same with events as vectors: ``(*lead, 1, .., *batch, width)``."""
         laid = self.laid(value, nesting, lead)
-        return laid.reshape(*laid.shape[: lead + nesting], self.width)
+        return laid.reshape(*laid.shape[: lead + nesting], laid.shape[lead + nesting :].numel())
 
     def laid_mask(self, mask: Tensor, nesting: int, lead: int) -> Tensor:
         """A mask ``(*lead, *plates)``, which may lack the last plates, as ``(*lead, 1, .., *plates)``."""
@@ -125,8 +145,10 @@ class Structure:
         return any(a.name in part and b.name in part for part in self.parts)
 
 
-def read(model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs) -> Structure:
-    """The structure of a model that simulates its data.
+def read(
+    model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs, runs: Sequence[poutine.Trace] = ()
+) -> Structure:
+    """The structure of a model that simulates its data; ``runs`` are others of it, for the shapes of its data.
 
     Raises:
         ValueError: for an observed name that is no site, a subsampled plate, latents without a density or with a support
@@ -137,7 +159,7 @@ def read(model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs) -> S
     names = tuple(observed)
     _refuse_unknown(trace, names)
     _refuse_subsamples(trace)
-    data = tuple(_site(trace.nodes[k], None) for k in trace.nodes if k in names)
+    data = tuple(_data([t.nodes[k] for t in (*traces, *runs) if k in t.nodes]) for k in trace.nodes if k in names)
     hidden = [n for n, s in latent_sites(trace) if n not in names and not is_enumerable(s)]
     latents = tuple(_latent(n, [t.nodes[n] for t in traces]) for n in hidden)
     if not latents:
@@ -150,17 +172,23 @@ def read(model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs) -> S
     return Structure(latents, data, plates, plate_nesting(trace), tuple(map(frozenset, parts)))
 
 
-def moving_supports(model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs) -> frozenset[str]:
-    """Latents whose support follows other latents."""
+def moving_supports(
+    model: Model, observed: Iterable[str], args: Args, kwargs: Kwargs
+) -> tuple[frozenset[str], list[poutine.Trace]]:
+    """Latents whose support follows other latents; and the runs that tell."""
     who = "AmortizedGuide"
     traces = runs_from_the_prior(who, model, _simulated(model, args, kwargs), args, kwargs, one_size=False)
     hidden = {name for name, site in latent_sites(traces[0]) if not is_enumerable(site)} - set(observed)
     moving = changing_supports(who, model, traces, args, kwargs)
-    return frozenset(k for k in moving & hidden if not traces[0].nodes[k]["fn"].support.is_discrete)
+    return frozenset(k for k in moving & hidden if not traces[0].nodes[k]["fn"].support.is_discrete), traces
 
 
 def _simulated(model: Model, args: Args, kwargs: Kwargs) -> poutine.Trace:
+    """A run that does not fail, of a few."""
     with pyro.validation_enabled(False), poutine.block(), torch.no_grad():
+        for _ in range(_ATTEMPTS - 1):
+            with suppress(Exception):
+                return poutine.trace(model).get_trace(*args, **kwargs)
         return poutine.trace(model).get_trace(*args, **kwargs)
 
 
@@ -198,6 +226,17 @@ def _site(site: dict[str, Any], support: constraints.Constraint | None, classes:
             "in no plate. Declare them dependent with .to_event(n), or open a pyro.plate."
         )
     return Site(site["name"], Size(fn.event_shape), plates, dims, support, classes, site["value"].dtype)
+
+
+def _data(sites: list[dict[str, Any]]) -> Site:
+    """An observed site, whose events may have another first size in each run."""
+    shapes = [s["fn"].event_shape for s in sites]
+    if len({(len(shape), shape[1:]) for shape in shapes}) > 1:
+        raise ValueError(
+            f"AmortizedGuide: events of site '{sites[0]['name']}' have shapes {sorted({tuple(s) for s in shapes})} in "
+            f"{len(shapes)} runs; only their first size may differ, the times of a series."
+        )
+    return replace(_site(sites[0], None), varies=len(set(shapes)) > 1)
 
 
 def _latent(name: str, sites: list[dict[str, Any]]) -> Site:
@@ -342,23 +381,6 @@ def _densities(model: Model, args: Args, kwargs: Kwargs, values: Values) -> Valu
     return {k: s["fn"].log_prob(s["value"]) for k, s in sample_sites(trace) if not s["infer"].get("_deterministic")}
 
 
-def present(
-    plate: str, sites: Sequence[Site], data: Mapping[str, Any], masks: Mapping[str, Tensor], lead: int
-) -> Tensor:
-    """Which elements of a plate hold anything at all, ``(*lead, size)``."""
-    found = []
-    for site in [s for s in sites if plate in s.plates]:
-        axis = lead + site.depth + site.dims[site.plates.index(plate)]
-        here = torch.ones(data[site.name].shape[: lead + site.depth], dtype=torch.bool, device=data[site.name].device)
-        mask = masks.get(site.name)
-        if mask is not None:
-            mask = mask.reshape(*mask.shape, *(1,) * (lead + site.depth - mask.dim()))
-            here = here & mask.reshape(*mask.shape[: lead + site.depth], -1).any(-1)
-        others = [d for d in range(lead, lead + site.depth) if d != axis]
-        found.append(here.movedim(axis, lead).flatten(lead + 1).any(-1) if others else here)
-    return torch.stack(torch.broadcast_tensors(*found)).any(0)
-
-
 def as_drawn(sites: Iterable[Site], values: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     """Values ``{site: value}`` in the precision of the module where they are real, and without booleans."""
     like, out = reference(module), dict(values)
@@ -367,17 +389,3 @@ def as_drawn(sites: Iterable[Site], values: Mapping[str, Any], module: nn.Module
         if isinstance(value, Tensor) and (value.dtype is torch.bool or (real and value.is_floating_point())):
             out[site.name] = value.to(like.dtype if real and like is not None else site.dtype)
     return out
-
-
-def refuse_unequal_plates(sites: Mapping[str, Site], data: Mapping[str, Tensor]) -> None:
-    """Refuse data of one plate with different numbers of elements."""
-    known: dict[str, tuple[str, int]] = {}
-    for name, site in sites.items():
-        batch = data[name].shape[: data[name].dim() - len(site.event_shape)]
-        for plate, dim in zip(site.plates, site.dims, strict=True):
-            size = batch[dim]
-            other, its = known.setdefault(plate, (name, size))
-            if size != its and 1 not in (size, its):
-                raise ValueError(
-                    f"condition: '{other}' has {its} elements of plate '{plate}' and '{name}' {size}; expected as many of each."
-                )

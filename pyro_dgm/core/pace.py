@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["few_threads", "in_fit", "moved", "seconds_left", "show", "steps", "took", "within", "working"]
+__all__ = ["UNCOUNTED", "few_threads", "in_fit", "moved", "seconds_left", "show", "steps", "took", "within", "working"]
 
 # Entries of the largest tensor of a step (rows x width), from which it keeps torch's threads. Measured by steps of Adam on
 # three layers, on 2 cores with 4 busy processes beside: two threads take 25 times as long as one at 4,000 entries, 6 to 14 times
 # at 200,000, and twice as long at 4 million. With the cores to itself a step gains from the second thread from 60,000 on, at
 # most a factor of 2. ``docs/howto/time.md`` has the table.
 SMALL = 200_000
+
+UNCOUNTED = "{desc}"  # format of a bar before a piece of work with a number begins on it
 
 _PYRO_TELLS = "pyro.infer.elbo"  # its "Guessed max_plate_nesting" would break the bar
 
@@ -132,6 +134,7 @@ def took(stage: tuple[str, int, float, float]) -> None:
 
 def show(bar: Any, name: str, total: int | None) -> None:
     """Begin a named piece of work on a bar."""
+    bar.bar_format = None
     bar.set_description_str(name, refresh=False)
     bar.set_postfix_str("", refresh=False)
     bar.reset(total=total)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.poutine import trace_struct
+from pyro.poutine import indep_messenger, trace_struct
 from torch import Tensor
 
 from pyro_dgm.core.pace import in_fit
@@ -63,6 +63,9 @@ def plain(error: Exception) -> Exception:
 
     Raise it ``from error``: Pyro's page is then shown above it.
     """
+    unfit = _of_statement(error)
+    if unfit is not None:
+        return unfit
     lacking = _NO_KERNEL.match(str(error))
     if lacking:
         return TypeError(
@@ -90,6 +93,29 @@ def plain(error: Exception) -> Exception:
         return _again(error, " ".join(str(error).split("Trace Shapes:")[0].split())[:_LONGEST]) if shapes else error
     line = " ".join(str(error)[found.end() :].split("Trace Shapes:")[0].split())[:_LONGEST]
     return ValueError(f"Site '{found[1] or found[2]}' does not fit its value or its plates: {line}")
+
+
+def _of_statement(error: Exception) -> Exception | None:
+    """What is wrong with a statement of the model: ``pyro.sample`` of what is no distribution, or a plate without rows."""
+    if not isinstance(error, (TypeError, AttributeError, ZeroDivisionError)):
+        return None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, ZeroDivisionError):
+        if frames[-1].f_code.co_filename != indep_messenger.__file__:
+            return None
+        name = frames[-1].f_locals["name"]
+        return ValueError(
+            f"Plate '{name}' has size 0, expected one row at least. Leave it out where there are no data."
+        )
+    seen = [f.f_locals for f in frames if f.f_code is pyro.sample.__code__]
+    if not seen or callable(seen[-1].get("fn")):
+        return None
+    name, value = seen[-1]["name"], seen[-1]["fn"]
+    return TypeError(
+        f"Site '{name}': pyro.sample got {value if isinstance(value, (int, float, str)) else type(value).__name__}, expected a "
+        f"distribution, such as pyro.sample('{name}', dist.Normal(0.0, 1.0)). What is computed is "
+        f"pyro.deterministic('{name}', value)."
+    )
 
 
 def _scored(error: Exception) -> tuple[str, Any] | None:
@@ -140,7 +166,7 @@ def plain_errors() -> Iterator[None]:
     """Within the context errors that came through Pyro are raised in one line."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError, AttributeError, ZeroDivisionError) as error:
         said = plain(error)
         if said is error:
             raise

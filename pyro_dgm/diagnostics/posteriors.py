@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked, shown
-from pyro_dgm.core.pace import show
+from pyro_dgm.core.pace import UNCOUNTED, show
 from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
 from pyro_dgm.diagnostics.sharpness import Sharpness, sharpness_of
 from pyro_dgm.model.program import Model, Program
@@ -135,13 +136,15 @@ def experiment(
             "returns draws {site: (S, *site)}."
         )
     stage = "simulate" if options["simulations"] is None else "posteriors"
-    bar = tqdm(desc=stage, disable=not options["progress"], mininterval=0.5, miniters=1)
+    bar = tqdm(desc=stage, bar_format=UNCOUNTED, disable=not options["progress"], mininterval=0.5, miniters=1)
     with bar, seeded(options["seed"]), torch.no_grad():
         program = None
         if model is not None:
             program = Program(model, None, args, options["model_kwargs"] or {}, draws={}, new=True)
         rows, names = _simulations(program, options)
-        data = {k: rows[k] for k in names}
+        data = {k: rows[k] for k in names} | _masks(
+            program, posterior, options["simulations"], names, len(rows[names[0]])
+        )
         drawn = _drawn(posterior, data, options["num_draws"], bar)
         latents = set(rows) if program is None else {*program.sites("latent"), *program.enumerable}
         sites = [k for k in rows if k in drawn.draws and k in latents and k not in names]
@@ -194,10 +197,6 @@ def _simulations(program: Program | None, options: ExperimentOptions) -> tuple[D
     if given is not None:
         names = observed_names(given, options["observed"])
         _refuse_unknown(names, list(given))
-        if isinstance(given, Simulations) and given.mask:
-            raise ValueError(
-                f"simulations: sites {sorted(given.mask)} are padded; calibrate on simulations of one size."
-            )
         rows = {k: as_tensor_like("simulations", f"'{k}'", given[k], None) for k in given}
         sizes = {k: tuple(v.shape[:1]) for k, v in rows.items()}
         if len(set(sizes.values())) > 1 or () in sizes.values():
@@ -212,6 +211,28 @@ def _simulations(program: Program | None, options: ExperimentOptions) -> tuple[D
         raise ValueError(f"The model cannot simulate its data: {'; '.join(table.lost.values())}.")
     wanted = dict.fromkeys([*program.sites("latent"), *program.enumerable, *names])
     return {k: table.values[k] for k in wanted}, names
+
+
+def _masks(program: Program | None, posterior: Any, given: Any, names: list[str], m: int) -> dict[str, Any]:
+    """What of the data is there, ``{"mask": {site: (m, ...)}}``, for a guide that takes masks; nothing where all is.
+
+    Raises:
+        ValueError: where latents are padded, or a posterior, or a model, would take the padding for data.
+    """
+    if not isinstance(given, Simulations) or not given.mask:
+        return {}
+    takes = _is_amortised(posterior) and "mask" in inspect.signature(posterior.condition).parameters
+    if set(given.mask) - set(names) or not takes or program is not None:
+        raise ValueError(
+            f"simulations: sites {sorted(given.mask)} are padded; expected masks of data sites alone, an AmortizedGuide, which "
+            "takes them, and None in the place of the model. Otherwise calibrate on simulations of one size."
+        )
+    return {"mask": {k: v[:m] for k, v in given.mask.items()}}
+
+
+def _rows(data: dict[str, Any], index: Any) -> dict[str, Any]:
+    """One data set, or some, with what is there of them."""
+    return {k: _rows(v, index) if k == "mask" else v[index] for k, v in data.items()}
 
 
 def observed_names(simulations: Mapping[str, Tensor], observed: Sequence[str] | None) -> list[str]:
@@ -301,8 +322,8 @@ def _draw_each(posterior: Any, data: Draws, n: int, bar: Any) -> _Drawn:
     """From one posterior after the other; a function has draws and no density."""
     draws = []
     posteriors = []
-    for values in zip(*data.values(), strict=True):
-        row = dict(zip(data, values, strict=True))
+    for i in range(len(next(iter(data.values())))):
+        row = _rows(data, i)
         q = None
         if _is_amortised(posterior):
             with torch.enable_grad():
@@ -326,7 +347,7 @@ def _joint_densities(
     for i in range(m):
         rows = {k: torch.cat([draws[k][i].reshape(-1, *v.shape[1:]), v[None, i]]) for k, v in truth.items()}
         n = len(next(iter(rows.values())))
-        row = {k: v[i] for k, v in data.items()}
+        row = _rows(data, i)
         if program is not None:
             conditioned = poutine.condition(program.model, data=row)
             how = _HOW[program.runs.how]
@@ -357,7 +378,7 @@ def _joint_if_known(
     """Of the first simulations; empty where the joint density is not known, or the model runs one draw at a time."""
     if program is not None and program.runs.how == "loop":
         return ()
-    drawn, true, given = ({k: v[:_JUDGED] for k, v in each.items()} for each in (draws, truth, data))
+    drawn, true, given = (_rows(each, slice(_JUDGED)) for each in (draws, truth, data))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from pyro_dgm.core.data import Fingerprints
 from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.pace import few_threads, working
-from pyro_dgm.core.warn import warn_user
+from pyro_dgm.core.warn import plain, warn_user
 from pyro_dgm.model.sites import is_drawn, is_factor, is_subsample, observed_sites
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, first_line, plate_nesting
 from pyro_dgm.simulation.blocks import TOO_FEW, Blocks, Part, fault_of_plate, random_state, run_job, run_whole_job
@@ -254,7 +254,7 @@ def _first_run(blocks: Blocks) -> Any:
                 "proper prior: replace ImproperUniform and the like."
             ) from error
         except Exception as error:
-            last = error
+            last = plain(error)
     raise ValueError(
         f"simulate: the model failed in each of {_ATTEMPTS} runs. Call it once with the same arguments and no data to see "
         f"where. The last error: {type(last).__name__}: {first_line(last)}"
@@ -371,7 +371,8 @@ def _finished(store: Store, observed: tuple[str, ...], args: Any, seed: int) -> 
         raise ValueError(f"simulate: all {store.n} simulations failed: {told}.")
     if left_out:
         warn_user(
-            f"simulate: {left_out} of {store.n} simulations failed and were left out ({told}). What is learned from the rest "
-            "holds for parameters that do not fail."
+            f"simulate: {left_out} of {store.n} simulations failed and were left out ({left_out / store.n:.1%}: {told}). The "
+            "rest teaches the posterior given the data and that the simulation succeeds, which is not that of a world without "
+            "failures; .failed_latents holds the parameters that failed."
         )
     return store.simulations(observed, args, seed)

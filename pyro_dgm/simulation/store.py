@@ -39,6 +39,7 @@ class Simulations(Mapping[str, Tensor]):
         mask: ``{site: (n, *sizes)}``, True where there is a value, for padded sites only. It has the axes of the site up to
             the last one whose size differs: ``(n, J)`` for data ``(n, J, 2)`` with J of random size.
         failed: numbers of the simulations that were left out, shape ``(f,)``.
+        failed_latents: their parameters, ``{latent: (f, *site)}``; NaN (whole numbers: 0) where it failed before they were drawn.
         reasons: why, and how many each.
         args: the model's arguments.
         seed: from which they can be drawn again.
@@ -56,10 +57,11 @@ class Simulations(Mapping[str, Tensor]):
         (2, torch.Size([2, 3]))
     """
 
-    @checked(only=("mask", "failed", "reasons", "args", "seed", "acceptance"))
+    @checked(only=("mask", "failed", "failed_latents", "reasons", "args", "seed", "acceptance"))
     def __init__(self, values: Mapping[str, Tensor], observed: Any, *, mask: Mapping[str, Tensor] | None = None,
-                 failed: Tensor | None = None, reasons: Mapping[str, int] | None = None, args: tuple[Any, ...] = (),
-                 seed: int | None = None, acceptance: float | None = None) -> None:  # fmt: skip
+                 failed: Tensor | None = None, failed_latents: Mapping[str, Tensor] | None = None,
+                 reasons: Mapping[str, int] | None = None, args: tuple[Any, ...] = (), seed: int | None = None,
+                 acceptance: float | None = None) -> None:  # fmt: skip
         if not isinstance(values, Mapping):
             raise TypeError(f"Simulations: values is {shown(values)}, expected a dictionary of tensors, by site.")
         self._values = dict(values)
@@ -68,6 +70,7 @@ class Simulations(Mapping[str, Tensor]):
         self.observed = (observed,) if isinstance(observed, str) else tuple(observed)
         self.mask = dict(mask or {})
         self.failed = torch.zeros(0, dtype=torch.long) if failed is None else failed
+        self.failed_latents = dict(failed_latents or {})
         self.reasons = dict(reasons or {})
         self.args = tuple(args)
         self.seed = seed
@@ -89,6 +92,12 @@ class Simulations(Mapping[str, Tensor]):
         unknown = [k for k in (*self.observed, *self.mask) if k not in self._values]
         if unknown:
             raise ValueError(f"Simulations: {unknown} are not among the sites {list(self._values)}.")
+        shapes = {k: tuple(getattr(v, "shape", ())) for k, v in self.failed_latents.items()}
+        if any(shape[:1] != (len(self.failed),) for shape in shapes.values()):
+            raise ValueError(
+                f"Simulations: failed_latents have shapes {shapes}, expected tensors of {len(self.failed)} rows, one for each "
+                "number in failed."
+            )
         if len(set(self.observed)) < len(self.observed):
             raise ValueError(f"Simulations: observed={list(self.observed)} names a site twice. Give each name once.")
 
@@ -157,6 +166,7 @@ class Simulations(Mapping[str, Tensor]):
         refuse_no_place("Simulations.save: the file", Path(path))
         state = {"values": {k: v.clone() for k, v in self._values.items()}, "mask": self.mask, "failed": self.failed}
         state |= {"observed": list(self.observed), "reasons": self.reasons, "seed": self.seed}
+        state |= {"failed_latents": {k: v.clone() for k, v in self.failed_latents.items()}}
         save_checkpoint(path, state | {"acceptance": self.acceptance})
 
     @classmethod
@@ -177,7 +187,7 @@ class Simulations(Mapping[str, Tensor]):
             ) from error
         if state is None:
             raise FileNotFoundError(f"Simulations.load: there is no file {path}.")
-        known = {"values", "observed", "mask", "failed", "reasons", "seed", "acceptance"}
+        known = {"values", "observed", "mask", "failed", "failed_latents", "reasons", "seed", "acceptance"}
         if not isinstance(state, dict) or not {"values", "observed"} <= state.keys() <= known:
             raise ValueError(f"Simulations.load: {path} was not written by Simulations.save. Give the file that was.")
         return cls(state.pop("values"), state.pop("observed"), **state)
@@ -284,6 +294,8 @@ class Store:
     def _write_each(self, name: str, start: int, values: list[Tensor | None]) -> None:
         for i, value in enumerate(values, start):
             if value is None:
+                if self.values[name].is_floating_point():
+                    self.values[name][i] = torch.nan
                 continue
             if name in self.sizes:
                 self._make_room(name, value.shape)
@@ -331,9 +343,10 @@ class Store:
     def simulations(self, observed: tuple[str, ...], args: tuple[Any, ...], seed: int) -> Simulations:
         """The good ones. On disk they stay memory-mapped where none was left out."""
         good = self.status == _GOOD
+        left_out = not bool(good.all())
         values = {k: self._private(k) for k in self.values}
         mask: dict[str, Tensor] = {}
-        if not bool(good.all()):
+        if left_out:
             values = {k: v[good] for k, v in values.items()}
         for name, sizes in self.sizes.items():
             values[name], there = _cropped(values[name], sizes[good].long())
@@ -343,7 +356,8 @@ class Store:
             values,
             observed,
             mask=mask,
-            failed=torch.nonzero(self.status == _LEFT_OUT)[:, 0],
+            failed=torch.nonzero(~good)[:, 0],
+            failed_latents={k: self.values[k][~good] for k in self.values if k not in observed} if left_out else {},
             reasons=self.reasons(),
             args=args,
             seed=seed,

@@ -19,7 +19,7 @@ from pyro_dgm.core.data import take_units
 from pyro_dgm.core.devices import device_of, fork_rng, seeded, to_device
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import DistributionModule
-from pyro_dgm.core.pace import few_threads, within, working
+from pyro_dgm.core.pace import UNCOUNTED, few_threads, within, working
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.train.batches import Batches, ChangedBatches, as_args, described, held_out_split, largest_of, row_count
 from pyro_dgm.train.descend import Limits, Stages
@@ -148,7 +148,9 @@ def fit(
         held_out = to_device(held_out, batches.device)
         limits = _limits(objective, batches, recipe, max_steps, max_epochs, clock)
         with (
-            tqdm(desc="prepare", unit="step", disable=not progress, mininterval=0.5, miniters=1) as bar,
+            tqdm(
+                desc="prepare", unit="step", bar_format=UNCOUNTED, disable=not progress, mininterval=0.5, miniters=1
+            ) as bar,
             few_threads(largest_of(objective, batches)),
             working(clock.left_of_all(), bar, history),
         ):

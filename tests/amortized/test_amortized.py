@@ -115,6 +115,33 @@ def test_discrete_latents_have_their_exact_probabilities():
         assert torch.allclose(counts, q, atol=0.05) and posterior.sample()["z"].dtype == torch.long
 
 
+def mixed(x=None):
+    """A rare jump and a class beside a normal number."""
+    jump = pyro.sample("jump", dist.Bernoulli(0.2))
+    kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.5, 0.5])))
+    m = pyro.sample("m", dist.Normal(3.0 * jump - 2.0 * kind, 1.0))
+    return pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+
+def test_discrete_latents_beside_continuous_ones():
+    """P(jump, kind | x) and m | jump, kind, x, all exact. Planted fault: heads that do not see m, which lose their correlation."""
+    guide = trained(mixed, 800)
+    jump, kind = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]).unbind(-1)
+    mean = 3.0 * jump - 2.0 * kind
+    for x in (-2.0, 1.0, 4.0):
+        exact = torch.softmax(torch.where(jump > 0, 0.2, 0.8).log() - (x - mean) ** 2 / 4.0, 0)
+        posterior = guide.condition(x=torch.tensor(x))
+        draws = posterior.sample((6_000,))
+        found = [(draws["jump"] == j) & (draws["kind"] == k) for j, k in zip(jump, kind, strict=True)]
+        assert torch.allclose(torch.stack(found).double().mean(1), exact.double(), atol=0.07)
+        for here, p, m in zip(found, exact, mean, strict=True):
+            assert p < 0.15 or abs(draws["m"][here].mean() - (x + m) / 2.0) < 0.15
+        m = torch.tensor((x + 3.0) / 2.0)
+        given = {"jump": torch.tensor(1.0), "kind": torch.tensor(0), "m": m}
+        wanted = exact[2].log() + dist.Normal(m, 0.5**0.5).log_prob(m)
+        assert exact[2] < 0.15 or abs(posterior.log_prob(given) - wanted) < 0.3
+
+
 def test_refinement_finds_the_evidence_and_the_posterior(normal_guide):
     """x is N(0, 2). Planted fault: weights without the guide's density miss the evidence by log q, about 1 nat."""
     x = torch.tensor(1.0)

@@ -12,9 +12,9 @@ import torch
 from torch import Size
 
 import pyro_dgm as dgm
-from pyro_dgm.amortized.encoder import Trained
 from pyro_dgm.amortized.forward_kl import thinned
 from pyro_dgm.amortized.sets import SetEncoder, Sets, Statistics
+from pyro_dgm.amortized.trained import Trained
 from pyro_dgm.core.networks import LinearPosterior
 from tests.amortized.amortized_models import groups
 
@@ -307,7 +307,7 @@ def test_a_plate_without_elements_is_refused_and_advised_sizes_can_be_simulated(
             call()
     with pytest.raises(ValueError, match="ForwardKL: .* holds no element"):
         dgm.ForwardKL(guide)({"mu": torch.zeros(4), "y": torch.zeros(4, 0)})
-    said = Trained(["row"], 1)
+    said = Trained(["row"], [], 1)
     said.on_sizes({"row": torch.tensor([5, 10])})
     assert "sizes={'row': (2, 10)}" in next(said.unusual_sizes({"row": torch.tensor([2])}))
     assert "sizes={'row': (1, 10)}" in next(said.unusual_sizes({"row": torch.tensor([0])}))
