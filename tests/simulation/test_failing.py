@@ -53,12 +53,12 @@ def test_what_is_learned_is_the_posterior_of_runs_that_succeed(sims):
     """Planted: the prior alone. And weights 1 / P(success), from a learned ratio, give that of a world without failures."""
     torch.manual_seed(0)
     guide = dgm.AmortizedGuide(MODEL, ["x"], ensemble=1)
-    dgm.fit(dgm.ForwardKL(guide), sims, max_steps=400, progress=False, seed=0)
+    dgm.fit(dgm.ForwardKL(guide), sims, max_steps=800, progress=False, seed=0)
     succeeded, failed = sims["theta"], sims.failed_latents["theta"]
     ratio = dgm.DensityRatio(1)
     everything = torch.cat([succeeded, failed])
     rows = torch.stack([succeeded[torch.randint(len(succeeded), (4_000,))], everything], 1)[..., None]
-    dgm.fit(dgm.LogisticRegression(ratio), (rows[:, 0], rows[:, 1]), max_steps=300, progress=False, seed=0)
+    dgm.fit(dgm.LogisticRegression(ratio), (rows[:, 0], rows[:, 1]), max_steps=600, progress=False, seed=0)
     for x in (0.3, 0.5, 0.8):
         draws = guide.condition(x=torch.tensor(x)).sample((8_000,))["theta"]
         above = (draws > EDGE).double()
