@@ -201,7 +201,7 @@ class Streams(nn.Module):
             there = mask if mask is None or entries is not None else mask.expand(x.shape[:-1]).unsqueeze(-1)
             there = there if entries is None else entries
             standard: Any = self.standard[self.keys[site.name]]
-            rows = _by_column(x, site.columns)
+            rows = _by_column(_read(site, x), site.columns)
             there = there if there is None else _by_column(there.expand(x.shape), site.columns)
             standard.fit(rows, mask=there, who=f"AmortizedGuide, site '{site.name}'")
         for i, site in enumerate(self.structure.observed):
@@ -223,7 +223,7 @@ class Streams(nn.Module):
         standard: Any = self.standard[key]
         mask, entries = self._masks(site, batch, lead, x)
         x, entries = self._as_long_as_trained(site, x, entries)
-        u = standard(_by_column(x.to(standard.loc), site.columns)).reshape(x.shape)
+        u = standard(_by_column(_read(site, x.to(standard.loc)), site.columns)).reshape(x.shape)
         if mask is not None:
             present = mask.unsqueeze(-1) if entries is None else entries
             u = torch.where(present, u, torch.zeros_like(u))
@@ -252,6 +252,11 @@ class Streams(nn.Module):
         entries = mask.reshape(*mask.shape, *(1,) * (site.depth + len(site.event_shape) - axes))
         entries = entries.expand(batch[site.name].shape).reshape(x.shape)
         return entries.any(-1), entries
+
+
+def _read(site: Site, x: Tensor) -> Tensor:
+    """Data, or their logarithms where they are drawn as exponentials."""
+    return x.clamp_min(torch.finfo(x.dtype).tiny).log() if site.logarithmic else x
 
 
 def _here(stream: Stream) -> Tensor:

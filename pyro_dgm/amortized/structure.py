@@ -21,13 +21,13 @@ import torch
 from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, biject_to, constraints
+from torch.distributions import Distribution, ExpTransform, biject_to, constraints
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.shapes import of_entries, reference
 from pyro_dgm.model.sites import is_enumerable, lacks_density, latent_sites, plate_frames, sample_sites, subsampled
 from pyro_dgm.model.stability import changing_supports, runs_from_the_prior
-from pyro_dgm.model.supports import innermost, is_circular
+from pyro_dgm.model.supports import innermost, is_circular, unwrapped
 from pyro_dgm.model.vectorize import plate_nesting
 
 __all__ = ["Site", "Structure", "as_drawn", "moving_supports", "read"]
@@ -49,6 +49,7 @@ class Site:
         support: constraint of one event; None for data.
         classes: number of values of a discrete latent, 0 for a continuous one.
         varies: whether the first size of the event is another one in each run: a series of any length.
+        logarithmic: whether data are drawn as exponentials (LogNormal), so that their logarithms are what is read.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Site:
     classes: int = 0
     dtype: torch.dtype = torch.float32
     varies: bool = False
+    logarithmic: bool = False
 
     @cached_property
     def depth(self) -> int:
@@ -225,7 +227,11 @@ def _site(site: dict[str, Any], support: constraints.Constraint | None, classes:
             f"AmortizedGuide: site '{site['name']}' has batch shape {tuple(fn.batch_shape)}, and dimension(s) {loose} are "
             "in no plate. Declare them dependent with .to_event(n), or open a pyro.plate."
         )
-    return Site(site["name"], Size(fn.event_shape), plates, dims, support, classes, site["value"].dtype)
+    exponential = [isinstance(t, ExpTransform) for t in getattr(unwrapped(fn), "transforms", ())][-1:] == [True]
+    return Site(
+        site["name"], Size(fn.event_shape), plates, dims, support, classes, site["value"].dtype,
+        logarithmic=support is None and exponential,
+    )  # fmt: skip
 
 
 def _data(sites: list[dict[str, Any]]) -> Site:

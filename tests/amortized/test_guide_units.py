@@ -2,6 +2,7 @@
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 
 import pyro_dgm as dgm
@@ -56,3 +57,30 @@ def test_latents_with_long_tails_keep_their_density():
         lambda v: torch.stack(list(units.double().unflatten(v)[0].values())), one
     )
     torch.testing.assert_close(jacobian.slogdet()[1].float(), -log_det[7], rtol=1e-3, atol=1e-3)
+
+
+def test_data_that_are_drawn_as_exponentials_are_read_in_logarithms():
+    """The guide of LogNormal data is that of normal logarithms; planted fault: data read as they are. Zeros stay finite."""
+
+    def logarithms(y=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        return pyro.sample("y", dist.Normal(mu[..., None] + torch.zeros(3), 0.5).to_event(1), obs=y)
+
+    def positive(y=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        return pyro.sample("y", dist.LogNormal(mu[..., None] + torch.zeros(3), 0.5).to_event(1), obs=y)
+
+    sims = dgm.simulate(logarithms, 500, observed=["y"], seed=0, progress=False)
+    found = []
+    for model, put in ((logarithms, lambda y: y), (positive, torch.exp)):
+        torch.manual_seed(0)
+        guide = dgm.AmortizedGuide(model, observed=["y"], ensemble=1)
+        data = dgm.Simulations({"mu": sims["mu"], "y": put(sims["y"])}, ["y"])
+        dgm.fit(dgm.ForwardKL(guide), data, max_steps=20, progress=False, seed=0)
+        found.append(
+            guide.condition(y=put(torch.tensor([1.0, 2.0, 0.5]))).log_prob({"mu": torch.linspace(-1.0, 3.0, 9)})
+        )
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-2)
+    with pytest.warns(UserWarning, match="outside of the range"):
+        draws = guide.condition(y=torch.tensor([0.0, 1.0, 2.0])).sample((9,))["mu"]
+    assert bool(draws.isfinite().all())
