@@ -211,7 +211,9 @@ def in_place(guide, plant):
         guide._posterior.load_state_dict(kept)
 
 
-def plated_faults(guide):
-    """Of the globals, and of the elements."""
-    for what, plant in (verdicts_large.FAULTS | verdicts_large.OF_ELEMENTS).items():
+def plated_faults(case, guide):
+    """Of the globals, of the elements of plates, and guides of the wrong data."""
+    for what, plant in (verdicts_large.FAULTS | ({} if guide.follows_chain else verdicts_large.OF_ELEMENTS)).items():
         yield "many elements", what, in_place(guide, plant)
+    for kind, (model, args) in case.others.items():
+        yield kind, "", nullcontext(fitted(model, args))

@@ -7,6 +7,7 @@ import torch
 
 import pyro_dgm as dgm
 from tests.benchmarks import hierarchies
+from tests.benchmarks import series as time_series
 from tests.benchmarks._verdict_case import Case, changed, glm
 
 # --- Laws that are known ---
@@ -175,3 +176,9 @@ def many_slopes(d):
     return Case(
         model, (x, y), {"stale data": (model, (x, changed(y, 0.3))), "a subsample": (model, (x[: 2 * d], y[: 2 * d]))}
     )
+
+
+def many_times(kind, length):
+    y = time_series.DRAWN[kind](length, 0)
+    model = time_series.MODELS[kind]
+    return Case(model, (y,), {"stale data": (model, (y.flip(0),))})

@@ -239,6 +239,8 @@ ONCE = {
     "normal groups: 60": partial(laws.many_groups, "normal", 60),
     "counts of groups: 80": partial(laws.many_groups, "poisson", 80),
     "trials of groups: 60": partial(laws.many_groups, "binomial", 60),
+    "level: 80 times": partial(laws.many_times, "level", 80),
+    "volatility: 80 times": partial(laws.many_times, "volatility", 80),
     "slopes: 60": partial(laws.many_slopes, 60),
     "normal law: 60": partial(laws.normal_law, 60, 100.0),
 }

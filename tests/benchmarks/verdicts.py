@@ -20,6 +20,8 @@ from scipy.stats import beta
 
 import pyro_dgm as dgm
 from tests.benchmarks import _verdict_posteriors as posteriors
+from tests.benchmarks._verdict_amortised import MODELS, amortised_fits, row_fits, truth_of_rows
+from tests.benchmarks._verdict_case import Case
 from tests.benchmarks._verdict_faults import faults, plated_faults
 from tests.benchmarks._verdict_rivals import NAMES, rivals
 from tests.benchmarks._verdict_truth import container, fitted, flat, reference_of, sizes, truth
@@ -27,26 +29,36 @@ from tests.benchmarks._verdict_truth import container, fitted, flat, reference_o
 DRAWS, MEASURED = 1_000, 10_000  # of a verdict, and of the draws that are compared with the reference
 
 
-def judged(case, guide, reference, seed):
-    """One guide: the verdict, those of others, and how far it is off."""
+def judged(case, guide, seed):
+    """The verdict on one guide, and those of others."""
     began = time.process_time()
     try:
         idata = container(case.model, guide, case.args, DRAWS, seed)
     except (ValueError, NotImplementedError) as error:
         return {"status": "refused", "truth": "fault", "others": {}, "error": str(error)[:150]}
     v, seconds = dgm.khat(idata), time.process_time() - began
-    measured = container(case.model, guide, case.args, MEASURED, seed + 1, check=False)["groups"]["posterior"]
-    found = sizes(flat({k: measured[k][0] for k in latents(case, guide)}), reference)
     return {"status": v.status, "khat": v.k, "gap": v.gap, "ess": v.ess, "drift": v.drift, "drift_sd": v.drift_sd,
             "acceptance": v.acceptance, "correction": v.correction, "deviation": v.deviation, "modes": v.other_modes,
-            "seconds": seconds, "others": rivals(idata), "truth": truth(found), **{f"off_{k}": e for k, e in found.items()}}  # fmt: skip
+            "seconds": seconds, "others": rivals(idata)}  # fmt: skip
 
 
-def latents(case, guide):
-    return [k for k, _ in dgm.model.sites.latent_sites(guide.prototype_trace)]
+def compared(case, guide, reference, sites, seed):
+    """The same, with how far its draws are off."""
+    found = judged(case, guide, seed)
+    if found["status"] == "refused":
+        return found
+    draws = container(case.model, guide, case.args, MEASURED, seed + 1, check=False)["groups"]["posterior"]
+    off = sizes(flat({k: draws[k][0] for k in sites}), reference)
+    return found | {"truth": truth(off)} | {f"off_{k}": e for k, e in off.items()}
 
 
 def rows_of(name, seeds):
+    if name.startswith("amortised"):
+        return amortised_rows(name.partition(" ")[2])
+    return encoder_rows(int(name.rpartition(" ")[2])) if name.startswith("encoder") else guide_rows(name, seeds)
+
+
+def guide_rows(name, seeds):
     """The fits of one posterior by several seeds, and the faults of the first."""
     case = posteriors.made(name)
     seeded = zlib.crc32(name.encode()) % 10_000
@@ -57,16 +69,32 @@ def rows_of(name, seeds):
     if reference is None:
         print(f"{name}: no reference")
         return
-    base = {"posterior": name, "D": guide.latent_dim, "reference": reference.source}
-    yield base | {"kind": "none", "what": "seed 0", **judged(case, guide, reference, seeded)}
-    planted = plated_faults(guide) if guide.follows_structure else faults(case, name, guide)
-    for kind, what, context in planted:
+    sites = list(guide.coordinates.latents)
+    base = {"posterior": name, "group": name, "D": guide.latent_dim, "reference": reference.source}
+    yield base | {"kind": "none", "what": "seed 0", **compared(case, guide, reference, sites, seeded)}
+    for kind, what, context in plated_faults(case, guide) if guide.follows_structure else faults(case, name, guide):
         seeded += 1
         with context as bad:
-            yield base | {"kind": kind, "what": what, **judged(case, bad, reference, seeded)}
+            yield base | {"kind": kind, "what": what, **compared(case, bad, reference, sites, seeded)}
     for seed in seeds[1:]:
         again = fitted(case.model, case.args, seed)
-        yield base | {"kind": "none", "what": f"seed {seed}", **judged(case, again, reference, seeded + seed)}
+        yield base | {"kind": "none", "what": f"seed {seed}", **compared(case, again, reference, sites, seeded + seed)}
+
+
+def amortised_rows(name):
+    """Every data set is a posterior; the amortised workflow of others looks at the data, too."""
+    for i, (posterior, kind, case, guide, like, reference, inside) in enumerate(amortised_fits(name)):
+        found = compared(case, guide, reference, list(like.coordinates.latents), i)
+        found["others"]["workflow"] = inside and found["others"]["k"]
+        yield {"posterior": posterior, "group": f"amortised {name}", "D": like.latent_dim, "reference": reference.source,
+               "kind": kind, "what": "", **found}  # fmt: skip
+
+
+def encoder_rows(seed):
+    for name, kind, rows, guide in row_fits(seed):
+        found = judged(Case(rows.model, (rows.x,)), guide, seed)
+        yield {"posterior": name, "group": name, "D": 120, "reference": "exact", "kind": kind, "what": "of rows",
+               **found, **truth_of_rows(rows, guide)}  # fmt: skip
 
 
 def line(r):
@@ -97,10 +125,12 @@ def rate(wrong, total):
 
 
 def tables(rows):
-    bad, right = ([r for r in rows if r["truth"] == t] for t in ("fault", "right"))
-    print(f"\n{len(rows)} fits of {len({r['posterior'] for r in rows})} posteriors; neither right nor a fault: "
-          f"{sum(r['truth'] == 'between' for r in rows)}; planted, and right all the same: "
-          f"{sum(r['truth'] == 'right' and r['kind'] != 'none' for r in rows)}")  # fmt: skip
+    bad = [r for r in rows if r["truth"] == "fault"]
+    right = [r for r in rows if r["truth"] == "right" and r["kind"] == "none"]
+    small = [r for r in rows if r not in bad and r["kind"] != "none"]
+    print(f"\n{len(rows)} fits of {len({r['posterior'] for r in rows})} posteriors: {len(bad)} faults, {len(right)} right fits; planted, but "
+          f"too small to count: {len(small)} ({sum(map(is_good, small))} called good); fits that are neither right nor a fault: "
+          f"{len(rows) - len(bad) - len(right) - len(small)}")  # fmt: skip
     by_kind(bad)
     print("false alarms on right fits:", rate(sum(not is_good(r) for r in right), len(right)),
           "; bad:", rate(sum(r["status"] == "bad" for r in right), len(right)))  # fmt: skip
@@ -127,19 +157,26 @@ def others(bad, right):
         )
 
 
+def names():
+    return posteriors.names() + [f"amortised {n}" for n in MODELS] + [f"encoder {i}" for i in range(4)]
+
+
 def main(arguments):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     rows = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else []
-    done, only = {r["posterior"] for r in rows}, arguments.only or [""]
+    done, only = {r["group"] for r in rows}, arguments.only or [""]
     seeds = arguments.seeds if len(arguments.seeds) > 1 else range(4)
-    for name in posteriors.names():
+    for name in names():
         if name in done or not any(name.startswith(some) for some in only):
             continue
-        for r in rows_of(name, list(seeds)):
-            rows.append(r)
-            print(line(r), flush=True)
+        try:
+            for r in rows_of(name, list(seeds)):
+                rows.append(r)
+                print(line(r), flush=True)
+        except Exception as error:  # a posterior that fails is a result
+            print(f"{name}: {type(error).__name__}: {error}"[:300], flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(rows, indent=1))
     tables(rows)
