@@ -37,6 +37,8 @@ LIKELIHOODS = {
     "poisson": lambda eta, s: dist.Poisson(eta.clamp(-20.0, 20.0).exp()),
     "overdispersed": lambda eta, s: dist.GammaPoisson(2.0, 2.0 / eta.clamp(-20.0, 20.0).exp()),
     "exponential": lambda eta, s: dist.Exponential(eta.clamp(-20.0, 20.0).exp()),
+    "gamma": lambda eta, s: dist.Gamma(3.0, 3.0 * eta.clamp(-20.0, 20.0).exp()),
+    "lognormal": lambda eta, s: dist.LogNormal(eta.clamp(-20.0, 20.0), s),
     "weibull": lambda eta, s: dist.Weibull(eta.clamp(-20.0, 20.0).exp(), s),
 }
 
@@ -45,7 +47,11 @@ def glm(kind, prior=1.5, centre=0.0):
     def model(x, y):
         d = x.shape[-1]
         b = pyro.sample("b", dist.Normal(torch.full((d,), centre), prior).to_event(1))
-        s = pyro.sample("s", dist.HalfNormal(1.0)) if kind in ("normal", "student", "weibull") else torch.ones(())
+        s = (
+            pyro.sample("s", dist.HalfNormal(1.0))
+            if kind in ("normal", "student", "lognormal", "weibull")
+            else torch.ones(())
+        )
         with pyro.plate("row", len(y)):
             pyro.sample("y", LIKELIHOODS[kind]((b * x).sum(-1), s), obs=y)
 
