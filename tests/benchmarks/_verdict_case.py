@@ -15,6 +15,7 @@ class Case:
     Attributes:
         others: ``{kind of fault: (model, args)}``.
         single: whether a fit in float32 is a fault that is tried.
+        stock: whether Pyro's own mean field knows the latents: it does not leave out those that are summed over.
         block: a site that a guide may not know.
     """
 
@@ -24,6 +25,7 @@ class Case:
     exact: dict | None = None
     places: np.ndarray | None = None
     single: bool = False
+    stock: bool = True
     block: str = ""
 
 

@@ -168,6 +168,18 @@ def float32(case, seed):
     return double
 
 
+def stock(case):
+    """Pyro's mean field, which has no vector of all latents."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = pyro.infer.autoguide.AutoNormal(case.model, init_scale=0.3)
+    optimiser = pyro.optim.ClippedAdam({"lr": 2e-2, "lrd": 0.998})
+    svi = pyro.infer.SVI(case.model, guide, optimiser, pyro.infer.Trace_ELBO(16, vectorize_particles=True))
+    for _ in range(600):
+        svi.step(*case.args)
+    return guide
+
+
 def blocked(case, site):
     """A guide that does not know a site, as it was made: a fit draws it from the prior."""
     pyro.clear_param_store()
@@ -191,6 +203,8 @@ def faults(case, name, guide):
     yield "stopped early", f"{steps} steps", nullcontext(stopped_early(case, steps))
     for kind, (model, args) in case.others.items():
         yield kind, "", nullcontext(fitted(model, args))
+    if case.stock:
+        yield "lost mode, AutoNormal" if guide.modes > 1 else "AutoNormal", "", nullcontext(stock(case))
     if case.single:
         yield "float32", "", nullcontext(float32(case, 0))
     if case.block:

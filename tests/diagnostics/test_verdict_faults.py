@@ -81,3 +81,32 @@ def test_a_mode_left_out_is_found_though_a_stray_draw_is_beyond_the_valley(of_mo
     for kind, _, fault in list(lost_modes(of_modes))[:2]:
         with fault as bad:
             assert kind == "lost mode" and status(two_modes, bad, seed) in ("usable", "bad")
+
+
+def by_hand(places):
+    """A guide without a vector of all latents, on some of the modes."""
+
+    def guide():
+        weight = torch.ones(len(places)) if len(places) == 1 else torch.tensor([0.55, 0.45])
+        law = dist.Normal(PLACES[places], SPREAD[places]).to_event(1)
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(weight), law))
+
+    return guide
+
+
+@pytest.mark.parametrize("places, expected", [([0, 1], "good"), ([0], "usable"), ([1], "usable")])
+def test_modes_are_looked_for_around_the_draws_of_any_guide(places, expected):
+    """Planted: either of two modes is left out of a guide that is no autoguide over a vector; its gap is below .01 nats."""
+    found = dgm.khat(truth.container(two_modes, by_hand(places), (), 1_000, 0))
+    assert found.status == expected or (expected == "good" and found.status == "exact")
+    assert found.other_modes == 2 - len(places) and "no vector" in found.unmoved and not found.unseen
+    if expected == "good":
+        assert "No short MCMC was run" in str(found)
+
+
+def test_modes_are_not_looked_for_where_the_latents_have_no_coordinates():
+    def discrete():
+        pyro.sample("k", dist.Bernoulli(0.3))
+
+    found = dgm.khat(truth.container(discrete, lambda: pyro.sample("k", dist.Bernoulli(0.4)), (), 200, 0))
+    assert found.unseen == "the guide has no vector of all latents" and found.other_modes == 0
