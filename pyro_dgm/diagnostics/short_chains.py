@@ -83,7 +83,7 @@ def look_around(
         True
     """
     if not isinstance(guide, AutoContinuous):
-        return _modes_beside(model, draws or {}, args, kwargs)
+        return _modes_beside(model, draws or {}, args, kwargs, how)
     with frozen(*guide.parameters()):
         log_joint = LogJoint(guide, model, args, kwargs, whole=True, how=how)
         unseen = _reason_not_to(log_joint)
@@ -106,26 +106,38 @@ def look_around(
         return replace(explored, deviation=deviation(density, posterior))
 
 
-def _modes_beside(model: Model, draws: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exploration:
+def _modes_beside(
+    model: Model, draws: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], how: How | None
+) -> Exploration:
     """Modes that draws by site miss, in the coordinates of an AutoFlow that is not trained."""
     none = Exploration(unseen="the guide has no vector of all latents")
+    if how == "loop":
+        return none
     try:
         like = AutoFlow(model, structure="joint").setup(*args, **kwargs)
-    except (ValueError, NotImplementedError):  # of latents that have no coordinates
+    except (ValueError, NotImplementedError, RuntimeError):  # of latents that have no coordinates, or of none
         return none
-    known = all(k in draws and draws[k].shape[1:] == each.shape for k, each in like.coordinates.latents.items())
-    if not known or like.coordinates.moving or like.latent_dim > _WIDEST:
+    u = _vectors_of(like, draws)
+    if u is None:
         return none
-    some = {k: draws[k][:_SEEN].detach() for k in like.coordinates.latents}
-    if like.coordinates.circular:
-        like._centre_at({k: v[0] for k, v in some.items()})
-    sites = [(k, each.fn, some[k]) for k, each in like.coordinates.latents.items()]
-    u = like.coordinates.vector(sites, len(next(iter(some.values()))))
-    log_joint = LogJoint(like, model, args, kwargs, whole=True)
-    if _reason_not_to(log_joint) or len(u) < LEAST_DRAWS or not bool(u.isfinite().all()):
+    log_joint = LogJoint(like, model, args, kwargs, whole=True, how=how)
+    if _reason_not_to(log_joint):
         return none
     found = uncovered(log_joint, u, lambda x: x, log_joint)
     return Exploration(other_modes=len(found), unmoved="the guide has no vector of all latents")
+
+
+def _vectors_of(like: AutoFlow, draws: dict[str, Tensor]) -> Tensor | None:
+    """Draws ``{site: (n, *site)}`` as vectors; None where there are too few of them, too many latents, or other ones."""
+    latents = like.coordinates.latents
+    known = all(k in draws and draws[k].shape[1:] == each.shape for k, each in latents.items())
+    if not known or like.coordinates.moving or like.latent_dim > _WIDEST:
+        return None
+    some = {k: draws[k][:_SEEN].detach() for k in latents}
+    if like.coordinates.circular:
+        like._centre_at({k: v[0] for k, v in some.items()})
+    u = like.coordinates.vector([(k, each.fn, some[k]) for k, each in latents.items()], len(next(iter(some.values()))))
+    return u if len(u) >= LEAST_DRAWS and bool(u.isfinite().all()) else None
 
 
 def _are_enough(log_weight: Tensor) -> bool:

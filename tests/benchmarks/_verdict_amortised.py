@@ -66,7 +66,7 @@ def trained(model, simulations, **limits):
 def guides(model, simulations):
     """By what is wrong with them."""
     some = {k: v[:HEART] for k, v in simulations.items()}
-    return {"none": trained(model, simulations), "overfitted": trained(model, some, max_steps=1_500),
+    return {"none": trained(model, simulations, max_steps=1_500), "overfitted": trained(model, some, max_steps=1_500),
             "stopped early": trained(model, simulations, max_steps=20)}  # fmt: skip
 
 
