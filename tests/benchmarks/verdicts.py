@@ -125,6 +125,7 @@ def rate(wrong, total):
 
 
 def tables(rows):
+    """Counts and rates, as Markdown."""
     bad = [r for r in rows if r["truth"] == "fault"]
     right = [r for r in rows if r["truth"] == "right" and r["kind"] == "none"]
     small = [r for r in rows if r not in bad and r["kind"] != "none"]
@@ -138,23 +139,27 @@ def tables(rows):
 
 
 def by_kind(bad):
-    print(f"\n{'false good, by kind of fault':32s}")
+    print("\n| fault | called good |\n|---|---|")
     for kind in sorted({r["kind"] for r in bad}):
         own = [r for r in bad if r["kind"] == kind]
-        label = "as it was fitted" if kind == "none" else kind
-        print(f"{label:26s}{rate(sum(map(is_good, own)), len(own))}")
-    print(f"{'all':26s}{rate(sum(map(is_good, bad)), len(bad))}\n")
+        label = "a fit as it came out" if kind == "none" else kind
+        print(f"| {label} | {rate(sum(map(is_good, own)), len(own))} |")
+    print(f"| all | {rate(sum(map(is_good, bad)), len(bad))} |\n")
 
 
 def others(bad, right):
-    """The rates of other verdicts on those fits of which all have one."""
-    bad, right = ([r for r in rows if r["others"]] for rows in (bad, right))
-    print(f"\n{'verdict':26s}{'false good':40s}{'false alarm':40s}")
-    verdicts = {"pyro_dgm": is_good} | {n: lambda r, k=k: r["others"].get(k, True) for n, k in NAMES.items()}
-    for name, good in verdicts.items():
-        print(
-            f"{name:26s}{rate(sum(map(good, bad)), len(bad)):40s}{rate(sum(not good(r) for r in right), len(right)):40s}"
-        )
+    """The rates of other verdicts on those fits of which they say something, and ours on the same."""
+    print("\n| verdict | faults called good | right fits called not good |\n|---|---|---|")
+    for name, key in {
+        "pyro_dgm": "k",
+        **NAMES,
+        "pyro_dgm, amortised": "workflow",
+        "Li et al., amortised": "workflow",
+    }.items():
+        good = is_good if name.startswith("pyro_dgm") else lambda r, key=key: r["others"][key]
+        own, fine = ([r for r in rows if key in r["others"]] for rows in (bad, right))
+        alarms = rate(sum(not good(r) for r in fine), len(fine))
+        print(f"| {name} | {rate(sum(map(good, own)), len(own))} | {alarms} |")
 
 
 def names():
@@ -171,10 +176,12 @@ def main(arguments):
     for name in names():
         if name in done or not any(name.startswith(some) for some in only):
             continue
+        own = []
         try:
             for r in rows_of(name, list(seeds)):
-                rows.append(r)
+                own.append(r)
                 print(line(r), flush=True)
+            rows += own
         except Exception as error:  # a posterior that fails is a result
             print(f"{name}: {type(error).__name__}: {error}"[:300], flush=True)
         if arguments.out:
