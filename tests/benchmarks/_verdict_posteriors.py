@@ -139,9 +139,9 @@ def of_supports(make, stale=True):
     """A model of the bench of supports, with some of its last data in another order."""
     model, args, exact = make()
     others = {"stale data": (model, (*args[:-1], changed(args[-1], 0.7)))} if stale else {}
-    return Case(
-        model, tuple(args), others, exact if isinstance(exact, dict) else None, single=make is supports.unscaled
-    )
+    known = exact if isinstance(exact, dict) else None
+    stock = make is not supports.enumerated_mixture
+    return Case(model, tuple(args), others, known, single=make is supports.unscaled, stock=stock)
 
 
 # --- Series ---
@@ -222,7 +222,6 @@ SEEDED = {
     "normal law: 5": partial(laws.normal_law, 5, 100.0),
 }
 ONCE = {
-    "hidden Markov": partial(of_supports, supports.hidden_markov, False),
     "simplex": partial(of_supports, supports.simplex),
     "rates": partial(of_supports, supports.counts),
     "interval": partial(of_supports, supports.interval, False),

@@ -11,7 +11,7 @@ import numpy as np
 import pyro_dgm as dgm
 from pyro_dgm.core.weights import K_LIMIT, psis
 
-NAMES = {"k-hat < 0.7": "k", "NumPyro, 1,000 draws": "numpyro", "viabel, D2 < 0.1": "viabel", "viabel, D2 < 4.6": "viabel_weak",
+NAMES = {"k-hat < 0.7 (NumPyro)": "k", "viabel, D2 < 0.1": "viabel", "viabel, D2 < 4.6": "viabel_weak",
          "sbi, psis < 0.5": "sbi_psis", "sbi, psis < 1": "sbi_psis_weak", "sbi, prop > 0.5": "sbi_prop"}  # fmt: skip
 
 
@@ -20,7 +20,7 @@ def rivals(idata):
     stats = idata["groups"]["sample_stats"]
     lw = np.asarray(stats["log_weight"]).ravel()
     k, level = psis(lw)[1], dgm.error_bounds(idata).verdict
-    return {"k": bool(k < K_LIMIT), "numpyro": bool(psis(lw[:1000])[1] < K_LIMIT), "viabel": level == "small",
+    return {"k": bool(k < K_LIMIT), "viabel": level == "small",
             "viabel_weak": level in ("small", "use weights"), "sbi_psis": bool(k < 0.5), "sbi_psis_weak": bool(k < 1.0),
             "sbi_prop": bool(explained(*(np.asarray(stats[n]).ravel() for n in ("lp", "log_q"))) > 0.5)}  # fmt: skip
 
