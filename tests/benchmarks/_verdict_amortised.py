@@ -51,7 +51,7 @@ def groups(y=None):
 
 FAR = {
     "located": lambda y: 6.0 * y + 20.0,
-    "trend": lambda y: (y + 1.0) * torch.logspace(0.0, 2.0, 12),
+    "trend": lambda y: ((y + 1.0) * torch.logspace(0.0, 2.0, 12)).round(),
     "groups": lambda y: 5.0 * y + 15.0,
 }
 MODELS = {"located": located, "trend": trend, "groups": groups}
