@@ -4,7 +4,7 @@ Every fit is compared with a reference: it counts as a fault where a mean is .3 
 quantile by .5 sd, a correlation by .5 or a mode's mass by .1; as right where all are well below that; else not at all. A false
 "good" is a fault that is called "good" or "exact"; a false alarm a right fit that is called "usable" or "bad".
 
-``--only NAME ...`` takes posteriors whose name begins so; ``--seeds 0 1 2`` are those of the fits. With ``--out`` a posterior's rows are
+``--only NAME ...`` takes posteriors whose name begins so (with ``right`` among them no faults are planted); ``--seeds 0 1 2`` are those of the fits. With ``--out`` a posterior's rows are
 written when it is done, and those that the file has are not run again; ``--only table`` prints the tables of the file alone.
 """
 
@@ -52,13 +52,15 @@ def compared(case, guide, reference, sites, seed):
     return found | {"truth": truth(off)} | {f"off_{k}": e for k, e in off.items()}
 
 
-def rows_of(name, seeds):
+def rows_of(name, seeds, planted=True):
     if name.startswith("amortised"):
         return amortised_rows(name.partition(" ")[2])
-    return encoder_rows(int(name.rpartition(" ")[2])) if name.startswith("encoder") else guide_rows(name, seeds)
+    return (
+        encoder_rows(int(name.rpartition(" ")[2])) if name.startswith("encoder") else guide_rows(name, seeds, planted)
+    )
 
 
-def guide_rows(name, seeds):
+def guide_rows(name, seeds, planted):
     """The fits of one posterior by several seeds, and the faults of the first."""
     case = posteriors.made(name)
     seeded = zlib.crc32(name.encode()) % 10_000
@@ -72,7 +74,8 @@ def guide_rows(name, seeds):
     sites = list(guide.coordinates.latents)
     base = {"posterior": name, "group": name, "D": guide.latent_dim, "reference": reference.source}
     yield base | {"kind": "none", "what": "seed 0", **compared(case, guide, reference, sites, seeded)}
-    for kind, what, context in plated_faults(case, guide) if guide.follows_structure else faults(case, name, guide):
+    found = plated_faults(case, guide) if guide.follows_structure else faults(case, name, guide)
+    for kind, what, context in found if planted else ():
         seeded += 1
         with context as bad:
             yield base | {"kind": kind, "what": what, **compared(case, bad, reference, sites, seeded)}
@@ -178,7 +181,7 @@ def main(arguments):
             continue
         own = []
         try:
-            for r in rows_of(name, list(seeds)):
+            for r in rows_of(name, list(seeds), planted="right" not in only):
                 own.append(r)
                 print(line(r), flush=True)
             rows += own
