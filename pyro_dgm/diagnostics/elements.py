@@ -26,9 +26,10 @@ from pyro_dgm.guides.chains import ChainPosterior
 from pyro_dgm.guides.plates import PlatedPosterior
 from pyro_dgm.model.chains import BandedChain
 from pyro_dgm.model.elements import Factors
-from pyro_dgm.model.log_joint import LogJoint, uncovered
+from pyro_dgm.model.log_joint import LogJoint
 from pyro_dgm.model.program import Model, Program
 from pyro_dgm.model.runs import Draws
+from pyro_dgm.model.uncovered import uncovered
 
 __all__ = ["FoundByElements", "groups_by_elements"]
 

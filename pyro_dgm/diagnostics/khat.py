@@ -39,8 +39,7 @@ _GAP = 0.05  # nats; fires on 34 of the bad and 3 of the good, which had not con
 _NO_TAIL = 1.5  # nats from ELBO to the largest log weight: no weight above 4.5, so k means nothing. Chosen by hand
 _USABLE = 0.1  # ESS as a share of the draws, below which resampling leaves too few. Not measured; chosen by hand
 _ENOUGH = 100  # ESS below which resample is not advised: an sd of so few draws has an error of 7 %
-# Share of rows that must be good for a good verdict: k-hat of one in twenty is off by two of its errors.
-_MOST_ROWS = 0.95
+_MOST_ROWS = 0.95  # share of rows that must be good: k-hat of one in twenty is off by two of its errors
 _SEEN_ROWS = 2_000  # rows of a plate that get a k-hat, evenly spaced. Not measured; chosen by hand
 _DRIFT = 0.25  # sd; chains from exact draws drift by 0.03 to 0.07, largest over coordinates
 _DRIFT_SD = 0.2  # log sd; fires on 31 and 1
@@ -65,6 +64,7 @@ class Exploration:
         deviation: largest change of a mean (sd) or log sd along longer chains, over latents and the directions in which the score
             is most wrong; infinite where they were not asked, since the weights say enough or the guide is far off.
         unseen: why no chains were run and no modes were looked for; empty where they were.
+        unmoved: why modes were looked for, but no chains were run; empty where they were.
         unfitted: what shows that the guide was never fitted; empty where nothing does.
         unsure: why the weights themselves are not known well enough; empty where they are.
     """
@@ -76,6 +76,7 @@ class Exploration:
     correction: float = 0.0
     deviation: float = math.inf
     unseen: str = ""
+    unmoved: str = ""
     unfitted: str = ""
     unsure: str = ""
 
@@ -220,7 +221,8 @@ class KHat(Exploration):
             return f"Importance weights move a mean by {self.correction:.2f} sd."
         if self.unseen:
             return f"No short MCMC was run and no modes were looked for: {self.unseen}."
-        return "A mode that no start and no draw has seen stays unseen."
+        chains = f" No short MCMC was run: {self.unmoved}." if self.unmoved else ""
+        return f"A mode that no start and no draw has seen stays unseen.{chains}"
 
     def _of_rows(self) -> str:
         if self.rows is None:

@@ -29,15 +29,18 @@ from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.core.pace import few_threads
+from pyro_dgm.core.weights import LEAST_DRAWS
 from pyro_dgm.diagnostics.containers import CONTAINER, ContainerOptions, with_defaults
 from pyro_dgm.diagnostics.converters import groups_of_samples
 from pyro_dgm.diagnostics.groups import container_of
 from pyro_dgm.diagnostics.khat import Exploration, judge
+from pyro_dgm.guides.autoflow import AutoFlow
 from pyro_dgm.guides.vector import VectorGuide
 from pyro_dgm.model.hmc import Clamped, deviation, opposite, trajectories
-from pyro_dgm.model.log_joint import Density, LogJoint, PulledBack, pulled_back, uncovered, value_and_grad
+from pyro_dgm.model.log_joint import Density, LogJoint, PulledBack, pulled_back, value_and_grad
 from pyro_dgm.model.program import refuse_guides_as_models
 from pyro_dgm.model.runs import Draws
+from pyro_dgm.model.uncovered import uncovered
 from pyro_dgm.model.vectorize import How, Model
 
 __all__ = ["look_around", "neutra", "never_fitted", "refuse_not_finite"]
@@ -50,17 +53,24 @@ _SEEN = 512  # draws of the guide that other modes are held against
 _REFERENCE = 4096  # draws of the guide, which the chains' places are compared with
 _FEWEST, _MOST = 4, 12  # iterations
 _QUIET = 0.5  # share of its threshold below which a drift is none, and by whose inverse it is exceeded for good
+_WIDEST = 50  # latents up to which modes are looked for around draws alone. Not measured; chosen by hand
 _ROUNDS = 20  # runs of the model for one density, of which there are some 60 to 140. Not measured; chosen by hand
 _UNTOUCHED = 1e-5  # relative difference of a scale from init_scale, by its constraint; chosen by hand
 
 
 def look_around(
-    model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], how: How | None = None
+    model: Model,
+    guide: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    how: How | None = None,
+    draws: dict[str, Tensor] | None = None,
 ) -> Exploration:
     """Look around the guide's draws; where that cannot be done in one batch, the result says why.
 
     A subsampled plate is visited whole at every step: the chains need one fixed density. ``how`` many draws of the model run
-    is asked where it is not given.
+    is asked where it is not given. Of a guide without a vector of all latents other modes are looked for, around ``draws``
+    ``{site: (n, *site)}``.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
@@ -73,7 +83,7 @@ def look_around(
         True
     """
     if not isinstance(guide, AutoContinuous):
-        return Exploration(unseen="the guide has no vector of all latents")
+        return _modes_beside(model, draws or {}, args, kwargs, how)
     with frozen(*guide.parameters()):
         log_joint = LogJoint(guide, model, args, kwargs, whole=True, how=how)
         unseen = _reason_not_to(log_joint)
@@ -94,6 +104,40 @@ def look_around(
         if explored.contradicts or _are_enough(log_joint(u) - posterior.log_prob(u)):
             return explored
         return replace(explored, deviation=deviation(density, posterior))
+
+
+def _modes_beside(
+    model: Model, draws: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], how: How | None
+) -> Exploration:
+    """Modes that draws by site miss, in the coordinates of an AutoFlow that is not trained."""
+    none = Exploration(unseen="the guide has no vector of all latents")
+    if how == "loop":
+        return none
+    try:
+        like = AutoFlow(model, structure="joint").setup(*args, **kwargs)
+    except (ValueError, NotImplementedError, RuntimeError):  # of latents that have no coordinates, or of none
+        return none
+    u = _vectors_of(like, draws)
+    if u is None:
+        return none
+    log_joint = LogJoint(like, model, args, kwargs, whole=True, how=how)
+    if _reason_not_to(log_joint):
+        return none
+    found = uncovered(log_joint, u, lambda x: x, log_joint)
+    return Exploration(other_modes=len(found), unmoved="the guide has no vector of all latents")
+
+
+def _vectors_of(like: AutoFlow, draws: dict[str, Tensor]) -> Tensor | None:
+    """Draws ``{site: (n, *site)}`` as vectors; None where there are too few of them, too many latents, or other ones."""
+    latents = like.coordinates.latents
+    known = all(k in draws and draws[k].shape[1:] == each.shape for k, each in latents.items())
+    if not known or like.coordinates.moving or like.latent_dim > _WIDEST:
+        return None
+    some = {k: draws[k][:_SEEN].detach() for k in latents}
+    if like.coordinates.circular:
+        like._centre_at({k: v[0] for k, v in some.items()})
+    u = like.coordinates.vector([(k, each.fn, some[k]) for k, each in latents.items()], len(next(iter(some.values()))))
+    return u if len(u) >= LEAST_DRAWS and bool(u.isfinite().all()) else None
 
 
 def _are_enough(log_weight: Tensor) -> bool:

@@ -209,7 +209,7 @@ def _from_guides(
         by_rows = None
         if log_weight is not None:
             if check:
-                explored = look_around(model, guides[0], args, kwargs, how=programs[0].density_how)
+                explored = look_around(model, guides[0], args, kwargs, programs[0].density_how, drawn[0].values)
             explored = replace(explored, unfitted=unfitted)
             if len(guides) == 1:
                 by_rows = _by_rows(programs[0], drawn[0], scored, log_weight, check)

@@ -42,12 +42,12 @@ __all__ = [
     "PulledBack",
     "ascend",
     "barrier",
+    "barriers",
     "climbed",
     "other_modes",
     "prior_draws",
     "pulled_back",
     "spread",
-    "uncovered",
     "value_and_grad",
 ]
 
@@ -372,28 +372,3 @@ def ascend(log_joint: LogJoint, u: Tensor, scale: Tensor, name: str, most: int =
         size = 0.5 * (1.0 - i / most) * math.sqrt(1.0 - 0.99 ** (i + 1)) / (1.0 - 0.9 ** (i + 1))
         u += size * scale * mean / square.sqrt().clamp_min(1e-8)
     return u
-
-
-def uncovered(
-    log_joint: LogJoint, u: Tensor, to_z: Callable[[Tensor], Tensor], density: Callable[[Tensor], Tensor]
-) -> list[Tensor]:
-    """Other modes, as dense as the draws ``u``, with a valley between them and the nearest draws.
-
-    Valleys are looked for on straight lines of ``z = to_z(u)``, whose log density is given.
-    """
-    if not log_joint.vectorized:
-        return []
-    value = log_joint(u).detach()
-    prior = prior_draws(log_joint, 256)
-    ends = ascend(log_joint, prior[:32], spread(prior), "other modes")
-    dense = log_joint(ends).detach()
-    order = dense.argsort(descending=True)
-    ends = ends[order[dense[order] > value.median() - 6.0]]
-    found = other_modes(log_joint, u[value.argmax()], ends)
-    return [end for end in found if _apart(density, to_z, end, u)]
-
-
-def _apart(density: Callable[[Tensor], Tensor], to_z: Callable[[Tensor], Tensor], end: Tensor, u: Tensor) -> bool:
-    near = u[((u - end) / u.std(0)).square().sum(-1).argsort()[:8]]
-    z = to_z(torch.cat([end[None], near]))
-    return bool((barriers(density, z[:1].expand_as(z[1:]), z[1:]) > 1.0).all())

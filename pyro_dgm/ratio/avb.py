@@ -22,7 +22,8 @@ from pyro_dgm.core.pace import seconds_left, steps, took
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.core.warn import told_unless_finite, warn_user
 from pyro_dgm.core.weights import psis
-from pyro_dgm.model.log_joint import LogJoint, uncovered
+from pyro_dgm.model.log_joint import LogJoint
+from pyro_dgm.model.uncovered import uncovered
 from pyro_dgm.ratio.contrast import Contrast, Diagnosis, diagnosed
 from pyro_dgm.ratio.guide import ImplicitGuide
 from pyro_dgm.ratio.ratio import DensityRatio

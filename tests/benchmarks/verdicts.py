@@ -1,143 +1,193 @@
-"""Does the verdict catch bad fits? Eight faults planted in the trained flow of six posteriors, and the flows as they are.
+"""How often is the verdict wrong? Faults in the guides of some eighty posteriors, and right fits, judged by us and by others.
 
-A fault counts as caught where the verdict is "usable" or "bad"; a trained flow that is called either is a false alarm.
+Every fit is compared with a reference: it counts as a fault where a mean is .3 sd off, an sd by a factor of 4/3, a 1 % or 99 %
+quantile by .5 sd, a correlation by .5 or a mode's mass by .1; as right where all are well below that; else not at all. A false
+"good" is a fault that is called "good" or "exact"; a false alarm a right fit that is called "usable" or "bad".
+
+``--only NAME ...`` takes posteriors whose name begins so (with ``right`` among them no faults are planted); ``--seeds 0 1 2`` are those of the fits. With ``--out`` a posterior's rows are
+written when it is done, and those that the file has are not run again; ``--only table`` prints the tables of the file alone.
 """
 
+import json
+import time
 import warnings
+import zlib
 
+import numpy as np
 import pyro
-import pyro.distributions as dist
 import torch
+from scipy.stats import beta
 
 import pyro_dgm as dgm
-from tests.benchmarks import supports
+from tests.benchmarks import _verdict_posteriors as posteriors
+from tests.benchmarks._verdict_amortised import MODELS, amortised_fits, row_fits, truth_of_rows
+from tests.benchmarks._verdict_case import Case
+from tests.benchmarks._verdict_faults import faults, plated_faults
+from tests.benchmarks._verdict_rivals import NAMES, rivals
+from tests.benchmarks._verdict_truth import container, fitted, flat, reference_of, sizes, truth
 
-FAULTS = {"shifted by half a sd": (0.5, 0.0), "shifted by a sd": (1.0, 0.0), "too narrow (0.7)": (0.0, -0.357),
-          "too wide (1.5)": (0.0, 0.405), "shifted and narrow": (0.4, -0.3)}  # fmt: skip
-
-
-def schools():
-    """The centred eight schools: a funnel."""
-    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-
-    def model(y, sigma):
-        mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.HalfCauchy(5.0))
-        with pyro.plate("school", 8):
-            theta = pyro.sample("theta", dist.Normal(mu, tau))
-            pyro.sample("y", dist.Normal(theta, sigma), obs=y)
-
-    return model, (y, sigma), None
+DRAWS, MEASURED = 1_000, 10_000  # of a verdict, and of the draws that are compared with the reference
 
 
-def correlated():
-    """A plane regression with two covariates that nearly agree: posterior correlation -0.98."""
-    x = torch.randn(50)
-    z = x + 0.15 * torch.randn(50)
-    y = x + z + torch.randn(50)
-
-    def model(x, z, y):
-        a, b = pyro.sample("a", dist.Normal(0.0, 5.0)), pyro.sample("b", dist.Normal(0.0, 5.0))
-        with pyro.plate("row", 50):
-            pyro.sample("y", dist.Normal(a * x + b * z, 1.0), obs=y)
-
-    return model, (x, z, y), None
-
-
-def bimodal():
-    """A sign that the data leave open."""
-
-    def model(y):
-        a = pyro.sample("a", dist.Normal(0.0, 2.0))
-        scale = pyro.sample("scale", dist.HalfNormal(1.0))
-        with pyro.plate("row", len(y)):
-            pyro.sample("y", dist.Normal(a.square(), scale), obs=y)
-
-    return model, (4.0 + 0.5 * torch.randn(10),), None
+def judged(case, guide, seed):
+    """The verdict on one guide, and those of others."""
+    began = time.process_time()
+    try:
+        idata = container(case.model, guide, case.args, DRAWS, seed)
+    except (ValueError, NotImplementedError) as error:
+        return {"status": "refused", "truth": "fault", "others": {}, "error": str(error)[:150]}
+    v, seconds = dgm.khat(idata), time.process_time() - began
+    return {"status": v.status, "khat": v.k, "gap": v.gap, "ess": v.ess, "drift": v.drift, "drift_sd": v.drift_sd,
+            "acceptance": v.acceptance, "correction": v.correction, "deviation": v.deviation, "modes": v.other_modes,
+            "seconds": seconds, "others": rivals(idata)}  # fmt: skip
 
 
-POSTERIORS = [schools, correlated, bimodal, supports.hierarchy, supports.ordered, supports.enumerated_mixture]
+def compared(case, guide, reference, sites, seed):
+    """The same, with how far its draws are off."""
+    found = judged(case, guide, seed)
+    if found["status"] == "refused":
+        return found
+    draws = container(case.model, guide, case.args, MEASURED, seed + 1, check=False)["groups"]["posterior"]
+    off = sizes(flat({k: draws[k][0] for k in sites}), reference)
+    return found | {"truth": truth(off)} | {f"off_{k}": e for k, e in off.items()}
 
 
-def fitted(model, args, **limits):
-    pyro.clear_param_store()
-    guide = dgm.AutoFlow(model)
-    dgm.fit(dgm.STL_ELBO()(model, guide), args, progress=False, seed=0, **limits)
-    return guide
-
-
-def faults(model, args, guide):
-    """Name and guide of every fault; the trained guide is put back afterwards."""
-    good = [c.affine.detach().clone() for c in guide._posterior.components]
-    for name, (shift, log_scale) in FAULTS.items():
-        with torch.no_grad():
-            for component, affine in zip(guide._posterior.components, good, strict=True):
-                component.affine.copy_(affine + affine.new_tensor([[shift], [log_scale]]))
-        yield name, guide
-    with torch.no_grad():
-        for component, affine in zip(guide._posterior.components, good, strict=True):
-            component.affine.copy_(affine)
-    yield "mean field", by_stock(model, args)
-    pyro.clear_param_store()  # a new guide would take the trained one's values from it
-    early = dgm.AutoFlow(model).setup(*args)
-    pyro.infer.SVI(model, early, pyro.optim.Adam({"lr": 5e-3}), dgm.STL_ELBO()).step(*args)
-    yield "stopped at once, no warm start", early
-    if guide.modes > 1:
-        guide._posterior.keep([0])
-        yield "a mode left out", guide
-
-
-def by_stock(model, args):
-    """A trained diagonal Gaussian."""
-    guide = pyro.infer.autoguide.AutoDiagonalNormal(model)
-    svi = pyro.infer.SVI(
-        model,
-        guide,
-        pyro.optim.ClippedAdam({"lr": 2e-2, "lrd": 0.999}),
-        pyro.infer.Trace_ELBO(16, vectorize_particles=True),
+def rows_of(name, seeds, planted=True):
+    if name.startswith("amortised"):
+        return amortised_rows(name.partition(" ")[2])
+    return (
+        encoder_rows(int(name.rpartition(" ")[2])) if name.startswith("encoder") else guide_rows(name, seeds, planted)
     )
-    for _ in range(1_500):
-        svi.step(*args)
-    return guide
 
 
-def verdict(model, args, guide, draws=4000):
-    return dgm.khat(dgm.from_svi(model, guide, *args, num_samples=draws, prior=0, posterior_predictive=False,
-                                 log_likelihood=False, seed=1, container="dict"))  # fmt: skip
+def guide_rows(name, seeds, planted):
+    """The fits of one posterior by several seeds, and the faults of the first."""
+    case = posteriors.made(name)
+    seeded = zlib.crc32(name.encode()) % 10_000
+    guide = fitted(case.model, case.args, seeds[0])
+    with torch.no_grad():
+        pyro.set_rng_seed(0)
+        reference = reference_of(case, guide)
+    if reference is None:
+        print(f"{name}: no reference")
+        return
+    sites = list(guide.coordinates.latents)
+    base = {"posterior": name, "group": name, "D": guide.latent_dim, "reference": reference.source}
+    yield base | {"kind": "none", "what": "seed 0", **compared(case, guide, reference, sites, seeded)}
+    found = plated_faults(case, guide) if guide.follows_structure else faults(case, name, guide)
+    for kind, what, context in found if planted else ():
+        seeded += 1
+        with context as bad:
+            yield base | {"kind": kind, "what": what, **compared(case, bad, reference, sites, seeded)}
+    for seed in seeds[1:]:
+        again = fitted(case.model, case.args, seed)
+        yield base | {"kind": "none", "what": f"seed {seed}", **compared(case, again, reference, sites, seeded + seed)}
 
 
-def judged(name, model, args, guide):
-    v = verdict(model, args, guide)
-    return {"fault": name, "status": v.status, "khat": v.k, "gap": v.gap, "ess": v.ess, "drift": v.drift, "drift_sd": v.drift_sd,
-            "other_modes": v.other_modes}  # fmt: skip
+def amortised_rows(name):
+    """Every data set is a posterior; the amortised workflow of others looks at the data, too."""
+    for i, (posterior, kind, case, guide, like, reference, inside) in enumerate(amortised_fits(name)):
+        found = compared(case, guide, reference, list(like.coordinates.latents), i)
+        found["others"]["workflow"] = inside and found["others"]["k"]
+        yield {"posterior": posterior, "group": f"amortised {name}", "D": like.latent_dim, "reference": reference.source,
+               "kind": kind, "what": "", **found}  # fmt: skip
 
 
-def rows_of(make):
-    pyro.set_rng_seed(20)
-    model, args, _ = make()
-    guide = fitted(model, args)
-    yield {"posterior": make.__name__, **judged("none", model, args, guide)}
-    skip_stock = make is supports.enumerated_mixture  # stock guides do not leave enumerated sites out
-    for name, bad in faults(model, args, guide) if not skip_stock else ():
-        yield {"posterior": make.__name__, **judged(name, model, args, bad)}
+def encoder_rows(seed):
+    for name, kind, rows, guide in row_fits(seed):
+        found = judged(Case(rows.model, (rows.x,)), guide, seed)
+        yield {"posterior": name, "group": name, "D": 120, "reference": "exact", "kind": kind, "what": "of rows",
+               **found, **truth_of_rows(rows, guide)}  # fmt: skip
+
+
+def line(r):
+    off = (
+        " ".join(f"{r[f'off_{k}']:5.2f}" for k in ("mean", "sd", "tail", "dependence", "mass"))
+        if "off_mean" in r
+        else ""
+    )
+    wrong = {("fault", True): "FALSE GOOD", ("right", False): "FALSE ALARM"}.get((r["truth"], is_good(r)), "")
+    return (f"{r['posterior']:24s}{r['kind']:22s}{r['what']:32s}{r.get('khat', np.nan):6.2f}{r.get('gap', np.nan):9.3f}"
+            f"  {off:31s}{r['truth']:8s}{r['status']:8s}{wrong}")  # fmt: skip
+
+
+def is_good(r):
+    return r["status"] in ("good", "exact")
+
+
+# --- Rates ---
+
+
+def rate(wrong, total):
+    """A share in percent with its 95 % interval (Clopper & Pearson 1934)."""
+    if not total:
+        return "-"
+    low = beta.ppf(0.025, wrong, total - wrong + 1) if wrong else 0.0
+    high = beta.ppf(0.975, wrong + 1, total - wrong) if wrong < total else 1.0
+    return f"{wrong} of {total}: {100 * wrong / total:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def tables(rows):
+    """Counts and rates, as Markdown."""
+    bad = [r for r in rows if r["truth"] == "fault"]
+    right = [r for r in rows if r["truth"] == "right" and r["kind"] == "none"]
+    small = [r for r in rows if r not in bad and r["kind"] != "none"]
+    print(f"\n{len(rows)} fits of {len({r['posterior'] for r in rows})} posteriors: {len(bad)} faults, {len(right)} right fits; planted, but "
+          f"too small to count: {len(small)} ({sum(map(is_good, small))} called good); fits that are neither right nor a fault: "
+          f"{len(rows) - len(bad) - len(right) - len(small)}")  # fmt: skip
+    by_kind(bad)
+    print("false alarms on right fits:", rate(sum(not is_good(r) for r in right), len(right)),
+          "; bad:", rate(sum(r["status"] == "bad" for r in right), len(right)))  # fmt: skip
+    others(bad, right)
+
+
+def by_kind(bad):
+    print("\n| fault | called good |\n|---|---|")
+    for kind in sorted({r["kind"] for r in bad}):
+        own = [r for r in bad if r["kind"] == kind]
+        label = "a fit as it came out" if kind == "none" else kind
+        print(f"| {label} | {rate(sum(map(is_good, own)), len(own))} |")
+    print(f"| all | {rate(sum(map(is_good, bad)), len(bad))} |\n")
+
+
+def others(bad, right):
+    """The rates of other verdicts on those fits of which they say something, and ours on the same."""
+    print("\n| verdict | faults called good | right fits called not good |\n|---|---|---|")
+    for name, key in {
+        "pyro_dgm": "k",
+        **NAMES,
+        "pyro_dgm, amortised": "workflow",
+        "Li et al., amortised": "workflow",
+    }.items():
+        good = is_good if name.startswith("pyro_dgm") else lambda r, key=key: r["others"][key]
+        own, fine = ([r for r in rows if key in r["others"]] for rows in (bad, right))
+        alarms = rate(sum(not good(r) for r in fine), len(fine))
+        print(f"| {name} | {rate(sum(map(good, own)), len(own))} | {alarms} |")
+
+
+def names():
+    return posteriors.names() + [f"amortised {n}" for n in MODELS] + [f"encoder {i}" for i in range(4)]
 
 
 def main(arguments):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    rows = []
-    print(f"{'posterior':22s}{'fault':32s}{'k-hat':>7s}{'gap':>9s}{'drift':>7s}{'sd':>6s}{'modes':>6s}  verdict")
-    for make in POSTERIORS:
-        for r in rows_of(make):
-            rows.append(r)
-            print(f"{r['posterior']:22s}{r['fault']:32s}{r['khat']:7.2f}{r['gap']:9.3f}{r['drift']:7.2f}{r['drift_sd']:6.2f}"
-                  f"{r['other_modes']:6d}  {r['status']}", flush=True)  # fmt: skip
-    bad = [r for r in rows if r["fault"] != "none"]
-    caught = sum(r["status"] in ("usable", "bad") for r in bad)
-    by_k = sum(r["khat"] >= 0.7 for r in bad)
-    alarms = sum(r["status"] in ("usable", "bad") for r in rows if r["fault"] == "none")
-    print(
-        f"caught {caught} of {len(bad)} faults (k-hat >= 0.7 alone: {by_k}); false alarms: {alarms} of {len(rows) - len(bad)}"
-    )
+    rows = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else []
+    done, only = {r["group"] for r in rows}, arguments.only or [""]
+    seeds = arguments.seeds if len(arguments.seeds) > 1 else range(4)
+    for name in names():
+        if name in done or not any(name.startswith(some) for some in only):
+            continue
+        own = []
+        try:
+            for r in rows_of(name, list(seeds), planted="right" not in only):
+                own.append(r)
+                print(line(r), flush=True)
+            rows += own
+        except Exception as error:  # a posterior that fails is a result
+            print(f"{name}: {type(error).__name__}: {error}"[:300], flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(rows, indent=1))
+    tables(rows)
     return rows

@@ -12,8 +12,9 @@ import pyro
 import pyro.distributions as dist
 import torch
 
+import pyro_dgm as dgm
 from tests.benchmarks import hierarchies, scaling
-from tests.benchmarks.verdicts import fitted, verdict
+from tests.benchmarks._verdict_truth import container, fitted
 
 
 def groups(kind, count):
@@ -127,20 +128,24 @@ OF_LATENTS = {"one latent moved by .3 sd": of_latents(shift=0.3), "one latent to
 DRAWS = 1_000
 
 
+def verdict(model, args, guide):
+    return dgm.khat(container(model, guide, args, DRAWS))
+
+
 def rows_of(name):
     pyro.set_rng_seed(20)
     model, args = POSTERIORS[name]()
     guide = fitted(model, args)
-    yield name, "none", verdict(model, args, guide, DRAWS)
+    yield name, "none", verdict(model, args, guide)
     kept = deepcopy(guide._posterior.state_dict())
     for fault, plant in (FAULTS | (OF_ELEMENTS if guide.follows_plates else OF_LATENTS)).items():
         with torch.no_grad():
             plant(guide)
-        yield name, fault, verdict(model, args, guide, DRAWS)
+        yield name, fault, verdict(model, args, guide)
         guide._posterior.load_state_dict(kept)
     if args:
         stale = (*args[:-1], args[-1].flip(0))
-        yield name, "data of other groups", verdict(model, stale, guide, DRAWS)
+        yield name, "data of other groups", verdict(model, stale, guide)
 
 
 def main(arguments):
