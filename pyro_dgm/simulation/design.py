@@ -78,7 +78,7 @@ class TruncatedPrior:
             ValueError: if fewer than one in 1,000 is accepted.
         """
         if self.walkers is not None:
-            return self.walkers.draw(n), round(n / self.walkers.share)
+            return self.walkers.draw(n), _whole_on_average(n / self.walkers.share)
         kept: list[dict[str, Tensor]] = []
         found = tried = 0
         at_once = max(n, _AT_ONCE) if self.how == "plate" else n
@@ -93,7 +93,7 @@ class TruncatedPrior:
                 f"{found / tried:.1e}; 1e-03 is the least). The posterior is already far narrower than the prior: refine it by "
                 "the model's density, or narrow the prior itself."
             )
-        return {k: torch.cat([rows[k] for rows in kept])[:n] for k in kept[0]}, round(tried * n / found)
+        return {k: torch.cat([rows[k] for rows in kept])[:n] for k in kept[0]}, _whole_on_average(tried * n / found)
 
     def contains(self, rows: Mapping[str, Tensor]) -> Tensor:
         """Which of draws ``{site: (n, *site)}`` lie in the region, shape ``(n,)``."""
@@ -106,6 +106,11 @@ class TruncatedPrior:
             return {k: v.reshape(n, *blocks.shapes[k]) for k, v in values.items()}
         runs = [_begun(blocks.model, blocks, self.sites) for _ in range(n)]
         return {k: torch.stack([run[k] for run in runs]) for k in runs[0]}
+
+
+def _whole_on_average(x: float) -> int:
+    """One of the two whole numbers around x, whose mean is x."""
+    return math.floor(x + float(torch.rand((), dtype=torch.float64)))
 
 
 class Walkers:

@@ -2,7 +2,7 @@ r"""Simulations for one observation, in rounds: each from the part of the prior 
 
 A guide that is trained on the prior's simulations leaves the part :math:`\{q(\theta \mid x_o) \ge \kappa\}`, from which the next
 simulations come. Regions are nested, and inside a region all simulations so far are of the prior, so the next guide is trained
-on all that lie there. Rounds end where a region is hardly smaller than the last.
+on all that lie there. Rounds end where regions hardly get smaller.
 
 Source: Deistler, Goncalves & Macke (2022), "Truncated proposals for scalable and hassle-free simulation-based inference",
 arXiv 2210.04815, algorithm 1.
@@ -33,7 +33,9 @@ from pyro_dgm.train import fit
 
 __all__ = ["Rounds", "rounds"]
 
-_SAME = 0.7  # share of a region that the next one keeps, from which the rest is simulated at once; not measured, chosen by hand
+# Not measured; chosen by hand.
+_SAME = 0.7  # share of a region that the next one keeps, from which it counts as the same
+_STAYS = 2  # rounds in a row after which the rest is simulated at once: a guide of few simulations leaves much, the next one less
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def rounds(
         guide: an :class:`~pyro_dgm.AmortizedGuide` that was not trained. It stays as it is: each round trains a copy.
         data: ``{observed site: value}``, as for :meth:`~pyro_dgm.AmortizedGuide.condition`.
         num_simulations: of all rounds together.
-        most: rounds. Where a region keeps most of the last one, what is left of the simulations is drawn at once.
+        most: rounds. Where two regions in a row keep most of the last one, what is left of the simulations is drawn at once.
         executor: as in :func:`~pyro_dgm.simulate`.
         progress: show a bar over the simulations, and those of the fits.
         seed: makes it reproducible.
@@ -104,10 +106,12 @@ def rounds(
     _refuse(guide, data)
     each, left = math.ceil(num_simulations / most), num_simulations
     done: list[_Round] = []
+    stays = 0
     with seeded(seed), tqdm(total=num_simulations, desc="rounds", disable=not progress) as bar:
         while left:
             kept, share = _inside(done[-1]) if done else (None, 0.0)
-            count = left if share > _SAME else min(each, left)
+            stays = stays + 1 if share > _SAME else 0
+            count = left if stays == _STAYS else min(each, left)
             simulations = _simulated(guide, count, done[-1].posterior if done else None, executor)
             left -= count
             bar.update(count)
@@ -154,7 +158,14 @@ def _trained(
     both = fresh if kept is None else _joined(kept, fresh)
     copy = deepcopy(guide)
     fit(ForwardKL(copy), both, progress=progress)
-    return _Round(copy.condition(**data), both, 1.0 if fresh.acceptance is None else fresh.acceptance)
+    return _Round(_conditioned(copy, data), both, 1.0 if fresh.acceptance is None else fresh.acceptance)
+
+
+def _conditioned(guide: AmortizedGuide, data: Mapping[str, Any]) -> ConditionedGuide:
+    """The posterior, without warnings: what is wrong with it may be mended in the next round."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return guide.condition(**data)
 
 
 def _joined(a: Simulations, b: Simulations) -> Simulations:
@@ -167,8 +178,5 @@ def _refuse(guide: AmortizedGuide, data: Mapping[str, Any]) -> None:
     if guide.covariates:
         names = [c.name for c in guide.covariates]
         raise ValueError(f"rounds: covariates {names} differ between data sets, and this is one: give them by args=.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is not trained yet
-        many = guide.condition(**data).lead
-    if many:
+    if _conditioned(guide, data).lead:
         raise ValueError("rounds: the data are many data sets. Rounds are for one; train on all of the prior for many.")

@@ -60,7 +60,8 @@ def simulate(
             where they are large; one draw otherwise).
         progress: show a bar.
         proposal: a posterior for one data set (``guide.condition(x=x_observed)``). Parameters are drawn from the prior
-            inside its highest-density region, which holds all but 1e-4 of it, for a further round of training.
+            inside its highest-density region, which holds all but 1e-4 of it, for a further round of training. Where that
+            is a small part of the prior, chains find it, if the prior can be scored.
         path: a folder for memory-mapped arrays. A second call with the same settings goes on where the first was killed;
             one with another model, other arguments or other settings is refused.
 
