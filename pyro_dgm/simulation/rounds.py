@@ -117,9 +117,8 @@ def rounds(
             bar.update(count)
             done.append(_trained(guide, data, simulations, kept, progress))
     last = done[-1]
-    return Rounds(
-        last.posterior, last.simulations, tuple(r.share for r in done), tuple(len(r.simulations) for r in done)
-    )
+    posterior = last.posterior.guide.condition(**data)  # now it may warn
+    return Rounds(posterior, last.simulations, tuple(r.share for r in done), tuple(len(r.simulations) for r in done))
 
 
 @dataclass(frozen=True)
