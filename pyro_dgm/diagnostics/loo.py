@@ -107,9 +107,9 @@ def _refuse_non_finite(name: str, values: np.ndarray) -> None:
 
 
 def _is_posterior(idata: Any) -> bool:
-    """Whether draws are the posterior's own: by MCMC, or resampled."""
+    """Whether draws are the posterior's own: by MCMC, by chains that jump, or resampled."""
     method = str(group_attrs(idata, "/").get("inference_method", "svi"))
-    return method in ("mcmc", "neutra") or bool(group_attrs(idata, "sample_stats").get("resampled", False))
+    return method in ("mcmc", "neutra", "explore") or bool(group_attrs(idata, "sample_stats").get("resampled", False))
 
 
 def _pointwise(ll: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
