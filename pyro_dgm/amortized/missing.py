@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_dgm.amortized.structure import Site
 from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.model.sites import lacks_density
 
 __all__ = ["MaskedData", "checked_mask", "present"]
 
@@ -49,7 +50,7 @@ class MaskedData(Messenger):
         own = msg["value"].dim() - event_dim
         if mask.dim() <= own:
             msg["mask"] = mask if msg["mask"] is None else msg["mask"] & mask
-        elif not bool(mask.all()):
+        elif not bool(mask.all()) and not lacks_density(msg):
             msg["fn"] = _of_what_is_there(msg, mask.reshape(*mask.shape, *(1,) * (own + event_dim - mask.dim())))
 
 

@@ -95,10 +95,12 @@ class Workflow:
 
     def share(self, status: Status) -> float:
         """Share of the data sets with this status."""
+        _refuse_other(status)
         return self.status.count(status) / len(self)
 
     def where(self, status: Status) -> list[int]:
         """The data sets with this status, by their place."""
+        _refuse_other(status)
         return [i for i, each in enumerate(self.status) if each == status]
 
     def container(self, index: int, **options: Unpack[ContainerOptions]) -> Any:
@@ -204,9 +206,14 @@ def workflow(
     )
 
 
+def _refuse_other(status: str) -> None:
+    if status not in _STATUSES:
+        raise ValueError(f"workflow: status={status!r}, expected one of {list(_STATUSES)}.")
+
+
 def _rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The arguments of ``condition``, data set by data set."""
-    masks = data.get("mask") or {}
+    masks = {k: as_tensor_like("workflow", f"the mask of '{k}'", v, None) for k, v in (data.get("mask") or {}).items()}
     values = {k: as_tensor_like("workflow", f"'{k}'", v, None) for k, v in data.items() if k != "mask"}
     lengths = {k: len(v) if v.dim() else 0 for k, v in (*values.items(), *masks.items())}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -141,6 +142,10 @@ class Walkers:
 
     def draw(self, n: int) -> dict[str, Tensor]:
         """``n`` draws of the latents."""
+        with pyro.validation_enabled(False):
+            return self._drawn(n)
+
+    def _drawn(self, n: int) -> dict[str, Tensor]:
         return self.vectors.unpack(self._moved(self.pool[torch.randint(_POOL, (n,))], _MORE_STEPS))
 
     def _moved(self, u: Tensor, steps: int) -> Tensor:
@@ -194,7 +199,7 @@ def narrowed(found: TruncatedPrior, blocks: Blocks, latents: set[str]) -> Trunca
         return replace(found, how=blocks.how)
     begun = partial(_up_to, blocks.model, found.sites)
     engine = Engine(begun, blocks.args, blocks.kwargs, blocks.nesting, blocks.event_dims)
-    with random_state(0):
+    with random_state(0), pyro.validation_enabled(False):  # a positive draw may be rounded to 0
         how = engine.find_how(found.posterior.sample((3,)))[0]
         found = replace(found, how="plate" if how == "plate" else blocks.how)
         if found.how != "plate" or not isinstance(found.posterior, ConditionedGuide):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,17 +24,28 @@ _RANDOM = ("rng", "seed")
 
 
 class Simulated(ImplicitDistribution):
-    """The distribution of what a function has returned: a draw, and no density."""
+    """The distribution of what a function returns: a draw, and no density.
 
-    def __init__(self, value: Tensor, batch_shape: Size = Size()) -> None:  # noqa: B008
-        self.value = value
+    Args:
+        shape: of a draw.
+        draw: gives what the function returned in this run of the model, which it runs the first time.
+    """
+
+    def __init__(self, shape: Size, draw: Callable[[], Tensor], batch_shape: Size = Size()) -> None:  # noqa: B008
+        self.shape_and_draw = (shape, draw)
         base = Normal(torch.zeros(batch_shape), 1.0)
-        super().__init__(
-            lambda z: value.expand((*z.shape, *value.shape)), base, tuple(value.shape), name="as_model's simulator"
-        )
+        super().__init__(lambda z: _repeated(draw(), z.shape), base, tuple(shape), name="as_model's simulator")
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Simulated:
-        return Simulated(self.value, Size(batch_shape))
+        return Simulated(*self.shape_and_draw, Size(batch_shape))
+
+
+def _of(made: Callable[[], Mapping[str, Tensor]], site: str) -> Tensor:
+    return made()[site]
+
+
+def _repeated(value: Tensor, batch: Size) -> Tensor:
+    return value.expand((*batch, *value.shape))
 
 
 class FunctionModel:
@@ -51,15 +63,17 @@ class FunctionModel:
     def __call__(self, *args: Tensor | None, **kwargs: Tensor | None) -> Any:
         data = self.__signature__.bind(*args, **kwargs).arguments
         values = {k: pyro.sample(k, fn) for k, fn in self.prior.items()}
-        if all(data.get(k) is not None for k in self.observed):  # what is seen needs no simulation
-            made = {k: torch.as_tensor(data[k]) for k in self.observed}
-        else:
-            made = self._made(values)
-        sites = [pyro.sample(k, Simulated(made[k]), obs=data.get(k)) for k in self.observed]
+        made = functools.cache(lambda: self._made(values))  # what is seen needs no simulation
+        seen = all(data.get(k) is not None for k in self.observed)
+        shapes = {k: Size(np.shape(data[k])) if seen else made()[k].shape for k in self.observed}
+        fns = {k: Simulated(shapes[k], functools.partial(_of, made, k)) for k in self.observed}
+        sites = [pyro.sample(k, fns[k], obs=data.get(k)) for k in self.observed]
         return sites[0] if len(sites) == 1 else tuple(sites)
 
     def _made(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the function gives for these parameters, as tensors by site."""
+        if any(v.dim() > self.prior[k].event_dim for k, v in values.items()):
+            raise ValueError("as_model: the function runs one draw of the parameters at a time, and got many.")
         given: dict[str, Any] = {k: v.detach().cpu().numpy() for k, v in values.items()}
         given = {k: v.item() if v.ndim == 0 else v for k, v in given.items()}
         seed = int(torch.randint(_SEEDS, ()))

@@ -935,7 +935,7 @@ def _():
         lambda data, num_simulations, **k: (
             dgm.rounds(guide, data, num_simulations, progress=False, seed=0, **k).trained_on
         ),
-        {"data": {"x": example}, "num_simulations": 20, "most": 2},
+        {"data": {"x": example}, "num_simulations": 100, "most": 2},
         options_of(dgm.rounds, ("progress", "seed", "most")),
         dtype=None,
     )

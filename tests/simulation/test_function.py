@@ -151,3 +151,32 @@ def test_what_is_no_prior_is_refused(prior, observed, error, text):
 def test_a_function_that_gives_no_mapping_is_refused():
     with pytest.raises(ValueError, match="expected a mapping with the observed names"):
         dgm.as_model(walk, PRIOR, observed=["a", "b"])()
+
+
+def test_predictions_of_a_function_run_it_anew():
+    """Planted: predictions that are copies of the data, which was so; their mean and sd are the prior predictive's."""
+
+    def measured(mu, rng):
+        return mu + rng.normal(size=3)
+
+    model = dgm.as_model(measured, prior={"mu": dist.Normal(0.0, 1.0)}, observed="x")
+    posterior = dgm.AmortizedGuide(model, ["x"]).condition(x=torch.tensor([5.0, 6.0, 7.0]))
+    idata = dgm.from_posterior_samples(posterior.model, {"mu": torch.full((400,), 2.0)}, prior=0)
+    x = idata["posterior_predictive"]["x"].values.reshape(-1, 3)
+    assert abs(x.mean() - 2.0) < 0.15 and abs(x.std() - 1.0) < 0.1
+    assert (idata["observed_data"]["x"].values == [5.0, 6.0, 7.0]).all()
+
+
+def test_gaps_in_the_data_of_a_function():
+    """Many data sets with masks as arrays, which ended in an error: a function has no density that gaps could be taken out of."""
+    model = dgm.as_model(lambda mu, rng: mu + rng.normal(size=40), prior={"mu": dist.Normal(0.0, 1.0)}, observed="x")
+    sims = dgm.simulate(model, 300, observed=["x"], seed=0, progress=False)
+    mask = np.random.default_rng(0).random((300, 40)) < 0.7
+    guide = dgm.AmortizedGuide(model, ["x"], encoder="auto", ensemble=1)
+    gapped = dgm.Simulations({"mu": sims["mu"], "x": sims["x"]}, ["x"], mask={"x": torch.as_tensor(mask)})
+    dgm.fit(dgm.ForwardKL(guide), gapped, max_steps=30, progress=False, seed=0)
+    data = {"x": sims["x"][:4].numpy(), "mask": {"x": mask[:4]}}
+    found = dgm.workflow(guide, data, num_samples=100, progress=False, seed=0)
+    assert set(found.status) <= {"unchecked", "refused"} and bool(found.draws["mu"].isfinite().all())
+    with pytest.raises(ValueError, match="status='good', expected one of"):
+        found.where("good")

@@ -1,6 +1,7 @@
 """Simulations for one observation, in rounds, and the prior in small regions."""
 
 import functools
+import sys
 
 import numpy as np
 import pyro
@@ -11,6 +12,8 @@ import torch
 
 import pyro_dgm as dgm
 from pyro_dgm.simulation import design
+
+ROUNDS = sys.modules["pyro_dgm.simulation.rounds"]
 
 DATA = {"x": torch.tensor([1.5, 0.4])}
 
@@ -53,8 +56,9 @@ def test_chains_give_the_prior_inside_the_region(monkeypatch):
     assert min(alike(drawn(2_000, 2), site) for site in ("a", "b")) < 1e-6
 
 
-def test_rounds_reach_a_narrow_posterior_with_the_simulations_that_were_asked_for():
+def test_rounds_reach_a_narrow_posterior_with_the_simulations_that_were_asked_for(monkeypatch):
     """A posterior a thousandth as wide as the prior, of a plain function: mean and sd, and how often the function ran."""
+    monkeypatch.setattr(ROUNDS, "_ROUND", 1)
     ran = []
 
     def measured(mu, rng):
@@ -70,12 +74,13 @@ def test_rounds_reach_a_narrow_posterior_with_the_simulations_that_were_asked_fo
     assert abs(float(draws.mean()) - 20.0) < 0.05 and abs(float(draws.std()) / 0.1 - 1.0) < 0.3
     assert found.shares[0] == 1.0 and found.shares[-1] < 0.02 and list(found.shares) == sorted(found.shares)[::-1]
     assert found.trained_on[0] == 150 and found.trained_on[-1] == len(found.simulations) <= 450
-    assert "rounds; simulations in a share of the prior: 150 in 1, " in str(found)
+    assert "rounds; trained on simulations, old and new, in a share of the prior: 150 in 1, " in str(found)
     assert not bool(guide.standardized)
 
 
-def test_rounds_end_where_a_region_stays_as_it_is():
+def test_rounds_end_where_a_region_stays_as_it_is(monkeypatch):
     """Data that say nothing: the third round draws all that is left."""
+    monkeypatch.setattr(ROUNDS, "_ROUND", 1)
 
     def model(x=None):
         pyro.sample("mu", dist.Uniform(0.0, 1.0))
