@@ -88,7 +88,7 @@ class Workflow:
     ess: tuple[float, ...]
     seconds: tuple[float, ...]
     notes: tuple[str, ...]
-    _posteriors: tuple[ConditionedGuide, ...] = field(repr=False)
+    _posteriors: tuple[ConditionedGuide | None, ...] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.status)
@@ -105,9 +105,14 @@ class Workflow:
 
     def container(self, index: int, **options: Unpack[ContainerOptions]) -> Any:
         """One data set's draws for ArviZ, as :func:`~pyro_dgm.from_posterior_samples` makes it with these options."""
+        posterior = self._posteriors[index]
+        if posterior is None:
+            raise ValueError(
+                f"workflow: data set {index} could not be read, so it has no posterior. {self.notes[index]}"
+            )
         samples = {k: v[index] for k, v in self.draws.items()}
         chains = 4 if len(next(iter(samples.values()))) % 4 == 0 else 1  # R-hat compares chains
-        return from_posterior_samples(self._posteriors[index].model, samples, num_chains=chains, **options)
+        return from_posterior_samples(posterior.model, samples, num_chains=chains, **options)
 
     def table(self) -> str:
         """A line for each data set."""
@@ -124,7 +129,11 @@ class Workflow:
         shares = ", ".join(f"{counts[s] / len(self):.0%} {s}" for s in _STATUSES if counts[s])
         refused = self.where("refused")
         some = ", ".join(map(str, refused[:10])) + (", ..." if len(refused) > 10 else "")
-        advice = f" Refused: {some}; run MCMC there, or train the guide on more simulations." if refused else ""
+        advice = (
+            f" Refused: {some}; train the guide on more simulations, or run MCMC there if the model has a density."
+            if refused
+            else ""
+        )
         if counts["unchecked"]:
             advice += " The model's data have no density to check with: pass simulations=, and look at sbc."
         return f"{len(self)} data sets in {sum(self.seconds):.1f} s: {shares}.{advice}"
@@ -225,19 +234,24 @@ def _rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _conditioned(guide: AmortizedGuide, row: dict[str, Any]) -> tuple[ConditionedGuide, str]:
-    """The posterior, and what was warned of."""
+def _conditioned(guide: AmortizedGuide, row: dict[str, Any]) -> tuple[ConditionedGuide | None, str]:
+    """The posterior, and what was warned of; none of data that the guide refuses, with its words."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        posterior = guide.condition(**row)
+        try:
+            posterior = guide.condition(**row)
+        except ValueError as error:
+            return None, str(error).removeprefix("condition: ")
     return posterior, " ".join(str(w.message).removeprefix("condition: ") for w in said)
 
 
-def _one_or_none(posterior: ConditionedGuide, n: int, note: str) -> _Found:
+def _one_or_none(posterior: ConditionedGuide | None, n: int, note: str) -> _Found:
     """The outcome; data that the guide cannot read are refused by themselves, and the other data sets go on.
 
     Without a density the range of the simulations decides: the guide was not trained for what is warned of.
     """
+    if posterior is None:
+        return _Found({}, "refused", note=note)
     try:
         found = _one(posterior, n)
     except ValueError as error:

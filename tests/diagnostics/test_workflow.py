@@ -177,3 +177,20 @@ def test_simulations_that_do_not_fit_are_refused(plain):
 def test_numbers_of_data_sets_that_differ_are_refused(guide):
     with pytest.raises(ValueError, match="expected one number"):
         found(guide, {"x": torch.tensor(1.0)})
+
+
+def test_a_data_set_with_a_hole_is_refused_and_the_others_go_on():
+    """Planted: one NaN ended the call and did not say where."""
+
+    def model(x=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        return pyro.sample("x", dist.Normal(mu[..., None] + torch.zeros(2), 1.0).to_event(1), obs=x)
+
+    guide = dgm.AmortizedGuide(model, observed=["x"], ensemble=1)
+    sims = dgm.simulate(model, 1_000, observed=["x"], seed=0, progress=False)
+    dgm.fit(dgm.ForwardKL(guide), sims, max_steps=50, progress=False, seed=0)
+    x = torch.tensor([[0.0, 1.0], [torch.nan, 0.0], [1.0, 0.5]])
+    found = dgm.workflow(guide, {"x": x}, num_samples=100, progress=False, seed=0)
+    assert found.where("refused") == [1] and bool(found.draws["mu"][1].isnan().all()) and "NaN" in found.notes[1]
+    with pytest.raises(ValueError, match="data set 1 could not be read"):
+        found.container(1)
