@@ -103,13 +103,14 @@ def rounds(
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
         ...     return pyro.sample("x", dist.Normal(mu, 0.1), obs=x)
         >>> guide = dgm.AmortizedGuide(model, observed=["x"], ensemble=1)
-        >>> found = dgm.rounds(guide, {"x": torch.tensor(2.0)}, 1_500, most=2, progress=False, seed=0)
+        >>> found = dgm.rounds(guide, {"x": torch.tensor(2.0)}, 2_000, most=2, progress=False, seed=0)
         >>> draws = found.posterior.sample((2000,))["mu"]   # exact: mean 2.0, sd 0.1
         >>> bool(abs(draws.mean() - 2.0) < 0.05), found.shares[1] < 0.2
         (True, True)
     """
     _refuse(guide, data)
-    each, left = max(_ROUND, math.ceil(num_simulations / most)), num_simulations
+    number = max(1, min(most, num_simulations // _ROUND))
+    each, left = math.ceil(num_simulations / number), num_simulations
     done: list[_Round] = []
     stays = 0
     with seeded(seed), tqdm(total=num_simulations, desc="rounds", disable=not progress) as bar:
