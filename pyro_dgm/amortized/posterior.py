@@ -42,6 +42,14 @@ class ConditionedGuide(nn.Module):
         guide: the amortised guide; parameters are shared with it.
         data: ``{site: value}`` of data and covariates, masks under ``"mask"``; data may have leading dimensions.
         lead: how many leading dimensions there are.
+
+    Example:
+        >>> import warnings, torch, pyro, pyro.distributions as dist, pyro_dgm as dgm
+        >>> def model(x=None):
+        ...     return pyro.sample("x", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+        >>> warnings.simplefilter("ignore")  # it is not trained
+        >>> dgm.AmortizedGuide(model, ["x"]).condition(x=torch.tensor(2.0))
+        posterior of mu given x ()
     """
 
     def __init__(self, guide: AmortizedGuide, data: dict[str, Any], lead: int) -> None:
@@ -49,6 +57,11 @@ class ConditionedGuide(nn.Module):
         self.guide = guide
         self.data = data
         self.lead = lead
+
+    def __repr__(self) -> str:
+        latents = ", ".join(s.name for s in self.guide.structure.latents)
+        data = ", ".join(f"{k} {tuple(v.shape)}" for k, v in self.data.items() if isinstance(v, Tensor))
+        return f"posterior of {latents} given {data}"
 
     @cached_property
     def model(self) -> Callable[..., Any]:
