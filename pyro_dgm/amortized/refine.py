@@ -37,13 +37,13 @@ from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine
 if TYPE_CHECKING:
     from pyro_dgm.amortized.posterior import ConditionedGuide
 
-__all__ = ["Joint", "Refined", "Vectors", "picked", "refined", "run_chains", "smoothed"]
+__all__ = ["JUMP_EVERY", "Joint", "Refined", "Vectors", "by_difference", "picked", "refined", "run_chains", "smoothed"]
 
 _LIKELY = 0.5  # Pareto k below which weights are all that is needed (Vehtari et al. 2024)
 _EQUAL = 0.98  # share of effective draws above which weights are as good as equal; not measured, chosen by hand
 _STEPS = 200  # of the chains, where weights are not enough; not measured, chosen by hand
 _FRESH_EVERY = 20  # steps; a fresh draw asks the flow three times, a difference only the model
-_JUMP_EVERY = 4  # steps; a whole difference leads from one mode to another (ter Braak & Vrugt 2008: 5 or 10)
+JUMP_EVERY = 4  # steps; a whole difference leads from one mode to another (ter Braak & Vrugt 2008: 5 or 10)
 _JITTER = 1e-4  # standard deviation, in the units of the vectors, by which chains that share a point part
 _CLIMBERS, _CLIMB_STEPS = 16, 200  # towards a mode; not measured, chosen by hand
 _CLIMB_RATE = 0.05  # the same, in the units of the vectors
@@ -135,7 +135,7 @@ def run_chains(chains: Chains, joint: Joint, steps: int, populations: int = 1) -
         if i % _FRESH_EVERY == _FRESH_EVERY - 1:
             shares["fresh draws"].append(_fresh(chains, joint))
         else:
-            shares["differences"].append(_difference(chains, joint, i % _JUMP_EVERY == _JUMP_EVERY - 1, populations))
+            shares["differences"].append(_difference(chains, joint, i % JUMP_EVERY == JUMP_EVERY - 1, populations))
     return {k: sum(v) / len(v) for k, v in shares.items() if v}
 
 
@@ -149,7 +149,7 @@ def _fresh(chains: Chains, joint: Joint) -> float:
 
 def _difference(chains: Chains, joint: Joint, jump: bool, populations: int) -> float:
     """Half of each population at a time moves by the difference of two chains of its other half, which stays as it is."""
-    n, dim = chains.u.shape
+    n = len(chains.u)
     order = torch.rand(populations, n // populations, device="cpu").argsort(1)
     order = order + torch.arange(populations, device="cpu")[:, None] * order.shape[1]
     taken = torch.zeros_like(chains.log_p, dtype=torch.bool)
@@ -158,8 +158,7 @@ def _difference(chains: Chains, joint: Joint, jump: bool, populations: int) -> f
         a = torch.randint(rest.shape[1], places.shape, device="cpu")
         b = (a + torch.randint(1, rest.shape[1], places.shape, device="cpu")) % rest.shape[1]
         movers, one, other = places.flatten(), rest.gather(1, a).flatten(), rest.gather(1, b).flatten()
-        gamma = 1.0 if jump else 2.38 / math.sqrt(2.0 * dim) * torch.rand(len(movers), 1, device=chains.u.device)
-        u = chains.u[movers] + gamma * (chains.u[one] - chains.u[other])
+        u = by_difference(chains.u[movers], chains.u[one] - chains.u[other], jump)
         u = u + _JITTER * torch.randn_like(u)
         moving = Chains(chains.u[movers], chains.log_p[movers])
         log_p = _finite(joint.log_p(u))
@@ -167,6 +166,13 @@ def _difference(chains: Chains, joint: Joint, jump: bool, populations: int) -> f
         chains.u[movers] = moving.u
         chains.log_p[movers] = moving.log_p
     return float(taken.double().mean())
+
+
+def by_difference(u: Tensor, difference: Tensor, jump: bool, longest: float = 1.0) -> Tensor:
+    """Vectors ``(n, D)`` moved along differences of others: by a part at random, or by all of it."""
+    if jump:
+        return u + difference
+    return u + longest * 2.38 / math.sqrt(2.0 * u.shape[1]) * torch.rand(len(u), 1, device=u.device) * difference
 
 
 def _finite(log_p: Tensor) -> Tensor:

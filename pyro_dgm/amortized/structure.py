@@ -227,11 +227,7 @@ def _site(site: dict[str, Any], support: constraints.Constraint | None, classes:
             f"AmortizedGuide: site '{site['name']}' has batch shape {tuple(fn.batch_shape)}, and dimension(s) {loose} are "
             "in no plate. Declare them dependent with .to_event(n), or open a pyro.plate."
         )
-    exponential = [isinstance(t, ExpTransform) for t in getattr(unwrapped(fn), "transforms", ())][-1:] == [True]
-    return Site(
-        site["name"], Size(fn.event_shape), plates, dims, support, classes, site["value"].dtype,
-        logarithmic=support is None and exponential,
-    )  # fmt: skip
+    return Site(site["name"], Size(fn.event_shape), plates, dims, support, classes, site["value"].dtype)
 
 
 def _data(sites: list[dict[str, Any]]) -> Site:
@@ -242,7 +238,9 @@ def _data(sites: list[dict[str, Any]]) -> Site:
             f"AmortizedGuide: events of site '{sites[0]['name']}' have shapes {sorted({tuple(s) for s in shapes})} in "
             f"{len(shapes)} runs; only their first size may differ, the times of a series."
         )
-    return replace(_site(sites[0], None), varies=len(set(shapes)) > 1)
+    transforms: Sequence[Any] = getattr(unwrapped(sites[0]["fn"]), "transforms", ())
+    exponential = len(transforms) > 0 and isinstance(transforms[-1], ExpTransform)
+    return replace(_site(sites[0], None), varies=len(set(shapes)) > 1, logarithmic=exponential)
 
 
 def _latent(name: str, sites: list[dict[str, Any]]) -> Site:

@@ -20,9 +20,7 @@ __all__ = ["POPULATIONS", "settled"]
 # One population that stood still for one block left 3 of 43 and 6 of 52 posteriors of slcp more than .2 sd off, by up to .9:
 # docs/benchmarks/workflows.md.
 _BLOCK, _MOST_BLOCKS = 100, 20  # steps
-POPULATIONS = (
-    8  # of a thousand chains, means that are alike are off by .07 sd at most, as a standard error. Chosen by hand
-)
+POPULATIONS = 8  # of a thousand chains: means that are alike have a standard error of .07 sd at most. Chosen by hand
 _CHANCE = 1e-3  # of a change where there is none, over all numbers. Chosen by hand
 _STUCK = 0.9  # share of the chains that must have left their starts. Not measured; chosen by hand
 

@@ -63,9 +63,7 @@ _STATUSES: tuple[Status, ...] = get_args(Status)
 _PROPOSALS = 4  # draws of the guide for each that is returned. Not measured; chosen by hand
 _LEAST = 1_000  # draws that are judged, however few are asked for; a good guide is known by as many. Chosen by hand
 _CHANGE = 0.1  # sd, and log sd. By means alone and a gap of .05 nats a log sd that was .40 off was accepted
-_DISTINCT = (
-    0.6  # effective draws for each that is returned, from which weights are enough; at .4 the largest error was .16 sd
-)
+_DISTINCT = 0.6  # effective draws for each returned, from which weights are enough; at .4 the largest error was .16 sd
 _LEVEL = 0.01  # share of false alarms among the data sets that local calibration refuses; a convention
 
 

@@ -199,20 +199,20 @@ def _one_by_one(blocks: Blocks, first: int, n: int, seed: int, given: dict[str, 
 
 
 def _single(blocks: Blocks, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
-    seen = _Seen()
+    seen = Drawn()
     try:
-        nodes = replace(blocks, model=seen(blocks.model)).simulation(None, given).nodes
+        replace(blocks, model=seen(blocks.model)).simulation(None, given)
     except Exception as error:
         drawn = {k: v for k, v in seen.values.items() if v.shape == blocks.shapes.get(k)}
         return drawn, f"{type(error).__name__}: {error}".splitlines()[0]
-    drawn = {k: s["value"].detach() for k, s in nodes.items() if is_drawn(s)}
+    drawn = seen.values
     if set(drawn) != set(blocks.shapes):
         return {}, f"its sites {sorted(drawn)} are not those of the first run"
     bad = next((k for k, v in drawn.items() if not v.isfinite().all()), None)
     return drawn, bad and f"site '{bad}' is not finite"
 
 
-class _Seen(poutine.messenger.Messenger):
+class Drawn(poutine.messenger.Messenger):
     """Keeps what a run draws, also of one that fails later."""
 
     def __init__(self) -> None:
@@ -220,7 +220,7 @@ class _Seen(poutine.messenger.Messenger):
         self.values: dict[str, Tensor] = {}
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if isinstance(msg["value"], Tensor):
+        if is_drawn(msg) and isinstance(msg["value"], Tensor):
             self.values[msg["name"]] = msg["value"].detach()
 
 

@@ -28,27 +28,25 @@ from torch import Tensor
 
 from pyro_dgm.amortized.binding import Arguments, size_arguments
 from pyro_dgm.amortized.posterior import ConditionedGuide
-from pyro_dgm.amortized.refine import Vectors
+from pyro_dgm.amortized.refine import JUMP_EVERY, Vectors, by_difference
 from pyro_dgm.core.kinds import LARGEST, shown
 from pyro_dgm.model.handlers import EndOfRun, Redraw, run_to_end
 from pyro_dgm.model.hmc import Chains
 from pyro_dgm.model.sites import is_drawn, plate_frames
 from pyro_dgm.model.vectorize import Engine, How
-from pyro_dgm.simulation.blocks import Blocks, Resizable, random_state
+from pyro_dgm.simulation.blocks import Blocks, Drawn, Resizable, random_state
 
 __all__ = ["TruncatedPrior", "checked_sizes", "narrowed", "resizable", "truncated", "whole"]
 
 _OUTSIDE = 1e-4  # mass of the posterior outside the region: that of Deistler et al. 2022
 # Not measured; chosen by hand.
-_DRAWS = (
-    10_000  # of the posterior, for the density at the region's edge, and candidates for the region's share of the prior
-)
+_DRAWS = 10_000  # of the posterior, for the density at the region's edge, and of the prior, for the region's share
 _AT_ONCE = 250  # candidates, at least, where they run together
 _TRIES = 1_000  # candidates for each draw that is wanted
 _FEW = 0.02  # share of the prior below which chains find the draws
 _POOL = 4_000  # chains
 _STEPS, _MORE_STEPS = 60, 5  # of all chains, and of those that are picked for a block
-_JUMP_EVERY = 4  # steps; a whole difference leads from one mode to another
+_LONGEST = 2.0  # times the usual length of a step, since the prior is flatter than the posterior
 
 
 @dataclass(frozen=True)
@@ -133,38 +131,37 @@ class Walkers:
     def __init__(self, vectors: Vectors, prior: Callable[[dict[str, Tensor]], Tensor], threshold: float) -> None:
         self.vectors, self.prior, self.threshold = vectors, prior, threshold
         self.others = vectors.sample(_POOL)
-        rows = vectors.unpack(self.others)
-        log_q = vectors.posterior.log_prob(rows).double()
-        ratio = torch.where(log_q >= threshold, (prior(rows).double() - log_q).exp(), 0.0)
+        log_prior, log_q = self._scored(self.others)
+        ratio = torch.where(log_q >= threshold, (log_prior - log_q).exp(), 0.0)
         self.share = float(ratio.mean())
         start = self.others[torch.multinomial(ratio, _POOL, replacement=True)]
         self.pool = self._moved(start, _STEPS)
 
     def draw(self, n: int) -> dict[str, Tensor]:
         """``n`` draws of the latents."""
-        with pyro.validation_enabled(False):
-            return self._drawn(n)
-
-    def _drawn(self, n: int) -> dict[str, Tensor]:
         return self.vectors.unpack(self._moved(self.pool[torch.randint(_POOL, (n,))], _MORE_STEPS))
 
     def _moved(self, u: Tensor, steps: int) -> Tensor:
         chains = Chains(u, self._log_p(u))
         for i in range(steps):
             a, b = self.others[torch.randint(_POOL, (2, len(u)))]
-            scale = 1.0 if i % _JUMP_EVERY == 0 else 2.0 * 2.38 / math.sqrt(2.0 * u.shape[1]) * torch.rand(len(u), 1)
-            v = chains.u + scale * (a - b)
+            v = by_difference(chains.u, a - b, jump=i % JUMP_EVERY == 0, longest=_LONGEST)
             log_p = self._log_p(v)
             chains.accept(v, log_p, log_p - chains.log_p)
         return chains.u
 
     def _log_p(self, u: Tensor) -> Tensor:
         """Log density of the prior over vectors, nats; -inf outside of the region."""
-        rows = self.vectors.unpack(u)
-        log_q = self.vectors.posterior.log_prob(rows).double()
+        log_prior, log_q = self._scored(u)
         stretch = self.vectors.log_q(u) - log_q
-        log_p = (self.prior(rows).double() + stretch).nan_to_num(-torch.inf, -torch.inf)
+        log_p = (log_prior + stretch).nan_to_num(-torch.inf, -torch.inf)
         return torch.where(log_q >= self.threshold, log_p, -torch.inf)
+
+    def _scored(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Log densities of the latents by the prior and by the posterior, nats."""
+        rows = self.vectors.unpack(u)
+        with pyro.validation_enabled(False):  # a positive draw may be rounded to 0
+            return self.prior(rows).double(), self.vectors.posterior.log_prob(rows).double()
 
 
 def truncated(posterior: Any) -> TruncatedPrior:
@@ -199,7 +196,7 @@ def narrowed(found: TruncatedPrior, blocks: Blocks, latents: set[str]) -> Trunca
         return replace(found, how=blocks.how)
     begun = partial(_up_to, blocks.model, found.sites)
     engine = Engine(begun, blocks.args, blocks.kwargs, blocks.nesting, blocks.event_dims)
-    with random_state(0), pyro.validation_enabled(False):  # a positive draw may be rounded to 0
+    with random_state(0), pyro.validation_enabled(False):
         how = engine.find_how(found.posterior.sample((3,)))[0]
         found = replace(found, how="plate" if how == "plate" else blocks.how)
         if found.how != "plate" or not isinstance(found.posterior, ConditionedGuide):
@@ -217,16 +214,15 @@ def _up_to(model: Callable[..., Any], sites: tuple[str, ...], *args: Any, **kwar
         model(*args, **kwargs)
 
 
-class _UntilDrawn(poutine.messenger.Messenger):
+class _UntilDrawn(Drawn):
     """Ends a run when the last of some sites is drawn, and keeps what was drawn so far."""
 
     def __init__(self, sites: tuple[str, ...]) -> None:
         super().__init__()
-        self.sites, self.values = set(sites), dict[str, Tensor]()
+        self.sites = set(sites)
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if is_drawn(msg):
-            self.values[msg["name"]] = msg["value"].detach()
+        super()._pyro_post_sample(msg)
         if self.sites <= self.values.keys():
             raise EndOfRun
 

@@ -27,25 +27,24 @@ class Simulated(ImplicitDistribution):
     """The distribution of what a function returns: a draw, and no density.
 
     Args:
+        site: its name.
         shape: of a draw.
-        draw: gives what the function returned in this run of the model, which it runs the first time.
+        made: gives what the function returned for all sites in this run of the model; the first call runs it.
     """
 
-    def __init__(self, shape: Size, draw: Callable[[], Tensor], batch_shape: Size = Size()) -> None:  # noqa: B008
-        self.shape_and_draw = (shape, draw)
-        base = Normal(torch.zeros(batch_shape), 1.0)
-        super().__init__(lambda z: _repeated(draw(), z.shape), base, tuple(shape), name="as_model's simulator")
+    def __init__(
+        self,
+        site: str,
+        shape: Size,
+        made: Callable[[], Mapping[str, Tensor]],
+        batch_shape: Size = Size(),  # noqa: B008
+    ) -> None:
+        self.of_one = (site, shape, made)
+        draw = lambda z: made()[site].expand((*z.shape, *made()[site].shape))  # noqa: E731
+        super().__init__(draw, Normal(torch.zeros(batch_shape), 1.0), tuple(shape), name="as_model's simulator")
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Simulated:
-        return Simulated(*self.shape_and_draw, Size(batch_shape))
-
-
-def _of(made: Callable[[], Mapping[str, Tensor]], site: str) -> Tensor:
-    return made()[site]
-
-
-def _repeated(value: Tensor, batch: Size) -> Tensor:
-    return value.expand((*batch, *value.shape))
+        return Simulated(*self.of_one, Size(batch_shape))
 
 
 class FunctionModel:
@@ -66,8 +65,7 @@ class FunctionModel:
         made = functools.cache(lambda: self._made(values))  # what is seen needs no simulation
         seen = all(data.get(k) is not None for k in self.observed)
         shapes = {k: Size(np.shape(data[k])) if seen else made()[k].shape for k in self.observed}
-        fns = {k: Simulated(shapes[k], functools.partial(_of, made, k)) for k in self.observed}
-        sites = [pyro.sample(k, fns[k], obs=data.get(k)) for k in self.observed]
+        sites = [pyro.sample(k, Simulated(k, shapes[k], made), obs=data.get(k)) for k in self.observed]
         return sites[0] if len(sites) == 1 else tuple(sites)
 
     def _made(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
