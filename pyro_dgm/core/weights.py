@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "Corrections",
     "K_LIMIT",
     "LEAST_DRAWS",
     "arviz_major",
     "correction",
+    "corrections",
     "evidence_error",
     "gumbels_like",
     "k_threshold",
@@ -45,6 +47,9 @@ _WIDE = 3.0  # nats: sd of a few log weights above which their log mean has no e
 _FEW = (
     8.0  # nats^2; at 16 log weights that are normal with sd 0.3, 1 and 2 the coverage of 1.96 errors is 95, 95 and 95 %
 )
+
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_END = 0.01
 
 
 @functools.cache
@@ -184,6 +189,55 @@ def correction(draws: np.ndarray, log_weight: np.ndarray) -> float:
     sd = draws.std(0)
     change = np.abs(np.exp(psis(log_weight)[0]) @ draws - draws.mean(0))
     return float((change[sd > 0] / sd[sd > 0]).max(initial=0.0))
+
+
+class Corrections(NamedTuple):
+    """Largest changes of draws by their weights: of means (in sds), log sds, quantiles from 5 to 95 % (in sds), and of the ends.
+
+    The last are of the shares beyond the 1 % and 99 % quantiles, as sds of a normal law.
+    """
+
+    means: float
+    sds: float
+    quantiles: float
+    ends: float
+
+
+def corrections(draws: np.ndarray, log_weight: np.ndarray) -> Corrections:
+    """What importance weights change of draws ``(n, F)``; infinite, but of means, where there are too few for weights.
+
+    >>> x = np.random.default_rng(0).normal(size=(1000, 1))
+    >>> [round(size, 1) for size in corrections(x, 0.3 * x[:, 0])]  # weights that move a normal law by .3
+    [0.3, 0.0, 0.3, 0.3]
+    """
+    if len(log_weight) < LEAST_DRAWS:
+        return Corrections(0.0, math.inf, math.inf, math.inf)
+    draws = draws[:, draws.std(0) > 0]
+    if not draws.size:
+        return Corrections(0.0, 0.0, 0.0, 0.0)
+    weight = np.exp(psis(log_weight)[0])
+    sd, moved = draws.std(0), weight @ draws
+    spread = np.sqrt(weight @ np.square(draws - moved)) / sd
+    place = (_quantiles(draws, weight) - _quantiles(draws, np.full_like(weight, 1.0 / len(weight)))) / sd
+    sizes = (moved - draws.mean(0)) / sd, np.log(np.maximum(spread, 1e-12)), place, _ends(draws, weight)
+    return Corrections(*(float(np.abs(each).max()) for each in sizes))
+
+
+def _quantiles(draws: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Of weighted draws, ``(Q, F)``."""
+    order = draws.argsort(0)
+    below = np.cumsum(weight[order], 0)
+    index = np.stack([(below < q).sum(0) for q in _QUANTILES]).clip(max=len(draws) - 1)
+    return np.take_along_axis(np.take_along_axis(draws, order, 0), index, 0)
+
+
+def _ends(draws: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Of the weighted shares beyond the outer percents of the draws, ``(2, F)``."""
+    from scipy.special import ndtri
+
+    low, high = np.quantile(draws, [_END, 1.0 - _END], axis=0)
+    share = np.stack([weight @ (draws < low), weight @ (draws > high)])
+    return np.asarray(ndtri(share.clip(0.1 * _END, 0.999)) - ndtri(_END))
 
 
 def gumbels_like(x: Tensor) -> Tensor:

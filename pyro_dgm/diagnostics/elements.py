@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_dgm.core.weights import correction
 from pyro_dgm.diagnostics.containers import ContainerOptions
 from pyro_dgm.diagnostics.converters import groups_of_samples
+from pyro_dgm.diagnostics.exploration import Exploration
 from pyro_dgm.diagnostics.groups import Groups
-from pyro_dgm.diagnostics.khat import Exploration, judge, judge_elements, seen_rows
+from pyro_dgm.diagnostics.khat import judge, judge_elements, seen_rows
 from pyro_dgm.guides.autoflow import AutoFlow
 from pyro_dgm.guides.chains import ChainPosterior
 from pyro_dgm.guides.plates import PlatedPosterior
@@ -103,7 +103,7 @@ def groups_by_elements(
     if check and not follows_chain:
         explored = _look(joints[0], drawn[0])
     unsure = max(each.unsure for each in drawn)
-    explored = replace(explored, unfitted=unfitted, unsure=unsure, correction=correction(values, log_weight))
+    explored = replace(explored, unfitted=unfitted, unsure=unsure).weighed(values, log_weight)
     verdict = judge(log_weight, explored)
     if not follows_chain:
         local, latents = (np.concatenate([getattr(each, k) for each in drawn]) for k in ("local", "values"))

@@ -59,6 +59,8 @@ _PATIENCE = 2  # looks
 _LEAST_SHARE = (
     0.1  # of a component in the jumps, as a part of an even one: one that is never proposed is never found again
 )
+_FINE = 0.9  # share of accepted jumps in a round, from which the guide is good enough as it is
+_EASY, _SELDOM = 0.5, 4  # share of accepted jumps from which local moves are made in each fourth iteration alone
 _SPLIT_RHAT = 1.01  # Vehtari et al. (2021)
 
 
@@ -153,14 +155,17 @@ def explore(
             for i in range(rounds):
                 bar.set_description(f"round {i + 1}/{rounds}")
                 places = torch.stack([chains.step(bar) for _ in range(_ROUND)][_ROUND // 4 :])
+                if chains.accepted()[0] >= _FINE:
+                    bar.total -= (rounds - 1 - i) * _ROUND
+                    break
                 _fit(guide, *(half.flatten(0, 1) for half in places.chunk(2, 1)))
                 chains.renew()
             bar.set_description("draws")
-            chains.taken.clear()
+            chains.begin()
             u = torch.stack([chains.step(bar) for _ in range(num_samples)], 1)
         draws = log_joint.constrain(u.flatten(0, 1))[0]
         program, groups = groups_of_samples("explore", model, draws, args, complete)
-    jumps, moves = np.mean(chains.taken, 0).tolist()
+    jumps, moves = chains.accepted()
     attrs = {"guide": type(guide).__name__, "jumps": jumps, "moves": moves}
     idata = container_of(program, groups, complete, attrs, num_chains, "explore")
     rhat = max(_split_rhat(column) for column in u.double().cpu().numpy().transpose(2, 0, 1))
@@ -274,27 +279,39 @@ class _Chains:
 
     def __init__(self, guide: AutoFlow, log_joint: LogJoint, count: int) -> None:
         self.guide, self.log_joint = guide, log_joint
-        self.taken: list[tuple[float, float]] = []
         with torch.no_grad():
             parts = _parts(guide)
             sizes = [count // len(parts) + (k < count % len(parts)) for k in range(len(parts))]
             u = torch.cat([_started(part, log_joint, n) for part, n in zip(parts, sizes, strict=True) if n])
             self.places = Chains(u, log_joint(u))
+        self.jumps: list[float] = []
+        self.moves: list[float] = []
         self.renew()
+
+    def accepted(self) -> tuple[float, float]:
+        """Shares of accepted jumps and local moves since the last beginning."""
+        return float(np.mean(self.jumps)), float(np.mean(self.moves))
+
+    def begin(self) -> None:
+        """Fix how often local moves are made, by the jumps so far, and count anew."""
+        self.every = _SELDOM if self.jumps and self.accepted()[0] >= _EASY else 1
+        self.jumps, self.moves = [], []
 
     @torch.no_grad()
     def renew(self) -> None:
         """Take the guide as it is now."""
+        self.begin()
         self.maps = _maps(self.guide)
         self.densities = [PulledBack(self.log_joint, each) for each in self.maps]
         self.steps = [Steps(self.guide.latent_dim) for _ in self.maps]
 
     @torch.no_grad()
     def step(self, bar: Any) -> Tensor:
-        """One jump and one local move of each chain; the places after them."""
+        """One jump of each chain, and a local move where it is due; the places after them."""
         with frozen(*self.guide._posterior.parameters()):
-            jumps = self._jump()
-            self.taken.append((jumps, self._move()))
+            if len(self.jumps) % self.every == 0:
+                self.moves.append(self._move())
+            self.jumps.append(self._jump())
         bar.update()
         return self.places.u
 

@@ -32,8 +32,9 @@ from pyro_dgm.core.pace import few_threads
 from pyro_dgm.core.weights import LEAST_DRAWS
 from pyro_dgm.diagnostics.containers import CONTAINER, ContainerOptions, with_defaults
 from pyro_dgm.diagnostics.converters import groups_of_samples
+from pyro_dgm.diagnostics.exploration import Exploration
 from pyro_dgm.diagnostics.groups import container_of
-from pyro_dgm.diagnostics.khat import Exploration, judge
+from pyro_dgm.diagnostics.khat import judge
 from pyro_dgm.guides.autoflow import AutoFlow
 from pyro_dgm.guides.vector import VectorGuide
 from pyro_dgm.model.hmc import Clamped, deviation, opposite, trajectories

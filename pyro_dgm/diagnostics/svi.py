@@ -21,11 +21,11 @@ from typing_extensions import Unpack
 
 from pyro_dgm.core.devices import seed_everywhere, seeded
 from pyro_dgm.core.kinds import checked, shown
-from pyro_dgm.core.weights import correction
 from pyro_dgm.diagnostics.containers import CONTAINER, ContainerOptions, with_defaults
 from pyro_dgm.diagnostics.elements import groups_by_elements
+from pyro_dgm.diagnostics.exploration import Exploration
 from pyro_dgm.diagnostics.groups import Groups, all_groups, container_of
-from pyro_dgm.diagnostics.khat import Exploration, Rows, judge, judge_rows, with_rows
+from pyro_dgm.diagnostics.khat import Rows, judge, judge_rows, with_rows
 from pyro_dgm.diagnostics.short_chains import look_around, never_fitted
 from pyro_dgm.guides.autoflow import AutoFlow
 from pyro_dgm.model.program import Model, Program, refuse_guides_as_models
@@ -237,7 +237,7 @@ def _verdict(
         rows = of_rows.rows
     posterior = [v.reshape(len(v), -1).astype(np.float64) for v in groups.arrays["posterior"].values()]
     draws = np.concatenate(posterior, -1) if posterior else np.zeros((len(log_weight), 0))
-    verdict = judge(log_weight, replace(explored, correction=correction(draws, log_weight)))
+    verdict = judge(log_weight, explored.weighed(draws, log_weight))
     attrs = with_rows(verdict, rows).attrs()
     if fits > 1:
         attrs["khat_by_chain"] = [judge(w).k for w in np.split(log_weight, fits)]

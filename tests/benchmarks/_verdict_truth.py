@@ -168,7 +168,13 @@ def sizes(draws, reference):
     sd = p.std(0)
     return {"mean": float(np.abs((q.mean(0) - p.mean(0)) / sd).max()), "sd": float(np.abs(np.log(q.std(0).clip(1e-12) / sd)).max()),
             **tails(draws[:, moving], reference.draws[:, moving], sd), "dependence": float(np.abs(correlations(q) - correlations(p)).max()),
-            "mass": masses_off(draws, reference)}  # fmt: skip
+            "mass": masses_off(draws, reference), "central": central_off(q, p, sd)}  # fmt: skip
+
+
+def central_off(draws, exact, sd):
+    """Largest error of a quantile from 5 to 95 %, in sds."""
+    own, truth = (np.quantile(x, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0) for x in (draws, exact))
+    return float((np.abs(own - truth) / sd).max())
 
 
 def tails(draws, exact, sd):

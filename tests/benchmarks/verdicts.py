@@ -24,12 +24,14 @@ from tests.benchmarks._verdict_amortised import MODELS, amortised_fits, row_fits
 from tests.benchmarks._verdict_case import Case
 from tests.benchmarks._verdict_faults import faults, plated_faults
 from tests.benchmarks._verdict_rivals import NAMES, rivals
-from tests.benchmarks._verdict_truth import container, fitted, flat, reference_of, sizes, truth
+from tests.benchmarks._verdict_truth import FAULT, container, fitted, flat, reference_of, sizes, truth
 
+# What is wrong where a statement is, and the error of one draw: of a mean, a log sd, a 5 % quantile, and the share beyond 1 %.
+STATEMENTS = {"means": ("mean", 1.0), "sds": ("sd", 0.71), "quantiles": ("central", 2.1), "tails": ("tail", 3.7)}
 DRAWS, MEASURED = 1_000, 10_000  # of a verdict, and of the draws that are compared with the reference
 
 
-def judged(case, guide, seed):
+def judged(case, guide, seed, reference=None, sites=()):
     """The verdict on one guide, and those of others."""
     began = time.process_time()
     try:
@@ -39,12 +41,22 @@ def judged(case, guide, seed):
     v, seconds = dgm.khat(idata), time.process_time() - began
     return {"status": v.status, "khat": v.k, "gap": v.gap, "ess": v.ess, "drift": v.drift, "drift_sd": v.drift_sd,
             "acceptance": v.acceptance, "correction": v.correction, "deviation": v.deviation, "modes": v.other_modes,
-            "seconds": seconds, "others": rivals(idata)}  # fmt: skip
+            "correction_sd": v.correction_sd, "correction_quantiles": v.correction_quantiles, "correction_ends": v.correction_ends,
+            "statements": v.statements, "seconds": seconds, "others": rivals(idata),
+            "weighed": weighed(idata, v, reference, sites)}  # fmt: skip
+
+
+def weighed(idata, verdict, reference, sites):
+    """How far draws picked by weight are off, where a statement is taken from them."""
+    if reference is None or "by weights" not in [verdict.statements[k] for k in STATEMENTS]:
+        return {}
+    draws = dgm.resample(idata, seed=0)["groups"]["posterior"]
+    return sizes(flat({k: draws[k][0] for k in sites}), reference)
 
 
 def compared(case, guide, reference, sites, seed):
     """The same, with how far its draws are off."""
-    found = judged(case, guide, seed)
+    found = judged(case, guide, seed, reference, sites)
     if found["status"] == "refused":
         return found
     draws = container(case.model, guide, case.args, MEASURED, seed + 1, check=False)["groups"]["posterior"]
@@ -139,6 +151,23 @@ def tables(rows):
     print("false alarms on right fits:", rate(sum(not is_good(r) for r in right), len(right)),
           "; bad:", rate(sum(r["status"] == "bad" for r in right), len(right)))  # fmt: skip
     others(bad, right)
+    by_statement(rows)
+
+
+def by_statement(rows):
+    """How often a statement is wrong by as much as a fault is, by where it is taken from, over right fits and faults.
+
+    So many weighted draws as they have an ESS may be off by three of their own errors beside.
+    """
+    print("\n| statement | as drawn | by weights | not known |\n|---|---|---|---|")
+    for name, (key, noise) in STATEMENTS.items():
+        cells = []
+        for source in ("as drawn", "by weights", "not known"):
+            own = [r for r in rows if "off_mean" in r and r.get("statements", {}).get(name) == source]
+            by_weight = source == "by weights"
+            off = [r["weighed"][key] - 3.0 * noise / r["ess"] ** 0.5 if by_weight else r[f"off_{key}"] for r in own]
+            cells.append(rate(sum(each >= FAULT.get(key, FAULT["mean"]) for each in off), len(off)))
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def by_kind(bad):
