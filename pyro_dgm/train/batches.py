@@ -28,6 +28,7 @@ __all__ = [
     "largest_of",
     "named_tensors",
     "non_finite",
+    "picked",
     "row_count",
 ]
 
@@ -55,6 +56,7 @@ class Batches:
         if self.rows is not None:
             _refuse_non_finite(self.args)
         self.epoch = self._epoch()
+        self.agreed: Callable[[Tensor], Tensor] = lambda order: order  # on the order of rows, among several processes
 
     def _epoch(self) -> int | None:
         if self.loader is not None:
@@ -80,10 +82,10 @@ class Batches:
             return (to_device(as_args(batch), self.device) for batch in self.loader)
         if self.rows is None:
             return [self.args]
-        return (self._take(index) for index in torch.randperm(self.rows).split(self.batch_size))
+        return (self._take(index) for index in self.agreed(torch.randperm(self.rows)).split(self.batch_size))
 
     def _take(self, index: Tensor) -> tuple[Any, ...]:
-        return to_device(_picked(self.args, index), self.device)
+        return to_device(picked(self.args, index), self.device)
 
 
 class BatchStream:
@@ -144,7 +146,7 @@ def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[A
             f"fit: validation={fraction} of {rows} rows; expected a fraction that leaves rows on both sides."
         )
     order = torch.randperm(rows)
-    return _picked(args, order[held:]), _picked(args, order[:held])
+    return picked(args, order[held:]), picked(args, order[:held])
 
 
 def as_args(data: Any) -> tuple[Any, ...]:
@@ -202,7 +204,7 @@ def _as_dict(data: Mapping[str, Any]) -> dict[str, Any]:
     return {k: data[k] for k in data} | ({"mask": dict(masks)} if masks else {})
 
 
-def _picked(args: tuple[Any, ...], index: Tensor) -> tuple[Any, ...]:
+def picked(args: tuple[Any, ...], index: Tensor) -> tuple[Any, ...]:
     """These rows of every tensor, also of those in mappings."""
     return tuple(_of_tensors(lambda t: t[index.to(t.device)], a) for a in args)
 

@@ -8,6 +8,8 @@ With a limit there is one round of that length.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -22,9 +24,11 @@ from tqdm.auto import tqdm
 from pyro_dgm.core.pace import show
 from pyro_dgm.train.batches import BatchStream
 from pyro_dgm.train.history import Checkpoint, History
+from pyro_dgm.train.ranks import ALONE, Ranks
 
 __all__ = [
     "OPEN_STEPS",
+    "Interruption",
     "Limits",
     "Schedule",
     "Stages",
@@ -60,6 +64,7 @@ class Limits:
         reserved: seconds that are left for what comes after the steps.
         spent: seconds before the first step.
         recommended: whether the user gave none, so that they are the objective's.
+        shown: the seconds that several processes have agreed on; None for this one's own clock.
     """
 
     max_steps: int | None
@@ -68,6 +73,7 @@ class Limits:
     spent: float = 0.0
     recommended: bool = False
     began: float = field(default_factory=time.perf_counter)
+    shown: float | None = None
 
     def begin(self) -> None:
         """Let progress, and with it the learning rate, go from here to the end."""
@@ -96,7 +102,33 @@ class Limits:
 
     def seconds(self) -> float:
         """Seconds since the start."""
-        return time.perf_counter() - self.began
+        return time.perf_counter() - self.began if self.shown is None else self.shown
+
+
+class Interruption:
+    """Within the context the first Ctrl-C only says that it was asked for one, so that no step is left half done.
+
+    A second one is raised at once. Elsewhere than in the main thread, or where Ctrl-C means something of the user's own,
+    nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: Any = None
+
+    def __enter__(self) -> None:
+        ours = threading.current_thread() is threading.main_thread()
+        if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self.before = signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *error: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def round_length(index: int) -> int | None:
@@ -132,17 +164,22 @@ def adam(parameters: Any, lr: float, weight_decay: float = 0.0, betas: tuple[flo
     return torch.optim.AdamW(parameters, lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
-def take_step(optimizer: Optimizer, loss: Tensor, clip: float | None = None, owned: Iterable[Tensor] = ()) -> bool:
+def take_step(
+    optimizer: Optimizer, loss: Tensor, clip: float | None = None, owned: Iterable[Tensor] = (), ranks: Ranks = ALONE
+) -> bool:
     """One step down a loss; where it is not finite no step is taken, and the answer is False.
 
     With ``clip`` the gradients of the ``owned`` parameters are clipped to that norm (infinity leaves them), and have to be
-    finite too.
+    finite too. Several ``ranks`` take the step that their gradients have in the mean.
     """
+    owned = list(owned)
     optimizer.zero_grad(set_to_none=True)
-    if not loss.isfinite():
+    fine = bool(loss.isfinite())
+    if fine:
+        loss.backward()
+    if not ranks.average(owned, fine):
         return False
-    loss.backward()
-    if clip is not None and not _clipped(list(owned), clip):
+    if clip is not None and not _clipped(owned, clip):
         return False
     optimizer.step()
     return True

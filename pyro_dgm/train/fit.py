@@ -27,6 +27,7 @@ from pyro_dgm.train.history import Checkpoint, FitDiverged, History
 from pyro_dgm.train.hooks import Alternating, Preparing, Recipe, Recommending, Settling, Startable, settings
 from pyro_dgm.train.loop import Loop, Patience
 from pyro_dgm.train.players import MakeOptimizer, OnePlayer, Players, TwoPlayers
+from pyro_dgm.train.ranks import ALONE, Ranks, ranks_for
 
 __all__ = ["FitDiverged", "fit"]
 
@@ -58,6 +59,7 @@ def fit(
     resume: bool = True,
     progress: bool = True,
     seed: int | None = None,
+    strategy: str = "auto",
 ) -> History:
     """Minimise ``objective(*batch)`` over all its parameters, and keep the best ones.
 
@@ -101,6 +103,10 @@ def fit(
         progress: show a progress bar.
         seed: makes the fit reproducible, and leaves the global random state as it was. A module's first weights are drawn when it
             is built: call ``torch.manual_seed`` before that.
+        strategy: "auto" trains in all processes that ``torchrun`` started, or that share a begun ``torch.distributed``: each
+            minibatch is divided among them, all take the same steps, and each has the trained objective at the end. "ddp"
+            asks for it, "alone" is one process whatever there is. Every process is given the same data, or a loader of its own
+            share; without minibatches they differ in their noise alone.
 
     Returns:
         The losses, rates and skipped steps, and why the fit ended.
@@ -130,7 +136,9 @@ def fit(
     clock = Limits(None, max_seconds)
     data = data if isinstance(data, DataLoader) else as_args(data)
     held_out = _checked_validation(validation, data)
-    with seeded(seed):
+    ranks = ranks_for(strategy, device_of(objective))
+    progress = progress and ranks.first
+    with seeded(ranks.agreed(torch.seed() if seed is None else seed) if ranks.world > 1 else seed), ranks.told():
         rows = row_count(data)
         recipe = objective.recipe(rows) if isinstance(objective, Recommending) else Recipe()
         if held_out is not None or patience is not None:
@@ -140,7 +148,7 @@ def fit(
         batch_size = batch_size or recipe.batch_size
         about = {"data": data, "validation": held_out, "batch_size": batch_size, "seed": seed}
         file = Checkpoint(checkpoint, lambda: settings(objective) | {k: described(v) for k, v in about.items()}, resume)
-        saved = file.load()
+        saved = ranks.agreed(file.load() if ranks.first else None)
         if isinstance(held_out, float):
             data, held_out = held_out_split(data, held_out)
         batches = Batches(data, batch_size, device_of(objective))
@@ -156,16 +164,16 @@ def fit(
         ):
             stages = Stages(history=history, limits=limits, bar=bar, checkpoint=file)
             with _owned_parameters(
-                objective, batches, lambda: _prepare(objective, batches, stages, saved)
+                objective, batches, lambda: _prepare(objective, batches, stages, saved, ranks)
             ) as parameters:
                 players: Players
                 if isinstance(objective, Alternating):
-                    players = TwoPlayers(objective, batches, held_out, optimizer, lr, limits.max_steps)
+                    players = TwoPlayers(objective, batches, held_out, optimizer, lr, limits.max_steps, ranks)
                 else:
-                    players = OnePlayer(objective, batches, held_out, optimizer, lr, recipe, parameters)
+                    players = OnePlayer(objective, batches, held_out, optimizer, lr, recipe, parameters, ranks)
                 judged = held_out is not None and not players.keeps_last
                 waits = Patience.of(patience or recipe.patience, players.every, judged)
-                return Loop(objective, parameters, players, batches, stages, held_out, waits).run(saved)
+                return Loop(objective, parameters, players, batches, stages, held_out, waits, ranks).run(saved)
 
 
 def _refuse_bad_numbers(counts: dict[str, Any], amounts: dict[str, Any], seed: Any) -> None:
@@ -254,11 +262,21 @@ def _limits(
     return clock
 
 
-def _prepare(objective: nn.Module, batches: Batches, stages: Stages, saved: dict[str, Any] | None) -> None:
-    """Let parts of the objective find their start, or take the structure of a saved state."""
+def _prepare(
+    objective: nn.Module, batches: Batches, stages: Stages, saved: dict[str, Any] | None, ranks: Ranks = ALONE
+) -> None:
+    """Let parts of the objective find their start, in the first rank, or take the structure of a saved state."""
     if saved is not None and "module" in saved:
         _take(objective, saved["module"], stages.checkpoint)
         return
+    if ranks.first:
+        _find_start(objective, batches, stages, saved)
+    found, stages.history.stages = ranks.agreed((objective.state_dict(), stages.history.stages))
+    if not ranks.first:
+        _take(objective, found, stages.checkpoint)
+
+
+def _find_start(objective: nn.Module, batches: Batches, stages: Stages, saved: dict[str, Any] | None) -> None:
     stages.ended = [] if saved is None else saved["stages"]
     stages.stream = stream = iter(batches)
     for module, changed in _parts(objective, lambda args: args, set()):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,12 +14,13 @@ from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.pace import show
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.train.batches import Batches, named_tensors, non_finite
-from pyro_dgm.train.descend import OPEN_STEPS, Stages, rate_at, round_length, set_rates
+from pyro_dgm.train.descend import OPEN_STEPS, Interruption, Stages, rate_at, round_length, set_rates
 from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.hooks import Convergent, Finishing
 from pyro_dgm.train.players import Players, finite_loss, loss_of, smoothed
+from pyro_dgm.train.ranks import ALONE, Ranks
 
-__all__ = ["Interruption", "Loop", "Patience"]
+__all__ = ["Loop", "Patience"]
 
 # Not measured; chosen by hand.
 _LARGEST_ERROR = 0.05  # nats, of a smoothed loss that may stop a fit; subsampled data or a poor fit have more
@@ -85,8 +84,10 @@ class Loop:
         stages: Stages,
         validation: tuple[Any, ...] | None,
         patience: Patience | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.objective = objective
+        self.ranks = ranks
         self.players = players
         self.batches = batches
         self.stream = iter(batches)
@@ -123,8 +124,11 @@ class Loop:
         return self.history
 
     def _begin(self) -> None:
-        """Let the schedule go over the time that is left."""
+        """Let the schedule go over the time that is left, and the ranks go on from the first one's state."""
         limits = self.limits
+        self.ranks.take_first(self.tensors)
+        self.ranks.other_numbers()
+        self.batches.agreed = self.ranks.agreed
         if limits.left() <= 0.0:
             warn_user(
                 f"fit: max_seconds={limits.max_seconds:g} was used up before the first step (after {limits.seconds():.1f} s: "
@@ -176,8 +180,19 @@ class Loop:
         for optimizer, peaks in zip(self.players.optimizers, self.peaks, strict=True):
             set_rates(optimizer, peaks, factor)
         loss, taken = self.players.step(self.stream, self.history)
-        self._record(loss, self.peaks[-1][0] * factor, taken)
+        self._record(self._agree(loss), self.peaks[-1][0] * factor, taken)
         self.whole = True
+
+    def _agree(self, loss: float) -> float:
+        """The mean loss over ranks; they agree on seconds and interruptions, too."""
+        ranks = self.ranks
+        if ranks.world == 1:
+            return loss
+        self.limits.shown = None
+        own = [loss, float(self.interruption.asked), self.limits.seconds() if ranks.first else 0.0]
+        total, asked, self.limits.shown = ranks.sums(own, self.tensors[0])
+        self.interruption.asked = asked > 0.0
+        return total / ranks.world
 
     def _progress(self) -> float:
         if not self.limits.open:
@@ -249,7 +264,7 @@ class Loop:
         """Whether the objective says of its parameters, as they are, that more training would change nothing."""
         if not isinstance(self.objective, Convergent) or not self.limits.open or self.batches.epoch:
             return False
-        return self.objective.converged(*self.batches.example())
+        return self.ranks.agreed(self.ranks.first and self.objective.converged(*self.batches.example()))
 
     def _out_of_patience(self) -> bool:
         standing = self.standing
@@ -318,6 +333,7 @@ class Loop:
             for module in self.objective.modules():
                 if isinstance(module, Finishing):
                     module.finish(*self.batches.example())
+            self.ranks.take_first(self.tensors)
         except KeyboardInterrupt:
             self.history.stopped = "interrupted"
         finally:
@@ -341,11 +357,12 @@ class Loop:
         }
         state["module"] = self.objective.state_dict()
         state["optimizers"] = [o.state_dict() for o in self.players.optimizers]
-        state["stream"] = self.stream.state()
+        state["stream"] = self.ranks.each(self.stream.state())
         state["standing"] = vars(self.standing)
         state["history"] = vars(self.history) | {"seconds": self.history.seconds + self.limits.seconds()}
         state["setting"] = self._setting()
-        self.checkpoint.save(state)
+        if self.ranks.first:
+            self.checkpoint.save(state)
         self.saved_at = self.limits.seconds()
 
     def _setting(self) -> dict[str, Any]:
@@ -354,6 +371,7 @@ class Loop:
             "tensors": [list(t.shape) for t in self.tensors],
             "optimizers": [type(o).__name__ for o in self.players.optimizers],
             "learning rates": self.peaks,
+            "processes": self.ranks.world,
         }
 
     def _resume(self, saved: dict[str, Any]) -> None:
@@ -365,33 +383,7 @@ class Loop:
         vars(self.history).update(vars(History.resumed(saved["history"])))
         self.standing = Standing(**saved["standing"])
         self.best = saved["best"]
-        self.stream.resume(saved["stream"])
-
-
-class Interruption:
-    """Within the context the first Ctrl-C only says that it was asked for one, so that no step is left half done.
-
-    A second one is raised at once. Elsewhere than in the main thread, or where Ctrl-C means something of the user's own,
-    nothing is changed.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: Any = None
-
-    def __enter__(self) -> None:
-        ours = threading.current_thread() is threading.main_thread()
-        if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self.before = signal.signal(signal.SIGINT, self._note)
-
-    def __exit__(self, *error: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+        self.stream.resume(saved["stream"][self.ranks.rank])
 
 
 def _largest(args: tuple[Any, ...]) -> float:

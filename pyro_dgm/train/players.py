@@ -23,6 +23,7 @@ from pyro_dgm.train.batches import Batches, BatchStream, first_rows, row_count
 from pyro_dgm.train.descend import adam, take_step
 from pyro_dgm.train.history import History
 from pyro_dgm.train.hooks import Alternating, Paced, Recipe
+from pyro_dgm.train.ranks import ALONE, Ranks
 
 __all__ = [
     "Average",
@@ -132,14 +133,18 @@ class OnePlayer:
         lr: float | None,
         recipe: Recipe,
         parameters: list[Tensor],
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         groups = parameters if lr else by_rate(objective, parameters, recipe.lr)
         made = optimizer(parameters) if optimizer else adam(groups, lr or recipe.lr, recipe.weight_decay)
         self.objective = objective
         self.parameters = parameters
         self.optimizers = [made]
         self.average = Average(parameters, recipe.averaging)
-        self.validation = validation
+        self.validation: Any = None
+        if validation is not None:
+            self.validation, self.weight = ranks.share(validation)
         usual = batches.epoch * -(-_SHORTEST // batches.epoch) if batches.epoch else _WINDOW
         self.every = recipe.every or usual
         self.draws: int | None = None  # of the held-out loss; found at the first check
@@ -147,9 +152,9 @@ class OnePlayer:
 
     def step(self, stream: BatchStream, history: History) -> tuple[float, bool]:
         """The loss, and whether a step was taken."""
-        self.batch = next(stream)
-        loss = loss_of(self.objective, self.batch)
-        taken = take_step(self.optimizers[0], loss, _CLIP, self.parameters)
+        self.batch, weight = self.ranks.share(next(stream))
+        loss = _times(weight, loss_of(self.objective, self.batch))
+        taken = take_step(self.optimizers[0], loss, _CLIP, self.parameters, self.ranks)
         if taken:
             self.average.update()
         return float(loss.detach()), taken
@@ -161,10 +166,15 @@ class OnePlayer:
         """
         if self.validation is None:
             own = finite_loss(self.objective, self.batch)
+            own = self._mean(own)
             return smoothed(history) if math.isfinite(own) else (own, 0.0)
-        loss = self._held_out_loss()
+        loss = self._mean(self.weight * self._held_out_loss())
         history.validation.append((history.steps, loss))
         return loss, 0.0
+
+    def _mean(self, value: float) -> float:
+        """Over ranks."""
+        return self.ranks.sums([value], self.parameters[0])[0] / self.ranks.world
 
     def _held_out_loss(self) -> float:
         """With the same random numbers at each check: one draw where they do not matter, otherwise the mean of enough."""
@@ -199,7 +209,9 @@ class TwoPlayers:
         optimizer: MakeOptimizer | None,
         lr: float | None,
         max_steps: int | None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         rates = objective.rates if lr is None else (lr, lr * objective.rates[1] / objective.rates[0])
         self.objective = objective
         self.owned: list[list[Tensor]] = [
@@ -218,10 +230,10 @@ class TwoPlayers:
         """The generator's loss, and whether all steps were taken."""
         taken = True
         for _ in range(self.objective.critic_steps):
-            batch = next(stream)
+            batch, weight = self.ranks.share(next(stream))
             critic_loss, accuracy = self.objective.critic_loss(*batch)
-            taken = self._update(0, critic_loss) and taken
-        loss = self.objective.generator_loss(*batch)
+            taken = self._update(0, _times(weight, critic_loss)) and taken
+        loss = _times(weight, self.objective.generator_loss(*batch))
         taken = self._update(1, loss) and taken
         if taken:
             self.average.update()
@@ -231,7 +243,7 @@ class TwoPlayers:
         return float(loss.detach()), taken
 
     def _update(self, player: int, loss: Tensor) -> bool:
-        return take_step(self.optimizers[player], loss, math.inf, self.owned[player])
+        return take_step(self.optimizers[player], loss, math.inf, self.owned[player], self.ranks)
 
     def check(self, history: History, progress: float) -> tuple[float, float]:
         """The energy distance of the generator's draws to held-out rows; in the second half a low coverage is told."""
@@ -240,7 +252,7 @@ class TwoPlayers:
         history.quality.append((history.steps, energy, coverage))
         if coverage < _COLLAPSED and progress > 0.49 and not self.warned:
             self._warn(history.steps, coverage)
-        return energy, 0.0
+        return self.ranks.agreed(energy), 0.0
 
     def _warn(self, step: int, coverage: float) -> None:
         self.warned = True
@@ -285,6 +297,10 @@ def loss_of(objective: nn.Module, batch: tuple[Any, ...]) -> Tensor:
         return objective(*batch)
     except (torch.linalg.LinAlgError, ArithmeticError):
         return torch.tensor(math.nan)
+
+
+def _times(weight: float, loss: Tensor) -> Tensor:
+    return loss if weight == 1.0 else weight * loss
 
 
 @torch.no_grad()
