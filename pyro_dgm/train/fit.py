@@ -152,6 +152,7 @@ def fit(
         if isinstance(held_out, float):
             data, held_out = held_out_split(data, held_out)
         batches = Batches(data, batch_size, device_of(objective))
+        ranks.divides = batches.epoch is not None and batches.loader is None
         history = History(held_out=_told(held_out, rows, about["validation"]))
         held_out = to_device(held_out, batches.device)
         limits = _limits(objective, batches, recipe, max_steps, max_epochs, clock)

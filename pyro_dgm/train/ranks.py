@@ -34,11 +34,13 @@ class Ranks:
 
     Args:
         rank, world: which process this is, and how many there are.
+        divides: whether a batch is the same in all of them, and divided; otherwise each has its own.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, rank: int = 0, world: int = 1, divides: bool = True) -> None:
         self.rank = rank
         self.world = world
+        self.divides = divides
 
     @property
     def first(self) -> bool:
@@ -47,7 +49,7 @@ class Ranks:
 
     def share(self, batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], float]:
         """This rank's rows of a batch, and the weight of their loss; the whole of one with too few rows, or without rows."""
-        rows = None if self.world == 1 else row_count(batch)
+        rows = row_count(batch) if self.divides and self.world > 1 else None
         if rows is None or rows < self.world:
             return batch, 1.0
         index = torch.arange(self.rank, rows, self.world)
@@ -140,7 +142,7 @@ def ranks_for(strategy: str, device: torch.device | None) -> Ranks:
     if strategy not in ("auto", "ddp", "alone"):
         raise ValueError(f"fit: strategy={strategy!r}, expected 'auto', 'ddp' or 'alone'.")
     if strategy == "alone" or not together.is_available():
-        return ALONE
+        return Ranks()
     if together.is_torchelastic_launched() and not together.is_initialized():
         together.init_process_group("nccl" if device is not None and device.type == "cuda" else "gloo")
         atexit.register(_part)
@@ -151,7 +153,7 @@ def ranks_for(strategy: str, device: torch.device | None) -> Ranks:
             "fit: strategy='ddp', but this process was started alone. Start the script by torchrun --nproc-per-node=2 "
             "script.py, or call torch.distributed.init_process_group first."
         )
-    return ALONE
+    return Ranks()
 
 
 def _part() -> None:
