@@ -191,7 +191,7 @@ def concentrations(k_a, k_m, v_m, count):
 
 
 def doses(rng, count=20):
-    level = concentrations(*torch.tensor([0.75, 0.25, 1.0]), count)
+    level = concentrations(*torch.tensor([0.75, 1.0, 3.0]), count)
     return tensors(c=level.numpy() * np.exp(0.1 * rng.normal(size=count)))
 
 
@@ -241,5 +241,6 @@ OF_THE_FOLDER = {
     "mesquite-logmesquite_logvash": (logmesquite_logvash, mesquite, "mesquite-logmesquite"),
 }
 
-# Judged by the logarithms of their latents: the likelihood stays above zero along K_m ~ V_m, so that K_m has no variance.
-IN_LOGS = ("one_comp_mm_elim_abs-one_comp_mm_elim_abs",)
+# Latents that are judged by their logarithms: the likelihood stays above zero along K_m ~ V_m and along long scales, so that
+# these have no variance.
+IN_LOGS = ("K_m", "V_m", "sdgp", "lscale", "sdgp_sigma", "lscale_sigma")

@@ -37,10 +37,9 @@ class Posterior:
     ref_mean: np.ndarray
     ref_sd: np.ndarray
     logZ: float
-    unit: object
 
     def matrix(self, draws):
-        return self.unit(_hard_truth.flat({k: draws[k] for k, *_ in self.sites}))
+        return _hard_truth.judged({k: draws[k] for k, *_ in self.sites})
 
 
 def written(words):
@@ -55,33 +54,24 @@ def written(words):
 def posterior(name, model, data):
     guide = dgm.AutoFlow(model).setup(data)
     sites = [(k, v.shape) for k, v in guide.coordinates.latents.items()]
-    unit = np.log if name in _hard_models.IN_LOGS else np.asarray
-    truth = known_truth(name, model, data, unit)
-    return Posterior(
-        model,
-        data,
-        sites,
-        guide.latent_dim,
-        np.array(truth["mean"]),
-        np.array(truth["sd"]),
-        truth["log_evidence"],
-        unit,
-    )
+    truth = known_truth(name, model, data)
+    mean, sd = np.array(truth["mean"]), np.array(truth["sd"])
+    return Posterior(model, data, sites, guide.latent_dim, mean, sd, truth["log_evidence"])
 
 
-def known_truth(name, model, data, unit):
+def known_truth(name, model, data):
     """From the file of this version of models and references, or computed and written there."""
-    version = hashlib.sha256(
-        b"".join(pathlib.Path(m.__file__).read_bytes() for m in (_hard_models, _hard_truth))
-    ).hexdigest()
+    sources = [pathlib.Path(module.__file__).read_bytes() for module in (_hard_models, _hard_truth)]
+    version = hashlib.sha256(b"".join(sources)).hexdigest()
     kept = json.loads(CACHE.read_text()) if CACHE.exists() else {}
     kept = kept if kept.get("version") == version else {"version": version}
     if name not in kept:
         began = time.process_time()
-        kept[name] = {k: np.asarray(v).tolist() for k, v in asdict(_hard_truth.truth_of(model, data, unit)).items()}
+        truth = kept[name] = {k: np.asarray(v).tolist() for k, v in asdict(_hard_truth.truth_of(model, data)).items()}
         CACHE.write_text(json.dumps(kept))
-        print(f"reference of {name}: {kept[name]['source']}, means +- {kept[name]['error']:.3f} sd, evidence "
-              f"{kept[name]['log_evidence']:.3f} +- {kept[name]['evidence_error']:.3f}, {time.process_time() - began:.0f} CPU s", flush=True)  # fmt: skip
+        evidence = "unknown" if truth["log_evidence"] is None else f"{truth['log_evidence']:.3f}"
+        print(f"reference of {name}: {truth['source']}, means and log sds +- {truth['error']:.3f}, log evidence {evidence} "
+              f"+- {truth['evidence_error']:.3f}, {time.process_time() - began:.0f} CPU s", flush=True)  # fmt: skip
     return kept[name]
 
 

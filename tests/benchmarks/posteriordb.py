@@ -56,7 +56,7 @@ def judged(p, guide):
     return {
         **errors(p, draws),
         "khat": verdict.k,
-        "kl": p.logZ - verdict.elbo,
+        **({} if p.logZ is None else {"kl": p.logZ - verdict.elbo}),
         "ess": verdict.ess,
         "verdict": verdict.status,
     }
