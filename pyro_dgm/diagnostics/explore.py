@@ -59,7 +59,7 @@ _PATIENCE = 2  # looks
 _LEAST_SHARE = (
     0.1  # of a component in the jumps, as a part of an even one: one that is never proposed is never found again
 )
-_FINE = 0.9  # share of accepted jumps in a round, from which the guide is good enough as it is
+_FINE = 0.7  # share of accepted jumps in a round, from which the guide is good enough as it is
 _EASY, _SELDOM = 0.5, 4  # share of accepted jumps from which local moves are made in each fourth iteration alone
 _SPLIT_RHAT = 1.01  # Vehtari et al. (2021)
 

@@ -138,8 +138,9 @@ class KHat(Exploration):
     def statements(self) -> dict[str, Source]:
         """Where each statement can be taken from: means, sds, quantiles (5 to 95 %), tails (beyond 1 and 99 %), and the evidence.
 
-        "as drawn": from the draws as they are; "by weights": from those of :func:`resample`, and of the evidence with its
-        error; "a bound": the ELBO; "not known". Of globals alone, where elements of plates have weights of their own.
+        "as drawn": from the draws as they are, tails in this way alone; "by weights": from those of :func:`resample`, and of
+        the evidence with its error; "a bound": the ELBO; "not known". Of globals alone, where elements of plates have weights
+        of their own.
         """
         sizes = (self.correction, self.correction_sd, self.correction_quantiles, self.correction_ends)
         changes = dict(zip(_CHANGES, sizes, strict=True))
@@ -153,10 +154,14 @@ class KHat(Exploration):
 
     def _source(self, what: str, change: float) -> Source:
         """Of one statement: by weights where they are reliable, else by how near the draws are as a whole."""
+        if self.repairable and change < _CHANGES[what] and not self.moved:
+            return "as drawn"
+        if what == "tails":  # what lies beyond the draws no weight shows
+            return "not known"
         if self.repairable:
-            return "as drawn" if change < _CHANGES[what] and not self.moved else "by weights"
+            return "by weights"
         near = self.status in ("exact", "good") or (self.gap < _GAP and not self.moved and self.status == "usable")
-        return "as drawn" if near and (what != "tails" or self.k < self.threshold) else "not known"
+        return "as drawn" if near else "not known"
 
     def _stated(self) -> str:
         """The statements in words, where some can be made and others cannot, or not in the same way."""

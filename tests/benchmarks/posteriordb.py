@@ -56,7 +56,7 @@ def judged(p, guide):
     return {
         **errors(p, draws),
         "khat": verdict.k,
-        "kl": p.logZ - verdict.elbo,
+        **({} if p.logZ is None else {"kl": p.logZ - verdict.elbo}),
         "ess": verdict.ess,
         "verdict": verdict.status,
     }
@@ -95,7 +95,8 @@ def at_most(cpu_seconds):
         signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
-def row(p, name, method, seed, limit):
+def row(p, name, method, seed, limit, also=None):
+    """One fit and its scores; ``also(p, guide, scores)`` gives more of them."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     began = time.process_time()
@@ -109,6 +110,7 @@ def row(p, name, method, seed, limit):
             guide = (by_flow if method == "AutoFlow" else by_stock(STOCK[method]))(p.model, p.data, seed)
             result["seconds"] = time.process_time() - began
             result |= judged(p, guide)
+            result |= {} if also is None else also(p, guide, result | {"within": within(result)})
     except Exception as error:  # a row that fails is a result
         result |= {"error": f"{type(error).__name__}: {error}"[:200], "verdict": "failed"}
     return result | {"within": within(result)}
