@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
@@ -96,7 +96,8 @@ def fit(
             each few of them where an epoch has less than 25 steps. None with validation for 500 steps, and at least a
             quarter of the way to the limit.
         checkpoint: a file to save the state to, every few seconds. It belongs to one fit: data, seed, rates and settings
-            have to agree at a resume, limits may be longer. If it cannot be saved, a warning says so and training goes on.
+            have to agree at a resume, limits may be longer. A disk that cannot hold it is refused before anything is trained, and
+            a file that another fit saves to; if it cannot be saved later, a warning says so and training goes on.
         resume: continue from that file where it exists, on any device; on the CPU the result is the same as without a stop.
         progress: show a progress bar.
         seed: makes the fit reproducible, and leaves the global random state as it was. A module's first weights are drawn when it
@@ -108,6 +109,8 @@ def fit(
     Raises:
         ValueError: if the first loss is not finite, minibatch data hold NaN, or nothing is trainable; for a number that is no
             limit, rate or share; for a checkpoint that is damaged, or of another fit: it names what differs.
+        OSError: if the checkpoint's disk has no room for it, or nothing can be written there.
+        RuntimeError: if another fit saves to the checkpoint.
         FitDiverged: if the loss stays non-finite; the best parameters were restored.
 
     Example:
@@ -130,7 +133,7 @@ def fit(
     clock = Limits(None, max_seconds)
     data = data if isinstance(data, DataLoader) else as_args(data)
     held_out = _checked_validation(validation, data)
-    with seeded(seed):
+    with seeded(seed), ExitStack() as stack:
         rows = row_count(data)
         recipe = objective.recipe(rows) if isinstance(objective, Recommending) else Recipe()
         if held_out is not None or patience is not None:
@@ -140,7 +143,7 @@ def fit(
         batch_size = batch_size or recipe.batch_size
         about = {"data": data, "validation": held_out, "batch_size": batch_size, "seed": seed}
         file = Checkpoint(checkpoint, lambda: settings(objective) | {k: described(v) for k, v in about.items()}, resume)
-        saved = file.load()
+        saved = stack.enter_context(file.opened())
         if isinstance(held_out, float):
             data, held_out = held_out_split(data, held_out)
         batches = Batches(data, batch_size, device_of(objective))
@@ -256,6 +259,9 @@ def _limits(
 
 def _prepare(objective: nn.Module, batches: Batches, stages: Stages, saved: dict[str, Any] | None) -> None:
     """Let parts of the objective find their start, or take the structure of a saved state."""
+    stated = pyro.get_param_store().get_state()["params"].values()
+    trained = {t.data_ptr(): t for t in (*objective.state_dict().values(), *stated) if isinstance(t, Tensor)}
+    stages.checkpoint.refuse_no_room([*trained.values()])
     if saved is not None and "module" in saved:
         _take(objective, saved["module"], stages.checkpoint)
         return
