@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from pyro_dgm.core.data import take_units
-from pyro_dgm.core.devices import device_of, fork_rng, seeded, to_device
+from pyro_dgm.core.devices import device_of, fork_rng, one_at_a_time, seeded, to_device
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import DistributionModule
 from pyro_dgm.core.pace import UNCOUNTED, few_threads, within, working
@@ -42,6 +42,7 @@ _STEPS_OF_TWO = 4_000  # without a limit: a few thousand are usual (docs/gan.md)
     {"objective": _ADVICE},
     only=("objective", "optimizer", "resume", "progress"),
 )
+@one_at_a_time
 def fit(
     objective: nn.Module,
     data: Any = (),
