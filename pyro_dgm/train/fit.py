@@ -40,7 +40,7 @@ _STEPS_OF_TWO = 4_000  # without a limit: a few thousand are usual (docs/gan.md)
 
 @checked(
     {"objective": _ADVICE},
-    only=("objective", "optimizer", "resume", "progress"),
+    only=("objective", "optimizer", "resume", "progress", "on_check"),
 )
 @one_at_a_time
 def fit(
@@ -59,6 +59,7 @@ def fit(
     resume: bool = True,
     progress: bool = True,
     seed: int | None = None,
+    on_check: Callable[[History], object] | None = None,
 ) -> History:
     """Minimise ``objective(*batch)`` over all its parameters, and keep the best ones.
 
@@ -66,9 +67,10 @@ def fit(
     training goes in rounds of 300, 600 and 1,200 steps, each with a cosine schedule, until a round brings nothing, or a posterior
     is right by the weights of its draws (it may be so from the start); with
     ``max_steps``, ``max_epochs`` or ``max_seconds`` it is one such round. Gradients are clipped to norm 10. A
-    non-finite step is left out; 20 in a row end the fit. Parameters of ``pyro.param`` and ``pyro.module`` statements
-    are trained too and stand in the param store afterwards. An :class:`~pyro_dgm.Adversarial` objective has two players:
-    two optimisers, one round of 4,000 steps unless limited, the last averaged weights kept, no clipping.
+    non-finite step is left out; after 20 in a row training goes on from the best parameters at half the rate, with a warning,
+    three times at most. Parameters of ``pyro.param`` and ``pyro.module`` statements are trained too and stand in the param
+    store afterwards. An :class:`~pyro_dgm.Adversarial` objective has two players: two optimisers, one round of 4,000 steps
+    unless limited, the last averaged weights kept, no clipping.
     A cheaper training that comes first (flow matching, distillation) is a stage: it stands in ``History.stages``, takes at
     most half of the seconds that are left, moves the bar, and is not repeated after a resume.
 
@@ -103,6 +105,8 @@ def fit(
         progress: show a progress bar.
         seed: makes the fit reproducible, and leaves the global random state as it was. A module's first weights are drawn when it
             is built: call ``torch.manual_seed`` before that.
+        on_check: called with the history so far after each check, to log it or to copy the checkpoint; what it draws at random
+            changes no step.
 
     Returns:
         The losses, rates and skipped steps, and why the fit ended.
@@ -136,9 +140,7 @@ def fit(
     held_out = _checked_validation(validation, data)
     with seeded(seed), ExitStack() as stack:
         rows = row_count(data)
-        recipe = objective.recipe(rows) if isinstance(objective, Recommending) else Recipe()
-        if held_out is not None or patience is not None:
-            recipe = replace(recipe, every=None)  # checks are what the user counts, or of rows that may be very many
+        recipe = _recipe(objective, rows, held_out is not None or patience is not None)
         held_out = recipe.validation if held_out is None else held_out
         held_out = None if isinstance(held_out, float) and not held_out else held_out
         batch_size = batch_size or recipe.batch_size
@@ -169,7 +171,13 @@ def fit(
                     players = OnePlayer(objective, batches, held_out, optimizer, lr, recipe, parameters)
                 judged = held_out is not None and not players.keeps_last
                 waits = Patience.of(patience or recipe.patience, players.every, judged)
-                return Loop(objective, parameters, players, batches, stages, held_out, waits).run(saved)
+                return Loop(objective, parameters, players, batches, stages, held_out, waits, on_check).run(saved)
+
+
+def _recipe(objective: nn.Module, rows: int | None, counted: bool) -> Recipe:
+    """The objective's; where the user counts checks, or gives rows that may be very many, they are as far apart as usual."""
+    recipe = objective.recipe(rows) if isinstance(objective, Recommending) else Recipe()
+    return replace(recipe, every=None) if counted else recipe
 
 
 def _refuse_bad_numbers(counts: dict[str, Any], amounts: dict[str, Any], seed: Any) -> None:

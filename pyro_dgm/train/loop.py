@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.core.pace import show
+from pyro_dgm.core.pace import Interruption, show
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.train.batches import Batches, named_tensors, non_finite
 from pyro_dgm.train.descend import OPEN_STEPS, Stages, rate_at, round_length, set_rates
@@ -21,12 +20,13 @@ from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.hooks import Convergent, Finishing
 from pyro_dgm.train.players import Players, finite_loss, loss_of, smoothed
 
-__all__ = ["Interruption", "Loop", "Patience"]
+__all__ = ["Loop", "Patience"]
 
 # Not measured; chosen by hand.
 _LARGEST_ERROR = 0.05  # nats, of a smoothed loss that may stop a fit; subsampled data or a poor fit have more
 _LEAST_GAIN = 1e-2  # nats that a round has to bring
-_MAX_SKIPPED = 20  # consecutive non-finite steps before a fit gives up
+_MAX_SKIPPED = 20  # consecutive non-finite steps before a fit goes back to the best state
+_MOST_HALVED = 3  # times that it does so, at half the rate each time, before it gives up
 _SAVE_EVERY = 5.0  # seconds
 _PATIENCE = (
     500,
@@ -58,6 +58,7 @@ class Standing:
         stale: checks in a row without improvement.
         stale_from: share of the whole way at the last improvement.
         lost: steps in a row that were not finite.
+        halved: times that the rate was halved.
         checked_at: the step of the last check.
         lowest: the lowest score of all checks; the state that is kept may be a later one, within the noise.
     """
@@ -69,6 +70,7 @@ class Standing:
     stale: int = 0
     stale_from: float = 0.0
     lost: int = 0
+    halved: int = 0
     checked_at: int = 0
     lowest: float = math.inf
 
@@ -85,6 +87,7 @@ class Loop:
         stages: Stages,
         validation: tuple[Any, ...] | None,
         patience: Patience | None,
+        on_check: Callable[[History], object] | None = None,
     ) -> None:
         self.objective = objective
         self.players = players
@@ -96,6 +99,7 @@ class Loop:
         self.checkpoint = stages.checkpoint
         self.validation = validation
         self.patience = patience
+        self.on_check = on_check
         self.peaks = [[group["lr"] for group in o.param_groups] for o in players.optimizers]
         self.tensors = list(dict.fromkeys([*parameters, *objective.buffers()]))
         self.standing = Standing()
@@ -165,14 +169,14 @@ class Loop:
             with pyro.validation_enabled(epoch_one and __debug__):
                 self._step()
             if self.standing.lost >= _MAX_SKIPPED:
-                self._diverged()
+                self._recover()
             if self.history.steps % self.players.every == 0:
                 self._check()
 
     def _step(self) -> None:
         self.whole = False
         step = self.history.steps - self.standing.round_began
-        factor = rate_at(step, self._progress(), self.standing.round)
+        factor = rate_at(step, self._progress(), self.standing.round) * 0.5**self.standing.halved
         for optimizer, peaks in zip(self.players.optimizers, self.peaks, strict=True):
             set_rates(optimizer, peaks, factor)
         loss, taken = self.players.step(self.stream, self.history)
@@ -225,6 +229,9 @@ class Loop:
                 standing.lowest = min(standing.lowest, score)
         if self.limits.seconds() - self.saved_at > _SAVE_EVERY:
             self._save()
+        if self.on_check is not None:
+            with fork_rng():  # what it draws changes no step
+                self.on_check(history)
 
     def _keep(self, score: float) -> None:
         self.history.best_step = self.history.steps
@@ -275,6 +282,23 @@ class Loop:
         standing.round += 1
         standing.round_began = self.history.steps
         self.bar.total = self.history.steps + (0 if self.history.stopped else round_length(standing.round) or 0)
+
+    def _recover(self) -> None:
+        """Go back to the best state at half the rate; a few times, then give up."""
+        standing = self.standing
+        if standing.halved >= _MOST_HALVED:
+            self._diverged()
+        standing.halved += 1
+        warn_user(
+            f"fit: loss or gradient was not finite for {standing.lost} steps up to step {self.history.steps}. Training goes on "
+            f"from the {self.players.kept.format(self.history.best_step)}, at half the rate ({standing.halved} of "
+            f"{_MOST_HALVED} times). Usual causes: a learning rate that is too large, unscaled data."
+        )
+        standing.lost = 0
+        self._restore(self.best)
+        self.players.average.begin_again()
+        for optimizer in self.players.optimizers:
+            optimizer.state.clear()
 
     def _diverged(self) -> None:
         history = self.history
@@ -366,32 +390,6 @@ class Loop:
         self.standing = Standing(**saved["standing"])
         self.best = saved["best"]
         self.stream.resume(saved["stream"])
-
-
-class Interruption:
-    """Within the context the first Ctrl-C only says that it was asked for one, so that no step is left half done.
-
-    A second one is raised at once. Elsewhere than in the main thread, or where Ctrl-C means something of the user's own,
-    nothing is changed.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: Any = None
-
-    def __enter__(self) -> None:
-        ours = threading.current_thread() is threading.main_thread()
-        if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self.before = signal.signal(signal.SIGINT, self._note)
-
-    def __exit__(self, *error: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 def _largest(args: tuple[Any, ...]) -> float:
