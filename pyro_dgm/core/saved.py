@@ -159,6 +159,8 @@ def _rebuilt(path: str | Path, saved: dict[str, Any], args: tuple[Any, ...], mod
     given = {} if model is None else {"model": model}
     try:
         module = _restored(saved["made"], given)
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"it names a {type(module).__name__}, no module")
     except _UnknownError as error:
         advice = ", or load(path, *args, model=model)" if "model" in str(error) else ""
         raise ValueError(
@@ -167,8 +169,9 @@ def _rebuilt(path: str | Path, saved: dict[str, Any], args: tuple[Any, ...], mod
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RecursionError) as error:
         raise ValueError(f"load: {path} does not say how to make a {saved['class']} ({error}). Use into=.") from error
-    if hasattr(module, "setup") and model is not None:
-        module.setup(*args)
+    setup: Any = getattr(module, "setup", None)
+    if setup is not None and model is not None:
+        setup(*args)
     return module
 
 

@@ -129,8 +129,14 @@ def test_a_stock_guide_is_loaded_into_another(tmp_path):
 
 def test_what_was_kept_of_a_constructor_is_in_no_ones_way():
     """Planted fault: a guide keeps its model, and can no longer be pickled."""
-    local = dgm.AutoFlow(lambda x=None: model(x)).setup()
-    assert pickle.loads(pickle.dumps(local)).latent_dim == 4
+
+    class Model(nn.Module):
+        def forward(self, x=None):
+            model(x)
+
+    for program in (lambda x=None: model(x), Model()):
+        local = dgm.AutoFlow(program).setup()
+        assert pickle.loads(pickle.dumps(local)).latent_dim == 4
     flow = dgm.NSF(2, transforms=1)
     assert flow.state_dict().keys() == dgm.NSF(2, transforms=1).state_dict().keys()
 
@@ -151,6 +157,9 @@ def file_of(path, made, state=None):
 @pytest.mark.parametrize("made", [
     {"module": ["os", "system"], "arguments": {"command": "touch evil"}},
     {"name": ["os", "system"]},
+    {"module": ["zipfile", "ZipFile"], "arguments": {"file": "evil", "mode": "w"}},
+    {"name": ["pyro_dgm.vae.likelihoods", "normal"]},
+    3.0,
     {"module": ["pyro_dgm.core.files", "save_state"], "arguments": {"what": "", "path": "evil", "state": {}}},
     {"module": ["pyro_dgm.core.files", "os"], "arguments": {}},
     {"module": ["pyro_dgm.flows.families", "MAF"], "arguments": {"event_shape": 2, "activation": {"name": ["os", "system"]}}},
