@@ -9,6 +9,8 @@ from pyro_dgm.core import (
     ImplicitDistribution,
     LearnedDistribution,
     Standardize,
+    load,
+    save,
 )
 from pyro_dgm.diagnostics import (
     KHat,
@@ -86,10 +88,12 @@ __all__ = [
     "from_pyro_mcmc",
     "from_svi",
     "khat",
+    "load",
     "loo",
     "neutra",
     "refine",
     "resample",
+    "save",
     "sbc",
     "rounds",
     "simulate",

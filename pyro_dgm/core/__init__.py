@@ -5,6 +5,7 @@ from pyro_dgm.core.devices import frozen
 from pyro_dgm.core.distribution import ImplicitDistribution, LearnedDistribution, NoDensityError
 from pyro_dgm.core.module import DistributionModule, compose
 from pyro_dgm.core.networks import MLP, ConvDecoder, ConvEncoder, broadcast_cat
+from pyro_dgm.core.saved import load, save
 from pyro_dgm.core.units import InputUnits, Standardize
 from pyro_dgm.core.upstream import zuko
 
@@ -22,5 +23,7 @@ __all__ = [
     "compose",
     "frozen",
     "broadcast_cat",
+    "load",
+    "save",
     "zuko",
 ]

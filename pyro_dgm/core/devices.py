@@ -1,22 +1,28 @@
-"""Tensors of a module: where they are, moved, frozen, compared; and the random numbers of the devices that they are on."""
+"""Tensors of a module: where they are, moved, frozen, compared; devices' random numbers, and whose turn it is to draw them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core.shapes import check_number
+from pyro_dgm.core.warn import warn_user
 
 __all__ = [
+    "acting_for_another",
     "as_array",
     "device_of",
     "fork_rng",
     "frozen",
+    "one_at_a_time",
     "put_random_states",
     "random_states",
     "same_bits",
@@ -24,6 +30,48 @@ __all__ = [
     "seeded",
     "to_device",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_TURNS: dict[int, Any] = {}  # by process: one that was forked has a lock of its own, whoever held its parent's
+_ACTS = threading.local()
+
+
+def one_at_a_time(function: F) -> F:
+    """Calls of all such functions wait for one another where they come from several threads; a warning says so.
+
+    Pyro's handlers, its param store and torch's random state belong to the process: two calls at once would write into each
+    other's. Within a thread calls may be nested.
+    """
+
+    @functools.wraps(function)
+    def waiting(*args: Any, **kwargs: Any) -> Any:
+        if getattr(_ACTS, "depth", 0):
+            return function(*args, **kwargs)
+        turn = _TURNS.setdefault(os.getpid(), threading.RLock())
+        if not turn.acquire(blocking=False):
+            warn_user(
+                f"{function.__name__}: another thread of this process is at work, and Pyro's handlers, its parameters and "
+                "torch's random state belong to the process: this call waits for it. Use processes for calls at the same time; "
+                "what another call waits for has to be made in its thread."
+            )
+            turn.acquire()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            turn.release()
+
+    return cast(F, waiting)
+
+
+@contextmanager
+def acting_for_another() -> Iterator[None]:
+    """Within the context this thread works for a caller whose turn it is, and which waits for it: it need not wait itself."""
+    _ACTS.depth = getattr(_ACTS, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _ACTS.depth -= 1
 
 
 def device_of(module: nn.Module) -> torch.device | None:

@@ -89,11 +89,28 @@ def checked(
                     parameter = signature.parameters[name]
                     bound.arguments[name] = _checked_one(who, parameter, kinds[name], value, bounds, advice or {})
             with plain_errors():
-                return function(*bound.args, **bound.kwargs)
+                made = function(*bound.args, **bound.kwargs)
+            if args and isinstance(args[0], nn.Module) and type(args[0]).__init__ is door:
+                parts = {*args[0].modules()}
+                vars(args[0])["_made_with"] = {k: _kept(v, parts) for k, v in [*bound.arguments.items()][1:]}
+            return made
 
         return typing.cast(F, door)
 
     return decorate
+
+
+def _kept(value: Any, parts: set[nn.Module]) -> Any:
+    """What a constructor was given, for :func:`~pyro_dgm.save`. Programs and modules that are no part of it are not kept (...):
+    a copy has to do without them."""
+    if isinstance(value, dict):
+        return {k: _kept(v, parts) for k, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_kept(v, parts) for v in value)
+    if isinstance(value, nn.Module):
+        return value if value in parts else ...
+    ours = str(getattr(value, "__module__", "")).startswith("pyro_dgm.")
+    return ... if callable(value) and not isinstance(value, type) and not ours else value
 
 
 def _owner(function: Callable[..., Any], self: Any) -> str:

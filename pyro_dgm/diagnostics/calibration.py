@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from typing_extensions import Unpack
 
+from pyro_dgm.core.devices import one_at_a_time
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.weights import arviz_major
 from pyro_dgm.diagnostics.containers import build, with_defaults
@@ -122,6 +123,7 @@ class Calibration:
 
 
 @checked(seed=0, num_simulations=1, num_draws=1)
+@one_at_a_time
 def sbc(model: Model | None, posterior: Any, *args: Any, **options: Unpack[ExperimentOptions]) -> Calibration:
     r"""Simulation-based calibration: ranks of every parameter, tested for uniformity by chi-square.
 
@@ -172,6 +174,7 @@ def sbc(model: Model | None, posterior: Any, *args: Any, **options: Unpack[Exper
 
 
 @checked(seed=0, num_simulations=1, num_draws=1)
+@one_at_a_time
 def coverage(model: Model | None, posterior: Any, *args: Any, **options: Unpack[ExperimentOptions]) -> Calibration:
     """Coverage of highest-density regions of the joint posterior: one number per simulation, whatever the dimension.
 
@@ -207,6 +210,7 @@ def coverage(model: Model | None, posterior: Any, *args: Any, **options: Unpack[
 
 
 @checked(seed=0, num_simulations=1, num_draws=1)
+@one_at_a_time
 def tarp(
     model: Model | None,
     posterior: Any,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyro_dgm.core.devices import one_at_a_time
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.core.weights import K_LIMIT, log_mean, psis, stratified
@@ -343,6 +344,7 @@ def _size_of(d2: float) -> str:
 
 
 @checked(seed=0, num_samples=1)
+@one_at_a_time
 def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = None) -> Any:
     r"""A container whose draws are picked in proportion to :math:`w = p(x, \theta) / q(\theta)`, Pareto-smoothed.
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.devices import one_at_a_time, seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.diagnostics.calibration import Calibration, sbc
 from pyro_dgm.evaluate.score import Score, as_rows
@@ -94,6 +94,7 @@ def _of(score: Score) -> str:
 
 
 @checked(num_draws=1, max_steps=1)
+@one_at_a_time
 def conditionals(
     generator: Callable[[int], Tensor] | Distribution,
     held_out: Tensor,

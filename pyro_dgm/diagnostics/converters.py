@@ -12,7 +12,7 @@ from pyro.infer.mcmc import MCMC, StreamingMCMC
 from torch import Tensor
 from typing_extensions import Unpack
 
-from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.devices import one_at_a_time, seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.diagnostics.containers import (
@@ -54,6 +54,7 @@ __all__ = [
 
 
 @checked(only=("options",), batch_size=1)
+@one_at_a_time
 def from_pyro_mcmc(mcmc: MCMC, *args: Any, **options: Unpack[ContainerOptions]) -> Any:
     """The chains of ``pyro.infer.MCMC`` as a container, with the groups of :func:`~pyro_dgm.from_svi`.
 
@@ -127,6 +128,7 @@ def _diverging(mcmc: MCMC, chains: int, draws: int) -> np.ndarray:
 
 
 @checked(batch_size=1, num_chains=1)
+@one_at_a_time
 def from_posterior_samples(
     model: Model,
     samples: dict[str, Any],
@@ -207,6 +209,7 @@ def groups_of_samples(
 
 
 @checked(batch_size=1, num_chains=1)
+@one_at_a_time
 def compute_log_likelihood(
     idata: Any, model: Model, *args: Any, extend: bool = True, **options: Unpack[RunOptions]
 ) -> Any:
@@ -239,6 +242,7 @@ def compute_log_likelihood(
 
 
 @checked(batch_size=1, num_chains=1)
+@one_at_a_time
 def compute_log_prior(idata: Any, model: Model, *args: Any, extend: bool = True, **options: Unpack[RunOptions]) -> Any:
     """Log prior density of every latent in a container, given the sites before it, in nats; ``az.psens`` reads it.
 
@@ -258,6 +262,7 @@ def compute_log_prior(idata: Any, model: Model, *args: Any, extend: bool = True,
 
 
 @checked(batch_size=1, num_chains=1)
+@one_at_a_time
 def sample_posterior_predictive(
     idata: Any,
     model: Model,

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from pyro_dgm.core import frozen, zuko
-from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.devices import one_at_a_time, seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import few_threads
 from pyro_dgm.core.weights import gumbels_like
@@ -102,6 +102,7 @@ class Explored:
 
 
 @checked(only=("num_samples", "num_chains", "rounds", "options"), num_samples=4, num_chains=4, rounds=0)
+@one_at_a_time
 def explore(
     model: Model,
     guide: AutoFlow,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_dgm.amortized.sets import Range
+from pyro_dgm.core.devices import one_at_a_time
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
 from pyro_dgm.core.warn import warn_user
@@ -69,6 +70,7 @@ class Misspecification:
 
 
 @checked()
+@one_at_a_time
 def misspecification(
     simulations: Mapping[str, Tensor],
     *,

@@ -25,7 +25,7 @@ from torch.distributions import Transform
 from typing_extensions import Unpack
 
 from pyro_dgm.core import frozen
-from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.devices import one_at_a_time, seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.core.pace import few_threads
@@ -210,6 +210,7 @@ def never_fitted(guide: Any) -> str:
     num_chains=1,
     batch_size=1,
 )
+@one_at_a_time
 def neutra(
     model: Model,
     guide: AutoContinuous,

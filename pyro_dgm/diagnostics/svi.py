@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from typing_extensions import Unpack
 
-from pyro_dgm.core.devices import seed_everywhere, seeded
+from pyro_dgm.core.devices import one_at_a_time, seed_everywhere, seeded
 from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.diagnostics.containers import CONTAINER, ContainerOptions, with_defaults
 from pyro_dgm.diagnostics.elements import groups_by_elements
@@ -48,6 +48,7 @@ _SAME = 1e-4  # nats by which a term differs between draws that share all it dep
 
 
 @checked(num_samples=1, num_chains=1, batch_size=1)
+@one_at_a_time
 def from_svi(
     model: Model,
     guide: Model,
@@ -120,6 +121,7 @@ def from_svi(
 
 
 @checked(only=("num_samples", "options"), num_samples=1, batch_size=1)
+@one_at_a_time
 def from_fits(
     guides: Sequence[Model],
     model: Model,

@@ -41,7 +41,7 @@ from typing_extensions import Unpack
 from pyro_dgm.amortized.guide import AmortizedGuide
 from pyro_dgm.amortized.posterior import ConditionedGuide
 from pyro_dgm.amortized.refine import Joint, picked, smoothed
-from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.devices import one_at_a_time, seeded
 from pyro_dgm.core.distribution import NoDensityError
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import few_threads
@@ -155,6 +155,7 @@ class _Found:
 
 
 @checked(num_samples=10)
+@one_at_a_time
 def workflow(
     guide: AmortizedGuide,
     data: Mapping[str, Any],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.devices import one_at_a_time, seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, check_batch, check_context, refuse_immoderate
 from pyro_dgm.core.weights import evidence_error, log_mean_exp, psis
@@ -75,6 +75,7 @@ class AIS(NamedTuple):
 
 @checked(num_samples=1, chunk=1)
 @torch.no_grad()
+@one_at_a_time
 def evidence_bound(
     vae: VAE,
     x: Tensor,
@@ -146,6 +147,7 @@ def _log_weights(
 
 
 @checked(num_steps=1, num_chains=1, leapfrog=1)
+@one_at_a_time
 def ais(
     vae: VAE | Generator,
     x: Tensor,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_dgm.core import DistributionModule
-from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.devices import one_at_a_time, seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import steps, working
 from pyro_dgm.core.warn import warn_user
@@ -54,6 +54,7 @@ class CorrectedDraws(NamedTuple):
 
 
 @checked()
+@one_at_a_time
 def refine(
     generator: DistributionModule,
     data: Tensor,

@@ -21,7 +21,7 @@ from pyro.distributions import Delta
 from pyro.util import get_rng_state, set_rng_state
 from torch import Size, Tensor
 
-from pyro_dgm.core.devices import fork_rng, seed_everywhere
+from pyro_dgm.core.devices import acting_for_another, fork_rng, seed_everywhere
 from pyro_dgm.core.pace import moved
 from pyro_dgm.model.handlers import Redraw
 from pyro_dgm.model.sites import is_drawn
@@ -39,7 +39,7 @@ __all__ = [
     "run_whole_job",
 ]
 
-_ONE_AT_A_TIME = threading.Lock()  # Pyro's handlers and torch's random state belong to the process, not to a thread
+_THREADS = threading.RLock()  # of an executor: they take turns. A model may simulate, too
 
 TOO_FEW = "too few simulations for a check"
 
@@ -146,7 +146,7 @@ class Blocks(Engine):
 
 def run_job(blocks: Blocks, start: int, stop: int, seed: int) -> Generator[Part]:
     """Simulations ``start`` to ``stop``, block by block; the process's random state is left as it was."""
-    with _ONE_AT_A_TIME, random_state(seed):
+    with _THREADS, acting_for_another(), random_state(seed):
         for first in range(start, stop, blocks.block):
             _set_state(seed, first)
             yield _block(blocks, first, min(blocks.block, stop - first), seed)

@@ -6,14 +6,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import shutil
-import socket
-import sys
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,20 +18,14 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
-from pyro_dgm.core.kinds import LARGEST
-
-if sys.platform != "win32":
-    import fcntl
+from pyro_dgm.core.files import PART, new_part, only_here, refuse_link, reserve, unwritten
 
 __all__ = ["Kind", "allocate", "begun", "larger", "locked", "mapped", "no_room"]
 
 Kind = tuple[Size, torch.dtype]
 
 _MANIFEST = "manifest.json"
-_PART = ".dgm-part"  # in the names of files that are not finished
-_CHUNK = 2**24  # bytes of zeros that are written at once
 _CLOSE = 1e-3  # of a standard deviation: proposals within it are the same. Not measured; chosen by hand
-_HELD: dict[tuple[int, Path], object] = {}  # process and folder; the system's locks do not tell threads apart
 
 
 # --- Who writes ---------------------------------------------------------------------------------------------------------
@@ -47,7 +36,7 @@ def locked(path: str | Path | None) -> Iterator[Path | None]:
     """The folder, made if need be, for this call alone. What a killed call left unfinished is removed.
 
     Raises:
-        ValueError: if the path is no folder.
+        ValueError: if the path is no folder, or a link.
         RuntimeError: if another call writes in it.
         OSError: if nothing can be written there.
     """
@@ -55,112 +44,21 @@ def locked(path: str | Path | None) -> Iterator[Path | None]:
         yield None
         return
     folder = _made(Path(path))
-    mine = object()
-    place = (os.getpid(), folder.resolve())
-    if _HELD.setdefault(place, mine) is not mine:
-        raise RuntimeError(_in_use(folder, f"another call of this process, {os.getpid()}"))
-    try:
-        with _lock(folder):
-            for stale in folder.glob(f"*{_PART}*"):
-                stale.unlink()
-            yield folder
-    finally:
-        del _HELD[place]
+    with only_here(f"simulate: {folder}", folder / "lock"):
+        for stale in folder.glob(f"*{PART}*"):
+            stale.unlink()
+        yield folder
 
 
 def _made(folder: Path) -> Path:
+    refuse_link("simulate: the folder", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"simulate: path={str(folder)!r} is, or goes through, a file; expected a folder.") from error
     except OSError as error:
-        raise _not_writable(folder, error) from error
+        raise unwritten(f"simulate: {folder}", folder, 0, error) from error
     return folder
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """A file with the process's number, and a lock on it that the system takes back when the process ends, however it ends."""
-    try:
-        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-    except OSError as error:
-        raise _not_writable(folder, error) from error
-    try:
-        _refuse_other_owner(folder, file)
-        _sign(folder, file)
-        try:
-            yield
-        finally:
-            os.ftruncate(file, 0)  # not removed: another process may have opened it
-    finally:
-        os.close(file)
-
-
-def _sign(folder: Path, file: int) -> None:
-    try:
-        os.ftruncate(file, 0)
-        os.lseek(file, 0, os.SEEK_SET)
-        os.write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-    except OSError as error:
-        raise _not_writable(folder, error) from error
-
-
-def _refuse_other_owner(folder: Path, file: int) -> None:
-    sure = _locked_by_the_system(folder, file)
-    owner = _owner(file)
-    if not owner:
-        return
-    here = owner.get("host") == socket.gethostname()
-    if not here or (not sure and _alive(owner.get("pid"))):
-        raise RuntimeError(_in_use(folder, f"process {owner.get('pid')} on {owner.get('host')}"))
-
-
-def _locked_by_the_system(folder: Path, file: int) -> bool:
-    """False where the file system knows no locks; then the process number must do."""
-    if sys.platform == "win32":
-        return False
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            owner = _owner(file)
-            who = f"process {owner.get('pid')} on {owner.get('host')}" if owner else "another process"
-            raise RuntimeError(_in_use(folder, who)) from None
-        return False
-    return True
-
-
-def _owner(file: int) -> dict[str, Any]:
-    os.lseek(file, 0, os.SEEK_SET)
-    text = os.read(file, 1_000)
-    try:
-        found = json.loads(text or b"{}")
-    except ValueError:  # killed while it was written
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _alive(pid: Any) -> bool:
-    if sys.platform == "win32" or not isinstance(pid, int):
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _in_use(folder: Path, who: str) -> str:
-    return (
-        f"simulate: {folder} is in use by {who}. Two calls cannot write in one folder: wait for the other to end, give each "
-        f"its own path, or, if that process is gone, delete {folder / 'lock'}."
-    )
-
-
-def _not_writable(folder: Path, error: OSError) -> OSError:
-    return OSError(error.errno, f"simulate: nothing can be written in {folder} ({error.strerror}). Give another path.")
 
 
 # --- What it was begun with ---------------------------------------------------------------------------------------------
@@ -176,6 +74,7 @@ def begun(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
         ValueError: if it was begun with something else, or if that cannot be known.
     """
     path = folder / _MANIFEST
+    refuse_link("simulate: the manifest", path)
     if not path.exists():
         if any(folder.glob("site-*.npy")) or (folder / "status.npy").exists():
             raise ValueError(f"simulate: {folder} holds arrays but no {_MANIFEST}. {_unknown(folder)}")
@@ -261,11 +160,11 @@ def allocate(folder: Path, arrays: Mapping[str, Kind], settings: Mapping[str, An
     parts: dict[str, Path] = {}
     try:
         for name, kind in arrays.items():
-            file, parts[f"{name}.npy"] = _part(folder, name)
+            file, parts[f"{name}.npy"] = new_part(folder / name)
             with file:
                 _fill(file, kind)
         if settings is not None:
-            file, parts[_MANIFEST] = _part(folder, _MANIFEST)
+            file, parts[_MANIFEST] = new_part(folder / _MANIFEST)
             with file:
                 file.write(json.dumps(settings, indent=1).encode())
     except OSError as error:
@@ -278,7 +177,7 @@ def allocate(folder: Path, arrays: Mapping[str, Kind], settings: Mapping[str, An
 
 def larger(folder: Path, name: str, old: Tensor, shape: Size) -> Tensor:
     """Another file in the place of an array's, with more room and the same values; a kill leaves one of them."""
-    wider = f"{name}-wider{_PART}"
+    wider = f"{name}-wider{PART}"
     allocate(folder, {wider: (shape, old.dtype)})
     new = mapped(folder, wider, (shape, old.dtype))
     new[tuple(slice(m) for m in old.shape)] = old
@@ -286,32 +185,12 @@ def larger(folder: Path, name: str, old: Tensor, shape: Size) -> Tensor:
     return new
 
 
-def _part(folder: Path, name: str) -> tuple[BinaryIO, Path]:
-    """A new file with a name of its own: neither another process's file nor the target of a link is overwritten."""
-    path = folder / f"{name}.{uuid.uuid4().hex}{_PART}"
-    return path.open("xb"), path
-
-
 def _fill(file: BinaryIO, kind: Kind) -> None:
     shape, dtype = kind
     described = {"descr": np.lib.format.dtype_to_descr(_numpy(dtype)), "fortran_order": False, "shape": tuple(shape)}
     np.lib.format.write_array_header_1_0(file, described)
     file.flush()
-    _reserve(file, file.tell(), _bytes(kind))
-
-
-def _reserve(file: BinaryIO, start: int, size: int) -> None:
-    if size > LARGEST:
-        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-    if hasattr(os, "posix_fallocate") and size:
-        try:
-            return os.posix_fallocate(file.fileno(), start, size)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-    for done in range(0, size, _CHUNK):
-        file.write(bytes(min(_CHUNK, size - done)))
-    file.flush()
+    reserve(file, file.tell(), _bytes(kind))
 
 
 def _bytes(kind: Kind) -> int:
@@ -329,12 +208,7 @@ def _numpy(dtype: torch.dtype) -> np.dtype:
 
 def no_room(folder: Path, needed: int, error: OSError) -> OSError:
     """The error of a write that failed."""
-    free = shutil.disk_usage(folder).free
-    return OSError(
-        error.errno,
-        f"simulate: {folder} needs {needed:,} bytes, and {free:,} are free there ({error.strerror}). Make "
-        "room, give a path on another disk, or draw fewer. What was drawn before is kept.",
-    )
+    return unwritten(f"simulate: {folder}", folder, needed, error, ", or draw fewer")
 
 
 def mapped(folder: Path, name: str, kind: Kind, *, sized: bool = False, private: bool = False) -> Tensor:
@@ -347,6 +221,8 @@ def mapped(folder: Path, name: str, kind: Kind, *, sized: bool = False, private:
         ValueError: if its file is missing, cut off, too long, or of another shape or dtype.
     """
     path = folder / f"{name}.npy"
+    if path.is_symlink():
+        raise _bad_file(path, "it is a link")
     try:
         header = _header(path)
     except Exception as error:  # numpy raises several kinds

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from pyro_dgm.amortized.forward_kl import ForwardKL
 from pyro_dgm.amortized.guide import AmortizedGuide
 from pyro_dgm.amortized.posterior import ConditionedGuide
-from pyro_dgm.core.devices import seeded
+from pyro_dgm.core.devices import one_at_a_time, seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.simulation.design import truncated
 from pyro_dgm.simulation.simulate import simulate
@@ -62,6 +62,7 @@ class Rounds:
 
 
 @checked(num_simulations=_LEAST, most=1)
+@one_at_a_time
 def rounds(
     guide: AmortizedGuide,
     data: Mapping[str, Any],

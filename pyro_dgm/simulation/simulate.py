@@ -7,7 +7,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_dgm.core.data import Fingerprints
+from pyro_dgm.core.devices import one_at_a_time
 from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.pace import few_threads, working
 from pyro_dgm.core.warn import plain, warn_user
@@ -35,6 +36,7 @@ __all__ = ["simulate"]
 _ATTEMPTS = 20  # runs until one does not fail; not measured, chosen by hand
 
 
+@one_at_a_time
 def simulate(
     model: Callable[..., Any], num_simulations: int, *args: Any, observed: Sequence[str] | str = (),
     seed: int | None = None, executor: Executor | None = None, batch_size: int | None = None, progress: bool = True,
@@ -349,6 +351,8 @@ def _parts(blocks: Blocks, jobs: list[tuple[int, int]], seed: int, executor: Exe
     finally:
         for future in futures:
             future.cancel()
+        if isinstance(executor, ThreadPoolExecutor):
+            wait(futures)  # threads cannot be stopped, and another call may begin now
 
 
 def _result(future: Any) -> list[Part]:

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
+from pyro_dgm.core.files import load_state, refuse_link, refuse_no_place, save_state
 from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.core.warn import plain_errors
 from pyro_dgm.simulation.blocks import Part
 from pyro_dgm.simulation.folder import Kind, allocate, larger, mapped, no_room
-from pyro_dgm.train.history import load_checkpoint, refuse_no_place, save_checkpoint
 
 __all__ = ["Simulations", "Store"]
 
@@ -162,12 +162,17 @@ class Simulations(Mapping[str, Tensor]):
 
     @checked()
     def save(self, path: str | Path) -> None:
-        """Write everything but the model's arguments to one file, whole or not at all."""
+        """Write everything but the model's arguments to one file, whole or not at all.
+
+        Raises:
+            ValueError: if the path is a folder, a link, or in a folder that is not there.
+            OSError: if nothing can be written there, or the disk is full; a file that was there stands.
+        """
         refuse_no_place("Simulations.save: the file", Path(path))
         state = {"values": {k: v.clone() for k, v in self._values.items()}, "mask": self.mask, "failed": self.failed}
         state |= {"observed": list(self.observed), "reasons": self.reasons, "seed": self.seed}
         state |= {"failed_latents": {k: v.clone() for k, v in self.failed_latents.items()}}
-        save_checkpoint(path, state | {"acceptance": self.acceptance})
+        save_state("Simulations.save: the file", path, state | {"acceptance": self.acceptance})
 
     @classmethod
     @checked()
@@ -179,7 +184,7 @@ class Simulations(Mapping[str, Tensor]):
             ValueError: if it is damaged, or holds something else.
         """
         try:
-            state = load_checkpoint(path)
+            state = load_state(path)
         except Exception as error:  # torch raises a dozen kinds
             raise ValueError(
                 f"Simulations.load: {path} cannot be read ({type(error).__name__}). It is cut off or damaged, or another kind "
@@ -284,6 +289,8 @@ class Store:
     def _known_faults(self) -> dict[int, str]:
         """Why simulations were left out; lines that a kill cut off say nothing."""
         path = self.folder and self.folder / _FAULTS
+        if path:
+            refuse_link("simulate: the file", path)
         text = path.read_text(encoding="utf-8", errors="replace") if path and path.exists() else ""
         if path and text and not text.endswith("\n"):
             with path.open("a") as file:  # the next line must not go on with this one

@@ -8,8 +8,6 @@ With a limit there is one round of that length.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -28,7 +26,6 @@ from pyro_dgm.train.ranks import ALONE, Ranks
 
 __all__ = [
     "OPEN_STEPS",
-    "Interruption",
     "Limits",
     "Schedule",
     "Stages",
@@ -103,32 +100,6 @@ class Limits:
     def seconds(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self.began if self.shown is None else self.shown
-
-
-class Interruption:
-    """Within the context the first Ctrl-C only says that it was asked for one, so that no step is left half done.
-
-    A second one is raised at once. Elsewhere than in the main thread, or where Ctrl-C means something of the user's own,
-    nothing is changed.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: Any = None
-
-    def __enter__(self) -> None:
-        ours = threading.current_thread() is threading.main_thread()
-        if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self.before = signal.signal(signal.SIGINT, self._note)
-
-    def __exit__(self, *error: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 def round_length(index: int) -> int | None:

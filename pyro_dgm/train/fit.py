@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from pyro_dgm.core.data import take_units
-from pyro_dgm.core.devices import device_of, fork_rng, seeded, to_device
+from pyro_dgm.core.devices import device_of, one_at_a_time, seeded, to_device
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import DistributionModule
-from pyro_dgm.core.pace import UNCOUNTED, few_threads, within, working
+from pyro_dgm.core.pace import UNCOUNTED, few_threads, working
 from pyro_dgm.core.shapes import check_number
-from pyro_dgm.train.batches import Batches, ChangedBatches, as_args, described, held_out_split, largest_of, row_count
+from pyro_dgm.train.batches import Batches, as_args, described, held_out_split, largest_of, row_count
 from pyro_dgm.train.descend import Limits, Stages
 from pyro_dgm.train.history import Checkpoint, FitDiverged, History
-from pyro_dgm.train.hooks import Alternating, Preparing, Recipe, Recommending, Settling, Startable, settings
-from pyro_dgm.train.loop import Loop, Patience
+from pyro_dgm.train.hooks import Alternating, Recipe, Recommending, Settling, settings
+from pyro_dgm.train.loop import Loop
 from pyro_dgm.train.players import MakeOptimizer, OnePlayer, Players, TwoPlayers
-from pyro_dgm.train.ranks import ALONE, Ranks, ranks_for
+from pyro_dgm.train.preparing import owned_parameters, prepare
+from pyro_dgm.train.ranks import Ranks, ranks_for
+from pyro_dgm.train.standing import Patience
 
-__all__ = ["FitDiverged", "fit"]
+__all__ = ["Asked", "FitDiverged", "begun", "fit"]
 
-Changed = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 _MOST_SETTLING = 10.0  # seconds that are left for what settles
 _SEEDS = (-(2**63), 2**64 - 1)  # that torch takes
@@ -41,8 +41,9 @@ _STEPS_OF_TWO = 4_000  # without a limit: a few thousand are usual (docs/gan.md)
 
 @checked(
     {"objective": _ADVICE},
-    only=("objective", "optimizer", "resume", "progress"),
+    only=("objective", "optimizer", "resume", "progress", "on_check"),
 )
+@one_at_a_time
 def fit(
     objective: nn.Module,
     data: Any = (),
@@ -60,6 +61,7 @@ def fit(
     progress: bool = True,
     seed: int | None = None,
     strategy: str = "auto",
+    on_check: Callable[[History], object] | None = None,
 ) -> History:
     """Minimise ``objective(*batch)`` over all its parameters, and keep the best ones.
 
@@ -67,9 +69,10 @@ def fit(
     training goes in rounds of 300, 600 and 1,200 steps, each with a cosine schedule, until a round brings nothing, or a posterior
     is right by the weights of its draws (it may be so from the start); with
     ``max_steps``, ``max_epochs`` or ``max_seconds`` it is one such round. Gradients are clipped to norm 10. A
-    non-finite step is left out; 20 in a row end the fit. Parameters of ``pyro.param`` and ``pyro.module`` statements
-    are trained too and stand in the param store afterwards. An :class:`~pyro_dgm.Adversarial` objective has two players:
-    two optimisers, one round of 4,000 steps unless limited, the last averaged weights kept, no clipping.
+    non-finite step is left out; after 20 in a row training goes on from the best parameters at half the rate, with a warning,
+    three times at most. Parameters of ``pyro.param`` and ``pyro.module`` statements are trained too and stand in the param
+    store afterwards. An :class:`~pyro_dgm.Adversarial` objective has two players: two optimisers, one round of 4,000 steps
+    unless limited, the last averaged weights kept, no clipping.
     A cheaper training that comes first (flow matching, distillation) is a stage: it stands in ``History.stages``, takes at
     most half of the seconds that are left, moves the bar, and is not repeated after a resume.
 
@@ -98,7 +101,8 @@ def fit(
             each few of them where an epoch has less than 25 steps. None with validation for 500 steps, and at least a
             quarter of the way to the limit.
         checkpoint: a file to save the state to, every few seconds. It belongs to one fit: data, seed, rates and settings
-            have to agree at a resume, limits may be longer. If it cannot be saved, a warning says so and training goes on.
+            have to agree at a resume, limits may be longer. A disk that cannot hold it is refused before anything is trained, and
+            a file that another fit saves to; if it cannot be saved later, a warning says so and training goes on.
         resume: continue from that file where it exists, on any device; on the CPU the result is the same as without a stop.
         progress: show a progress bar.
         seed: makes the fit reproducible, and leaves the global random state as it was. A module's first weights are drawn when it
@@ -107,6 +111,8 @@ def fit(
             minibatch is divided among them, all take the same steps, and each has the trained objective at the end. "ddp"
             asks for it, "alone" is one process whatever there is. Every process is given the same data, or a loader of its own
             share; without minibatches they differ in their noise alone.
+        on_check: called with the history so far after each check, to log it or to copy the checkpoint; what it draws at random
+            changes no step.
 
     Returns:
         The losses, rates and skipped steps, and why the fit ended.
@@ -114,6 +120,8 @@ def fit(
     Raises:
         ValueError: if the first loss is not finite, minibatch data hold NaN, or nothing is trainable; for a number that is no
             limit, rate or share; for a checkpoint that is damaged, or of another fit: it names what differs.
+        OSError: if the checkpoint's disk has no room for it, or nothing can be written there.
+        RuntimeError: if another fit saves to the checkpoint.
         FitDiverged: if the loss stays non-finite; the best parameters were restored.
 
     Example:
@@ -129,62 +137,117 @@ def fit(
         >>> round(objective.w.item(), 2)
         2.0
     """
+    asked = Asked(
+        objective, data, optimizer, lr, max_steps, max_epochs, max_seconds, batch_size, validation, patience, checkpoint, resume,
+        progress, seed, strategy, on_check
+    )  # fmt: skip
+    with begun(asked) as (loop, saved):
+        return loop.run(saved)
+
+
+@dataclass
+class Asked:
+    """What :func:`fit` was asked for."""
+
+    objective: nn.Module
+    data: Any = ()
+    optimizer: MakeOptimizer | None = None
+    lr: float | None = None
+    max_steps: int | None = None
+    max_epochs: int | None = None
+    max_seconds: float | None = None
+    batch_size: int | None = None
+    validation: float | tuple[Any, ...] | None = None
+    patience: int | None = None
+    checkpoint: str | Path | None = None
+    resume: bool = True
+    progress: bool = True
+    seed: int | None = None
+    strategy: str = "auto"
+    on_check: Callable[[History], object] | None = None
+
+
+@contextmanager
+def begun(asked: Asked) -> Iterator[tuple[Loop, dict[str, Any] | None]]:
+    """The loop of a fit whose objective is prepared, and the state that it resumes from; within the context it may run."""
+    objective, data = asked.objective, asked.data
     _refuse_no_objective(objective, data)
-    _refuse_patience_of_two(objective, patience)
-    counts = {"max_steps": max_steps, "max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
-    _refuse_bad_numbers(counts, {"lr": lr, "max_seconds": max_seconds}, seed)
-    clock = Limits(None, max_seconds)
+    _refuse_patience_of_two(objective, asked.patience)
+    _refuse_bad_numbers(asked)
+    clock = Limits(None, asked.max_seconds)
     data = data if isinstance(data, DataLoader) else as_args(data)
-    held_out = _checked_validation(validation, data)
-    ranks = ranks_for(strategy, device_of(objective))
-    progress = progress and ranks.first
-    with seeded(ranks.agreed(torch.seed() if seed is None else seed) if ranks.world > 1 else seed), ranks.told():
+    held_out = _checked_validation(asked.validation, data)
+    ranks = ranks_for(asked.strategy, device_of(objective))
+    seed = ranks.agreed(torch.seed() if asked.seed is None else asked.seed) if ranks.world > 1 else asked.seed
+    with seeded(seed), ranks.told(), ExitStack() as stack:
         rows = row_count(data)
-        recipe = objective.recipe(rows) if isinstance(objective, Recommending) else Recipe()
-        if held_out is not None or patience is not None:
-            recipe = replace(recipe, every=None)  # checks are what the user counts, or of rows that may be very many
+        recipe = _recipe(objective, rows, held_out is not None or asked.patience is not None)
         held_out = recipe.validation if held_out is None else held_out
         held_out = None if isinstance(held_out, float) and not held_out else held_out
-        batch_size = batch_size or recipe.batch_size
-        about = {"data": data, "validation": held_out, "batch_size": batch_size, "seed": seed}
-        file = Checkpoint(checkpoint, lambda: settings(objective) | {k: described(v) for k, v in about.items()}, resume)
-        saved = ranks.agreed(file.load() if ranks.first else None)
+        batch_size = asked.batch_size or recipe.batch_size
+        about = {"data": data, "validation": held_out, "batch_size": batch_size, "seed": asked.seed}
+        file = Checkpoint(asked.checkpoint, partial(_described, objective, about), asked.resume)
+        saved = ranks.agreed(stack.enter_context(file.opened()) if ranks.first else None)
         if isinstance(held_out, float):
             data, held_out = held_out_split(data, held_out)
         batches = Batches(data, batch_size, device_of(objective))
         ranks.divides = batches.epoch is not None and batches.loader is None
         history = History(held_out=_told(held_out, rows, about["validation"]))
-        held_out = to_device(held_out, batches.device)
-        limits = _limits(objective, batches, recipe, max_steps, max_epochs, clock)
-        with (
-            tqdm(
-                desc="prepare", unit="step", bar_format=UNCOUNTED, disable=not progress, mininterval=0.5, miniters=1
-            ) as bar,
-            few_threads(largest_of(objective, batches)),
-            working(clock.left_of_all(), bar, history),
-        ):
-            stages = Stages(history=history, limits=limits, bar=bar, checkpoint=file)
-            with _owned_parameters(
-                objective, batches, lambda: _prepare(objective, batches, stages, saved, ranks)
-            ) as parameters:
-                players: Players
-                if isinstance(objective, Alternating):
-                    players = TwoPlayers(objective, batches, held_out, optimizer, lr, limits.max_steps, ranks)
-                else:
-                    players = OnePlayer(objective, batches, held_out, optimizer, lr, recipe, parameters, ranks)
-                judged = held_out is not None and not players.keeps_last
-                waits = Patience.of(patience or recipe.patience, players.every, judged)
-                return Loop(objective, parameters, players, batches, stages, held_out, waits, ranks).run(saved)
+        limits = _limits(objective, batches, recipe, asked.max_steps, asked.max_epochs, clock)
+        bar = stack.enter_context(_bar(asked.progress and ranks.first))
+        stack.enter_context(few_threads(largest_of(objective, batches)))
+        stack.enter_context(working(clock.left_of_all(), bar, history))
+        stages = Stages(history=history, limits=limits, bar=bar, checkpoint=file)
+        parameters = stack.enter_context(
+            owned_parameters(objective, batches, lambda: prepare(objective, batches, stages, saved, ranks))
+        )
+        yield _loop(asked, recipe, parameters, batches, stages, to_device(held_out, batches.device), ranks), saved
 
 
-def _refuse_bad_numbers(counts: dict[str, Any], amounts: dict[str, Any], seed: Any) -> None:
+def _described(objective: nn.Module, about: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint belongs to."""
+    return settings(objective) | {k: described(v) for k, v in about.items()}
+
+
+def _bar(shown: bool) -> Any:
+    return tqdm(desc="prepare", unit="step", bar_format=UNCOUNTED, disable=not shown, mininterval=0.5, miniters=1)
+
+
+def _loop(
+    asked: Asked,
+    recipe: Recipe,
+    parameters: list[Tensor],
+    batches: Batches,
+    stages: Stages,
+    held_out: Any,
+    ranks: Ranks,
+) -> Loop:
+    objective, optimizer, lr = asked.objective, asked.optimizer, asked.lr
+    players: Players
+    if isinstance(objective, Alternating):
+        players = TwoPlayers(objective, batches, held_out, optimizer, lr, stages.limits.max_steps, ranks)
+    else:
+        players = OnePlayer(objective, batches, held_out, optimizer, lr, recipe, parameters, ranks)
+    judged = held_out is not None and not players.keeps_last
+    waits = Patience.of(asked.patience or recipe.patience, players.every, judged)
+    return Loop(objective, parameters, players, batches, stages, held_out, waits, ranks, asked.on_check)
+
+
+def _recipe(objective: nn.Module, rows: int | None, counted: bool) -> Recipe:
+    """The objective's; where the user counts checks, or gives rows that may be very many, they are as far apart as usual."""
+    recipe = objective.recipe(rows) if isinstance(objective, Recommending) else Recipe()
+    return replace(recipe, every=None) if counted else recipe
+
+
+def _refuse_bad_numbers(asked: Asked) -> None:
     """Refuse numbers that would make a fit endless, empty or another one than was asked for."""
-    for name, value in counts.items():
-        if value is not None:
+    for name in ("max_steps", "max_epochs", "batch_size", "patience"):
+        if (value := getattr(asked, name)) is not None:
             check_number("fit", name, value, least=1, whole=True, advice="Leave it out for no limit of this kind.")
-    for name, value in amounts.items():
-        if value is not None:
+    for name in ("lr", "max_seconds"):
+        if (value := getattr(asked, name)) is not None:
             check_number("fit", name, value, above=0, advice="Leave it out for the usual.")
+    seed = asked.seed
     if seed is not None:
         check_number("fit", "seed", seed, least=_SEEDS[0], whole=True)
         if seed > _SEEDS[1]:
@@ -261,134 +324,3 @@ def _limits(
         shares = [part.settling for part in objective.modules() if isinstance(part, Settling)]
         clock.reserved = min(max(shares, default=0.0) * clock.max_seconds, _MOST_SETTLING)
     return clock
-
-
-def _prepare(
-    objective: nn.Module, batches: Batches, stages: Stages, saved: dict[str, Any] | None, ranks: Ranks = ALONE
-) -> None:
-    """Let parts of the objective find their start, in the first rank, or take the structure of a saved state."""
-    if saved is not None and "module" in saved:
-        _take(objective, saved["module"], stages.checkpoint)
-        return
-    if ranks.first:
-        _find_start(objective, batches, stages, saved)
-    found, stages.history.stages = ranks.agreed((objective.state_dict(), stages.history.stages))
-    if not ranks.first:
-        _take(objective, found, stages.checkpoint)
-
-
-def _find_start(objective: nn.Module, batches: Batches, stages: Stages, saved: dict[str, Any] | None) -> None:
-    stages.ended = [] if saved is None else saved["stages"]
-    stages.stream = stream = iter(batches)
-    for module, changed in _parts(objective, lambda args: args, set()):
-        if isinstance(module, Startable):
-            with within(stages.seconds()):
-                module.warm_start(*changed(batches.example()))
-        if isinstance(module, Preparing):
-            module.prepare(ChangedBatches(stream, changed), stages)
-
-
-def _parts(module: nn.Module, changed: Changed, known: set[nn.Module]) -> Iterator[tuple[nn.Module, Changed]]:
-    """All parts of an objective, each once, with what becomes of the data on their way to it."""
-    if module in known:
-        return
-    known.add(module)
-    yield module, changed
-    change = getattr(module, "changed_arguments", None)
-    inner = changed if change is None else lambda args: change(changed(args))
-    for child in module.children():
-        yield from _parts(child, inner, known)
-
-
-def _take(objective: nn.Module, state: dict[str, Tensor], file: Checkpoint) -> None:
-    try:
-        objective.load_state_dict(state)
-    except RuntimeError as error:
-        problem = (
-            f"is of another objective, whose tensors have other names or shapes ({str(error).splitlines()[-1].strip()})"
-        )
-        raise file.error(problem, "Give each fit a file of its own") from error
-
-
-@contextmanager
-def _owned_parameters(objective: nn.Module, batches: Batches, prepare: Callable[[], None]) -> Iterator[list[Tensor]]:
-    """Run the objective once, so that lazy parameters exist, prepare it, and yield all leaf tensors to train.
-
-    In this run parts that read data, such as a VAE's encoder, take their units from them.
-
-    They are the objective's own and those of ``pyro.param`` statements. The fit has a param store of its own, so that entries
-    left by an earlier guide of the same name cannot replace a module's parameters (pyro#1204, pyro#3094). Afterwards the
-    trained entries stand in the global store.
-    """
-    store = pyro.get_param_store()
-    outer = store.get_state()
-    with store.scope():
-        failed = _first_run(objective, batches)
-        _continue_from(outer, objective)
-        if failed is None:
-            prepare()
-        else:
-            _prepare_all_the_same(objective, batches, prepare, failed)
-        parameters: list[Tensor] = [p for p in objective.parameters() if p.requires_grad]
-        parameters += [p for p in store.get_state()["params"].values() if all(p is not q for q in parameters)]
-        if not parameters:
-            raise ValueError("fit: the objective has no trainable parameters. Pass model and guide as nn.Modules.")
-        try:
-            yield parameters
-        finally:
-            inner = store.get_state()
-    for key in ("params", "constraints"):
-        outer[key].update(inner[key])
-    store.set_state(outer)
-
-
-def _first_run(objective: nn.Module, batches: Batches) -> ValueError | None:
-    """Run the objective on an example; an error is given back where parts have yet to prepare themselves for the data."""
-    example = batches.example()
-    try:
-        with torch.no_grad(), fork_rng(), _misfits_told(len(example)):
-            take_units(objective, iter(batches), example)
-    except ValueError as error:
-        if not any(isinstance(module, Preparing) for module in objective.modules()):
-            raise
-        return error
-    return None
-
-
-def _prepare_all_the_same(
-    objective: nn.Module, batches: Batches, prepare: Callable[[], None], failed: ValueError
-) -> None:
-    """Prepare an objective that could not run in the data's own units, and run it again."""
-    try:
-        prepare()
-        with torch.no_grad(), fork_rng():
-            objective(*batches.example())
-    except FitDiverged:
-        raise
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise failed from error
-
-
-@contextmanager
-def _misfits_told(count: int) -> Iterator[None]:
-    """Say what is wrong where so many data are not the arguments that the objective takes."""
-    try:
-        yield
-    except TypeError as error:
-        if "positional argument" not in str(error):
-            raise
-        raise TypeError(
-            f"fit: the data are {count} arguments of the objective, which do not fit it ({error}). A list or tuple holds one "
-            "entry for each argument; rows in a list are one tensor: torch.stack(rows)."
-        ) from error
-
-
-def _continue_from(outer: dict[str, Any], objective: nn.Module) -> None:
-    """Take the values that free ``pyro.param`` statements had before; modules keep their own."""
-    own = {id(p) for p in objective.parameters()}
-    state = pyro.get_param_store().get_state()
-    for name, parameter in state["params"].items():
-        known = outer["params"].get(name)
-        if id(parameter) not in own and known is not None and known.shape == parameter.shape:
-            state["params"][name] = known
-    pyro.get_param_store().set_state(state)

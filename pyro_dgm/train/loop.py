@@ -3,73 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.core.pace import show
+from pyro_dgm.core.pace import Interruption, show
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.train.batches import Batches, named_tensors, non_finite
-from pyro_dgm.train.descend import OPEN_STEPS, Interruption, Stages, rate_at, round_length, set_rates
+from pyro_dgm.train.descend import OPEN_STEPS, Stages, rate_at, round_length, set_rates
 from pyro_dgm.train.history import FitDiverged, History
 from pyro_dgm.train.hooks import Convergent, Finishing
 from pyro_dgm.train.players import Players, finite_loss, loss_of, smoothed
 from pyro_dgm.train.ranks import ALONE, Ranks
+from pyro_dgm.train.standing import Patience, Standing
 
-__all__ = ["Loop", "Patience"]
+__all__ = ["Loop"]
 
 # Not measured; chosen by hand.
 _LARGEST_ERROR = 0.05  # nats, of a smoothed loss that may stop a fit; subsampled data or a poor fit have more
 _LEAST_GAIN = 1e-2  # nats that a round has to bring
-_MAX_SKIPPED = 20  # consecutive non-finite steps before a fit gives up
+_MAX_SKIPPED = 20  # consecutive non-finite steps before a fit goes back to the best state
+_MOST_HALVED = 3  # times that it does so, at half the rate each time, before it gives up
 _SAVE_EVERY = 5.0  # seconds
-_PATIENCE = (
-    500,
-    0.25,
-)  # steps without a lower held-out loss, and share of the whole way: a rate that falls brings gains late
-
-
-class Patience(NamedTuple):
-    """How long a fit goes on without improvement: so many checks, and so much of the whole way."""
-
-    checks: int
-    share: float
-
-    @classmethod
-    def of(cls, checks: int | None, every: int, held_out: bool) -> Patience | None:
-        """What was asked for; otherwise the usual where data are held out, and none where they are not."""
-        if checks is not None:
-            return cls(checks, 0.0)
-        return cls(-(-_PATIENCE[0] // every), _PATIENCE[1]) if held_out else None
-
-
-@dataclass
-class Standing:
-    """Where a loop stands, beside its history: its round, what the checks of that round found, and steps that were lost.
-
-    Attributes:
-        round, round_began: the round's index and first step.
-        round_best, previous_best: the lowest score in the round, and in the one before.
-        stale: checks in a row without improvement.
-        stale_from: share of the whole way at the last improvement.
-        lost: steps in a row that were not finite.
-        checked_at: the step of the last check.
-        lowest: the lowest score of all checks; the state that is kept may be a later one, within the noise.
-    """
-
-    round: int = 0
-    round_began: int = 0
-    round_best: float = math.inf
-    previous_best: float = math.inf
-    stale: int = 0
-    stale_from: float = 0.0
-    lost: int = 0
-    checked_at: int = 0
-    lowest: float = math.inf
 
 
 class Loop:
@@ -85,6 +44,7 @@ class Loop:
         validation: tuple[Any, ...] | None,
         patience: Patience | None,
         ranks: Ranks = ALONE,
+        on_check: Callable[[History], object] | None = None,
     ) -> None:
         self.objective = objective
         self.ranks = ranks
@@ -97,6 +57,7 @@ class Loop:
         self.checkpoint = stages.checkpoint
         self.validation = validation
         self.patience = patience
+        self.on_check = on_check
         self.peaks = [[group["lr"] for group in o.param_groups] for o in players.optimizers]
         self.tensors = list(dict.fromkeys([*parameters, *objective.buffers()]))
         self.standing = Standing()
@@ -107,15 +68,7 @@ class Loop:
 
     def run(self, saved: dict[str, Any] | None) -> History:
         """Train to the end, from the saved state of a loop where there is one."""
-        if saved is not None and "tensors" in saved:
-            self._resume(saved)
-        else:
-            self._refuse_bad_start("loss", self.batches.example())
-            if self.validation is not None:
-                self._refuse_bad_start("held-out loss", self.validation)
-        self._begin()
-        if self.validation is not None and not self.players.keeps_last and not self.history.validation:
-            self._check()  # the start is a candidate too
+        self.begin(saved)
         try:
             with self.interruption:
                 self._train()
@@ -123,7 +76,26 @@ class Loop:
             self._settle()
         return self.history
 
-    def _begin(self) -> None:
+    def begin(self, saved: dict[str, Any] | None) -> None:
+        """What comes before the first step: a state to go on from, or a look at the start."""
+        if saved is not None and "tensors" in saved:
+            self._resume(saved)
+        else:
+            self._refuse_bad_start("loss", self.batches.example())
+            if self.validation is not None:
+                self._refuse_bad_start("held-out loss", self.validation)
+        self._set_off()
+        if self.validation is not None and not self.players.keeps_last and not self.history.validation:
+            self._check()  # the start is a candidate too
+
+    def end(self) -> None:
+        """What comes after the last step: the best parameters in place, and parts settled around them."""
+        try:
+            self._end()
+        finally:
+            self._settle()
+
+    def _set_off(self) -> None:
         """Let the schedule go over the time that is left, and the ranks go on from the first one's state."""
         limits = self.limits
         self.ranks.take_first(self.tensors)
@@ -164,19 +136,23 @@ class Loop:
         if not self.history.steps and self._converged():
             self.history.stopped = "converged"
             self._keep(finite_loss(self.objective, self.batches.example()))
-        while not self._done():
-            epoch_one = self.history.steps < (self.batches.epoch or 0)
-            with pyro.validation_enabled(epoch_one and __debug__):
-                self._step()
-            if self.standing.lost >= _MAX_SKIPPED:
-                self._diverged()
-            if self.history.steps % self.players.every == 0:
-                self._check()
+        while not self.done():
+            self.advance()
+
+    def advance(self) -> None:
+        """A step, and a check where one is due."""
+        epoch_one = self.history.steps < (self.batches.epoch or 0)
+        with pyro.validation_enabled(epoch_one and __debug__):
+            self._step()
+        if self.standing.lost >= _MAX_SKIPPED:
+            self._recover()
+        if self.history.steps % self.players.every == 0:
+            self._check()
 
     def _step(self) -> None:
         self.whole = False
         step = self.history.steps - self.standing.round_began
-        factor = rate_at(step, self._progress(), self.standing.round)
+        factor = rate_at(step, self._progress(), self.standing.round) * 0.5**self.standing.halved
         for optimizer, peaks in zip(self.players.optimizers, self.peaks, strict=True):
             set_rates(optimizer, peaks, factor)
         loss, taken = self.players.step(self.stream, self.history)
@@ -240,13 +216,17 @@ class Loop:
                 standing.lowest = min(standing.lowest, score)
         if self.limits.seconds() - self.saved_at > _SAVE_EVERY:
             self._save()
+        if self.on_check is not None:
+            with fork_rng():  # what it draws changes no step
+                self.on_check(history)
 
     def _keep(self, score: float) -> None:
         self.history.best_step = self.history.steps
         self.history.best_loss = score
         self.best = self._snapshot()
 
-    def _done(self) -> bool:
+    def done(self) -> bool:
+        """Whether the last step was taken; the history then says why."""
         history = self.history
         if history.stopped:
             return True
@@ -290,6 +270,23 @@ class Loop:
         standing.round += 1
         standing.round_began = self.history.steps
         self.bar.total = self.history.steps + (0 if self.history.stopped else round_length(standing.round) or 0)
+
+    def _recover(self) -> None:
+        """Go back to the best state at half the rate; a few times, then give up."""
+        standing = self.standing
+        if standing.halved >= _MOST_HALVED:
+            self._diverged()
+        standing.halved += 1
+        warn_user(
+            f"fit: loss or gradient was not finite for {standing.lost} steps up to step {self.history.steps}. Training goes on "
+            f"from the {self.players.kept.format(self.history.best_step)}, at half the rate ({standing.halved} of "
+            f"{_MOST_HALVED} times). Usual causes: a learning rate that is too large, unscaled data."
+        )
+        standing.lost = 0
+        self._restore(self.best)
+        self.players.average.begin_again()
+        for optimizer in self.players.optimizers:
+            optimizer.state.clear()
 
     def _diverged(self) -> None:
         history = self.history
@@ -347,20 +344,24 @@ class Loop:
         for tensor, value in zip(self.tensors, values, strict=True):
             tensor.copy_(value)
 
-    def _save(self) -> None:
-        if self.checkpoint.path is None:
-            return
-        state: dict[str, Any] = {
+    def state(self) -> dict[str, Any]:
+        """All that :meth:`begin` needs to go on to the same bits."""
+        return {
             "best": self.best,
             "tensors": self._snapshot(),
             "average": self.players.average.state(),
+            "module": self.objective.state_dict(),
+            "optimizers": [o.state_dict() for o in self.players.optimizers],
+            "stream": self.ranks.each(self.stream.state()),
+            "standing": vars(self.standing),
+            "history": vars(self.history) | {"seconds": self.history.seconds + self.limits.seconds()},
+            "setting": self._setting(),
         }
-        state["module"] = self.objective.state_dict()
-        state["optimizers"] = [o.state_dict() for o in self.players.optimizers]
-        state["stream"] = self.ranks.each(self.stream.state())
-        state["standing"] = vars(self.standing)
-        state["history"] = vars(self.history) | {"seconds": self.history.seconds + self.limits.seconds()}
-        state["setting"] = self._setting()
+
+    def _save(self) -> None:
+        if self.checkpoint.path is None:
+            return
+        state = self.state()
         if self.ranks.first:
             self.checkpoint.save(state)
         self.saved_at = self.limits.seconds()

@@ -102,6 +102,10 @@ class Average:
         if self.decay:
             self._put(self.values)
 
+    def begin_again(self) -> None:
+        """Average from the parameters on, as they are."""
+        self.values = [p.detach().clone() for p in self.parameters] if self.decay else []
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"steps": self.steps, "values": [v.clone() for v in self.values]}

@@ -941,6 +941,26 @@ def _():
     )
 
 
+@call("save")
+def _():
+    place = f"{tempfile.mkdtemp()}/m.pt"
+    return Call(
+        lambda module, path: dgm.save(module, path), {"module": dgm.MAF(2, transforms=1), "path": place}, dtype=None
+    )
+
+
+@call("load")
+def _():
+    place = f"{tempfile.mkdtemp()}/m.pt"
+    dgm.save(dgm.MAF(2, transforms=1), place)
+    return Call(
+        lambda path, **k: dgm.load(path, **k)().log_prob(torch.zeros(2)),
+        {"path": place},
+        options_of(dgm.load),
+        dtype=None,
+    )
+
+
 @call("simulate:arguments")
 def _():
     return Call(

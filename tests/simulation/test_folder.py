@@ -5,8 +5,10 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import time
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 import pyro_dgm as dgm
+from pyro_dgm.core import files
 from pyro_dgm.simulation import folder as folders
 
 
@@ -286,8 +289,40 @@ def test_links_are_not_written_through(tmp_path):
     drawn(of(1.0), path=path)
     assert precious.read_text() == "mine" and (path / "status.npy.part").is_symlink()
     assert {p.name for p in path.iterdir() if not p.is_symlink()} == {
-        "lock", "manifest.json", "site-0.npy", "site-1.npy", "status.npy", "tried.npy",
+        "manifest.json", "site-0.npy", "site-1.npy", "status.npy", "tried.npy",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["status.npy", "site-0.npy", "manifest.json", "faults.jsonl", "lock"])
+def test_links_in_a_folder_are_refused(name, tmp_path):
+    """Planted fault: a link in the place of a file is written through, into a file of another."""
+    path = tmp_path / "a"
+    first = drawn(of(1.0), path=path)
+    other = tmp_path / "other"
+    if (path / name).exists():
+        (path / name).rename(other)
+    else:
+        other.write_text("mine")
+    before = other.read_bytes()
+    (path / name).symlink_to(other)
+    with pytest.raises(
+        (ValueError, OSError), match=f"{name} is a link|{name} is not .* a link|a: nothing can be written"
+    ):
+        drawn(of(1.0), path=path)
+    assert other.read_bytes() == before
+    (path / name).unlink()
+    if name[-3:] != "ock" and name != "faults.jsonl":
+        other.rename(path / name)
+    assert same(first, drawn(of(1.0), path=path))
+
+
+def test_a_link_to_a_folder_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match="simulate: the folder .*link is a link to .*a; .*Give the path itself"):
+        drawn(of(1.0), path=tmp_path / "link")
+    with pytest.raises(ValueError, match="Simulations.save: the file .*link is a link to"):
+        drawn(of(1.0)).save(tmp_path / "link")
 
 
 # --- Two processes ------------------------------------------------------------------------------------------------------
@@ -343,7 +378,7 @@ def test_calls_of_one_process_exclude_each_other(tmp_path):
 def test_locks_of_the_dead_are_taken_over_and_those_of_other_machines_are_not(system, tmp_path, monkeypatch):
     """Without locks of the file system, the process number must do."""
     if not system:
-        monkeypatch.setattr(folders, "_locked_by_the_system", lambda folder, file: False)
+        monkeypatch.setattr(files, "_locked_by_the_system", lambda what, lock, file: False)
     gone = in_process(lambda: None)
     gone.join()
     lock = tmp_path / "a" / "lock"
@@ -351,7 +386,7 @@ def test_locks_of_the_dead_are_taken_over_and_those_of_other_machines_are_not(sy
     for text in (json.dumps({"pid": gone.pid, "host": socket.gethostname()}), '{"pid": 1', "", "[]"):
         lock.write_text(text)
         drawn(of(1.0), path=tmp_path / "a")
-        assert lock.read_text() == ""
+        assert not lock.exists()
     refused = [{"pid": gone.pid, "host": "elsewhere"}]
     if not system:
         refused.append({"pid": os.getppid(), "host": socket.gethostname()})
@@ -389,7 +424,7 @@ def test_a_full_disk_is_told_before_the_first_draw(zeros, tmp_path, monkeypatch)
             drawn(noted, n=100, path=tmp_path / "a")
     assert error.value.errno == errno.ENOSPC
     assert len(RUNS) == 2 * runs - 2  # neither the look at the first block nor the draws
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["lock"] and not (tmp_path / "a" / "lock").read_text()
+    assert not [*(tmp_path / "a").iterdir()]
     if zeros:
         monkeypatch.delattr(os, "posix_fallocate")
     assert same(drawn(noted, n=100, path=tmp_path / "a"), whole)
@@ -410,10 +445,38 @@ def test_a_disk_that_fills_while_a_site_grows_keeps_what_was_drawn(tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(OSError, match="What was drawn before is kept"):
+        with pytest.raises(OSError, match="draw fewer. What was saved before is kept"):
             drawn(ragged, path=tmp_path / "a", seed=3)
     done = int((np.load(tmp_path / "a" / "status.npy") == 1).sum())
     assert 0 < done < 50 and same(drawn(ragged, path=tmp_path / "a", seed=3), drawn(ragged, seed=3))
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A disk of 64 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk may be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_that_is_really_full_kills_no_process(tiny_disk):
+    """Planted fault: files without their blocks, so that the process dies of SIGBUS where it writes the first one that is not there."""
+
+    def both():
+        with pytest.raises(OSError, match=r"a needs 850,000 bytes, and [\d,]+ are free .*Make room"):
+            drawn(of(1.0), n=50_000, path=tiny_disk / "a")
+        with pytest.raises(OSError, match=r"sims.pt needs 400,000 bytes, and [\d,]+ are free"):
+            drawn(of(1.0), n=50_000).save(tiny_disk / "sims.pt")
+        drawn(of(1.0), path=tiny_disk / "a").save(tiny_disk / "sims.pt")
+
+    process = in_process(both)
+    process.join()
+    assert process.exitcode == 0
+    assert same(dgm.Simulations.load(tiny_disk / "sims.pt"), drawn(of(1.0), path=tiny_disk / "a"))
 
 
 # --- Bad arguments ------------------------------------------------------------------------------------------------------

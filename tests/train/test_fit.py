@@ -152,11 +152,86 @@ def test_single_non_finite_steps_are_left_out_and_counted():
 def test_a_fit_that_diverges_says_so_and_restores_the_best_state():
     """At step 200 the loss of the parameters is NaN, though the mean of the finite losses before is low."""
     objective = Breaks(lambda n: n > 200)
-    with pytest.raises(
-        dgm.FitDiverged, match=r"not finite for 20 steps.*best state \(step 150\) was restored.*sd of the data: 1.2"
-    ) as caught:
+    words = r"not finite for 20 steps.*best state \(step 150\) was restored.*sd of the data: 1.2"
+    with (
+        pytest.raises(dgm.FitDiverged, match=words) as caught,
+        pytest.warns(UserWarning, match="half the rate") as told,
+    ):
         dgm.fit(objective, X, lr=0.05, max_steps=1_000, progress=False)
     assert caught.value.history.best_step == 150 and 0.5 < objective.w < 1.5
+    assert len(told) == 3 and len(caught.value.history.skipped) == 80
+
+
+class Barrier(nn.Module):
+    """Lowest at 1; a large step goes below zero, where every loss is NaN. It notes where it is, and stops where it is told."""
+
+    def __init__(self, stop=None):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(8.0))
+        self.taken, self.stop = 0, stop
+
+    def forward(self, x):
+        self.taken += torch.is_grad_enabled()
+        if self.taken == self.stop:
+            signal.raise_signal(signal.SIGINT)
+        return 0.5 * (self.w * x).square().mean() - self.w.log() + 0.01 * torch.randn(()) * self.w
+
+
+def with_steps_of(rate, objective, **options):
+    options = {"max_steps": 300, "progress": False, "seed": 0} | options
+    return dgm.fit(objective, torch.ones(3), optimizer=lambda p: torch.optim.SGD(p, rate), **options)
+
+
+@pytest.mark.parametrize("rate, times", [(2.0, 1), (3.0, 2)])
+def test_a_rate_that_is_too_large_is_halved_from_the_best_state(rate, times, tmp_path):
+    """Planted faults: the fit ends; the rate stays; a fit that resumes forgets that it was halved."""
+    whole = Barrier()
+    with pytest.warns(
+        UserWarning, match=r"not finite for 20 steps .* from the best state .* at half the rate \("
+    ) as told:
+        history = with_steps_of(rate, whole)
+    assert len(told) == times and len(history.skipped) == 20 * times and history.stopped == "limit reached"
+    assert abs(whole.w - 1.0) < 0.05 and max(history.learning_rate[100:]) <= rate * 0.5**times
+    with pytest.warns(UserWarning, match="half the rate"):
+        assert with_steps_of(rate, Barrier(120), checkpoint=tmp_path / "c").stopped == "interrupted"
+    resumed = Barrier()
+    assert with_steps_of(rate, resumed, checkpoint=tmp_path / "c").loss == pytest.approx(
+        history.loss, nan_ok=True, abs=0.0
+    )
+    assert torch.equal(resumed.w, whole.w)
+
+
+def test_a_fit_tells_what_it_found_at_each_check(tmp_path):
+    """What the listener draws or trains changes no step; an error of its own ends the fit, with the best parameters in place."""
+    rows, seen = [], []
+
+    class Board:
+        def log_metrics(self, numbers, step):
+            rows.append((step, numbers["loss"]))
+
+    def told(history):
+        torch.rand(7)
+        dgm.fit(Distance(), X, max_steps=2, progress=False)
+        Board().log_metrics({"loss": history.loss[-1]}, history.steps)
+        seen.append(history)
+
+    plain = Barrier()
+    expected = with_steps_of(0.1, plain)
+    heard = Barrier()
+    history = with_steps_of(0.1, heard, on_check=told)
+    assert [step for step, _ in rows] == [50, 100, 150, 200, 250, 300] and all(h is history for h in seen)
+    assert history.loss == expected.loss and torch.equal(plain.w, heard.w) and rows[-1][1] == history.loss[-1]
+
+    def fails(history):
+        if history.steps == 150:
+            raise KeyError("mine")
+
+    objective = Barrier()
+    with pytest.raises(KeyError, match="mine"):
+        with_steps_of(0.1, objective, on_check=fails)
+    assert abs(objective.w - 1.0) < 0.1
+    with pytest.raises(TypeError, match="fit: on_check is 'a', expected a function"):
+        with_steps_of(0.1, Barrier(), on_check="a")
 
 
 def test_bad_data_is_refused_before_training():

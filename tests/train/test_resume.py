@@ -1,8 +1,12 @@
 """fit, stopped and resumed: Ctrl-C, checkpoints of other fits, and files that are damaged or cannot be written."""
 
-import pathlib
+import multiprocessing
+import shutil
 import signal
+import time
 import types
+import zipfile
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import numpy as np
 import pyro
@@ -195,20 +199,23 @@ def test_a_place_that_cannot_hold_a_checkpoint_is_refused_before_training(tmp_pa
     assert objective.calls == 0
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail at x.cc:1]")])
-def test_a_checkpoint_that_cannot_be_saved_costs_no_fit(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("error, words", [
+    (OSError(28, "No space left on device"), r"checkpoint .*c needs [\d,]+ bytes, and [\d,]+ are free .*Training goes on"),
+    (RuntimeError("[enforce fail at x.cc:1]"), r"checkpoint .*c could not be saved \(.enforce fail .*Training goes on"),
+])  # fmt: skip
+def test_a_checkpoint_that_cannot_be_saved_costs_no_fit(tmp_path, monkeypatch, error, words):
     """One warning, the whole fit, and nothing left beside the file, which keeps the state that it had."""
     finished(tmp_path / "c")
     before = (tmp_path / "c").read_bytes()
 
     def full(state, part):
-        pathlib.Path(part).write_bytes(b"half of it")
+        part.write(b"half of it")
         raise error
 
     monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr("pyro_dgm.train.loop._SAVE_EVERY", 0.0)
     objective = Distance()
-    with pytest.warns(UserWarning, match="c could not be saved .*Training goes on") as caught:
+    with pytest.warns(UserWarning, match=words) as caught:
         history = finished(tmp_path / "c", objective, max_steps=300)
     assert len(caught) == 1 and history.stopped == "limit reached" and abs(objective.w - 1.0) < 0.1
     assert [p.name for p in tmp_path.iterdir()] == ["c"] and (tmp_path / "c").read_bytes() == before
@@ -218,7 +225,7 @@ def test_two_fits_may_save_to_one_file(tmp_path, monkeypatch):
     """Planted fault: one name for the half-written file of both."""
     save = torch.save
     names = []
-    monkeypatch.setattr(torch, "save", lambda state, part: (names.append(part), save(state, part))[1])
+    monkeypatch.setattr(torch, "save", lambda state, part: (names.append(part.name), save(state, part))[1])
     for _ in range(2):
         finished(tmp_path / "c", resume=False)
     assert len(set(names)) == len(names) >= 2
@@ -252,11 +259,11 @@ def test_a_folder_that_goes_during_a_fit_is_told_and_does_not_end_it(tmp_path):
 
     class Leaving(dgm.MaximumLikelihood):
         def forward(self, x):
-            if folder.exists():
-                folder.rmdir()
+            if torch.is_grad_enabled():
+                shutil.rmtree(folder, ignore_errors=True)
             return super().forward(x)
 
-    with pytest.warns(UserWarning, match="could not be saved"):
+    with pytest.warns(UserWarning, match="nothing can be written in .*gone .*Training goes on"):
         history = dgm.fit(
             Leaving(flow), (torch.randn(50, 2),), max_steps=3, validation=0, checkpoint=folder / "c.pt", progress=False
         )
@@ -276,3 +283,139 @@ def test_arrays_in_any_mapping_are_data():
 
     data = types.MappingProxyType({"x": np.ones((20, 2))})
     assert dgm.fit(Mean(), data, batch_size=5, max_steps=3, progress=False).steps == 3
+
+
+# --- A full disk --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def room_for(size):
+    """No file may grow beyond so many bytes: what a full disk does, by the limits of the system."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Wide(Distance):
+    """A network of 40 kB; its states take up to twelve times as many bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Parameter(torch.zeros(10_000))
+        self.steps, self.trained = 0, False
+
+    def forward(self, x):
+        self.steps += torch.is_grad_enabled()
+        return super().forward(x) + self.wide.square().mean()
+
+    def warm_start(self, x):
+        self.trained = True
+
+
+def test_a_full_disk_is_found_before_anything_is_trained(tmp_path):
+    """Planted fault: it is found at the first save. What is needed, what is free, what to do; nothing is left behind."""
+    objective = Wide()
+    with room_for(400_000), pytest.raises(OSError, match=r"c needs 480,048 bytes, and [\d,]+ are free .*Make room"):
+        finished(tmp_path / "c", objective)
+    assert not objective.steps and not objective.trained and not [*tmp_path.iterdir()]
+    with room_for(500_000):
+        assert finished(tmp_path / "c", objective).steps == 60
+    assert [p.name for p in tmp_path.iterdir()] == ["c"] and (tmp_path / "c").stat().st_size < 240_024 + 20_000
+
+
+def test_a_disk_that_fills_while_a_fit_trains_loses_nothing(tmp_path, monkeypatch):
+    """Planted fault: the failed save ends the fit, and the parameters that come back are not the best."""
+    monkeypatch.setattr("pyro_dgm.train.loop._SAVE_EVERY", 0.0)
+    whole = Wide()
+    expected = finished(None, whole, max_steps=300)
+    before = []
+
+    class Fills(Wide):
+        def forward(self, x):
+            if self.steps == 100 and not before:
+                before.append((tmp_path / "c").read_bytes())
+                stack.enter_context(room_for(100_000))
+            return super().forward(x)
+
+    objective = Fills()
+    with ExitStack() as stack, pytest.warns(UserWarning, match=r"c needs [\d,]+ bytes.*Training goes on") as told:
+        history = finished(tmp_path / "c", objective, max_steps=300)
+    assert len(told) == 1 and history.loss == expected.loss and torch.equal(objective.w, whole.w)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"] and (tmp_path / "c").read_bytes() == before[0]
+    assert finished(tmp_path / "c", Fills(), max_steps=300).loss == expected.loss  # it goes on from there
+
+
+# --- Two fits of one file -----------------------------------------------------------------------------------------------
+
+
+class Slow(Distance):
+    def forward(self, x):
+        time.sleep(0.05)
+        return super().forward(x)
+
+
+def test_a_second_process_is_told_and_a_killed_one_is_followed(tmp_path):
+    """Planted fault: both save to the file, and the last one wins."""
+    process = multiprocessing.get_context("fork").Process(target=finished, args=(tmp_path / "c", Slow()))
+    process.start()
+    while not (tmp_path / "c.lock").exists() or not (tmp_path / "c.lock").read_text():
+        time.sleep(0.01)
+    for resume in (True, False):
+        with pytest.raises(
+            RuntimeError, match=rf"c is in use by process {process.pid} on .*own path, .*delete .*c.lock"
+        ):
+            finished(tmp_path / "c", resume=resume)
+    assert process.is_alive()
+    process.kill()
+    process.join()
+    assert finished(tmp_path / "c").stopped == "limit reached" and [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_lock_of_another_machine_is_told(tmp_path):
+    (tmp_path / "c.lock").write_text('{"pid": 7, "host": "elsewhere"}')
+    with pytest.raises(RuntimeError, match="c is in use by process 7 on elsewhere.*delete .*c.lock"):
+        finished(tmp_path / "c")
+    (tmp_path / "c.lock").write_text('{"pid": 7, "ho')  # torn: its process died while it wrote
+    assert finished(tmp_path / "c").steps == 60 and not (tmp_path / "c.lock").exists()
+
+
+def test_a_fit_within_a_fit_has_a_file_of_its_own(tmp_path):
+    class Nests(Distance):
+        def warm_start(self, x):
+            with pytest.raises(RuntimeError, match="in use by another call of this process"):
+                finished(tmp_path / "c")
+            finished(tmp_path / "inner")
+
+    assert finished(tmp_path / "c", Nests()).steps == 60 and (tmp_path / "inner").exists()
+
+
+def test_a_link_is_not_replaced(tmp_path):
+    (tmp_path / "c").symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match="checkpoint .*c is a link to .*precious; .*Give the path itself"):
+        finished(tmp_path / "c")
+    (tmp_path / "d.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="nothing can be written"):
+        finished(tmp_path / "d")
+    assert not (tmp_path / "precious").exists()
+
+
+def test_files_of_other_kinds_are_refused_by_name(tmp_path):
+    """A guide that was pickled, another program's archive, simulations, one without leave to read it."""
+    flow = dgm.MAF(2, transforms=1)
+    torch.save(flow, tmp_path / "pickled")
+    torch.save(flow.state_dict(), tmp_path / "states")
+    dgm.Simulations({"t": torch.zeros(5)}, []).save(tmp_path / "sims")
+    with zipfile.ZipFile(tmp_path / "archive", "w") as file:
+        file.writestr("letter", "hello")
+    for name in ("pickled", "states", "sims", "archive"):
+        with pytest.raises(
+            ValueError, match=f"checkpoint .*{name} (cannot be read|was not).*Delete it, or pass resume="
+        ) as e:
+            finished(tmp_path / name)
+        assert "weights_only" not in str(e.value)
+        with pytest.raises(ValueError, match=f"Simulations.load: .*{name}") if name != "sims" else nullcontext():
+            dgm.Simulations.load(tmp_path / name)
