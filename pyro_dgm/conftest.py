@@ -1,7 +1,11 @@
 """Doctests start from one seed and an empty param store."""
 
+from importlib.util import find_spec
+
 import pyro
 import pytest
+
+collect_ignore = [] if find_spec("lightning") else ["train/lightning.py"]
 
 
 @pytest.fixture(autouse=True)

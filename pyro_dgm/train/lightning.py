@@ -6,7 +6,6 @@ from collections import deque
 from contextlib import ExitStack
 from typing import Any
 
-import lightning
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -17,6 +16,11 @@ from pyro_dgm.train.fit import Asked, begun
 from pyro_dgm.train.hooks import Alternating
 from pyro_dgm.train.loop import Loop
 from pyro_dgm.train.players import MakeOptimizer
+
+try:
+    import lightning
+except ImportError as error:
+    raise ImportError("pyro_dgm.train.lightning needs the extra: pip install 'pyro_dgm[lightning]'") from error
 
 __all__ = ["LightningObjective"]
 
