@@ -54,5 +54,9 @@ def found(name):
     thing = importlib.import_module("pyro_dgm")
     for i, part in enumerate(name.split(".")):
         if not hasattr(thing, part):
-            importlib.import_module("pyro_dgm." + ".".join(name.split(".")[: i + 1]))
+            try:
+                importlib.import_module("pyro_dgm." + ".".join(name.split(".")[: i + 1]))
+            except ImportError as error:
+                assert "needs the extra" in str(error)
+                return
         thing = getattr(thing, part)
