@@ -18,6 +18,7 @@ from pyro.optim import Adam
 
 import pyro_dgm as dgm
 from pyro_dgm.core import zuko
+from pyro_dgm.train.fit import Asked, begun
 from tests.compat_cells import DATA, conjugate
 
 BATCH = 4096
@@ -119,10 +120,43 @@ def imports():
     yield "import pyro_dgm against import pyro, zuko", ratio(run("import pyro_dgm"), run("import pyro, zuko"), rounds=7)
 
 
+def fit_step():
+    for d in (2, 8, 32):
+        yield f"a step of fit against a bare loop, NSF D={d}, batch 256", fit_row(d)
+
+
+def fit_row(d):
+    """Steps of ``fit``, checks included, against a bare loop of the same objective: shuffled batches, clipping, Adam."""
+    x = torch.randn(20_000, d)
+    objectives = [dgm.MaximumLikelihood(dgm.NSF(d)) for _ in range(2)]
+    bare = objectives[1]
+    bare.prepare(iter([(x,)] * 3))
+    optimizer = torch.optim.Adam(bare.parameters(), 1e-3, fused=True)
+    order = iter(())
+
+    def theirs():
+        nonlocal order
+        index = next(order, None)
+        if index is None:
+            order = iter(torch.randperm(len(x)).split(256))
+            index = next(order)
+        optimizer.zero_grad()
+        loss = bare(x[index])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(bare.parameters(), 10.0)
+        optimizer.step()
+        loss.item()
+
+    asked = Asked(objectives[0], x, batch_size=256, max_steps=10**6, validation=0.0, progress=False)
+    with begun(asked) as (loop, saved):
+        loop.begin(saved)
+        return ratio(loop.advance, theirs, rounds=41, calls=20)
+
+
 def main(arguments):
     torch.set_num_threads(1)
     rows = {}
-    for part in (densities, svi_step, imports):
+    for part in (densities, svi_step, fit_step, imports):
         if arguments.only and part.__name__ not in arguments.only:
             continue
         for name, result in part():
