@@ -1,8 +1,9 @@
 """Is the posterior right? Export to ArviZ, and verdicts."""
 
 from pyro_dgm.diagnostics.calibration import Calibration, coverage, sbc, tarp
-from pyro_dgm.diagnostics.check import ErrorBounds, Report, check, error_bounds, resample
+from pyro_dgm.diagnostics.check import ErrorBounds, Report, check, error_bounds
 from pyro_dgm.diagnostics.conditionals import Conditionals, conditionals
+from pyro_dgm.diagnostics.containers import resample
 from pyro_dgm.diagnostics.converters import (
     compute_log_likelihood,
     compute_log_prior,

@@ -1,10 +1,8 @@
-r"""What a container alone gives: one page and one picture (``check``), bounds of errors, and draws picked by weight.
+r"""What a container alone gives: one page and one picture (``check``), and bounds of errors.
 
 **Error bounds.** With :math:`D_2 = \log E_q[(p/q)^2]` the chi-square divergence is :math:`e^{D_2} - 1`. By Cauchy and Schwarz
 :math:`|E_p f - E_q f| \le \mathrm{sd}_q(f) \sqrt{e^{D_2} - 1}`, and the Wasserstein distance of a coordinate is
 :math:`W_2 \le 2\, E_q[(\theta - m)^4]^{1/4} (e^{D_2} - 1)^{1/4}`, which bounds the difference of standard deviations.
-
-**Resampling** picks draws in proportion to w: draws of the posterior, as far as the weights carry.
 """
 
 from __future__ import annotations
@@ -19,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.warn import warn_user
-from pyro_dgm.core.weights import K_LIMIT, log_mean, psis, stratified
-from pyro_dgm.diagnostics.containers import group, group_attrs, has_group, log_weights_of, resampled
+from pyro_dgm.core.weights import K_LIMIT, log_mean, psis
+from pyro_dgm.diagnostics.containers import group, has_group, log_weights_of
 from pyro_dgm.diagnostics.khat import KHat, Rows, khat
 from pyro_dgm.diagnostics.loo import elpd_of, loo
+from pyro_dgm.diagnostics.sensitivity import Sensitivity, power_scaling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["ErrorBounds", "Report", "check", "error_bounds", "resample"]
+__all__ = ["ErrorBounds", "Report", "check", "error_bounds"]
 
 _STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "sd": np.std, "least": np.min, "largest": np.max}
 _RARE = 0.01  # share of predictive data sets, on either side, below which data are unusual; chosen by hand
@@ -46,6 +44,7 @@ class Report:
         elpd: corrected elpd in nats, its standard error over data and the largest Pareto k of a datum, by variable.
         pareto_k: of every datum, leaving it out, by variable.
         predictive: share of predictive data sets whose statistic is above the data's, ``{(site, statistic): share}``.
+        sensitivity: of the latents to powers of prior and likelihood, and what is said of each: ``sensitivity.diagnoses``.
         warnings: what was said on the way.
         idata: the container.
     """
@@ -54,6 +53,7 @@ class Report:
     elpd: dict[str, tuple[float, float, float]]
     pareto_k: dict[str, np.ndarray]
     predictive: dict[tuple[str, str], float]
+    sensitivity: Sensitivity
     warnings: tuple[str, ...]
     idata: Any
 
@@ -69,7 +69,8 @@ class Report:
             ],
             "2. Prediction, leave-one-out": self._prediction() or [self._no_prediction()],
             "3. Does the model give such data?": self._predictive_check() or ["No posterior_predictive."],
-            "4. What to do next": [self._advice()],
+            "4. How much do prior and data decide?": self.sensitivity.lines(),
+            "5. What to do next": [self._advice()],
         }
         return "\n".join(line for title, lines in parts.items() for line in [title, *(f"   {text}" for text in lines)])
 
@@ -105,22 +106,25 @@ class Report:
                 "Some data are very influential, which no better guide changes: look at az.plot_khat(loo(idata)), leave them out "
                 "once, and try a likelihood with heavier tails."
             )
+        if self.sensitivity.diagnoses:
+            scaled = ", ".join(self.sensitivity.scaled)
+            return f"Use it if the prior of {scaled} was meant: it decides with the data, or against them."
         return "Use it. A fault that the model shares with its data, or a mode nobody saw, is not on this page."
 
     def picture(self, path: str | Path) -> None:
-        """Four panels: weights, evidence and its gap, Pareto k of each datum, predictive statistics."""
+        """Panels: weights, evidence and its gap, Pareto k of each datum, predictive statistics, sensitivities."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(11, 7), layout="constrained")
-        panels = figure.subplots(2, 2)
-        for draw, ax in zip((_weights, _evidence, _influence, _statistics), panels.ravel(), strict=True):
+        figure = Figure(figsize=(16, 7), layout="constrained")
+        panels = figure.subplots(2, 3)
+        for draw, ax in zip((_weights, _evidence, _influence, _statistics, _sensitivity), panels.flat, strict=False):
             draw(self, ax)
         figure.savefig(path, dpi=110)
 
 
 @checked()
 def check(idata: Any) -> Report:
-    """One page about a posterior: verdict of the weights, corrected loo, predictive check, and what to do next.
+    """One page about a posterior: verdict, corrected loo, predictive check, sensitivity to prior and data, and what to do next.
 
     Args:
         idata: a container of :func:`~pyro_dgm.from_svi`, :func:`~pyro_dgm.from_pyro_mcmc` or others of this package.
@@ -154,7 +158,7 @@ def check(idata: Any) -> Report:
     pareto_k = {name: np.asarray(result.pareto_k).ravel() for name, result in results.items()}
     elpd = {name: (elpd_of(r), float(r.se), float(pareto_k[name].max())) for name, r in results.items()}
     texts = tuple(dict.fromkeys(str(w.message) for w in said if issubclass(w.category, UserWarning)))
-    return Report(verdict, elpd, pareto_k, predictive, texts, idata)
+    return Report(verdict, elpd, pareto_k, predictive, power_scaling(idata, verdict), texts, idata)
 
 
 def _loo_by_variable(idata: Any) -> dict[str, Any]:
@@ -255,6 +259,10 @@ def _statistics(report: Report, ax: Axes) -> None:
     ax.invert_yaxis()
 
 
+def _sensitivity(report: Report, ax: Axes) -> None:
+    report.sensitivity.panel(ax)
+
+
 def _empty(ax: Axes, text: str) -> None:
     ax.text(0.5, 0.5, text, ha="center", transform=ax.transAxes)
     ax.set_axis_off()
@@ -337,50 +345,3 @@ def _size_of(d2: float) -> str:
     if d2 > _D2_LARGE:
         return "very large"
     return "use weights" if d2 > _D2_SMALL else "small"
-
-
-# --- Resampling ---
-
-
-@checked(seed=0, num_samples=1)
-def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = None) -> Any:
-    r"""A container whose draws are picked in proportion to :math:`w = p(x, \theta) / q(\theta)`, Pareto-smoothed.
-
-    Stratified resampling, in random order. All groups of the posterior are picked together; ``log_weight`` is dropped,
-    since it is spent, and the attribute ``resampled`` is set. What is repeated counts once: about ``ess`` draws of
-    :func:`~pyro_dgm.khat` are distinct information, so ask for no more than you need.
-
-    Args:
-        idata: a container of :func:`~pyro_dgm.from_svi`.
-        num_samples: number of draws; None for as many as there are.
-        seed: makes the choice reproducible.
-
-    Raises:
-        ValueError: if the container has no importance weights.
-
-    Warns:
-        UserWarning: if Pareto k is 0.7 or more, or each row of a plate has a posterior of its own: the weights then cannot
-            repair the draws.
-
-    References:
-        | Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
-
-    Example:
-        >>> import numpy as np
-        >>> x = np.linspace(-2.0, 2.0, 400)[None]
-        >>> draws = {"posterior": {"x": x}, "sample_stats": {"log_weight": x}}  # q is uniform, p grows with x
-        >>> bool(resample({"groups": draws}, seed=0)["groups"]["posterior"]["x"].mean() > 0.8)
-        True
-    """
-    log_weight, k = psis(log_weights_of("resample", idata))
-    attrs = group_attrs(idata, "sample_stats")
-    fault = f"k-hat is {k:.2f}; above {K_LIMIT} importance weights do not repair the draws"
-    if attrs.get("rows_plate") and not attrs.get("rows_given"):
-        fault = f"rows of plate '{attrs['rows_plate']}' are independent, and weights of all rows together do not repair each"
-    elif k < K_LIMIT:
-        fault = ""
-    if fault:
-        warn_user(f"resample: {fault}. See khat(idata).")
-    n = num_samples or len(log_weight)
-    rng = np.random.default_rng(seed)
-    return resampled(idata, rng.permutation(stratified(np.exp(log_weight), n, rng.random(n))))

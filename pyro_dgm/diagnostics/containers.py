@@ -13,8 +13,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from pyro_dgm.core.kinds import shown
-from pyro_dgm.core.weights import arviz_major
+from pyro_dgm.core.kinds import checked, shown
+from pyro_dgm.core.warn import warn_user
+from pyro_dgm.core.weights import K_LIMIT, arviz_major, psis, stratified
 
 __all__ = [
     "Arrays",
@@ -32,7 +33,7 @@ __all__ = [
     "group_attrs",
     "has_group",
     "log_weights_of",
-    "resampled",
+    "resample",
     "with_defaults",
 ]
 
@@ -112,7 +113,7 @@ def add_groups(container: Any, groups: Arrays, dims: Names, coords: dict[str, An
     return container
 
 
-def resampled(container: Any, index: np.ndarray) -> Any:
+def _resampled(container: Any, index: np.ndarray) -> Any:
     """A copy with the given draws (of all chains, one after another) in one chain; weights are left out as spent."""
     if isinstance(container, dict):
         groups = {g: _take_rows(v, index) if g in _PAIRED else v for g, v in container["groups"].items()}
@@ -229,6 +230,50 @@ def log_weights_of(who: str, idata: Any) -> np.ndarray:
     return np.asarray(stats["log_weight"], dtype=np.float64).ravel()
 
 
+@checked(seed=0, num_samples=1)
+def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = None) -> Any:
+    r"""A container whose draws are picked in proportion to :math:`w = p(x, \theta) / q(\theta)`, Pareto-smoothed.
+
+    Stratified resampling, in random order. All groups of the posterior are picked together; ``log_weight`` is dropped,
+    since it is spent, and the attribute ``resampled`` is set. What is repeated counts once: about ``ess`` draws of
+    :func:`~pyro_dgm.khat` are distinct information, so ask for no more than you need.
+
+    Args:
+        idata: a container of :func:`~pyro_dgm.from_svi`.
+        num_samples: number of draws; None for as many as there are.
+        seed: makes the choice reproducible.
+
+    Raises:
+        ValueError: if the container has no importance weights.
+
+    Warns:
+        UserWarning: if Pareto k is 0.7 or more, or each row of a plate has a posterior of its own: the weights then cannot
+            repair the draws.
+
+    References:
+        | Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.linspace(-2.0, 2.0, 400)[None]
+        >>> draws = {"posterior": {"x": x}, "sample_stats": {"log_weight": x}}  # q is uniform, p grows with x
+        >>> bool(resample({"groups": draws}, seed=0)["groups"]["posterior"]["x"].mean() > 0.8)
+        True
+    """
+    log_weight, k = psis(log_weights_of("resample", idata))
+    attrs = group_attrs(idata, "sample_stats")
+    fault = f"k-hat is {k:.2f}; above {K_LIMIT} importance weights do not repair the draws"
+    if attrs.get("rows_plate") and not attrs.get("rows_given"):
+        fault = f"rows of plate '{attrs['rows_plate']}' are independent, and weights of all rows together do not repair each"
+    elif k < K_LIMIT:
+        fault = ""
+    if fault:
+        warn_user(f"resample: {fault}. See khat(idata).")
+    n = num_samples or len(log_weight)
+    rng = np.random.default_rng(seed)
+    return _resampled(idata, rng.permutation(stratified(np.exp(log_weight), n, rng.random(n))))
+
+
 # --- Options that several functions share: names and defaults once, a wrong name refused with the known ones ---
 
 
@@ -264,7 +309,7 @@ CONTAINER: dict[str, Any] = (
     | RUN
     | {
         "log_likelihood": True,
-        "log_prior": False,
+        "log_prior": True,
         "posterior_predictive": True,
         "prior": 500,
         "container": "auto",

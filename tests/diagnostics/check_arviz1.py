@@ -82,8 +82,7 @@ def laid_out(container):
 
 def containers(az):
     """A1, A2, E1: groups, dims and dtypes; labels; groups added, replaced and resampled."""
-    from pyro_dgm.diagnostics.check import resample
-    from pyro_dgm.diagnostics.containers import add_groups, build, coords_of, group, has_group
+    from pyro_dgm.diagnostics.containers import add_groups, build, coords_of, group, has_group, resample
     from pyro_dgm.diagnostics.khat import judge, khat
 
     groups = example()
