@@ -29,11 +29,14 @@ __all__ = [
     "add_groups",
     "build",
     "coords_of",
+    "fault_of",
     "group",
     "group_attrs",
     "has_group",
     "log_weights_of",
     "resample",
+    "uniform_by_ks",
+    "uniform_p",
     "with_defaults",
 ]
 
@@ -272,6 +275,43 @@ def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = N
     n = num_samples or len(log_weight)
     rng = np.random.default_rng(seed)
     return _resampled(idata, rng.permutation(stratified(np.exp(log_weight), n, rng.random(n))))
+
+
+# --- Ranks, and other numbers of (0, 1) that are uniform where all is right ---
+
+
+def uniform_p(pit: np.ndarray, otherwise: Callable[[np.ndarray], float]) -> float:
+    """p-value of uniformity: of ArviZ's ``pot_c``, as its pictures say it, or ``otherwise(pit)`` of lines that have no test.
+
+    It holds for dependent numbers, too. Of 3,000 sets of 300 uniform numbers 1.0 % are rejected at 1 %.
+
+    References:
+        | Tesso & Vehtari (2026), arXiv 2603.02928.
+    """
+    if arviz_major() == 1:
+        from arviz_stats.base import array_stats
+
+        if hasattr(array_stats, "uniformity_test"):
+            return float(array_stats.uniformity_test(pit)[0])
+    return otherwise(pit)
+
+
+def uniform_by_ks(pit: np.ndarray) -> float:
+    """p-value of uniformity by Kolmogorov and Smirnov."""
+    from scipy.stats import kstest
+
+    return float(kstest(pit, "uniform").pvalue)
+
+
+def fault_of(pit: np.ndarray) -> str:
+    """What is wrong with the draws among which data or truths have these ranks: the larger of shift and spread."""
+    m = len(pit)
+    # both in their own standard deviations under uniformity
+    shift = (pit.mean() - 0.5) * np.sqrt(12 * m)
+    spread = (pit.var() - 1 / 12) / np.sqrt(1 / 180 / m)
+    if abs(shift) > abs(spread):
+        return "too low" if shift > 0 else "too high"
+    return "too narrow" if spread > 0 else "too wide"
 
 
 # --- Options that several functions share: names and defaults once, a wrong name refused with the known ones ---

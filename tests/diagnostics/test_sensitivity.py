@@ -1,4 +1,4 @@
-"""How much prior and data decide: ArviZ's sensitivities, and what of them is chance."""
+"""How much prior and data decide, by ArviZ, and what of that is chance; ranks of data among leave-one-out predictions."""
 
 import numpy as np
 import pyro
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import pyro_dgm as dgm
-from pyro_dgm.diagnostics.containers import add_groups, group, has_group
+from pyro_dgm.diagnostics.containers import add_groups, group, has_group, uniform_by_ks, uniform_p
+from pyro_dgm.diagnostics.loo import loo_pit
 from pyro_dgm.diagnostics.sensitivity import CONFLICT, STRONG, power_scaling
 
 
@@ -79,3 +80,65 @@ def test_priors_inside_of_plates_are_left_alone():
     assert not has_group(bare, "log_prior") and "needs log_prior" in str(dgm.check(bare))
     impossible = add_groups(bare, {"log_prior": {"mu": np.full((1, 100), -np.inf)}}, {}, {})
     assert "infinite at a draw" in str(dgm.check(impossible))
+
+
+# --- Ranks of data among leave-one-out predictions ---
+
+
+def known_scale(x=None, n=100):
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    with pyro.plate("item", n):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+def exact_page(x):
+    precision = len(x) + 1.0 / 9.0
+    guide = lambda x=None, n=100: pyro.sample("mu", dist.Normal(float(x.nansum() / precision), precision**-0.5))
+    return dgm.check(dgm.from_svi(known_scale, guide, x, len(x), seed=0, num_samples=500, prior=0))
+
+
+def test_predictions_that_are_too_narrow_too_wide_or_right_are_told_apart(tmp_path):
+    """Quantiles of normals as data: the ranks are those of their own spread. Weights of the wrong sign move the last one's."""
+    quantiles = dist.Normal(0.0, 1.0).icdf((torch.arange(100) + 0.5) / 100)
+    right, narrow, wide = (exact_page(s * quantiles) for s in (1.0, 2.0, 0.5))
+    assert right.pit_p["x"] > 0.2 and "uniform, as they should be" in str(right) and not right.misfits
+    assert narrow.pit_p["x"] < 0.01 and "spread of x (predictions are too narrow)" in narrow.misfits
+    assert wide.pit_p["x"] < 0.01 and "predictions are too wide" in str(wide) and "Change the model" in str(wide)
+    narrow.picture(tmp_path / "page.png")
+    exact = dist.Normal(0.0, (1.0 + 1.0 / 99.0) ** 0.5).cdf(quantiles + quantiles / 99.0)
+    assert np.abs(right.pit["x"] - exact.numpy()).max() < 0.07
+
+
+def test_a_datum_of_its_own_latent_is_predicted_without_it():
+    """Two rows, of which one decides most of its latent: closed form, far from the rank among plain predictions."""
+    rng = np.random.default_rng(0)
+    mu = rng.normal(1.0, 0.5**0.5, size=4_000)
+    ll = dist.Normal(torch.tensor(mu), 1.0).log_prob(torch.tensor(2.0)).numpy()
+    groups = {
+        "posterior": {"mu": mu[None]},
+        "log_likelihood": {"x": ll[None, :, None]},
+        "observed_data": {"x": np.array([2.0])},
+    }
+    groups |= {"posterior_predictive": {"x": (mu + rng.normal(size=4_000))[None, :, None]}, "sample_stats": {}}
+    left_out = dist.Normal(0.0, 2.0**0.5).cdf(torch.tensor(2.0)).item()
+    assert loo_pit({"groups": groups}, "x")[0] == pytest.approx(left_out, abs=0.03)
+    assert abs((groups["posterior_predictive"]["x"] <= 2.0).mean() - left_out) > 0.1
+
+
+def test_whole_numbers_gaps_and_images():
+    """Counts of a Poisson have uniform ranks only with a uniform number added; a gap has none; images are left out."""
+    rng = np.random.default_rng(1)
+    y, new = rng.poisson(0.7, 400).astype(float), rng.poisson(0.7, (1, 500, 400)).astype(float)
+    groups = {
+        "log_likelihood": {"y": np.zeros((1, 500, 400))},
+        "posterior_predictive": {"y": new},
+        "observed_data": {"y": y},
+    }
+    groups["sample_stats"] = {}
+    pit = loo_pit({"groups": groups}, "y")
+    assert len(pit) == 400 and uniform_p(pit, uniform_by_ks) > 0.05 and abs(pit.mean() - 0.5) < 0.05
+    y[:3] = np.nan
+    groups["log_likelihood"]["y"] = np.zeros((1, 500, 397))
+    assert len(loo_pit({"groups": groups}, "y")) == 397
+    groups["log_likelihood"]["y"] = np.zeros((1, 500, 20))
+    assert len(loo_pit({"groups": groups}, "y")) == 0
