@@ -13,6 +13,7 @@ from pyro_dgm.diagnostics.converters import (
 )
 from pyro_dgm.diagnostics.explore import Explored, explore
 from pyro_dgm.diagnostics.khat import KHat, Rows, khat
+from pyro_dgm.diagnostics.local_calibration import posterior_sbc
 from pyro_dgm.diagnostics.loo import compare, loo
 from pyro_dgm.diagnostics.misspecification import Misspecification, misspecification
 from pyro_dgm.diagnostics.posteriors import Refit
@@ -49,6 +50,7 @@ __all__ = [
     "loo",
     "misspecification",
     "neutra",
+    "posterior_sbc",
     "resample",
     "sample_posterior_predictive",
     "sbc",

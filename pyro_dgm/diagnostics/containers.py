@@ -29,6 +29,7 @@ __all__ = [
     "add_groups",
     "build",
     "coords_of",
+    "dims_of",
     "fault_of",
     "group",
     "group_attrs",
@@ -212,6 +213,14 @@ def group_attrs(container: Any, name: str) -> dict[str, Any]:
     if isinstance(container, dict):
         return container.get("attrs", {}).get(name, {})
     return dict(container.attrs if name == "/" else container[name].attrs)
+
+
+def dims_of(container: Any, group: str, name: str) -> list[str]:
+    """Names of a variable's dimensions but chains and draws; those without a name in dictionaries are left out."""
+    if isinstance(container, dict):
+        dims = container.get("dims", {})
+        return list(dims.get(f"{group}/{name}", dims.get(name, [])))
+    return [str(k) for k in container[group][name].dims if k not in RESERVED]
 
 
 def coords_of(container: Any) -> dict[str, Any]:
