@@ -90,7 +90,7 @@ class Sensitivity:
         colors = ["C3" if k in named else "C0" for k in self.prior]
         ax.scatter(list(self.prior.values()), list(self.likelihood.values()), c=colors, s=12)
         for k in list(named)[:_NAMED]:
-            ax.annotate(k, (self.prior[k], self.likelihood[k]))
+            ax.annotate(k, (self.prior[k], self.likelihood[k]), ha="right")
         ax.axvline(_SENSITIVE, color="k", lw=0.8, ls="--")
         ax.axhline(_SENSITIVE, color="k", lw=0.8, ls="--")
         ax.set(title="prior and data", xlabel="sensitivity to the prior", ylabel="sensitivity to the data")

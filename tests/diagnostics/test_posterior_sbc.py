@@ -70,8 +70,8 @@ def test_an_ordinary_guide_is_fitted_to_both_data_sets(tmp_path):
 
 
 def test_draws_that_weights_repair_are_repaired_and_others_refused():
-    """Truths that are 1.5 times too wide would have ranks of their own."""
-    wide = container(width=1.5, num_samples=4_000)
+    """Truths that are twice too wide would have ranks of their own, with p = 4e-14."""
+    wide = container(width=2.0, num_samples=4_000)
     assert dgm.khat(wide).status == "usable"
     assert posterior_sbc(wide, exact, num_simulations=300, num_draws=99, seed=0, progress=False).calibrated
     with pytest.raises(ValueError, match="are not the posterior's"):
