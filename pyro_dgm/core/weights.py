@@ -1,4 +1,4 @@
-"""Importance weights: their mean, their Pareto smoothing, and draws picked in proportion to them.
+"""Importance weights: their mean, their Pareto smoothing, draws picked in proportion to them, and draws moved to even them out.
 
 Smoothing is done by whichever line of ArviZ is installed, which is imported when asked for.
 """
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from torch import Tensor
 
 __all__ = [
@@ -27,12 +29,14 @@ __all__ = [
     "k_threshold",
     "log_mean",
     "log_mean_exp",
+    "moment_matched",
     "psis",
     "stratified",
 ]
 
 K_LIMIT = 0.7  # Pareto k above which weights do not help, however many draws: Vehtari et al. (2024), JMLR 25(72)
 LEAST_DRAWS = 25  # the tail is the largest fifth, and ArviZ fits no fewer than five
+_MOVES = 30  # of moment matching at most, as in R's loo
 _CONSTANT = 1e-6  # nats: log weights within this range count as constant; not measured, chosen by hand
 
 # Of the error of a log mean. Set at 1,000 draws on 81 cases with known evidence: guides too narrow, too wide or shifted, targets
@@ -238,6 +242,64 @@ def _ends(draws: np.ndarray, weight: np.ndarray) -> np.ndarray:
     low, high = np.quantile(draws, [_END, 1.0 - _END], axis=0)
     share = np.stack([weight @ (draws < low), weight @ (draws > high)])
     return np.asarray(ndtri(share.clip(0.1 * _END, 0.999)) - ndtri(_END))
+
+
+def moment_matched(
+    points: np.ndarray, log_q: np.ndarray, log_target: Callable[[np.ndarray], np.ndarray], limit: float
+) -> tuple[np.ndarray, np.ndarray, float]:
+    r"""Log weights of draws that affine maps move to a target: raw, smoothed, and their Pareto k.
+
+    A draw :math:`x' = A x + b` has the density :math:`q(x) / |\det A|`. In turn the weighted mean, the standard deviations and
+    the covariance are taken over, the first of these that makes k smaller, until it is below the limit or none does.
+
+    Args:
+        points: draws ``(n, D)``.
+        log_q: their log density ``(n,)``.
+        log_target: log density of points, up to a constant.
+        limit: of k.
+
+    References:
+        | Paananen, Piironen, Buerkner & Vehtari (2021), "Implicitly adaptive importance sampling", Statistics and Computing 31.
+
+    >>> x = np.random.default_rng(0).normal(size=(1000, 1))
+    >>> weights, _, k = moment_matched(x, -0.5 * x[:, 0] ** 2, lambda x: -0.5 * (x[:, 0] - 3.0) ** 2, 0.5)
+    >>> bool(k < 0.5), bool(abs(log_mean(weights)) < 0.05)
+    (True, True)
+    """
+    raw = log_target(points) - log_q
+    smoothed, k = psis(raw)
+    for _ in range(_MOVES):
+        if k <= limit:
+            break
+        for new, log_det in _affine(points, np.exp(smoothed)):
+            trial = log_target(new) - log_q + log_det
+            again, lower = psis(trial)
+            if lower < k:
+                points, log_q, raw, smoothed, k = new, log_q - log_det, trial, again, lower
+                break
+        else:
+            break
+    return raw, smoothed, k
+
+
+def _affine(points: np.ndarray, weights: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
+    """The draws with the weighted mean, with the standard deviations too, with the covariance; log-determinants of the maps."""
+    mean = points.mean(0)
+    centred = points - mean
+    to = weights @ points
+    yield centred + to, 0.0
+    apart = points - to
+    scale = np.sqrt(weights @ apart**2) / centred.std(0)
+    if (scale > 0).all():
+        yield centred * scale + to, float(np.log(scale).sum())
+    try:
+        now, then = (
+            np.linalg.cholesky(x) for x in (centred.T @ centred / len(points), (apart * weights[:, None]).T @ apart)
+        )
+    except np.linalg.LinAlgError:
+        return
+    log_det = float(np.log(np.diagonal(then)).sum() - np.log(np.diagonal(now)).sum())
+    yield centred @ np.linalg.solve(now.T, then.T) + to, log_det
 
 
 def gumbels_like(x: Tensor) -> Tensor:

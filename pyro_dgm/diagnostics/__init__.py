@@ -1,8 +1,9 @@
 """Is the posterior right? Export to ArviZ, and verdicts."""
 
 from pyro_dgm.diagnostics.calibration import Calibration, coverage, sbc, tarp
-from pyro_dgm.diagnostics.check import ErrorBounds, Report, check, error_bounds, resample
+from pyro_dgm.diagnostics.check import ErrorBounds, Report, check, error_bounds
 from pyro_dgm.diagnostics.conditionals import Conditionals, conditionals
+from pyro_dgm.diagnostics.containers import resample
 from pyro_dgm.diagnostics.converters import (
     compute_log_likelihood,
     compute_log_prior,
@@ -12,6 +13,7 @@ from pyro_dgm.diagnostics.converters import (
 )
 from pyro_dgm.diagnostics.explore import Explored, explore
 from pyro_dgm.diagnostics.khat import KHat, Rows, khat
+from pyro_dgm.diagnostics.local_calibration import posterior_sbc
 from pyro_dgm.diagnostics.loo import compare, loo
 from pyro_dgm.diagnostics.misspecification import Misspecification, misspecification
 from pyro_dgm.diagnostics.posteriors import Refit
@@ -48,6 +50,7 @@ __all__ = [
     "loo",
     "misspecification",
     "neutra",
+    "posterior_sbc",
     "resample",
     "sample_posterior_predictive",
     "sbc",

@@ -1,10 +1,8 @@
-r"""What a container alone gives: one page and one picture (``check``), bounds of errors, and draws picked by weight.
+r"""What a container alone gives: one page and one picture (``check``), and bounds of errors.
 
 **Error bounds.** With :math:`D_2 = \log E_q[(p/q)^2]` the chi-square divergence is :math:`e^{D_2} - 1`. By Cauchy and Schwarz
 :math:`|E_p f - E_q f| \le \mathrm{sd}_q(f) \sqrt{e^{D_2} - 1}`, and the Wasserstein distance of a coordinate is
 :math:`W_2 \le 2\, E_q[(\theta - m)^4]^{1/4} (e^{D_2} - 1)^{1/4}`, which bounds the difference of standard deviations.
-
-**Resampling** picks draws in proportion to w: draws of the posterior, as far as the weights carry.
 """
 
 from __future__ import annotations
@@ -18,23 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_dgm.core.devices import one_at_a_time
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.warn import warn_user
-from pyro_dgm.core.weights import K_LIMIT, log_mean, psis, stratified
-from pyro_dgm.diagnostics.containers import group, group_attrs, has_group, log_weights_of, resampled
+from pyro_dgm.core.weights import K_LIMIT, log_mean, psis
+from pyro_dgm.diagnostics.containers import fault_of, group, has_group, log_weights_of, uniform_by_ks, uniform_p
 from pyro_dgm.diagnostics.khat import KHat, Rows, khat
-from pyro_dgm.diagnostics.loo import elpd_of, loo
+from pyro_dgm.diagnostics.loo import elpd_of, loo, loo_pit
+from pyro_dgm.diagnostics.sensitivity import Sensitivity, power_scaling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["ErrorBounds", "Report", "check", "error_bounds", "resample"]
+__all__ = ["ErrorBounds", "Report", "check", "error_bounds"]
 
 _STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "sd": np.std, "least": np.min, "largest": np.max}
 _RARE = 0.01  # share of predictive data sets, on either side, below which data are unusual; chosen by hand
+_LEAST_RANKS = 8  # data of a variable below which nothing is said of their ranks; chosen by hand
 _D2_SMALL = 0.1  # nats; this and the next as in viabel, the package of Huggins et al. (2020)
 _D2_LARGE = 4.6  # nats
+_KS = 1.63  # times 1/sqrt(n): the distance that uniform numbers exceed once in 100
 _SHOWN = 2000  # data of a variable in the picture; chosen by hand
 
 
@@ -47,6 +46,9 @@ class Report:
         elpd: corrected elpd in nats, its standard error over data and the largest Pareto k of a datum, by variable.
         pareto_k: of every datum, leaving it out, by variable.
         predictive: share of predictive data sets whose statistic is above the data's, ``{(site, statistic): share}``.
+        pit: rank of each datum among its leave-one-out predictions, in (0, 1), by variable; uniform where they are right.
+        pit_p: p-value of that, by variable: of ArviZ 1.x's test, or by Kolmogorov and Smirnov.
+        sensitivity: of the latents to powers of prior and likelihood, and what is said of each: ``sensitivity.diagnoses``.
         warnings: what was said on the way.
         idata: the container.
     """
@@ -55,13 +57,19 @@ class Report:
     elpd: dict[str, tuple[float, float, float]]
     pareto_k: dict[str, np.ndarray]
     predictive: dict[tuple[str, str], float]
+    pit: dict[str, np.ndarray]
+    pit_p: dict[str, float]
+    sensitivity: Sensitivity
     warnings: tuple[str, ...]
     idata: Any
 
     @property
     def misfits(self) -> list[str]:
-        """Statistics of the data that hardly any predictive data set reaches."""
-        return [f"{statistic} of {site}" for (site, statistic), share in self.predictive.items() if _is_rare(share)]
+        """Statistics of the data that hardly any predictive data set reaches, and data whose ranks are not uniform."""
+        rare = [f"{statistic} of {site}" for (site, statistic), share in self.predictive.items() if _is_rare(share)]
+        return rare + [
+            f"spread of {k} (predictions are {fault_of(self.pit[k])})" for k, p in self.pit_p.items() if p < _RARE
+        ]
 
     def __str__(self) -> str:
         parts = {
@@ -70,7 +78,8 @@ class Report:
             ],
             "2. Prediction, leave-one-out": self._prediction() or [self._no_prediction()],
             "3. Does the model give such data?": self._predictive_check() or ["No posterior_predictive."],
-            "4. What to do next": [self._advice()],
+            "4. How much do prior and data decide?": self.sensitivity.lines(),
+            "5. What to do next": [self._advice()],
         }
         return "\n".join(line for title, lines in parts.items() for line in [title, *(f"   {text}" for text in lines)])
 
@@ -91,6 +100,14 @@ class Report:
         for name in dict.fromkeys(site for site, _ in self.predictive):
             shares = ", ".join(f"{s} {share:.2f}" for (site, s), share in self.predictive.items() if site == name)
             lines.append(f"{name}: share of predictive data sets above the data, by statistic: {shares}.")
+            if name in self.pit_p:
+                p = self.pit_p[name]
+                fault = (
+                    f"not uniform: predictions are {fault_of(self.pit[name])}"
+                    if p < _RARE
+                    else "uniform, as they should be"
+                )
+                lines.append(f"{name}: ranks of the data among leave-one-out predictions: p = {p:.2g}, {fault}.")
         return lines
 
     def _advice(self) -> str:
@@ -106,22 +123,26 @@ class Report:
                 "Some data are very influential, which no better guide changes: look at az.plot_khat(loo(idata)), leave them out "
                 "once, and try a likelihood with heavier tails."
             )
+        if self.sensitivity.diagnoses:
+            scaled = ", ".join(self.sensitivity.scaled)
+            return f"Use it if the prior of {scaled} was meant: it decides with the data, or against them."
         return "Use it. A fault that the model shares with its data, or a mode nobody saw, is not on this page."
 
     def picture(self, path: str | Path) -> None:
-        """Four panels: weights, evidence and its gap, Pareto k of each datum, predictive statistics."""
+        """Panels: weights, evidence and its gap, Pareto k of each datum, predictive statistics, ranks, sensitivities."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(11, 7), layout="constrained")
-        panels = figure.subplots(2, 2)
-        for draw, ax in zip((_weights, _evidence, _influence, _statistics), panels.ravel(), strict=True):
+        figure = Figure(figsize=(16, 7), layout="constrained")
+        panels = figure.subplots(2, 3)
+        drawn = (_weights, _evidence, _influence, _statistics, _ranks, _sensitivity)
+        for draw, ax in zip(drawn, panels.flat, strict=True):
             draw(self, ax)
         figure.savefig(path, dpi=110)
 
 
 @checked()
 def check(idata: Any) -> Report:
-    """One page about a posterior: verdict of the weights, corrected loo, predictive check, and what to do next.
+    """One page about a posterior: verdict, corrected loo, predictive check, sensitivity to prior and data, and what to do next.
 
     Args:
         idata: a container of :func:`~pyro_dgm.from_svi`, :func:`~pyro_dgm.from_pyro_mcmc` or others of this package.
@@ -155,7 +176,9 @@ def check(idata: Any) -> Report:
     pareto_k = {name: np.asarray(result.pareto_k).ravel() for name, result in results.items()}
     elpd = {name: (elpd_of(r), float(r.se), float(pareto_k[name].max())) for name, r in results.items()}
     texts = tuple(dict.fromkeys(str(w.message) for w in said if issubclass(w.category, UserWarning)))
-    return Report(verdict, elpd, pareto_k, predictive, texts, idata)
+    pit = _ranked(idata) if results and predictive else {}
+    pit_p = {name: uniform_p(ranks, uniform_by_ks) for name, ranks in pit.items()}
+    return Report(verdict, elpd, pareto_k, predictive, pit, pit_p, power_scaling(idata, verdict), texts, idata)
 
 
 def _loo_by_variable(idata: Any) -> dict[str, Any]:
@@ -179,6 +202,12 @@ def _predictive(idata: Any) -> dict[tuple[str, str], float]:
             at = statistic(y[there])
             shares[name, label] = float((values > at).mean() + 0.5 * (values == at).mean())
     return shares
+
+
+def _ranked(idata: Any) -> dict[str, np.ndarray]:
+    """Ranks of data among leave-one-out predictions, of variables of some data."""
+    ranks = {name: loo_pit(idata, name) for name in group(idata, "log_likelihood")}
+    return {name: each for name, each in ranks.items() if len(each) >= _LEAST_RANKS}
 
 
 def _is_rare(share: float) -> bool:
@@ -254,6 +283,24 @@ def _statistics(report: Report, ax: Axes) -> None:
     ax.barh(labels, shares - 0.5, left=0.5, color=["C3" if _is_rare(p) else "C0" for p in shares])
     ax.set(xlim=(0, 1), title="predictive check", xlabel="share of predictive data sets above the data")
     ax.invert_yaxis()
+
+
+def _ranks(report: Report, ax: Axes) -> None:
+    """ECDF minus that of uniform ranks, with the two lines that Kolmogorov and Smirnov reject beyond at 1 %."""
+    if not report.pit:
+        return _empty(ax, "no ranks of data")
+    for name, pit in report.pit.items():
+        x = np.sort(pit)
+        ax.step(x, np.arange(1, len(x) + 1) / len(x) - x, where="post", label=f"{name}: p = {report.pit_p[name]:.2g}")
+    beyond = _KS / np.sqrt(min(map(len, report.pit.values())))
+    for y in (-beyond, beyond):
+        ax.axhline(y, color="k", lw=0.8, ls="--")
+    ax.set(title="leave-one-out ranks of the data", xlabel="rank", ylabel="ECDF minus that of uniform ranks")
+    ax.legend(frameon=False)
+
+
+def _sensitivity(report: Report, ax: Axes) -> None:
+    report.sensitivity.panel(ax)
 
 
 def _empty(ax: Axes, text: str) -> None:
@@ -338,51 +385,3 @@ def _size_of(d2: float) -> str:
     if d2 > _D2_LARGE:
         return "very large"
     return "use weights" if d2 > _D2_SMALL else "small"
-
-
-# --- Resampling ---
-
-
-@checked(seed=0, num_samples=1)
-@one_at_a_time
-def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = None) -> Any:
-    r"""A container whose draws are picked in proportion to :math:`w = p(x, \theta) / q(\theta)`, Pareto-smoothed.
-
-    Stratified resampling, in random order. All groups of the posterior are picked together; ``log_weight`` is dropped,
-    since it is spent, and the attribute ``resampled`` is set. What is repeated counts once: about ``ess`` draws of
-    :func:`~pyro_dgm.khat` are distinct information, so ask for no more than you need.
-
-    Args:
-        idata: a container of :func:`~pyro_dgm.from_svi`.
-        num_samples: number of draws; None for as many as there are.
-        seed: makes the choice reproducible.
-
-    Raises:
-        ValueError: if the container has no importance weights.
-
-    Warns:
-        UserWarning: if Pareto k is 0.7 or more, or each row of a plate has a posterior of its own: the weights then cannot
-            repair the draws.
-
-    References:
-        | Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
-
-    Example:
-        >>> import numpy as np
-        >>> x = np.linspace(-2.0, 2.0, 400)[None]
-        >>> draws = {"posterior": {"x": x}, "sample_stats": {"log_weight": x}}  # q is uniform, p grows with x
-        >>> bool(resample({"groups": draws}, seed=0)["groups"]["posterior"]["x"].mean() > 0.8)
-        True
-    """
-    log_weight, k = psis(log_weights_of("resample", idata))
-    attrs = group_attrs(idata, "sample_stats")
-    fault = f"k-hat is {k:.2f}; above {K_LIMIT} importance weights do not repair the draws"
-    if attrs.get("rows_plate") and not attrs.get("rows_given"):
-        fault = f"rows of plate '{attrs['rows_plate']}' are independent, and weights of all rows together do not repair each"
-    elif k < K_LIMIT:
-        fault = ""
-    if fault:
-        warn_user(f"resample: {fault}. See khat(idata).")
-    n = num_samples or len(log_weight)
-    rng = np.random.default_rng(seed)
-    return resampled(idata, rng.permutation(stratified(np.exp(log_weight), n, rng.random(n))))

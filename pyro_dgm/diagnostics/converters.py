@@ -257,7 +257,7 @@ def compute_log_prior(idata: Any, model: Model, *args: Any, extend: bool = True,
     with seeded(complete["seed"]):
         stored = _Stored(idata)
         program, draws = stored.program_and_draws("compute_log_prior", model, args, complete)
-        groups = log_priors(program, program.scored(draws, stored.n, complete["batch_size"]))
+        groups = log_priors(program, program.scored(draws, stored.n, complete["batch_size"]), program.sites("latent"))
     return stored.extended(program, groups, extend)
 
 

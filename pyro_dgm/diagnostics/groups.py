@@ -78,7 +78,7 @@ def all_groups(program: Program, draws: Draws, n: int, scored: Table, options: C
     if options["log_likelihood"]:
         groups.add(log_likelihoods(program, scored, observed, options["coords"] or {}))
     if options["log_prior"]:
-        groups.add(log_priors(program, scored))
+        groups.add(log_priors(program, scored, names))
     if options["posterior_predictive"]:
         complete = draws | {k: completed.values[k] for k in program.enumerable if k in completed.values}
         groups.add(_attempt("posterior_predictive", partial(predictive, program, complete, n, options["batch_size"])))
@@ -163,9 +163,9 @@ def _say_what_has_no_likelihood(program: Program, scored: Table) -> None:
     warn_user(f"{program.who}: no log_likelihood of {missing}, since {why}.")
 
 
-def log_priors(program: Program, scored: Table) -> Groups:
-    """Log density of every latent given the sites before it, in nats."""
-    known = {k: scored.terms[k] for k in program.sites("latent") if k in scored.terms}
+def log_priors(program: Program, scored: Table, names: Collection[str]) -> Groups:
+    """Log density of the named latents given the sites before them, in nats."""
+    known = {k: scored.terms[k] for k in program.sites("latent") if k in scored.terms and k in names}
     return Groups({"log_prior": {k: term.joint.double().cpu().numpy() for k, term in known.items()}})
 
 

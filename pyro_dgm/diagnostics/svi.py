@@ -62,7 +62,7 @@ def from_svi(
 
     Groups: ``posterior`` (latents and deterministic sites), ``sample_stats`` (``lp`` = :math:`\log p(x, \theta)`,
     ``log_q``, ``log_weight`` = lp - log_q, in nats, summed in float64), ``log_likelihood`` (per datum),
-    ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``, and on demand ``log_prior``,
+    ``log_prior`` (per latent), ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``, and on demand
     ``predictions``, ``constant_data``. Dimensions take the names of the plates; ``infer={"event_dims": [...]}`` names a
     site's event dimensions. The attributes of ``sample_stats`` hold k-hat, ELBO, evidence and their errors.
 
@@ -80,7 +80,7 @@ def from_svi(
             some 160 batched gradients of the model). :func:`~pyro_dgm.khat` uses what is found.
         model_kwargs: further arguments of the programs, by name.
         log_likelihood (True): whether to store it; it is ``num_samples`` times the number of data.
-        log_prior (False): whether to store the log density of every latent (``az.psens`` reads it).
+        log_prior (True): whether to store the log density of every latent of ``sites``, given those before it.
         posterior_predictive (True): whether to draw new data for every posterior draw.
         prior (500): number of prior and prior-predictive draws; 0 for none.
         predictions: ``(args, kwargs)``, new arguments of the model, for which to predict.

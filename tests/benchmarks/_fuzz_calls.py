@@ -1311,6 +1311,19 @@ def _(name):
     )  # fmt: skip
 
 
+@call("posterior_sbc")
+def _():
+    def user_posterior(data):
+        return {"mu": torch.randn(9)}
+
+    return Call(
+        lambda idata, posterior, **k: diagnostics.posterior_sbc(idata, posterior, **k).p_values,
+        {"idata": copied(container()), "posterior": user_posterior, "num_simulations": 20, "num_draws": 9, "seed": 0},
+        {"join": None, "progress": False},
+        dtype=None,
+    )
+
+
 @call("conditionals")
 def _():
     return Call(

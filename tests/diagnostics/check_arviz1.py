@@ -82,8 +82,7 @@ def laid_out(container):
 
 def containers(az):
     """A1, A2, E1: groups, dims and dtypes; labels; groups added, replaced and resampled."""
-    from pyro_dgm.diagnostics.check import resample
-    from pyro_dgm.diagnostics.containers import add_groups, build, coords_of, group, has_group
+    from pyro_dgm.diagnostics.containers import add_groups, build, coords_of, group, has_group, resample
     from pyro_dgm.diagnostics.khat import judge, khat
 
     groups = example()
@@ -129,7 +128,8 @@ def verdicts():
 def prediction(az, tree, again):
     """Corrected loo equals the closed form and ArviZ's own; draws of the posterior are not corrected; compare, bounds, page."""
     from pyro_dgm.diagnostics.check import check, error_bounds
-    from pyro_dgm.diagnostics.loo import _pointwise, compare, loo
+    from pyro_dgm.diagnostics.containers import uniform_p
+    from pyro_dgm.diagnostics.loo import _pointwise, compare, loo, loo_pit
 
     stats = tree["sample_stats"]
     result, own = loo(tree, "x"), az.loo_approximate_posterior(tree, stats["lp"], stats["log_q"], var_name="x")
@@ -141,7 +141,10 @@ def prediction(az, tree, again):
     table = compare({"a": result, "b": loo(tree, "x", correct=False)})
     assert set(table.index) == {"a", "b"} and np.isfinite(error_bounds(tree).mean["z"])
     page = check(tree)
-    assert "posterior:" in str(page) and "x: elpd" in str(page)
+    assert "posterior:" in str(page) and "x: elpd" in str(page) and page.sensitivity.diagnoses == {}
+    own = az.loo_pit(again, var_names="x", pareto_pit=True)["x"]
+    np.testing.assert_allclose(np.sort(loo_pit(tree, "x")), np.sort(own), atol=0.15)  # of 100 draws
+    assert page.pit_p["x"] == uniform_p(page.pit["x"], None) > 0.01
     return page, result
 
 
