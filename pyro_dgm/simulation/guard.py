@@ -31,7 +31,11 @@ _parent: Connection | None = None  # in a child
 
 
 class Lost(Exception):
-    """A child that ended before its work did; the message says how."""
+    """A child that ended before its work did; the message says how, and ``late`` whether by the time limit."""
+
+    def __init__(self, message: str = "", late: bool = False) -> None:
+        super().__init__(message)
+        self.late = late
 
 
 class _Raised:
@@ -118,7 +122,7 @@ def in_child(work: Callable[[], Iterable[Any]], timeout: float) -> Generator[Any
     try:
         yield from _received(reader, pid, status)
     except EOFError:
-        raise Lost(_told(_ended(pid, status), timeout)) from None
+        raise _lost(_ended(pid, status), timeout) from None
     finally:
         _ended(pid, status)
         reader.close()
@@ -178,10 +182,10 @@ def _looked(pid: int, how: int) -> list[int]:
     return [status] if found else []
 
 
-def _told(status: int, timeout: float) -> str:
+def _lost(status: int, timeout: float) -> Lost:
     if not os.WIFSIGNALED(status):
-        return f"it ended its process (exit status {os.waitstatus_to_exitcode(status)})"
+        return Lost(f"it ended its process (exit status {os.waitstatus_to_exitcode(status)})")
     number = os.WTERMSIG(status)
     if number == signal.SIGALRM:
-        return f"it took longer than timeout={timeout:g} s"
-    return f"its process was ended by {signal.Signals(number).name}"
+        return Lost(f"it took longer than timeout={timeout:g} s", late=True)
+    return Lost(f"its process was ended by {signal.Signals(number).name}")

@@ -72,11 +72,11 @@ def simulate(
         sizes: ``{plate: (least, most)}``, where plates are to have other sizes than the arguments say: each 25 simulations
             (each one, where they run one by one) draw a size, evenly in its logarithm, and are padded to the largest; see
             ``Simulations.mask``. The plate's size has to be an argument of the model, ``def model(n=20, y=None)``.
-        timeout: seconds that a run of the model may take. Runs that take longer, end their process (``os._exit``) or crash
-            count as failed too, with their parameters; the others are what they are without. Each task is then a child
-            process of its worker, or of this process, so give tasks of a second or more (``batch_size``). Without it such a
-            run ends the call, or never comes back. A vectorised run has so many seconds for all of its draws, and is made
-            again draw by draw.
+        timeout: seconds that a run of the model may take. Runs that take longer (twice: the machine may have been busy), end
+            their process (``os._exit``) or crash count as failed too, with their parameters; the others are what they are
+            without. Each task is then a child process of its worker, or of this process, so give tasks of a second or more
+            (``batch_size``). Without it such a run ends the call, or never comes back. A vectorised run has so many seconds for
+            all of its draws, and is made again draw by draw.
 
     Returns:
         ``{site: (n, *site)}``, see :class:`Simulations`; fewer rows where some failed.
