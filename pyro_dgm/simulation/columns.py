@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Size, Tensor
 
-from pyro_dgm.simulation.folder import Kind, mapped
+from pyro_dgm.simulation.folder import Kind, checked_header, mapped
 
 __all__ = ["Column", "MaskColumn", "Sites", "axes_that_differ"]
 
@@ -41,12 +42,27 @@ class Column:
 
     def tensor(self) -> Tensor:
         """Mapped from the disk if it is the whole file, otherwise a copy in memory; changes do not go back to the disk."""
-        whole = self.whole[0] if self.whole else mapped(*self.file, private=True)
-        cut = whole[(slice(None), *(slice(m) for m in self.shape[1:]))]
+        cut = (slice(None), *(slice(m) for m in self.shape[1:]))
         if self.rows is not None:
-            return cut[self.rows]
-        self.whole[:] = [whole]
-        return cut
+            return self.whole[0][self.rows][cut] if self.whole else self._read(self.rows)[cut]
+        if not self.whole:
+            self.whole.append(mapped(*self.file, private=True))
+        return self.whole[0][cut]
+
+    def _read(self, rows: Tensor) -> Tensor:
+        """A copy, without a map: what a map touches, and much beside it, would count as this process's memory."""
+        folder, name, kind = self.file
+        path = folder / f"{name}.npy"
+        shape, dtype, start = checked_header(path, kind)
+        found = np.empty((len(rows), *shape[1:]), dtype)
+        breaks = (torch.nonzero(rows.diff() != 1)[:, 0] + 1).tolist()
+        with path.open("rb") as file:
+            for first, last in zip([0, *breaks], [*breaks, len(rows)], strict=True):
+                part = found[first:last]
+                file.seek(start + (int(rows[first]) if len(rows) else 0) * (part.nbytes // max(len(part), 1)))
+                if file.readinto(part.reshape(-1).view(np.uint8).data) < part.nbytes:
+                    raise ValueError(f"Simulations: {path} was cut off. Simulate again in another folder.")
+        return torch.from_numpy(found)
 
     def __len__(self) -> int:
         return self.shape[0]
