@@ -76,8 +76,8 @@ def fitted(folder, objective, data=(), **options):
 
 def two_players(folder):
     data = dist.Normal(torch.tensor([2.0, 0.0]), 0.3).sample((2_000,))
-    pair = dgm.Adversarial(dgm.Generator(2, 2), dgm.Critic(2), pretrain=100)
-    return fitted(folder, pair, data, max_steps=400, batch_size=64)
+    pair = dgm.Adversarial(dgm.Generator(2, 2), dgm.Critic(2), pretrain=50)
+    return fitted(folder, pair, data, max_steps=200, batch_size=64)
 
 
 def minibatches(folder):
@@ -88,20 +88,20 @@ def minibatches(folder):
 def from_disk(folder):
     store._IN_MEMORY, batches._RUN, batches._SHUFFLED = 0, 2**10, 2**14
     sims = dgm.simulate(lines, 5_000, observed=["x"], path=folder / "sims", seed=3, progress=False)
-    return fitted(folder, dgm.ForwardKL(dgm.AmortizedGuide(lines, ["x"])), sims, max_steps=600)
+    return fitted(folder, dgm.ForwardKL(dgm.AmortizedGuide(lines, ["x"], ensemble=1)), sims, max_steps=250)
 
 
 def online(folder):
-    return fitted(folder, dgm.ForwardKL(dgm.AmortizedGuide(lines, ["x"])), max_steps=400)
+    return fitted(folder, dgm.ForwardKL(dgm.AmortizedGuide(lines, ["x"]), batch_size=64), max_steps=200)
 
 
-def autoflow(folder):
+def autoflow(folder, **options):
     def model():
         a = pyro.sample("a", dist.Normal(0.0, 2.0))
         b = pyro.sample("b", dist.Normal(a.square() - 2.0, 0.5))
         pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(1.0))
 
-    return fitted(folder, dgm.STL_ELBO()(model, dgm.AutoFlow(model)))
+    return fitted(folder, dgm.STL_ELBO()(model, dgm.AutoFlow(model)), **options)
 
 
 KINDS = {
@@ -112,7 +112,8 @@ KINDS = {
     "fit: minibatches": minibatches,
     "fit: minibatches from the disk": from_disk,
     "fit: simulations drawn afresh": online,
-    "fit: AutoFlow without a limit": autoflow,
+    "fit: AutoFlow": lambda folder: autoflow(folder, max_steps=250),
+    "fit: AutoFlow in rounds": autoflow,
 }
 
 
