@@ -49,6 +49,9 @@ _PLAIN = (100, 8e-3)  # epochs at most, and rate; slcp 3.18, after 3.30 with 160
 _SUMMARISED = (160, 4e-3)  # the same where data are pooled or encoded: at 8e-3 the pooling itself was not learned
 _SHORTEST = 40  # epochs, of many latents; not measured by itself
 _WEIGHT_DECAY = 0.02  # for each latent, up to ten; not measured by itself
+_HELD_OUT = (
+    10_000  # simulations at most; the held-out loss is then known to a hundredth of its own spread. Not measured
+)
 _AVERAGING = 0.998  # of the weights; not measured by itself
 _FRESH_RATE = 3e-3  # with simulations drawn afresh; not measured, chosen by hand
 
@@ -74,9 +77,9 @@ def _refuse_no_simulations(batch: Any) -> None:
 class ForwardKL(nn.Module):
     r"""Mean of :math:`-\log q(\theta \mid x)` over simulations, in nats: neural posterior estimation.
 
-    ``fit(ForwardKL(guide), sims)`` is the whole recipe: a tenth of the simulations is held out, the weights are averaged, and
-    the average with the best held-out loss is kept. ``fit(ForwardKL(guide))`` without data simulates every batch afresh. A
-    continuous flow (FFJORD, OTFlow) is trained by flow matching instead, whose loss is in other units.
+    ``fit(ForwardKL(guide), sims)`` is the whole recipe: a tenth of the simulations is held out (at most 10,000), the weights are
+    averaged, and the average with the best held-out loss is kept. ``fit(ForwardKL(guide))`` without data simulates every batch
+    afresh. A continuous flow (FFJORD, OTFlow) is trained by flow matching instead, whose loss is in other units.
 
     Steps on a fixed budget use the dropout of the guide's families, unless the guide is in eval mode (``guide.eval()``); fresh
     simulations cannot be overfitted, and held-out losses are without it.
@@ -168,7 +171,7 @@ class ForwardKL(nn.Module):
             lr=rate,
             batch_size=min(256, max(32, rows // 40)),
             max_epochs=min(longest, max(_SHORTEST, 5 * longest // dim)),  # more latents learn, and overfit, sooner
-            validation=0.1,
+            validation=min(0.1, _HELD_OUT / rows),
             patience=25,
             weight_decay=_WEIGHT_DECAY * min(dim, 10),
             averaging=_AVERAGING,

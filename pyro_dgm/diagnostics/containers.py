@@ -13,7 +13,6 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from pyro_dgm.core.devices import one_at_a_time
 from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.core.weights import K_LIMIT, arviz_major, psis, stratified
@@ -244,7 +243,6 @@ def log_weights_of(who: str, idata: Any) -> np.ndarray:
 
 
 @checked(seed=0, num_samples=1)
-@one_at_a_time
 def resample(idata: Any, num_samples: int | None = None, *, seed: int | None = None) -> Any:
     r"""A container whose draws are picked in proportion to :math:`w = p(x, \theta) / q(\theta)`, Pareto-smoothed.
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_dgm.amortized.sets import Range
+from pyro_dgm.core.devices import one_at_a_time
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.diagnostics.calibration import Calibration, ranks, sbc
@@ -122,6 +123,7 @@ def _smooth_p_values(pit: np.ndarray) -> np.ndarray:
 
 
 @checked(seed=0, num_simulations=2, num_draws=1)
+@one_at_a_time
 def posterior_sbc(
     idata: Any,
     posterior: Any,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import random
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,12 @@ from pyro.distributions import Delta
 from pyro.util import get_rng_state, set_rng_state
 from torch import Size, Tensor
 
-from pyro_dgm.core.devices import acting_for_another, fork_rng, seed_everywhere
-from pyro_dgm.core.pace import moved
+from pyro_dgm.core.devices import fork_rng, seed_everywhere
 from pyro_dgm.model.handlers import Redraw
 from pyro_dgm.model.sites import is_drawn
 from pyro_dgm.model.supports import unwrapped
 from pyro_dgm.model.vectorize import Engine, How, first_line
+from pyro_dgm.simulation.guard import Lost, alone, in_child, tell, timed
 
 __all__ = [
     "Blocks",
@@ -36,10 +36,9 @@ __all__ = [
     "fault_of_plate",
     "random_state",
     "run_job",
+    "run_job_in_child",
     "run_whole_job",
 ]
-
-_THREADS = threading.RLock()  # of an executor: they take turns. A model may simulate, too
 
 TOO_FEW = "too few simulations for a check"
 
@@ -50,6 +49,8 @@ _FEW = 5  # draws whose densities are compared
 _MANY = 40  # single runs at each setting where draws are compared; that costs more than it saves below 4 times as many
 _ALARM = 1e-5  # probability that equal distributions are told apart
 _BLOCK_OF_SIZE = 25  # simulations that share the sizes of their plates
+
+_TRIED = ""  # no name of a site
 
 
 @dataclass
@@ -104,6 +105,8 @@ class Blocks(Engine):
         redraw: draw data that the arguments give anew.
         propose: gives ``n`` draws of some latents, and how many it tried, where they do not come from the prior.
         plates: those whose size each block draws.
+        first: the random state of a run that comes to its end.
+        call: a word for the call of :func:`~pyro_dgm.simulate`, by which processes know what they have run before.
     """
 
     shapes: dict[str, Size] = field(default_factory=dict)
@@ -111,6 +114,8 @@ class Blocks(Engine):
     redraw: bool = True
     propose: Callable[[Blocks, int], tuple[dict[str, Tensor], int]] | None = None
     plates: tuple[Resizable, ...] = ()
+    first: int = 0
+    call: str = ""
 
     @property
     def block(self) -> int:
@@ -136,7 +141,7 @@ class Blocks(Engine):
 
     def simulation(self, n: int | None = None, given: dict[str, Tensor] | None = None) -> poutine.Trace:
         """One run with data drawn anew, see :meth:`~pyro_dgm.model.vectorize.Engine.trace`."""
-        with torch.no_grad(), poutine.block():
+        with timed(), torch.no_grad(), poutine.block():
             return self.trace(n, given, Redraw()(self.model) if self.redraw else self.model)
 
     def rows(self, trace: poutine.Trace, n: int) -> dict[str, Tensor]:
@@ -144,39 +149,97 @@ class Blocks(Engine):
         return {k: trace.nodes[k]["value"].detach().reshape(n, *shape) for k, shape in self.shapes.items()}
 
 
-def run_job(blocks: Blocks, start: int, stop: int, seed: int) -> Generator[Part]:
-    """Simulations ``start`` to ``stop``, block by block; the process's random state is left as it was."""
-    with _THREADS, acting_for_another(), random_state(seed):
-        for first in range(start, stop, blocks.block):
+def run_job(blocks: Blocks, start: int, stop: int, seed: int, apart: bool = False) -> Generator[Part]:
+    """Simulations ``start`` to ``stop``, block by block; the process's random state is left as it was.
+
+    Args:
+        apart: make the first block one by one, which is done anyway from a start inside of it.
+    """
+    with alone(), random_state(seed):
+        for first in range(start - start % blocks.block, stop, blocks.block):
             _set_state(seed, first)
-            yield _block(blocks, first, min(blocks.block, stop - first), seed)
+            n = min(blocks.block, stop - first)
+            yield from _block(blocks, first, n, seed, max(0, start - first), apart or first < start)
+            apart = False
 
 
-def run_whole_job(blocks: Blocks, start: int, stop: int, seed: int) -> list[Part]:
-    """The same in a list, which another process can send back."""
-    return list(run_job(blocks, start, stop, seed))
+def run_whole_job(blocks: Blocks, start: int, stop: int, seed: int, timeout: float | None = None) -> list[Part]:
+    """The same in a list, which another process can send back; in children with a time limit, if there is one."""
+    if timeout is None:
+        return list(run_job(blocks, start, stop, seed))
+    _warm(blocks)
+    return list(run_job_in_child(blocks, start, stop, seed, timeout))
 
 
-def _block(blocks: Blocks, first: int, n: int, seed: int) -> Part:
+def run_job_in_child(blocks: Blocks, start: int, stop: int, seed: int, timeout: float) -> Generator[Part]:
+    """The same in a child, and in another one after each simulation that hangs, exits or crashes: it counts as failed.
+
+    A block of many draws in one run is made draw by draw then, since it is not known whose fault it was. What took too long is
+    tried once more: it may have waited for a machine that was busy (of 5,000 runs of a millisecond 3 took half a second with six
+    processes on two cores).
+    """
+    apart, late = False, -1
+    while start < stop:
+        drawn: dict[str, Any] = {}
+        work = partial(run_job, blocks, start, stop, seed, apart)
+        try:
+            with closing(in_child(work, timeout)) as items:
+                for item in items:
+                    if not isinstance(item, Part):
+                        drawn |= item
+                        continue
+                    yield item
+                    start, drawn = start + item.count, {}
+            return
+        except Lost as lost:
+            if lost.late and late != start:
+                late = start
+                continue
+            late = -1
+            apart = blocks.how == "plate" and start % blocks.block == 0 and not apart
+            if apart and not drawn:
+                continue
+            yield _failed(blocks, start, drawn, str(lost))
+            start, apart = start + 1, False
+
+
+_warmed = ""  # the call whose model this process has run
+
+
+def _warm(blocks: Blocks) -> None:
+    """Run the model once in this process, whose children then need not import or compile anything in their first run."""
+    global _warmed
+    if blocks.call != _warmed:
+        with alone(), random_state(blocks.first):
+            blocks.simulation()
+        _warmed = blocks.call
+
+
+def _block(blocks: Blocks, first: int, n: int, seed: int, since: int, apart: bool) -> Iterator[Part]:
+    """A block in one run; where that fails, or apart is wanted, draw by draw from the one with number ``since`` in it."""
     given, tried = blocks.propose(blocks, n) if blocks.propose else ({}, 0)
     if blocks.plates:
         blocks = blocks.resized([plate.size_of(first // blocks.block) for plate in blocks.plates])
-    part = _drawn(blocks, first, n, seed, given)
-    part.tried = tried
-    return part
+    together = None if apart or blocks.how == "loop" else _together(blocks, first, n, given)
+    if together:
+        together.tried = tried
+        yield together
+        return
+    for i in range(since, n):
+        if n > 1:
+            _set_state(seed, first + i)
+        tell({_TRIED: tried if i == 0 else 0})
+        row, fault = _single(blocks, {k: v[i] for k, v in given.items()})
+        values = {k: [row.get(k)] for k in blocks.shapes}
+        yield Part(first + i, 1, values, {first + i: fault} if fault else {}, tried if i == 0 else 0)
 
 
-def _drawn(blocks: Blocks, first: int, n: int, seed: int, given: dict[str, Tensor]) -> Part:
-    if blocks.how == "plate":
-        try:
-            return _together(blocks, first, n, given)
-        except Exception:  # one draw of the block may have failed; it is found one by one
-            pass
-    return _one_by_one(blocks, first, n, seed, given)
-
-
-def _together(blocks: Blocks, first: int, n: int, given: dict[str, Tensor]) -> Part:
-    values = blocks.rows(blocks.simulation(n, given), n)
+def _together(blocks: Blocks, first: int, n: int, given: dict[str, Tensor]) -> Part | None:
+    """None where a run fails: one draw of the block may have, which is found one by one."""
+    try:
+        values = blocks.rows(blocks.simulation(n, given), n)
+    except (Exception, SystemExit):
+        return None
     faults: dict[int, str] = {}
     for k, v in values.items():
         bad = ~v.reshape(n, -1).isfinite().all(1)
@@ -184,32 +247,27 @@ def _together(blocks: Blocks, first: int, n: int, given: dict[str, Tensor]) -> P
     return Part(first, n, values, faults)
 
 
-def _one_by_one(blocks: Blocks, first: int, n: int, seed: int, given: dict[str, Tensor]) -> Part:
-    values: dict[str, list[Tensor | None]] = {k: [] for k in blocks.shapes}
-    faults: dict[int, str] = {}
-    for i in range(n):
-        if n > 1:
-            _set_state(seed, first + i)
-            moved()
-        row, fault = _single(blocks, {k: v[i] for k, v in given.items()})
-        faults |= {first + i: fault} if fault else {}
-        for k in values:
-            values[k].append(row.get(k))
-    return Part(first, n, values, faults)
-
-
 def _single(blocks: Blocks, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
-    seen = Drawn()
+    seen = _Told()
     try:
         replace(blocks, model=seen(blocks.model)).simulation(None, given)
-    except Exception as error:
-        drawn = {k: v for k, v in seen.values.items() if v.shape == blocks.shapes.get(k)}
-        return drawn, f"{type(error).__name__}: {error}".splitlines()[0]
+    except (Exception, SystemExit) as error:
+        return _fitting(blocks, seen.values), f"{type(error).__name__}: {error}".splitlines()[0]
     drawn = seen.values
     if set(drawn) != set(blocks.shapes):
         return {}, f"its sites {sorted(drawn)} are not those of the first run"
     bad = next((k for k, v in drawn.items() if not v.isfinite().all()), None)
     return drawn, bad and f"site '{bad}' is not finite"
+
+
+def _failed(blocks: Blocks, number: int, drawn: dict[str, Any], fault: str) -> Part:
+    """A simulation that did not come back, with what it drew before."""
+    values = _fitting(blocks, drawn)
+    return Part(number, 1, {k: [values.get(k)] for k in blocks.shapes}, {number: fault}, drawn.get(_TRIED, 0))
+
+
+def _fitting(blocks: Blocks, drawn: dict[str, Any]) -> dict[str, Tensor]:
+    return {k: v for k, v in drawn.items() if k in blocks.shapes and v.shape == blocks.shapes[k]}
 
 
 class Drawn(poutine.messenger.Messenger):
@@ -222,6 +280,15 @@ class Drawn(poutine.messenger.Messenger):
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if is_drawn(msg) and isinstance(msg["value"], Tensor):
             self.values[msg["name"]] = msg["value"].detach()
+
+
+class _Told(Drawn):
+    """In a child, tells what is drawn at once: the run may never come to its end."""
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        super()._pyro_post_sample(msg)
+        if msg["name"] in self.values:
+            tell({msg["name"]: self.values[msg["name"]]})
 
 
 @contextmanager
@@ -261,16 +328,20 @@ def fault_of_plate(blocks: Blocks, n: int) -> str:
     """
     with random_state(0):
         try:
-            traces = [blocks.simulation() for _ in range(_FEW)]
-        except Exception as error:
+            return _fault_of_plate(blocks, n)
+        except (Exception, SystemExit) as error:
             return f"a run failed: {error}"
-        shapes = [{k: s["value"].shape for k, s in t.nodes.items() if is_drawn(s)} for t in traces]
-        if any(found != blocks.shapes for found in shapes):
-            return "the sites or their shapes differ between runs"
-        opaque = [k for k in blocks.shapes if _opaque(traces[0].nodes[k])]
-        if opaque and n < 4 * _MANY:
-            return TOO_FEW
-        return _densities_differ(blocks, traces, opaque) or _draws_differ(blocks, traces, opaque, _MANY)
+
+
+def _fault_of_plate(blocks: Blocks, n: int) -> str:
+    traces = [blocks.simulation() for _ in range(_FEW)]
+    shapes = [{k: s["value"].shape for k, s in t.nodes.items() if is_drawn(s)} for t in traces]
+    if any(found != blocks.shapes for found in shapes):
+        return "the sites or their shapes differ between runs"
+    opaque = [k for k in blocks.shapes if _opaque(traces[0].nodes[k])]
+    if opaque and n < 4 * _MANY:
+        return TOO_FEW
+    return _densities_differ(blocks, traces, opaque) or _draws_differ(blocks, traces, opaque, _MANY)
 
 
 def _opaque(site: dict) -> bool:

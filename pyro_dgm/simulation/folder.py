@@ -20,7 +20,7 @@ from torch import Size, Tensor
 
 from pyro_dgm.core.files import PART, new_part, only_here, refuse_link, reserve, unwritten
 
-__all__ = ["Kind", "allocate", "begun", "larger", "locked", "mapped", "no_room"]
+__all__ = ["Kind", "allocate", "begun", "checked_header", "larger", "locked", "mapped", "no_room"]
 
 Kind = tuple[Size, torch.dtype]
 
@@ -221,6 +221,11 @@ def mapped(folder: Path, name: str, kind: Kind, *, sized: bool = False, private:
         ValueError: if its file is missing, cut off, too long, or of another shape or dtype.
     """
     path = folder / f"{name}.npy"
+    return _map(path, checked_header(path, kind, sized), "c" if private else "r+")
+
+
+def checked_header(path: Path, kind: Kind, sized: bool = False) -> tuple[Size, np.dtype, int]:
+    """Shape and dtype of a whole file, and where its values begin; see :func:`mapped`."""
     if path.is_symlink():
         raise _bad_file(path, "it is a link")
     try:
@@ -236,7 +241,7 @@ def mapped(folder: Path, name: str, kind: Kind, *, sized: bool = False, private:
     expected = start + shape.numel() * dtype.itemsize
     if size != expected:
         raise _bad_file(path, f"it has {size:,} bytes, expected {expected:,}")
-    return _map(path, header, "c" if private else "r+")
+    return header
 
 
 def _header(path: Path) -> tuple[Size, np.dtype, int]:

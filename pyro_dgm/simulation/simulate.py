@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence, Set
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
+import uuid
+from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from pyro_dgm.core.data import Fingerprints
 from pyro_dgm.core.devices import one_at_a_time
 from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.pace import few_threads, working
+from pyro_dgm.core.shapes import check_number
 from pyro_dgm.core.warn import plain, warn_user
 from pyro_dgm.model.sites import is_drawn, is_factor, is_subsample, observed_sites
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, first_line, plate_nesting
-from pyro_dgm.simulation.blocks import TOO_FEW, Blocks, Part, fault_of_plate, random_state, run_job, run_whole_job
+from pyro_dgm.simulation.blocks import TOO_FEW, Blocks, fault_of_plate, random_state
 from pyro_dgm.simulation.design import checked_sizes, narrowed, resizable, truncated, whole
 from pyro_dgm.simulation.folder import begun, locked
 from pyro_dgm.simulation.function import FunctionModel
+from pyro_dgm.simulation.guard import Lost, answer, refuse_no_children
 from pyro_dgm.simulation.store import Simulations, Store
+from pyro_dgm.simulation.tasks import done_here, jobs_of, parts_of
 
 __all__ = ["simulate"]
 
@@ -41,7 +45,7 @@ def simulate(
     model: Callable[..., Any], num_simulations: int, *args: Any, observed: Sequence[str] | str = (),
     seed: int | None = None, executor: Executor | None = None, batch_size: int | None = None, progress: bool = True,
     path: str | Path | None = None, proposal: Any = None, model_kwargs: dict[str, Any] | None = None,
-    sizes: Mapping[str, tuple[int, int]] | None = None,
+    sizes: Mapping[str, tuple[int, int]] | None = None, timeout: float | None = None,
 ) -> Simulations:  # fmt: skip
     r"""Draw ``n`` times from :math:`p(\theta) \, p(x \mid \theta)`: all latents and all data of a Pyro model.
 
@@ -70,6 +74,11 @@ def simulate(
         sizes: ``{plate: (least, most)}``, where plates are to have other sizes than the arguments say: each 25 simulations
             (each one, where they run one by one) draw a size, evenly in its logarithm, and are padded to the largest; see
             ``Simulations.mask``. The plate's size has to be an argument of the model, ``def model(n=20, y=None)``.
+        timeout: seconds that a run of the model may take. Runs that take longer (twice: the machine may have been busy), end
+            their process (``os._exit``) or crash count as failed too, with their parameters; the others are what they are
+            without. Each task is then a child process of its worker, or of this process, so give tasks of a second or more
+            (``batch_size``). Without it such a run ends the call, or never comes back. A vectorised run has so many seconds for
+            all of its draws, and is made again draw by draw.
 
     Returns:
         ``{site: (n, *site)}``, see :class:`Simulations`; fewer rows where some failed.
@@ -80,7 +89,7 @@ def simulate(
             damaged files, and where all simulations fail, or fewer than 1 in 1,000 prior draws lie in the proposal's region.
         TypeError: for an argument of a wrong kind, a proposal without density, or a model that cannot be sent to the
             executor's processes.
-        RuntimeError: if another call writes in the folder.
+        RuntimeError: if another call writes in the folder, or a process of the executor ended.
         OSError: if the folder cannot hold the arrays; before any draw, except where a site's size grows.
 
     Example:
@@ -102,12 +111,13 @@ def simulate(
     kwargs = model_kwargs or {}
     noted = {} if path is None else _noted(model, args, kwargs)
     wanted = checked_sizes(sizes)
-    settings = _Prepared(model, args, kwargs, observed, n, wanted)
+    settings = _Prepared(model, args, kwargs, observed, n, wanted, _checked(timeout))
     settings.propose(proposal)
     blocks = settings.blocks
     with locked(path) as folder:
         store, seed = _begun(folder, settings, noted, n, seed)
-        jobs = _jobs(store.missing().tolist(), max(size, blocks.block), n, blocks.block)
+        at_once = n if executor is None and timeout else max(size, blocks.block)  # a child goes on to the end
+        jobs = jobs_of(store.missing().tolist(), at_once, n, blocks.block)
         if jobs:
             settings.refuse_non_finite_prior(seed)
         entries = blocks.block * sum(math.prod(shape) for shape in blocks.shapes.values())
@@ -115,7 +125,7 @@ def simulate(
         with bar, few_threads(entries), working(None, bar):
             done = n - len(store.missing())
             bar.update(done)
-            with closing(_parts(blocks, jobs, seed, executor)) as parts:
+            with closing(parts_of(blocks, jobs, seed, executor, timeout)) as parts:
                 for part in parts:
                     store.write(part)
                     done += part.count
@@ -135,6 +145,13 @@ def _refuse_bad_kinds(executor: Any, model_kwargs: Any, path: Any) -> None:
         raise TypeError(
             f"simulate: model_kwargs is a {type(model_kwargs).__name__}, expected a dictionary {{name: value}}."
         )
+
+
+def _checked(timeout: Any) -> float | None:
+    if timeout is not None:
+        check_number("simulate", "timeout", timeout, above=0, advice="Leave it out for no limit.")
+        refuse_no_children()
+    return timeout
 
 
 def _noted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -177,30 +194,39 @@ class _Prepared:
         observed: Sequence[str] | str,
         n: int,
         sizes: dict[str, tuple[int, int]],
+        timeout: float | None,
     ) -> None:
         once = Blocks(model, args, kwargs)
-        trace = _first_run(once)
+        first, trace = _first_run(once, timeout)
         self.sizes = sizes
+        self.timeout = timeout
         if sizes:
             once = replace(once, plates=resizable(model, args, kwargs, trace, sizes))
             once = once.resized([most for _, most in sizes.values()])
             args, kwargs = once.args, once.kwargs
-            trace = _first_run(once)
+            first, trace = _first_run(once, timeout)
         nodes = {k: s for k, s in trace.nodes.items() if is_drawn(s)}
         self.nodes = nodes
         self.moments: list[list[float]] | None = None  # of the proposal
-        self.observed = _observed(model, args, kwargs, nodes, observed)
+        self.observed = _observed(replace(once, redraw=False), timeout, nodes, observed)
         _refuse_what_no_draw_follows(trace)
         self.kinds = {k: (s["value"].shape, s["value"].dtype) for k, s in nodes.items()}
         shapes = {k: shape for k, (shape, _) in self.kinds.items()}
         events = {k: s["fn"].event_dim for k, s in nodes.items()}
         nesting = max([plate_nesting(trace), *(len(s["fn"].batch_shape) for s in nodes.values())])
         self.blocks = Blocks(model, args, kwargs, nesting, events, shapes, "plate", plates=once.plates)
-        fault = TOO_FEW if isinstance(model, FunctionModel) else fault_of_plate(self.blocks, n)
+        self.blocks = replace(self.blocks, first=first, call=uuid.uuid4().hex)
+        fault = TOO_FEW if isinstance(model, FunctionModel) else self._fault_of_plate(n)
         if fault and fault != TOO_FEW:
             warn_user(NOT_VECTORIZED.format(fault))
         if fault:
             self.blocks = replace(self.blocks, how="loop")
+
+    def _fault_of_plate(self, n: int) -> str:
+        try:
+            return answer(partial(fault_of_plate, self.blocks, n), self.timeout)
+        except Lost as lost:
+            return f"a run failed: {lost}"
 
     def propose(self, posterior: Any) -> None:
         """Draw some latents where a posterior has its mass."""
@@ -229,47 +255,65 @@ class _Prepared:
 
     def refuse_non_finite_prior(self, seed: int) -> None:
         """Look at the first block: latents that depend on no other must be finite."""
-        (part,) = run_whole_job(self.blocks, 0, self.blocks.block, seed)
         latents = [k for k in self.nodes if k not in self.observed]
-        values = {k: [v for v in part.values[k] if v is not None] for k in latents}
+        values: dict[str, list[Tensor]] = {k: [] for k in latents}
+        with closing(done_here(self.blocks, 0, self.blocks.block, seed, self.timeout)) as parts:
+            for part in parts:
+                for k in latents:
+                    values[k] += [v for v in part.values[k] if v is not None]
         bad = {k: sum(not bool(v.isfinite().all()) for v in rows) for k, rows in values.items() if not _finite(rows)}
-        for name in [k for k in (_roots(self.blocks) if bad else []) if k in bad]:
+        for name in [k for k in (self._roots() if bad else []) if k in bad]:
             raise ValueError(
                 f"simulate: site '{name}' drew {bad[name]} of {len(values[name])} values that are not finite, from "
                 f"{type(self.nodes[name]['fn']).__name__}. A prior must be proper, and narrow enough for its numbers "
                 "(float32 ends at 3e38): give it a smaller scale, or draw its logarithm."
             )
 
+    def _roots(self) -> list[str]:
+        """Latents that depend on no other."""
+        try:
+            return answer(partial(_without_parents, self.blocks), self.timeout)
+        except (Exception, SystemExit):  # what is asked of the model is more than a run
+            return list(self.blocks.shapes)[:1]
+
 
 def _finite(rows: list[Tensor]) -> bool:
     return not rows or bool(torch.cat([v.reshape(-1) for v in rows]).isfinite().all())
 
 
-def _first_run(blocks: Blocks) -> Any:
-    """A run that does not fail, of a few."""
+def _first_run(blocks: Blocks, timeout: float | None) -> tuple[int, Any]:
+    """A run that does not fail, of a few, and the random state that it began from. A child makes it first, if time is limited."""
+    last: Exception = Lost()
     for attempt in range(_ATTEMPTS):
         try:
-            with random_state(attempt):
-                return blocks.simulation()
+            if timeout is not None:
+                answer(partial(_run, blocks, attempt, True), timeout)
+            return attempt, _run(blocks, attempt)
         except NotImplementedError as error:
             raise ValueError(
                 f"simulate: a site of the model cannot be sampled ({error or 'no sampler'}). A simulation starts from a "
                 "proper prior: replace ImproperUniform and the like."
             ) from error
-        except Exception as error:
-            last = plain(error)
+        except (Exception, SystemExit) as error:
+            last = plain(error) if isinstance(error, Exception) else RuntimeError(f"SystemExit: {error}")
     raise ValueError(
         f"simulate: the model failed in each of {_ATTEMPTS} runs. Call it once with the same arguments and no data to see "
         f"where. The last error: {type(last).__name__}: {first_line(last)}"
     ) from last
 
 
+def _run(blocks: Blocks, attempt: int, silent: bool = False) -> Any:
+    with random_state(attempt):
+        trace = blocks.simulation()
+    return None if silent else trace
+
+
 def _observed(
-    model: Any, args: Any, kwargs: Any, nodes: dict[str, Any], wanted: Sequence[str] | str
+    blocks: Blocks, timeout: float | None, nodes: dict[str, Any], wanted: Sequence[str] | str
 ) -> tuple[str, ...]:
     """The names of the data sites."""
     names = _names(wanted)
-    given = [k for k, _ in observed_sites(_first_run(Blocks(model, args, kwargs, redraw=False)))]
+    given = [k for k, _ in observed_sites(_first_run(blocks, timeout)[1])]
     names = names or tuple(given)
     unknown = [k for k in names if k not in nodes]
     if unknown or not names:
@@ -312,60 +356,10 @@ def _refuse_what_no_draw_follows(trace: Any) -> None:
             )
 
 
-def _roots(blocks: Blocks) -> list[str]:
-    """Latents that depend on no other."""
-    try:
-        with random_state(0):
-            parents = get_dependencies(blocks.model, blocks.args, blocks.kwargs)["prior_dependencies"]
-        return [k for k in blocks.shapes if not set(parents.get(k, {})) - {k}]
-    except Exception:  # what is asked of the model is more than a run
-        return list(blocks.shapes)[:1]
-
-
-def _jobs(missing: list[int], size: int, n: int, block: int) -> list[tuple[int, int]]:
-    """Ranges of whole blocks that hold all that is missing."""
-    blocks = sorted({i // block for i in missing})
-    per_job = -(-size // block)
-    jobs: list[tuple[int, int]] = []
-    for b in blocks:
-        start = b * block
-        stop = min(start + block, n)
-        if jobs and jobs[-1][1] == start and start - jobs[-1][0] < per_job * block:
-            jobs[-1] = (jobs[-1][0], stop)
-        else:
-            jobs.append((start, stop))
-    return jobs
-
-
-def _parts(blocks: Blocks, jobs: list[tuple[int, int]], seed: int, executor: Executor | None) -> Generator[Part]:
-    """Parts as they come; a bounded number of tasks waits at the executor."""
-    if executor is None:
-        for start, stop in jobs:
-            with closing(run_job(blocks, start, stop, seed)) as parts:
-                yield from parts
-        return
-    futures = [executor.submit(run_whole_job, blocks, start, stop, seed) for start, stop in jobs]
-    try:
-        for future in as_completed(futures):
-            yield from _result(future)
-    finally:
-        for future in futures:
-            future.cancel()
-        if isinstance(executor, ThreadPoolExecutor):
-            wait(futures)  # threads cannot be stopped, and another call may begin now
-
-
-def _result(future: Any) -> list[Part]:
-    try:
-        return future.result()
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        if "pickle" not in str(error).lower() and "local object" not in str(error):
-            raise
-        raise TypeError(
-            f"simulate: the model or its arguments cannot be sent to the executor's processes ({error}). Define the model "
-            "at the top of a module, not inside a function or as a lambda, or use an executor that sends functions by "
-            "value (loky, Dask)."
-        ) from error
+def _without_parents(blocks: Blocks) -> list[str]:
+    with random_state(0):
+        parents = get_dependencies(blocks.model, blocks.args, blocks.kwargs)["prior_dependencies"]
+    return [k for k in blocks.shapes if not set(parents.get(k, {})) - {k}]
 
 
 def _finished(store: Store, observed: tuple[str, ...], args: Any, seed: int) -> Simulations:

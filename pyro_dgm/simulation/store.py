@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
 import torch
 from torch import Size, Tensor
 
@@ -21,6 +20,7 @@ from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.core.warn import plain_errors
 from pyro_dgm.simulation.blocks import Part
+from pyro_dgm.simulation.columns import Column, MaskColumn, Sites, axes_that_differ, index_of
 from pyro_dgm.simulation.folder import Kind, allocate, larger, mapped, no_room
 
 __all__ = ["Simulations", "Store"]
@@ -30,8 +30,10 @@ class Simulations(Mapping[str, Tensor]):
     """``n`` independent draws of a model's latents and data, as a mapping from site to tensor.
 
     ``sims["x"]`` has shape ``(n, *site)``; ``sims[:100]`` and ``sims[index]`` are simulations again. ``len(sims)`` is the
-    number of simulations, not of sites. Sites whose size differs between simulations (a plate of random length) are
-    padded with zeros at the end to the largest, and ``sims.mask`` says what is there.
+    number of simulations, not of sites. Those of ``simulate(path=)`` stay on the disk if they have more than 256 MiB:
+    ``sims[index]`` reads its rows when a site of it is asked for, and ``sims["x"]`` is memory-mapped. Sites whose size differs
+    between simulations (a plate of random length) are padded with zeros at the end to the largest, and ``sims.mask`` says what
+    is there.
 
     Args:
         values: ``{site: (n, *site)}``.
@@ -64,11 +66,11 @@ class Simulations(Mapping[str, Tensor]):
                  acceptance: float | None = None) -> None:  # fmt: skip
         if not isinstance(values, Mapping):
             raise TypeError(f"Simulations: values is {shown(values)}, expected a dictionary of tensors, by site.")
-        self._values = dict(values)
+        self._values = values if isinstance(values, Sites) else Sites(values)
         if not isinstance(observed, Iterable) or not all(isinstance(name, str) for name in observed):
             raise TypeError(f"Simulations: observed is {shown(observed)}, expected a list of names.")
         self.observed = (observed,) if isinstance(observed, str) else tuple(observed)
-        self.mask = dict(mask or {})
+        self.mask = mask if isinstance(mask, Sites) else Sites(mask or {})
         self.failed = torch.zeros(0, dtype=torch.long) if failed is None else failed
         self.failed_latents = dict(failed_latents or {})
         self.reasons = dict(reasons or {})
@@ -78,13 +80,13 @@ class Simulations(Mapping[str, Tensor]):
         self._refuse_bad()
 
     def _refuse_bad(self) -> None:
-        for k, v in (*self._values.items(), *self.mask.items()):
+        for k, v in (*self._values.made.items(), *self.mask.made.items()):
             if not isinstance(v, Tensor) or not v.dim():
                 what = "a number" if isinstance(v, Tensor) else f"a {type(v).__name__}"
                 raise TypeError(f"Simulations: site '{k}' is {what}, expected a tensor (n, *site).")
             if not v.is_complex():
                 as_tensor_like("Simulations", f"site '{k}'", v, None)  # sparse ones and their like are refused
-        sizes = {k: len(v) for k, v in (*self._values.items(), *self.mask.items())}
+        sizes = {k: sites.shape(k)[0] for sites in (self._values, self.mask) for k in sites}
         if len(set(sizes.values())) != 1:
             raise ValueError(
                 f"Simulations: sites have different numbers of rows, {sizes}; expected one number for all."
@@ -110,34 +112,9 @@ class Simulations(Mapping[str, Tensor]):
             if key not in self._values:
                 raise KeyError(f"No site '{key}' among the simulated ones, {list(self._values)}.")
             return self._values[key]
-        index = self._index(key)
-        pick = lambda of: {k: v[index] for k, v in of.items()}  # noqa: E731
-        return Simulations(pick(self._values), self.observed, mask=pick(self.mask), args=self.args, seed=None)
-
-    def _index(self, key: Any) -> slice | Tensor:
-        """What picks rows from each tensor."""
-        if isinstance(key, slice):
-            rows = range(len(self))[key]
-            return slice(rows.start, rows.stop, rows.step) if rows.step > 0 else torch.tensor(rows, dtype=torch.long)
-        index = (
-            torch.as_tensor(key).cpu() if isinstance(key, (int, list, range, np.ndarray, np.generic, Tensor)) else None
-        )
-        if index is None or index.dim() > 1 or (index.numel() and (index.is_floating_point() or index.is_complex())):
-            raise TypeError(
-                f"Simulations: [{shown(key)}]: expected a site, a number, a slice, or a vector of numbers or of truths."
-            )
-        self._refuse_outside(index)
-        return index if index.dtype is torch.bool else index.reshape(-1).long() % max(len(self), 1)
-
-    def _refuse_outside(self, index: Tensor) -> None:
-        n = len(self)
-        if index.dtype is torch.bool:
-            if index.shape != (n,):
-                raise IndexError(f"Simulations: an index of truths has shape {tuple(index.shape)}, expected ({n},).")
-            return
-        outside = index[(index < -n) | (index >= n)]
-        if len(outside):
-            raise IndexError(f"Simulations: there is no number {int(outside[0])} among {n}; expected {-n} to {n - 1}.")
+        index = index_of(key, len(self))
+        values, mask = self._values.picked(index), self.mask.picked(index)
+        return Simulations(values, self.observed, mask=mask, args=self.args, seed=None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -146,7 +123,12 @@ class Simulations(Mapping[str, Tensor]):
         return key in self._values
 
     def __len__(self) -> int:
-        return len(next(iter(self._values.values())))
+        return self._values.shape(next(iter(self._values)))[0]
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether rows stay on the disk until they are asked for; ``fit`` then reads them in parts."""
+        return self._values.on_disk
 
     @property
     def latents(self) -> tuple[str, ...]:
@@ -154,7 +136,7 @@ class Simulations(Mapping[str, Tensor]):
         return tuple(k for k in self._values if k not in self.observed)
 
     def __repr__(self) -> str:
-        site = lambda k: f"{k} {tuple(self._values[k].shape[1:])}{' masked' if k in self.mask else ''}"  # noqa: E731
+        site = lambda k: f"{k} {tuple(self._values.shape(k)[1:])}{' masked' if k in self.mask else ''}"  # noqa: E731
         parts = [site(k) for k in self.latents] + [f"observed {site(k)}" for k in self.observed]
         left_out = f"; {len(self.failed)} failed and left out" if len(self.failed) else ""
         accepted = "" if self.acceptance is None else f"; {self.acceptance:.2g} of the prior accepted"
@@ -169,7 +151,8 @@ class Simulations(Mapping[str, Tensor]):
             OSError: if nothing can be written there, or the disk is full; a file that was there stands.
         """
         refuse_no_place("Simulations.save: the file", Path(path))
-        state = {"values": {k: v.clone() for k, v in self._values.items()}, "mask": self.mask, "failed": self.failed}
+        state: dict[str, Any] = {"values": {k: v.clone() for k, v in self._values.items()}, "mask": dict(self.mask)}
+        state |= {"failed": self.failed}
         state |= {"observed": list(self.observed), "reasons": self.reasons, "seed": self.seed}
         state |= {"failed_latents": {k: v.clone() for k, v in self.failed_latents.items()}}
         save_state("Simulations.save: the file", path, state | {"acceptance": self.acceptance})
@@ -199,6 +182,10 @@ class Simulations(Mapping[str, Tensor]):
 
 
 _GOOD, _LEFT_OUT = 1, 2
+_IN_MEMORY = 2**28  # bytes of simulations up to which a folder's are read at once. Not measured; chosen by hand
+_WRITTEN = (
+    2**26
+)  # bytes after which files are mapped anew: pages that were written count as this process's memory till then
 _FAULTS = "faults.jsonl"
 _LOST = "a reason that was lost with its line of faults.jsonl"
 
@@ -236,6 +223,7 @@ class Store:
         self.status = arrays["status"]
         self.tried = arrays["tried"]
         self.values = {k: arrays[file] for k, file in self.files.items()}
+        self.written = 0
         self.sizes = {k: arrays[f"{self.files[k]}-sizes"] for k in with_axes}
         self._refuse_bad()
         self.faults = self._known_faults()
@@ -269,11 +257,21 @@ class Store:
                     self.sizes[name][rows] = torch.tensor(values.shape[1:], dtype=torch.int32)
             else:
                 self._write_each(name, part.start, values)
+        self._let_go(part)
         self.tried[part.start] = part.tried
         self._note(part.faults)
         marks = torch.full((part.count,), _GOOD, dtype=torch.uint8)
         marks[[i - part.start for i in part.faults]] = _LEFT_OUT
         self.status[rows] = marks
+
+    def _let_go(self, part: Part) -> None:
+        """Map the files anew from time to time; the system writes what was written to them."""
+        self.written += part.count * sum(v[0].numel() * v.itemsize for v in self.values.values())
+        if self.folder is None or self.written < _WRITTEN:
+            return
+        self.written = 0
+        for k, v in self.values.items():
+            self.values[k] = mapped(self.folder, self.files[k], (v.shape, v.dtype))
 
     def _note(self, faults: dict[int, str]) -> None:
         self.faults |= faults
@@ -332,12 +330,14 @@ class Store:
         new[tuple(slice(m) for m in now.shape)] = now
         return new
 
-    def _private(self, name: str) -> Tensor:
-        """A site's values, of which changes do not go back to the disk."""
-        if self.folder is None:
-            return self.values[name]
+    def _column(self, name: str, rows: Tensor | None, sizes: Tensor | None) -> Tensor | Column:
+        """Some rows of a site, without the room that none of them needs."""
         now = self.values[name]
-        return mapped(self.folder, self.files[name], (now.shape, now.dtype), private=True)
+        shape = now.shape[1:] if sizes is None else Size(sizes.amax(0).tolist())
+        if self.folder is not None:
+            return Column(self.folder, self.files[name], (now.shape, now.dtype), shape, rows)
+        cut = now[(slice(None), *(slice(m) for m in shape))]
+        return cut if rows is None else cut[rows]
 
     def missing(self) -> Tensor:
         """Numbers of the simulations that are still to be done."""
@@ -348,16 +348,16 @@ class Store:
         return Counter(self.faults.values())
 
     def simulations(self, observed: tuple[str, ...], args: tuple[Any, ...], seed: int) -> Simulations:
-        """The good ones. On disk they stay memory-mapped where none was left out."""
+        """The good ones. On disk they stay there if they are many."""
         good = self.status == _GOOD
         left_out = not bool(good.all())
-        values = {k: self._private(k) for k in self.values}
-        mask: dict[str, Tensor] = {}
-        if left_out:
-            values = {k: v[good] for k, v in values.items()}
-        for name, sizes in self.sizes.items():
-            values[name], there = _cropped(values[name], sizes[good].long())
-            mask |= {} if there is None else {name: there}
+        rows = torch.nonzero(good)[:, 0] if left_out else None
+        sizes = {k: (v if rows is None else v[rows]).long() for k, v in self.sizes.items()}
+        values = Sites({k: self._column(k, rows, sizes.get(k)) for k in self.values})
+        padded = {k: axes_that_differ(v) for k, v in sizes.items()}
+        mask = Sites({k: MaskColumn(sizes[k], values.shape(k)[1 : 1 + axes]) for k, axes in padded.items() if axes})
+        if self.folder is None or values.bytes() <= _IN_MEMORY:
+            values, mask = values.in_memory(), mask.in_memory()
         tried = int(self.tried.sum())
         return Simulations(
             values,
@@ -378,17 +378,3 @@ def _fault(line: str) -> tuple[int, str] | None:
     except (ValueError, TypeError):
         return None
     return (number, reason) if isinstance(number, int) and isinstance(reason, str) else None
-
-
-def _cropped(values: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Padded to the largest size only, and the mask along the axes up to the last one that differs."""
-    largest = sizes.amax(0).tolist()
-    values = values[(slice(None), *(slice(m) for m in largest))]
-    differs = torch.nonzero((sizes != sizes[0]).any(0))[:, 0].tolist()
-    if not differs:
-        return values, None
-    mask = torch.ones(len(sizes), *(1,) * (differs[-1] + 1), dtype=torch.bool)
-    for axis in range(differs[-1] + 1):
-        inside = torch.arange(largest[axis]) < sizes[:, axis, None]
-        mask = mask & inside.reshape(len(sizes), *(largest[axis] if a == axis else 1 for a in range(differs[-1] + 1)))
-    return values, mask

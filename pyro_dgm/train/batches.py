@@ -36,12 +36,18 @@ FEW = 3_000  # rows up to which a density is fitted with care for them (docs/ben
 _FIRST_ROWS = 10_000  # from which units are taken. Not measured; chosen by hand
 
 
+# Of rows on the disk. Not measured; chosen by hand.
+_RUN = 2**20  # bytes that lie together and are read together
+_SHUFFLED = 2**26  # bytes of such runs, from all over the data, that are mixed in memory
+
+
 class Batches:
     """Batches of ``data``; ``iter`` gives them without end. ``epoch`` is their number in one pass, None for whole data.
 
     Args:
         data: a tensor, a tuple of an objective's arguments, a mapping of tensors (one argument: a batch is then a
-            dictionary), or a DataLoader.
+            dictionary), or a DataLoader. Mappings on the disk (:func:`on_disk`) are read in parts, in an order that is random
+            within parts of 64 MiB.
         batch_size: rows per batch; None passes everything each time.
         device: where batches are moved; None leaves them.
     """
@@ -53,7 +59,8 @@ class Batches:
         self.rows = None if self.loader or batch_size is None else _rows(self.args)
         self.args = self.args if self.rows else to_device(self.args, device)
         self.batch_size = int(batch_size or 0)
-        if self.rows is not None:
+        self.in_parts = self.rows is not None and any(map(on_disk, self.args))
+        if self.rows is not None and not self.in_parts:
             _refuse_non_finite(self.args)
         self.epoch = self._epoch()
         self.agreed: Callable[[Tensor], Tensor] = lambda order: order  # on the order of rows, among several processes
@@ -82,7 +89,20 @@ class Batches:
             return (to_device(as_args(batch), self.device) for batch in self.loader)
         if self.rows is None:
             return [self.args]
+        if self.in_parts:
+            return self._in_parts(self.rows)
         return (self._take(index) for index in self.agreed(torch.randperm(self.rows)).split(self.batch_size))
+
+    def _in_parts(self, rows: int) -> Iterator[tuple[Any, ...]]:
+        """Runs of rows in a random order, many at a time, which are mixed in memory."""
+        each = _bytes_of_row(self.args)
+        runs = torch.arange(rows).split(max(1, _RUN // each))
+        order = torch.cat([runs[i] for i in self.agreed(torch.randperm(len(runs))).tolist()])
+        for part in order.split(self.batch_size * max(1, _SHUFFLED // (each * self.batch_size))):
+            read = picked(self.args, part)
+            _refuse_non_finite(read)
+            for index in self.agreed(torch.randperm(len(part))).split(self.batch_size):
+                yield to_device(picked(read, index), self.device)
 
     def _take(self, index: Tensor) -> tuple[Any, ...]:
         return to_device(picked(self.args, index), self.device)
@@ -146,17 +166,27 @@ def held_out_split(data: Any, fraction: float) -> tuple[tuple[Any, ...], tuple[A
             f"fit: validation={fraction} of {rows} rows; expected a fraction that leaves rows on both sides."
         )
     order = torch.randperm(rows)
-    return picked(args, order[held:]), picked(args, order[:held])
+    kept, left = order[held:], picked(args, order[:held])
+    if any(map(on_disk, args)):  # what lies together is read together
+        return tuple(a[kept.sort().values] if on_disk(a) else picked((a,), kept)[0] for a in args), left
+    return picked(args, kept), left
 
 
 def as_args(data: Any) -> tuple[Any, ...]:
     """The objective's arguments that data stand for, apart from the graph that made them: a fit goes through it many times."""
     args = tuple(data) if isinstance(data, tuple | list) else (data,)
-    args = from_arrays("fit", tuple(_as_dict(a) if isinstance(a, Mapping) else a for a in args))
+    args = from_arrays("fit", tuple(_as_dict(a) if isinstance(a, Mapping) and not on_disk(a) else a for a in args))
     return tuple(_detached(a) for a in args)
 
 
+def on_disk(data: Any) -> bool:
+    """Whether it is a mapping whose rows are read when they are asked for: large :class:`~pyro_dgm.Simulations` of a folder."""
+    return isinstance(data, Mapping) and getattr(data, "on_disk", False)
+
+
 def _detached(value: Any) -> Any:
+    if on_disk(value):
+        return value
     if isinstance(value, Mapping):
         return {k: _detached(v) for k, v in value.items()}
     if type(value) in (tuple, list):
@@ -179,6 +209,8 @@ def described(data: Any) -> Any:
     if isinstance(data, DataLoader):
         tensors = getattr(data.dataset, "tensors", None)
         return [f"a loader of {len(data)} batches", data.batch_size, described(tensors)]
+    if on_disk(data):
+        return _described_on_disk(data)
     if isinstance(data, Mapping):
         return {str(k): described(v) for k, v in data.items()}
     if isinstance(data, tuple | list):
@@ -192,10 +224,21 @@ def described(data: Any) -> Any:
 
 def _described_tensor(x: Tensor) -> str:
     x = x.detach().cpu().to_dense()
-    values = x.reshape(-1).contiguous().view(torch.uint8)
-    return (
-        f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} (checksum {zlib.crc32(values.numpy().tobytes()):08x})"
-    )
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} (checksum {_checksum(x):08x})"
+
+
+def _checksum(x: Tensor, before: int = 0) -> int:
+    return zlib.crc32(x.reshape(-1).contiguous().view(torch.uint8).numpy().data, before)
+
+
+def _described_on_disk(data: Any) -> list[Any]:
+    """A checksum of all, part by part."""
+    found: dict[str, int] = {}
+    rows = max(1, _SHUFFLED // _bytes_of_row((data,)))
+    for part in torch.arange(len(data)).split(rows):
+        for name, x in named_tensors(picked((data,), part)):
+            found[name] = _checksum(x, found.get(name, 0))
+    return ["read in parts", {k: f"checksum {v:08x}" for k, v in found.items()}]
 
 
 def _as_dict(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,7 +249,11 @@ def _as_dict(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def picked(args: tuple[Any, ...], index: Tensor) -> tuple[Any, ...]:
     """These rows of every tensor, also of those in mappings."""
-    return tuple(_of_tensors(lambda t: t[index.to(t.device)], a) for a in args)
+    return tuple(_as_dict(a[index]) if on_disk(a) else _of_tensors(lambda t: t[index.to(t.device)], a) for a in args)
+
+
+def _bytes_of_row(args: tuple[Any, ...]) -> int:
+    return max(1, sum(t.numel() * t.itemsize for _, t in named_tensors(picked(args, torch.arange(1))) if t.dim()))
 
 
 def _of_tensors(change: Callable[[Tensor], Tensor], argument: Any) -> Any:
@@ -226,14 +273,20 @@ def row_count(data: Any) -> int | None:
     """Rows of the data, where they are tensors with one first dimension."""
     if isinstance(data, DataLoader):
         return None
-    sizes = {a.shape[0] for _, a in named_tensors(as_args(data)) if a.dim()}
+    sizes = _lengths(as_args(data))
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def _lengths(args: tuple[Any, ...]) -> set[int]:
+    """First dimensions of all tensors; of those on the disk without reading them."""
+    in_memory = named_tensors(tuple(a for a in args if not on_disk(a)))
+    return {a.shape[0] for _, a in in_memory if a.dim()} | {len(a) for a in args if on_disk(a)}
+
+
 def _rows(args: tuple[Any, ...]) -> int:
-    if any(a.layout is not torch.strided for _, a in named_tensors(args)):
+    if any(a.layout is not torch.strided for _, a in named_tensors(tuple(a for a in args if not on_disk(a)))):
         raise TypeError("fit: minibatches need dense tensors, got sparse ones. Convert them: x.to_dense().")
-    sizes = {a.shape[0] for _, a in named_tensors(args) if a.dim()}
+    sizes = _lengths(args)
     if len(sizes) != 1:
         raise ValueError(
             f"fit: minibatches need tensors with one common first dimension, got {sorted(sizes) or 'no tensors'}. "
@@ -266,7 +319,9 @@ def few_rows(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...] | None:
     if not isinstance(batches, BatchStream) or batches.batches.loader is not None:
         return None
     count = row_count(batches.batches.args)
-    return batches.batches.args if count is not None and count <= FEW else None
+    if count is None or count > FEW:
+        return None
+    return picked(batches.batches.args, torch.arange(count)) if batches.batches.in_parts else batches.batches.args
 
 
 def first_rows(

@@ -10,7 +10,7 @@ parser.add_argument("name", choices=sorted(p.stem for p in pathlib.Path(__file__
 parser.add_argument("--out", type=pathlib.Path)
 parser.add_argument("--only", nargs="*", help="a subset of the benchmark's rows")
 parser.add_argument("--limit", type=float, help="CPU seconds after which a NUTS row is stopped")
-parser.add_argument("--count", type=int, help="inputs of a seed of the fuzz")
+parser.add_argument("--count", type=int, help="inputs of a seed of the fuzz, or kills of a kind")
 parser.add_argument("--case", type=int, help="the number of one input of the fuzz, to repeat it")
 parser.add_argument("--sizes", nargs="*", type=int, default=[10_000], help="simulations of a training")
 parser.add_argument("--seeds", nargs="*", type=int, default=[0])
