@@ -223,8 +223,8 @@ class Loop:
             if known:
                 standing.round_best = min(standing.round_best, score)
                 standing.lowest = min(standing.lowest, score)
-        if self.limits.seconds() - self.saved_at > _SAVE_EVERY:
-            self._save()
+        if not self.history.stopped and self.limits.seconds() - self.saved_at > _SAVE_EVERY:
+            self._save()  # not a check that an interruption brought: see _end
 
     def _keep(self, score: float) -> None:
         self.history.best_step = self.history.steps
