@@ -214,8 +214,8 @@ class Loop:
             if known:
                 standing.round_best = min(standing.round_best, score)
                 standing.lowest = min(standing.lowest, score)
-        if self.limits.seconds() - self.saved_at > _SAVE_EVERY:
-            self._save()
+        if not self.history.stopped and self.limits.seconds() - self.saved_at > _SAVE_EVERY:
+            self._save()  # not a check that an interruption brought: see _end
         if self.on_check is not None:
             with fork_rng():  # what it draws changes no step
                 self.on_check(history)

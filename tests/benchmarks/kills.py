@@ -81,8 +81,8 @@ def two_players(folder):
 
 
 def minibatches(folder):
-    data = torch.randn(2_000, 2).cumsum(1)
-    return fitted(folder, dgm.MaximumLikelihood(dgm.MAF(2)), data, max_epochs=40)
+    data = torch.randn(6_000, 2).cumsum(1)
+    return fitted(folder, dgm.MaximumLikelihood(dgm.MAF(2)), data, max_epochs=30)
 
 
 def from_disk(folder):

@@ -47,8 +47,13 @@ ROWS = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
     (ROWS, 350, {}),
     (ROWS, 37, {"batch_size": 8, "max_epochs": 20, "validation": 0.25, "seed": None}),
 ], ids=["before a check", "held out", "whole", "loader", "open", "without a seed"])  # fmt: skip
-def test_a_fit_that_was_interrupted_resumes_to_the_same_bits(tmp_path, data, when, options):
-    """Planted faults: the interrupted step is half done; the check of the state that is handed back enters the file."""
+@pytest.mark.parametrize("every", [5.0, -1.0], ids=["", "slow checks"])
+def test_a_fit_that_was_interrupted_resumes_to_the_same_bits(tmp_path, monkeypatch, data, when, options, every):
+    """Planted faults: the interrupted step is half done; the check of the state that is handed back enters the file.
+
+    A check after which a file is due at once stands for one that takes more than five seconds: it entered the file.
+    """
+    monkeypatch.setattr("pyro_dgm.train.loop._SAVE_EVERY", every)
     options = {"lr": 0.05, "seed": 3, "progress": False} | options
     torch.manual_seed(9)
     whole = Stops()
