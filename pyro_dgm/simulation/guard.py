@@ -115,6 +115,7 @@ def in_child(work: Callable[[], Iterable[Any]], timeout: float) -> Generator[Any
             stream.flush()  # or both processes write what waits
         pid = os.fork()
         if not pid:
+            reader.close()  # or it would write to itself for ever, if the one who reads is killed
             _serve(work, writer, timeout)
         writer.close()  # before the next child, which would keep it open
     with suppress(OSError):

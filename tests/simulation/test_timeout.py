@@ -4,6 +4,7 @@ import ctypes
 import functools
 import multiprocessing
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -176,6 +177,35 @@ def test_a_model_that_never_comes_back_is_told():
     for bad in (0.0, -1.0, float("nan"), "5"):
         with pytest.raises((ValueError, TypeError), match="timeout"):
             drawn(timeout=bad)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_child_ends_when_nobody_waits_for_it(hangs, tmp_path):
+    """SIGKILL of the process that waits. Planted: the child keeps the end of the pipe from which the other read."""
+    note = tmp_path / "pids"
+
+    def noted(theta):
+        with note.open("a") as file:
+            file.write(f"{os.getpid()} ")
+        if hangs and len(pids()) == 20:
+            time.sleep(600.0)
+        return torch.full((2_000,), theta).numpy()
+
+    def pids():
+        return note.read_text().split() if note.exists() else []
+
+    model = dgm.as_model(noted, prior=PRIOR, observed="x")
+    job = functools.partial(drawn, model, 100_000, timeout=1.0 if hangs else 60.0, path=tmp_path / "a")
+    process = multiprocessing.get_context("fork").Process(target=job)
+    process.start()
+    while len(pids()) < 20:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    child, deadline = pathlib.Path(f"/proc/{pids()[-1]}"), time.perf_counter() + 20.0
+    while child.exists() and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    assert not child.exists() and int(child.name) != process.pid
 
 
 def test_a_child_brings_the_proposals_draws_and_errors():
