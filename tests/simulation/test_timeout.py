@@ -18,7 +18,7 @@ import torch
 
 import pyro_dgm as dgm
 
-N, LIMIT = 160, 0.4
+N, LIMIT = 160, 1.0
 EDGES = {"hang": 0.02, "exit": 0.05, "leave": 0.08, "crash": 0.11, "raise": 0.14, "program": 0.155}
 REASONS = {
     "hang": f"it took longer than timeout={LIMIT:g} s",
