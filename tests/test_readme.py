@@ -67,6 +67,15 @@ def walked(name):
         thing = getattr(thing, part)
 
 
+def test_messages_of_the_page_of_errors_are_those_of_the_package():
+    """Planted fault: a word of a quotation changed."""
+    sources = "".join(file.read_text() for file in sorted((ROOT / "pyro_dgm").rglob("*.py")))
+    joined = re.sub(r'"\s*f?"', "", sources)  # a message over several lines is one
+    quoted = re.findall(r"^> (.+)$", (ROOT / "docs/errors.md").read_text(), re.M)
+    assert len(quoted) >= 10
+    assert [words for words in quoted if words not in joined] == []
+
+
 PUBLIC = ["pyro_dgm", *(f"pyro_dgm.{p.parent.name}" for p in sorted((ROOT / "pyro_dgm").glob("*/__init__.py")))]
 
 

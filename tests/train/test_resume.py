@@ -276,3 +276,25 @@ def test_arrays_in_any_mapping_are_data():
 
     data = types.MappingProxyType({"x": np.ones((20, 2))})
     assert dgm.fit(Mean(), data, batch_size=5, max_steps=3, progress=False).steps == 3
+
+
+class Hostile:
+    """What runs code where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("load", [dgm.Simulations.load, lambda path: dgm.fit(Distance(), (X,), max_steps=1, checkpoint=path)])
+def test_code_in_a_file_does_not_run(tmp_path, load):
+    """SECURITY.md. Planted fault: ``weights_only=False`` in ``load_checkpoint``."""
+    file, ran = tmp_path / "state.pt", tmp_path / "ran"
+    torch.save({"values": Hostile(ran), "observed": ["x"]}, file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load(file)
+    assert not ran.exists()
+    torch.load(file, weights_only=False)
+    assert ran.exists()
