@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pathlib
 import re
+import runpy
 
 import pytest
 
@@ -65,6 +66,28 @@ def walked(name):
         if not hasattr(thing, part):
             importlib.import_module("pyro_dgm." + ".".join(name.split(".")[: i + 1]))
         thing = getattr(thing, part)
+
+
+RUN = [page for page in PAGES if page.read_text().startswith("---\nrun: true\n")]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_of_pages_that_are_run_compiles(page):
+    blocks = re.findall(r"^```python\n(.*?)^```\n", page.read_text(), re.M | re.S)
+    assert blocks and [compile(block, page.name, "exec") for block in blocks]
+
+
+def test_pages_are_run_block_by_block_with_what_they_print_and_draw():
+    """Planted fault: figures that are left open for the next block."""
+    execute = runpy.run_path(str(ROOT / "docs/hooks/execute.py"))["run"]
+    draw = "import matplotlib.pyplot as plt\n_ = plt.plot([1, 2])\nn = 41"
+    found = execute(["print('one')", draw, "print(n + 1)"])
+    assert [result["text"] for result in found["results"]] == ["one\n", "", "42\n"]
+    assert [len(result["figures"]) for result in found["results"]] == [0, 1, 0]
+
+
+def test_the_front_page_shows_the_example():
+    assert example() in (ROOT / "docs/index.md").read_text()
 
 
 def test_messages_of_the_page_of_errors_are_those_of_the_package():

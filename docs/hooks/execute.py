@@ -12,9 +12,13 @@ import sys
 import time
 
 import matplotlib
+import pandas
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+pandas.set_option("display.width", 120)  # a table of ArviZ is not cut in the middle
+pandas.set_option("display.max_columns", 20)
 
 
 def run(blocks: list[str]) -> dict:

@@ -1,4 +1,4 @@
-"""Draws docs/assets/front.png: a model's posterior, a simulator's posterior, a density.
+"""Draws docs/assets/front.webp: a model's posterior, a simulator's posterior, a density.
 
 python docs/hooks/front.py
 """
@@ -14,7 +14,7 @@ from sklearn.datasets import make_moons
 
 import pyro_dgm as dgm
 
-PLACE = pathlib.Path(__file__).parents[1] / "assets/front.png"
+PLACE = pathlib.Path(__file__).parents[1] / "assets/front.webp"
 
 
 def schools(error, effect=None):
@@ -31,7 +31,8 @@ def model_posterior(ax):
     dgm.fit(dgm.STL_ELBO()(schools, guide), (error, effect), seed=0)
     idata = dgm.from_svi(schools, guide, error, effect, num_samples=20_000, seed=0)
     mu, tau = (idata.posterior[name].values.ravel() for name in ("mu", "tau"))
-    ax.hexbin(mu, np.log(tau), gridsize=45, cmap="magma", extent=(-10, 18, -3, 4), linewidths=0.1)
+    ax.hexbin(mu, np.log(tau), gridsize=45, cmap="magma", mincnt=1, linewidths=0.1)
+    ax.set(xlim=(-10, 18), ylim=(-3, 4), facecolor="black")
     ax.set(
         title=f"a model: the posterior is {dgm.khat(idata).status}",
         xlabel="mean effect",
@@ -44,9 +45,9 @@ def predators(birth, death, rng):
     for step in range(200):
         grown, caught = birth * hares, 0.028 * hares * lynx
         hares, lynx = hares + 0.1 * (grown - caught), lynx + 0.1 * (0.024 * hares * lynx - death * lynx)
-        if step % 10 == 9:
+        if step % 20 == 19:
             seen += [hares, lynx]
-    return np.maximum(np.array(seen), 1e-3) * rng.lognormal(0.0, 0.25, 40)
+    return np.maximum(np.array(seen), 1e-3) * rng.lognormal(0.0, 0.6, 20)
 
 
 def simulator_posterior(ax):
@@ -56,7 +57,7 @@ def simulator_posterior(ax):
     logs = {name: values.log() if name == "seen" else values for name, values in sims.items()}
     guide = dgm.AmortizedGuide(model, observed=["seen"])
     dgm.fit(dgm.ForwardKL(guide), logs, seed=0)
-    seen = torch.as_tensor(predators(0.55, 0.8, np.random.default_rng(3)), dtype=torch.float32).log()
+    seen = torch.as_tensor(predators(0.55, 0.8, np.random.default_rng(5)), dtype=torch.float32).log()
     draws = guide.condition(seen=seen).sample((2_000,))
     ax.plot(sims["birth"][:2_000], sims["death"][:2_000], ".", ms=1.5, color="0.75", label="prior")
     ax.plot(draws["birth"], draws["death"], ".", ms=1.5, color="C1", label="posterior")
@@ -68,7 +69,7 @@ def simulator_posterior(ax):
 def density(ax):
     x = torch.as_tensor(make_moons(4_000, noise=0.1, random_state=0)[0], dtype=torch.float32)
     flow = dgm.FFJORD(2)
-    dgm.fit(dgm.MaximumLikelihood(flow), (x,), max_seconds=40, seed=0)
+    dgm.fit(dgm.MaximumLikelihood(flow), (x,), max_steps=250, seed=0)
     across, up = torch.linspace(-1.6, 2.6, 240), torch.linspace(-1.1, 1.6, 240)
     grid = torch.stack(torch.meshgrid(across, up, indexing="xy"), -1)
     with torch.no_grad():
@@ -82,4 +83,4 @@ if __name__ == "__main__":
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.5), layout="constrained")
     for draw, ax in zip((model_posterior, simulator_posterior, density), axes, strict=True):
         draw(ax)
-    figure.savefig(PLACE, dpi=110, pil_kwargs={"optimize": True})
+    figure.savefig(PLACE, dpi=130, pil_kwargs={"quality": 80, "method": 6})

@@ -11,6 +11,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = pathlib.Path(__file__).parents[2]
+NAMES = {word.lower(): word for word in ("AVB", "GAN", "I", "Lotka", "MNIST", "Markov", "VAE", "Volterra")}
 PICTURES = ROOT / "docs/assets/gallery"
 INTRODUCTION = """# Gallery
 
@@ -61,9 +62,7 @@ def text(said: str) -> str:
 
 def title(name: str) -> str:
     """``02_hard_posteriors`` as "Hard posteriors", with the names that are not words."""
-    words = name[3:].replace("_", " ")
-    for short in ("vae", "gan", "avb", "mnist"):
-        words = " ".join(word.upper() if word == short else word for word in words.split())
+    words = " ".join(NAMES.get(word, word) for word in name[3:].split("_"))
     return words[0].upper() + words[1:]
 
 

@@ -30,7 +30,7 @@ def on_page_content(html: str, *, page: Page, **_: object) -> None:
     """Remember what the page says first."""
     said = re.search(r"<p>(.*?)</p>", html, re.S)
     plain = " ".join(unescape(re.sub(r"<[^>]+>", "", said[1])).split()) if said else ""
-    SAID[page.url] = (page.title, re.split(r"(?<=[.?:]) ", plain)[0])
+    SAID[page.url] = (page.title, re.split(r"(?<=[.?]) ", plain)[0])
 
 
 def on_post_build(config: MkDocsConfig) -> None:
