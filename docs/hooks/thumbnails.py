@@ -1,6 +1,6 @@
 """Runs the examples and keeps a small picture of each for the gallery, with the CPU seconds that it took.
 
-python docs/hooks/thumbnails.py [NAME ...]     # 01_flow_posterior, or all
+python docs/hooks/thumbnails.py [NAME ...]     # 01_flow_posterior, or all that have no picture
 """
 
 import json
@@ -43,6 +43,6 @@ def run(example: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    names = sys.argv[1:] or [p.stem for p in sorted((ROOT / "examples").glob("[0-9]*.py"))]
-    for name in names:
+    examples = [p.stem for p in sorted((ROOT / "examples").glob("[0-9]*.py"))]
+    for name in sys.argv[1:] or [name for name in examples if not (PLACE / f"{name}.webp").exists()]:
         run(ROOT / "examples" / f"{name}.py")
