@@ -86,6 +86,17 @@ def test_pages_are_run_block_by_block_with_what_they_print_and_draw():
     assert [len(result["figures"]) for result in found["results"]] == [0, 1, 0]
 
 
+def test_docstrings_become_markdown():
+    """Planted fault: a private name that is linked, so that the site has a broken link."""
+    griffe = pytest.importorskip("griffe", reason="of the docs extra")
+    roles = runpy.run_path(str(ROOT / "docs/hooks/roles.py"))["Roles"]()
+    package = griffe.load("pyro_dgm", search_paths=[ROOT], extensions=griffe.Extensions(roles))
+    text = "See :func:`~pyro_dgm.fit`, :func:`~pyro_dgm.guides.start.find_start`, :math:`a_i`.\n\n.. math:: x\n\nExample:\n    >>> 1\n"
+    found = roles.markdown(text, package["flows.families.NSF"])
+    assert "[`fit`][pyro_dgm.train.fit.fit], `find_start`, \\(a_i\\)." in found
+    assert "\\[\nx\n\\]" in found and "Examples:" in found
+
+
 def test_the_front_page_shows_the_example():
     assert example() in (ROOT / "docs/index.md").read_text()
 

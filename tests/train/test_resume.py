@@ -288,7 +288,9 @@ class Hostile:
         return pathlib.Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("load", [dgm.Simulations.load, lambda path: dgm.fit(Distance(), (X,), max_steps=1, checkpoint=path)])
+@pytest.mark.parametrize(
+    "load", [dgm.Simulations.load, lambda path: dgm.fit(Distance(), (X,), max_steps=1, checkpoint=path)]
+)
 def test_code_in_a_file_does_not_run(tmp_path, load):
     """SECURITY.md. Planted fault: ``weights_only=False`` in ``load_checkpoint``."""
     file, ran = tmp_path / "state.pt", tmp_path / "ran"
