@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs compatibility clean
 
 # torch first: a constrained install keeps the later ones from choosing another build
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -21,11 +21,17 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
-# the pages that are generated from what was measured
-docs: $(VENV)/ready
+# the site, in site/; pages with `run: true` run their code
+docs: $(VENV)/docs
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+$(VENV)/docs: $(VENV)/ready
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+# docs/compatibility.md, from the tests that it shows
+compatibility: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_compat.py tests/objectives/test_bound_programs.py -n 2 --write-compatibility
-	$(PY) -m pip install --quiet ".[docs]"
-	$(PY) -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache site
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .cache site

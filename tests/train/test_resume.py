@@ -424,3 +424,27 @@ def test_files_of_other_kinds_are_refused_by_name(tmp_path):
         assert "weights_only" not in str(e.value)
         with pytest.raises(ValueError, match=f"Simulations.load: .*{name}") if name != "sims" else nullcontext():
             dgm.Simulations.load(tmp_path / name)
+
+
+class Hostile:
+    """What runs code where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "load", [dgm.Simulations.load, lambda path: dgm.fit(Distance(), (X,), max_steps=1, checkpoint=path)]
+)
+def test_code_in_a_file_does_not_run(tmp_path, load):
+    """SECURITY.md. Planted fault: ``weights_only=False`` in ``load_checkpoint``."""
+    file, ran = tmp_path / "state.pt", tmp_path / "ran"
+    torch.save({"values": Hostile(ran), "observed": ["x"]}, file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load(file)
+    assert not ran.exists()
+    torch.load(file, weights_only=False)
+    assert ran.exists()
