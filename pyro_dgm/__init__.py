@@ -34,7 +34,7 @@ from pyro_dgm.diagnostics import (
 from pyro_dgm.evaluate.density import assert_density
 from pyro_dgm.flows import MAF, NSF, RealNVP, ZukoFlow
 from pyro_dgm.gan import Adversarial, Critic, Generator
-from pyro_dgm.guides import AutoFlow
+from pyro_dgm.guides import AutoFlow, as_prior
 from pyro_dgm.objectives import IWAE_ELBO, STL_ELBO, MaximumLikelihood
 from pyro_dgm.ratio import Adversarial_ELBO, DensityRatio, ImplicitGuide, LogisticRegression, refine
 from pyro_dgm.simulation import Simulations, as_model, rounds, simulate
@@ -81,6 +81,7 @@ __all__ = [
     "error_bounds",
     "explore",
     "as_model",
+    "as_prior",
     "assert_density",
     "fit",
     "from_fits",

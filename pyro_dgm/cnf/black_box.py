@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyro_dgm.cnf.field import NOTHING_KNOWN, Motion, Plan, Rates, VectorField
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_number, reference, refuse_two_precisions
+from pyro_dgm.core.upstream import in_vmap
 from pyro_dgm.core.warn import warn_user
 
 __all__ = ["BlackBoxField", "SumField", "check_trace"]
@@ -65,6 +66,8 @@ class BlackBoxField(VectorField):
 
         def motion(t: Tensor, x: Tensor) -> Rates:
             wanted = torch.is_grad_enabled()
+            if in_vmap():
+                return self._by_func(t, x, context, probe)
             with torch.enable_grad():
                 x = x if x.requires_grad else x.detach().requires_grad_()
                 velocity = self.velocity(t, x, context)
@@ -77,6 +80,13 @@ class BlackBoxField(VectorField):
             return Rates(velocity, divergence) if wanted else Rates(velocity.detach(), divergence.detach())
 
         return motion
+
+    def _by_func(self, t: Tensor, x: Tensor, context: Tensor | None, probe: Tensor | None) -> Rates:
+        """The same where ``torch.vmap`` is at work, inside of which ``torch.autograd`` is not."""
+        velocity, pull = torch.func.vjp(lambda point: self.velocity(t, point, context), x)[:2]
+        vectors = self._basis(x) if probe is None else probe
+        divergence = (torch.vmap(lambda v: pull(v)[0])(vectors) * vectors).sum(-1)
+        return Rates(velocity, divergence.sum(0) if probe is None else divergence.mean(0))
 
     def velocity(self, time: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         parts = [time.expand(*x.shape[:-1], 1), x]

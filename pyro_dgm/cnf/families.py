@@ -22,7 +22,7 @@ from pyro_dgm.core.devices import fork_rng, same_bits
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import check_context, reference
-from pyro_dgm.flows.base import NormalizingFlow
+from pyro_dgm.flows.base import NormalizingFlow, StandardNormalBase
 
 __all__ = ["FFJORD", "ContinuousFlow", "OTFlow"]
 
@@ -57,9 +57,8 @@ class ContinuousFlow(NormalizingFlow):
         zero = next(self.field.parameters()).new_zeros(self.features)
         if torch.finfo(zero.dtype).eps > 1e-6:
             raise TypeError(f"{self._name}: parameters are {zero.dtype}; an ODE needs float32 or float64.")
-        base = zuko.distributions.DiagNormal(zero, torch.ones_like(zero))
-        batch = () if context is None else context.shape[:-1]
-        return zuko.distributions.NormalizingFlow(FlowMap(self, context), base.expand(batch))
+        base = StandardNormalBase(zero, () if context is None else context.shape[:-1])
+        return zuko.distributions.NormalizingFlow(FlowMap(self, context), base)
 
     @property
     def _name(self) -> str:
@@ -111,6 +110,19 @@ class ContinuousFlow(NormalizingFlow):
 
         return dynamics
 
+    def _stages(self, built: Any, z: Tensor, times: Sequence[float] | None) -> tuple[Tensor, Tensor]:
+        asked = (
+            torch.linspace(0.0, 1.0, 11) if times is None else torch.as_tensor(times, dtype=torch.get_default_dtype())
+        )
+        if asked.dim() != 1 or not len(asked) or not bool(((asked >= 0.0) & (asked <= 1.0)).all()):
+            raise ValueError(
+                f"{self._name}: times are {times}, expected a list of numbers between 0 (the base) and 1 (the data)."
+            )
+        whole, place = torch.cat([torch.tensor([0.0, 1.0]), asked]).unique(return_inverse=True)
+        dynamics = self._dynamics(z, built.transform.context, (), None)
+        states = self.solver.path(dynamics, torch.cat([z, z.new_zeros(*z.shape[:-1], 1)], -1), whole)
+        return asked, states[place[2:].to(z.device), ..., :-1]
+
     def _adjoint_parameters(self, context: Tensor | None) -> list[Tensor]:
         """Every tensor that the adjoint has to give a gradient to: parameters and the context."""
         if not self.solver.adjoint:
@@ -158,9 +170,11 @@ class ContinuousFlow(NormalizingFlow):
 
     def _watch(self, point: Tensor, context: Tensor | None, sampling: bool) -> None:
         """While parameters change, look every 20 changes whether the steps are right, on points of this batch."""
-        if not self.solver.controlled or not torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(point):
+        if not self.solver.controlled or not torch.is_grad_enabled():
             return
         values = values_of(self.field)
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (point, values))):  # they end with the transform
+            return
         version = sum(p._version for p in self.field.parameters())
         watched: _Watched | None = self.__dict__.get("_watched")
         if watched is None:

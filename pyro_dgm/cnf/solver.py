@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pyro_dgm.core.devices import same_bits
 from pyro_dgm.core.module import OnePass
 from pyro_dgm.core.shapes import check_number
+from pyro_dgm.core.upstream import in_vmap, plain_of, unseen
 
 if TYPE_CHECKING:
     from pyro_dgm.cnf.families import ContinuousFlow
@@ -100,38 +103,70 @@ class Solver(nn.Module):
         steps: int | None = None,
     ) -> Tensor:
         """The state at ``end``; ``parameters`` are all tensors that the adjoint is to give gradients to."""
+        return self.path(dynamics, y, torch.tensor([start, end]), parameters, steps)[-1]
+
+    def path(
+        self,
+        dynamics: Dynamics,
+        y: Tensor,
+        times: Tensor,
+        parameters: Sequence[Tensor] = (),
+        steps: int | None = None,
+    ) -> Tensor:
+        """The states at times that rise or fall, the first and the last of which are 0 and 1: shape ``(T, *y.shape)``."""
         counted = _Counted(dynamics, self)
-        t = torch.tensor([start, end], dtype=y.dtype, device=y.device)
+        t = times.to(y)
         if self.method in ADAPTIVE:
             self._refuse_non_finite_start(y)
         try:
-            end_state = self._odeint(counted, y, t, parameters, steps or int(self.steps))
+            with self._room_for(dynamics, t, y):
+                states = self._odeint(counted, y, t, parameters, steps or self.step_count())
         except AssertionError as error:  # torchdiffeq's word for steps that shrink to nothing
             raise SolverError(f"{self._name}: {error} after {counted.calls} evaluations. {_ADVICE}") from error
-        self._check(y, end_state, counted.calls)
+        self._check(y, states[-1], counted.calls)
         counted.phase = "backward"
-        if end_state.requires_grad and not self.adjoint:
-            end_state.register_hook(lambda _: self._count_backward(counted.calls))
-        return end_state
+        if states.requires_grad and not self.adjoint:
+            states.register_hook(lambda _: self._count_backward(counted.calls))
+        return states
+
+    def step_count(self) -> int:
+        """Steps of a fixed grid; of flows stacked for ``torch.vmap``, the most that one of them takes."""
+        return int(plain_of(self.steps).max())
+
+    def _room_for(self, dynamics: Dynamics, t: Tensor, y: Tensor) -> AbstractContextManager[Any]:
+        """In ``torch.vmap`` what torchdiffeq writes the state into has to stand for as many as the state does."""
+        if not in_vmap():
+            return nullcontext()
+        rates = dynamics(t[0], y)
+        if unseen(rates) and (self.adjoint or self.method in ADAPTIVE):
+            how = "adjoint=True" if self.adjoint else f"method={self.method!r}"
+            raise NotImplementedError(
+                f"{self._name}: {how} looks at numbers, which torch.vmap does not let it. Build the flow with a fixed grid and "
+                "adjoint=False, or give rows and contexts a batch dimension on the left, which does the same work."
+            )
+        return _Roomy(rates)
 
     def _odeint(self, f: Dynamics, y: Tensor, t: Tensor, parameters: Sequence[Tensor], steps: int) -> Tensor:
         from torchdiffeq import odeint, odeint_adjoint
 
-        options: dict[str, Any] = {"norm": _largest_row, "step_t": t[1:]}  # stop at the end, do not look beyond
+        options: dict[str, Any] = {"norm": _largest_row, "step_t": t[-1:]}  # stop at the end, do not look beyond
         backward: dict[str, Any] = {"step_t": t[:1]}
         if self.method in FIXED:
-            options = backward = {"grid_constructor": partial(_grid, steps)}
+            options = backward = {
+                "grid_constructor": partial(_grid, steps),
+                "interp": "cubic" if len(t) > 2 else "linear",  # at the ends neither is asked for
+            }
         tolerance = max(self.tolerance, 10.0 * torch.finfo(y.dtype).eps)
         arguments: dict[str, Any] = {"method": self.method, "rtol": tolerance, "atol": tolerance, "options": options}
-        if self.adjoint and torch.is_grad_enabled():
-            return odeint_adjoint(f, y, t, adjoint_params=tuple(parameters), adjoint_options=backward, **arguments)[-1]
-        return odeint(f, y, t, **arguments)[-1]
+        if self.adjoint and torch.is_grad_enabled() and len(t) == 2:
+            return odeint_adjoint(f, y, t, adjoint_params=tuple(parameters), adjoint_options=backward, **arguments)
+        return odeint(f, y, t, **arguments)
 
     def times(self, y: Tensor, steps: int | None) -> Tensor | None:
         """The times at which a solve will ask, where the method tells: those of the four stages of each step."""
         if self.method != "rk4" or self.adjoint:
             return None
-        nodes = _nodes(steps or int(self.steps), y.device)
+        nodes = _nodes(steps or self.step_count(), y.device)
         inner = nodes[:-1, None] + nodes.diff()[:, None] * torch.tensor([0.0, 1 / 3, 2 / 3], device=y.device)
         return torch.cat([inner.flatten(), nodes[-1:]]).to(y.dtype)
 
@@ -203,6 +238,17 @@ class _Counted:
         return self.dynamics(t, y)
 
 
+class _Roomy(TorchFunctionMode):
+    """Within the context ``torch.empty`` makes tensors of as many as ``like`` stands for."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.like = like
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (self.like.new_empty if func is torch.empty else func)(*args, **(kwargs or {}))
+
+
 def _largest_row(error: Tensor) -> Tensor:
     """The error norm of adaptive steps: every row has to meet the tolerance, not the batch on average."""
     return error.square().mean(-1).sqrt().max() if error.dim() else error.abs()
@@ -210,7 +256,7 @@ def _largest_row(error: Tensor) -> Tensor:
 
 def _all_finite(y: Tensor) -> bool:
     """Whether all entries are finite; not asked under ``torch.vmap``, where no value may be looked at."""
-    return torch._C._functorch.is_batchedtensor(y) or bool(y.sum().isfinite() or y.isfinite().all())
+    return unseen(y) or bool(y.sum().isfinite() or y.isfinite().all())
 
 
 class _Solved(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.distributions.util import sum_rightmost
 from torch import Size, Tensor
-from torch.distributions import Distribution, constraints, kl_divergence, register_kl
+from torch.distributions import Distribution, constraints
 
 from pyro_dgm.core.devices import frozen, same_bits
 from pyro_dgm.core.shapes import (
@@ -28,7 +28,7 @@ from pyro_dgm.core.shapes import (
     is_real,
     reference,
 )
-from pyro_dgm.core.upstream import zuko
+from pyro_dgm.core.upstream import unseen, unvalidated_in_vmap, zuko
 
 if TYPE_CHECKING:
     from pyro_dgm.core.module import DistributionModule
@@ -70,7 +70,7 @@ class LearnedDistribution(TorchDistribution):
     Raises:
         ValueError: ``log_prob`` of a value with a wrong event shape, a batch that does not broadcast, or (while
             Pyro validates) NaN or a value outside the support. At infinity, and at numbers so large that their squares
-            overflow, the log density is then minus infinity.
+            overflow, the log density is then minus infinity. In ``torch.vmap`` no value can be refused: NaN is returned.
         TypeError: for a value that is no array of real numbers; other dtypes, numpy and lists are converted.
 
     Example:
@@ -267,17 +267,17 @@ class LearnedDistribution(TorchDistribution):
         batch = broadcast_batch(self._name, rows, self.batch_shape)
         if 0 in batch:
             return self._empty(batch, value)
-        moderate = not self._validate_args or is_moderate(value)
+        moderate = not self._validate_args or (is_moderate(value) and not unseen(value))
         if self._validate_args:
             check_support(self._name, value, self._family.support_of(base), moderate)
         if base.batch_shape:
             value = value.expand(broadcast_batch(self._name, rows, base.batch_shape) + self.event_shape)
-        with self._family.holding(self._weights):
+        with self._family.holding(self._weights), unvalidated_in_vmap():
             score = self._score_unconstrained(base, value) if moderate else self._score_far(base, value)
         return score.expand(batch)
 
     def _score_far(self, base: Distribution, value: Tensor) -> Tensor:
-        """Scores of events of which some are infinite, where no density is, or so large that numbers overflow."""
+        """Scores where some events may be infinite, or so large that numbers overflow; in vmap NaN outside the support."""
         n = len(self.event_shape)
         infinite = any_entry(value.isinf(), n)
         if is_real(self._family.support_of(base)):
@@ -290,7 +290,8 @@ class LearnedDistribution(TorchDistribution):
                 "Standardise or clean the data."
             ) from error
         overflown = any_entry(~(value * value).isfinite(), n) & score.isnan()
-        return torch.where(infinite | overflown, -torch.inf, score)
+        score = torch.where(infinite | overflown, -torch.inf, score)
+        return torch.where(self._family.support_of(base).check(value), score, torch.nan) if unseen(value) else score
 
     def _score_unconstrained(self, base: Distribution, value: Tensor) -> Tensor:
         bijection = self._family.bijection(base)
@@ -389,12 +390,3 @@ class ImplicitDistribution(TorchDistribution):
             "deterministic (Generator.sample_site), train with Adversarial or Adversarial_ELBO, or compare draws; "
             "for a likelihood train a flow or a VAE."
         )
-
-
-@register_kl(LearnedDistribution, LearnedDistribution)
-def _kl(q: LearnedDistribution, p: LearnedDistribution) -> Tensor:
-    """The closed form of what the families built, where torch has one and no bijection follows."""
-    built_q, built_p = q._expanded_base(), p._expanded_base()
-    if q._family.bijection(built_q) is not None or p._family.bijection(built_p) is not None:
-        raise NotImplementedError(f"no closed-form KL of {q!r} to {p!r}")
-    return kl_divergence(built_q, built_p)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pyro.nn import PyroModule
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Transform, biject_to, constraints
+from torch.distributions import Distribution, Transform, biject_to, constraints, kl_divergence, register_kl
 from torch.distributions.transforms import IndependentTransform, ReshapeTransform
 
 from pyro_dgm.core.data import reads_context, was_trained
@@ -20,7 +20,7 @@ from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import in_fit
 from pyro_dgm.core.shapes import ShapeAttribute, as_count, as_shape, as_tensor_like, fitting_context, of_entries
 from pyro_dgm.core.units import InputUnits, Standardize
-from pyro_dgm.core.upstream import PyroABCMeta, drop_weak_references, zuko
+from pyro_dgm.core.upstream import PyroABCMeta, drop_weak_references, in_vmap, unseen, unvalidated_in_vmap, zuko
 
 __all__ = [
     "DistributionModule",
@@ -195,7 +195,8 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
 
     def checked_build(self, context: Tensor | None) -> Distribution:
         try:
-            built = self.build(context)
+            with unvalidated_in_vmap():
+                built = self.build(context)
         except ValueError as error:
             if not str(error).startswith("Expected parameter"):
                 raise
@@ -284,7 +285,7 @@ def has_finite_numbers(made: Any) -> bool:
     """Whether the numbers that a distribution was made of are finite: an exponential that overflows is positive to torch."""
     numbers = [made.__dict__.get(k) for k in getattr(made, "arg_constraints", ())]
     inner = getattr(made, "base_dist", None)
-    return all(bool(v.isfinite().all()) for v in numbers if isinstance(v, Tensor)) and (
+    return all(unseen(v) or bool(v.isfinite().all()) for v in numbers if isinstance(v, Tensor)) and (
         inner is None or has_finite_numbers(inner)
     )
 
@@ -309,6 +310,8 @@ def tensors_of(module: nn.Module, *, buffers: bool = True) -> list[Tensor]:
 def values_of(module: nn.Module, *, buffers: bool = False) -> Tensor:
     """The values of all parameters as one vector: a change that torch does not count shows in it, too."""
     tensors = tensors_of(module, buffers=buffers)
+    if in_vmap():
+        return torch.cat([t.flatten() for t in tensors] or [torch.zeros(0)])
     return torch._utils._flatten_dense_tensors(tensors) if tensors else torch.zeros(0)
 
 
@@ -383,3 +386,12 @@ def _flattened(support: constraints.Constraint, built_dim: int, event_dim: int) 
         return support
     base = of_entries(support)
     return constraints.independent(base, event_dim) if event_dim else base
+
+
+@register_kl(LearnedDistribution, LearnedDistribution)
+def _kl(q: LearnedDistribution, p: LearnedDistribution) -> Tensor:
+    """The closed form of what the families built, where torch has one and no bijection follows."""
+    built_q, built_p = q._expanded_base(), p._expanded_base()
+    if q._family.bijection(built_q) is not None or p._family.bijection(built_p) is not None:
+        raise NotImplementedError(f"no closed-form KL of {q!r} to {p!r}")
+    return kl_divergence(built_q, built_p)

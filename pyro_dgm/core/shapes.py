@@ -13,6 +13,8 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from pyro_dgm.core.upstream import unseen
+
 if TYPE_CHECKING:
     from pyro_dgm.core.module import DistributionModule
 
@@ -283,8 +285,8 @@ def broadcast_batch(name: str, value_batch: Size, batch_shape: Size) -> Size:
 
 
 def is_moderate(value: Tensor) -> bool:
-    """Whether all is well with a value: no entry is NaN, infinite, or so large that its square is. One pass."""
-    return bool((value * value).sum().isfinite())
+    """Whether all is well with a value: no entry is NaN, infinite, or so large that its square is. One pass; in vmap unasked."""
+    return unseen(value) or bool((value * value).sum().isfinite())
 
 
 def check_support(name: str, value: Tensor, support: constraints.Constraint, moderate: bool) -> None:
@@ -292,7 +294,7 @@ def check_support(name: str, value: Tensor, support: constraints.Constraint, mod
     if moderate and is_real(support):
         return
     inside = support.check(value)
-    if not inside.all():
+    if not unseen(inside) and not inside.all():
         bad = int((~inside).sum())
         raise ValueError(
             f"{name}: {bad} of {inside.numel()} values lie outside the support {support} or are NaN "
@@ -337,7 +339,7 @@ def refuse_non_finite(who: str, rows: Tensor, what: str = "rows") -> None:
 
 def refuse_immoderate(who: str, rows: Tensor, what: str = "rows") -> None:
     """Refuse ``(N, ...)`` that hold NaN, infinity, or numbers whose squares overflow."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(rows) or is_moderate(rows):
+    if is_moderate(rows):
         return
     refuse_non_finite(who, rows, what)
     raise ValueError(
@@ -376,9 +378,8 @@ def check_number(
 
 
 def _all_finite(x: Tensor) -> bool:
-    """One pass where all is well; inside of vmap and its like no number may be looked at."""
-    unseen = torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return unseen or bool(x.sum().isfinite() or x.isfinite().all())
+    """One pass where all is well; inside of vmap no number may be looked at."""
+    return unseen(x) or bool(x.sum().isfinite() or x.isfinite().all())
 
 
 def is_real(support: constraints.Constraint | None) -> bool:

@@ -18,6 +18,7 @@ from torch.distributions.transforms import AffineTransform, ComposeTransform
 
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
+from pyro_dgm.core.upstream import unseen
 from pyro_dgm.core.warn import warn_user
 
 __all__ = ["InputUnits", "Standardize"]
@@ -146,10 +147,7 @@ class Standardize(nn.Module):
 
     def is_identity(self) -> bool:
         """Whether nothing was fitted; looked up in the buffers once per change of theirs."""
-        if self.loc.is_meta:
-            return False
-        self._look()
-        return self._identity
+        return self._look() and self._identity
 
     @property
     def known(self) -> bool:
@@ -158,14 +156,15 @@ class Standardize(nn.Module):
 
     def is_straight(self) -> bool:
         """Whether the map is linear in every column."""
-        if not self.loc.is_meta:
-            self._look()
-        return self._straight
+        return self._look() and self._straight
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
+        """Whether the numbers can be looked at, which those of modules stacked for ``torch.vmap`` cannot."""
         loc = self.loc
         scale = self.scale
         spread = self.spread
+        if loc.is_meta or unseen(loc, scale, spread):
+            return False
         asked = self._asked
         if (
             asked is None
@@ -177,6 +176,7 @@ class Standardize(nn.Module):
             self._asked = (loc, loc._version, scale, scale._version, spread, spread._version)
             self._straight = bool((spread == 0).all())
             self._identity = self._straight and bool((loc == 0).all() and (scale == 1).all())
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
         return self._in_units(as_tensor_like("Standardize", "data", x, self.loc))

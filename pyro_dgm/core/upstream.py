@@ -6,6 +6,8 @@
 * zuko's lazy modules are abstract base classes, so ``PyroModule[...]`` cannot mix into them (metaclass conflict):
   their roots are given a mixin with a combined metaclass, which makes Bayesian flow weights possible.
 * torch has no ``biject_to(lower_cholesky)``, and none for the support of its own ``MixtureSameFamily``.
+* torch has no public question for whether a tensor's numbers may be looked at, as they may not inside of ``torch.vmap``, and none
+  for what stands behind it: :func:`unseen` and :func:`plain_of`.
 * A handler cannot run a subsampled plate of Pyro with all of its rows: ``pyro.plate`` refuses an index whose length is not
   ``subsample_size``. Within :func:`whole_plates` plates are made without a subsample size.
 """
@@ -16,7 +18,7 @@ import sys
 import warnings
 from abc import ABCMeta
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,7 +29,18 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 
-__all__ = ["PyroABCMeta", "VectorToLowerCholesky", "drop_weak_references", "whole_plates", "zuko"]
+__all__ = [
+    "PyroABCMeta",
+    "VectorToLowerCholesky",
+    "drop_weak_references",
+    "in_vmap",
+    "plain_of",
+    "shared_by_all",
+    "unseen",
+    "unvalidated_in_vmap",
+    "whole_plates",
+    "zuko",
+]
 
 
 @contextmanager
@@ -132,6 +145,79 @@ def _mixture_bijection(constraint: Any) -> Transform:
 _of_mixtures = getattr(constraints, "MixtureSameFamilyConstraint", None)  # torch >= 2.6
 if _of_mixtures is not None:
     biject_to.register(_of_mixtures, _mixture_bijection)
+
+
+_behind = torch._C._functorch
+
+
+def unseen(*tensors: Tensor) -> bool:
+    """Whether the numbers of some tensor may not be looked at: inside of ``torch.vmap`` each stands for many.
+
+    >>> x = torch.zeros(3)
+    >>> unseen(x), torch.vmap(lambda row: row + unseen(row))(x)
+    (False, tensor([1., 1., 1.]))
+    """
+    for t in tensors:
+        if _behind.is_functorch_wrapped_tensor(t) and _is_batched(t):
+            return True
+    return False
+
+
+def _is_batched(t: Tensor) -> bool:
+    while _behind.is_gradtrackingtensor(t):
+        t = _behind.get_unwrapped(t)
+    return _behind.is_functorch_wrapped_tensor(t)
+
+
+def in_vmap() -> bool:
+    """Whether a ``torch.vmap`` is at work."""
+    if _behind.peek_interpreter_stack() is None:
+        return False
+    return any(level.key() == _behind.TransformType.Vmap for level in _behind.get_interpreter_stack())
+
+
+_NOTHING = nullcontext()
+
+
+def unvalidated_in_vmap() -> AbstractContextManager[None]:
+    """Inside of ``torch.vmap`` a context in which torch does not validate; elsewhere one that does nothing."""
+    return pyro.validation_enabled(False) if in_vmap() else _NOTHING
+
+
+def plain_of(t: Tensor) -> Tensor:
+    """The tensor behind transforms of ``torch.func``, the dimensions of ``torch.vmap`` first.
+
+    >>> t = torch.arange(6).reshape(2, 3)
+    >>> shapes = []
+    >>> _ = torch.vmap(lambda row: shapes.append(plain_of(row).shape) or row, in_dims=1)(t)
+    >>> shapes
+    [torch.Size([3, 2])]
+    """
+    dims = []
+    while _behind.is_functorch_wrapped_tensor(t):
+        if _behind.is_batchedtensor(t):
+            dims.append(_behind.maybe_get_bdim(t))
+        t = _behind.get_unwrapped(t)
+    for place, dim in enumerate(reversed(dims)):
+        t = t.movedim(dim + place, place)
+    return t
+
+
+def shared_by_all(who: str, what: str, t: Tensor) -> Tensor:
+    """A buffer that says how a network is built (a mask, an order), the same in all modules stacked for ``torch.vmap``.
+
+    Raises:
+        ValueError: where they differ: no one program computes them all.
+    """
+    if not unseen(t):
+        return t
+    rows = plain_of(t).reshape(-1, *t.shape)
+    if not (rows == rows[0]).all():
+        raise ValueError(
+            f"{who}: modules stacked for torch.vmap differ in their {what}, and no one program computes them all. Build them "
+            "with the same one, or run them one by one."
+        )
+    return rows[0]
 
 
 def drop_weak_references(module: torch.nn.Module) -> None:

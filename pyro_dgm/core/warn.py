@@ -20,6 +20,7 @@ from pyro.poutine import indep_messenger, trace_struct
 from torch import Tensor
 
 from pyro_dgm.core.pace import in_fit
+from pyro_dgm.core.upstream import unseen
 
 __all__ = ["plain", "plain_errors", "told_unless_finite", "warn_user"]
 
@@ -41,8 +42,7 @@ def warn_user(message: str) -> None:
 
 def told_unless_finite(who: str, loss: Tensor) -> Tensor:
     """The loss, of which a warning tells where it is NaN or infinite. In a fit, which looks by itself, nothing is said."""
-    unseen = torch._C._functorch.is_functorch_wrapped_tensor(loss)
-    if not (in_fit() or unseen or bool(loss.detach().isfinite().all())):
+    if not (in_fit() or unseen(loss) or bool(loss.detach().isfinite().all())):
         warn_user(
             f"{who}: the loss is {float(loss.detach().sum()):g}, expected a finite number. Look for NaN, infinity and numbers of "
             "another scale in the data and in the parameters; fit names them, and leaves such steps out."

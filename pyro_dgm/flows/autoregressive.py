@@ -7,6 +7,9 @@ other. zuko's inverse runs the whole network and all D univariate inverses in ea
 pass (its issue 2: one second for 64 draws of 200 dimensions). Here the masks say for each hidden unit in which pass the last
 of its inputs becomes known; it is computed in that pass and never again, and so is each column. All passes together cost
 about one run of the network and D univariate inverses. The numbers and the gradients are those of zuko.
+
+Couplings keep zuko's two passes. Their halves are put together without writing into a tensor, and masks and orders are read
+behind ``torch.vmap``, so that flows stacked by ``torch.func.stack_module_state`` run as one.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch.distributions import Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyro_dgm.core import zuko
+from pyro_dgm.core.upstream import shared_by_all, unseen
 
 __all__ = ["Passes", "Run", "schedule", "sequential"]
 
@@ -119,10 +123,12 @@ def _of_rows(x: Tensor, batch: Size) -> Tensor:
 def sequential(flow: zuko.lazy.LazyDistribution) -> zuko.lazy.LazyDistribution:
     """The flow itself, its masked autoregressive transforms inverted column by column; parameters stay as they are.
 
-    Left as they are: couplings, which need no more than two passes; residual conditioners; univariate functions with
-    parameters of their own for each column (NAF, UNAF).
+    Left as they are: residual conditioners; univariate functions with parameters of their own for each column (NAF, UNAF).
+    Couplings need no more than two passes and are only made fit for ``torch.vmap``.
     """
     for module in flow.modules():
+        if type(module) is zuko.flows.coupling.GeneralCouplingTransform:
+            module.__class__ = _Coupling
         if type(module) is zuko.flows.MaskedAutoregressiveTransform and _is_plain(module):
             module.__class__ = _Masked
     return flow
@@ -147,6 +153,9 @@ class _Masked(zuko.flows.MaskedAutoregressiveTransform):
     def schedule(self) -> Passes:
         """Read from order and masks, anew where these were replaced or loaded."""
         tensors = [self.order, *(layer.mask for layer in list(self.hyper)[::2])]
+        if unseen(*tensors):
+            order, *masks = [shared_by_all("autoregressive flow", "order of columns", t) for t in tensors]
+            return schedule(order, masks, self.total)
         if self._known is None or any(t is not u or t._version != v for t, (u, v) in zip(tensors, self._known[0])):  # noqa: B905
             self._known = [(t, t._version) for t in tensors], schedule(tensors[0], tensors[1:], self.total)
         return self._known[1]
@@ -201,3 +210,19 @@ class _Inverse(_InverseTransform):
     def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         x, ladj = self._inv.solve(y, True)  # type: ignore[union-attr]
         return x, -ladj
+
+
+class _Coupling(zuko.flows.coupling.GeneralCouplingTransform):
+    """zuko's lazy coupling, of which many can be stacked."""
+
+    def forward(self, c: Tensor | None = None) -> _Coupled:
+        return _Coupled(partial(self.meta, c), shared_by_all("coupling flow", "mask", self.mask))
+
+
+class _Coupled(zuko.transforms.CouplingTransform):
+    """zuko's coupling, which writes both halves into one tensor: ``torch.vmap`` refuses that where one half stands for many."""
+
+    def merge(self, x_a: Tensor, x_b: Tensor, shape: Size) -> Tensor:
+        x_a = x_a.expand(*shape[:-1], -1)
+        x_b = x_b.expand(*shape[:-1], -1)
+        return torch.cat([x_a, x_b], -1).index_select(-1, torch.cat([self.idx_a, self.idx_b]).argsort())

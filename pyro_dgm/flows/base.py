@@ -7,7 +7,7 @@ units taken from data, and a standard normal base without the arithmetic of a lo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from pyro_dgm.core import DistributionModule, Standardize, zuko
+from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import composed
 from pyro_dgm.core.shapes import (
     as_tensor_like,
@@ -179,6 +180,80 @@ class NormalizingFlow(DistributionModule):
         u = built.transform.inv(z)
         return u if to_event is None else to_event(u)
 
+    @checked(draws=1)
+    def trajectory(
+        self, draws: int | Tensor, times: Sequence[float] | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        r"""Where draws are on their way from the base at time 0 to the data at time 1.
+
+        A continuous flow moves points by :math:`\dot u = v(t, u; c)` and is asked at ``times``. A flow of layers has none: it
+        shows where points are after each of its K layers, at :math:`t = k / K`. On the way units pass from the
+        base's to the data's,
+
+        .. math:: x(t) = (1 - t)\, u(t) + t\, T(u(t)), \qquad x(0) = z \sim p(z), \qquad x(1) = T(u(1)),
+
+        where T maps the flow's units to data (:meth:`from_units`). The end is the draw that ``rsample`` makes of the same z.
+        Between the steps of a fixed grid positions are those of a cubic, which is as exact as the steps.
+
+        Args:
+            draws: how many, or the latents to start from, shape ``(*batch, D)``. To see where data come from, give
+                ``flow.encode(x)``.
+            times: between 0 and 1, in any order; None for 11 even ones. Only of continuous flows.
+            context: shape ``(*batch, context_features)``, or None.
+
+        Returns:
+            Shape ``(T, *batch, D)``, events flat; with a number of draws, ``(T, draws, *batch of the context, D)``.
+
+        Raises:
+            TypeError: for a family that moves no points (a mixture).
+            ValueError: for times of a flow of layers, times outside 0 to 1, and supports whose events have more entries than
+                D (a simplex).
+
+        Example:
+            >>> import pyro_dgm as dgm
+            >>> flow = dgm.OTFlow(2)
+            >>> z = torch.randn(5, 2)
+            >>> x = flow.trajectory(z, [0.0, 0.5, 1.0])
+            >>> x.shape, bool((x[0] == z).all()), bool(torch.allclose(x[-1], flow.decode(z)))
+            (torch.Size([3, 5, 2]), True, True)
+            >>> dgm.RealNVP(2, transforms=4).trajectory(100).shape  # the base, and four layers
+            torch.Size([5, 100, 2])
+        """
+        built = self._with_transform(
+            context, "trajectories. They are of continuous flows (FFJORD, OTFlow) and of layers (NSF)"
+        )
+        if isinstance(draws, int):
+            z = built.base.rsample((draws,))
+        else:
+            z = self._events(draws, Size((self.features,)))
+            z = z.expand(broadcast_batch(type(self).__name__, z.shape[:-1], built.batch_shape) + z.shape[-1:])
+        t, u = self._stages(built, z, times)
+        return self._passing_units(built, t.to(u).reshape(-1, *[1] * z.dim()), u)
+
+    def _stages(self, built: Any, z: Tensor, times: Sequence[float] | None) -> tuple[Tensor, Tensor]:
+        """Times ``(T,)`` and the positions then, in the flow's units."""
+        if times is not None:
+            raise ValueError(
+                f"{type(self).__name__}: a flow of layers has no times; leave them out, and get the positions after each "
+                "layer. Times are of continuous flows (FFJORD, OTFlow)."
+            )
+        stages = [z]
+        for layer in _layers_of(built.transform.inv):
+            stages.append(layer(stages[-1]))
+        return torch.linspace(0.0, 1.0, len(stages)), torch.stack(stages)
+
+    def _passing_units(self, built: Any, t: Tensor, u: Tensor) -> Tensor:
+        to_event = self.bijection(built)
+        if to_event is None:
+            return u
+        x = to_event(u).flatten(u.dim() - 1) if self.event_shape else to_event(u).unsqueeze(-1)
+        if x.shape != u.shape:
+            raise ValueError(
+                f"{type(self).__name__}: events on {self._support} have {x.shape[-1]} entries and {u.shape[-1]} degrees of "
+                "freedom, so that positions on the way are no events. Follow flow.encode(x) and flow.decode(z) instead."
+            )
+        return torch.lerp(u, x, t)
+
     def _events(self, x: Tensor, shape: Size) -> Tensor:
         """Given rows as tensors of the flow's kind, of this shape, and finite while Pyro validates."""
         name = type(self).__name__
@@ -188,12 +263,11 @@ class NormalizingFlow(DistributionModule):
             refuse_immoderate(name, x.reshape(-1, max(1, shape.numel())))
         return x
 
-    def _with_transform(self, context: Tensor | None) -> Any:
+    def _with_transform(self, context: Tensor | None, lacks: str = "codes. Use a flow such as NSF, or a VAE") -> Any:
         built = self.checked_build(check_context(self, context))
         if not isinstance(built, zuko.distributions.NormalizingFlow):
             raise TypeError(
-                f"{type(self).__name__}: {type(built).__name__} is no transform of a latent, so it has no codes. Use a flow "
-                "such as NSF, or a VAE."
+                f"{type(self).__name__}: {type(built).__name__} is no transform of a latent, so it has no {lacks}."
             )
         return built
 
@@ -218,6 +292,13 @@ class NormalizingFlow(DistributionModule):
             if module.univariate is zuko.transforms.MonotonicAffineTransform:
                 module.univariate = partial(module.univariate, slope=math.exp(-_SOFT_BOUND))
         return _SOFT_RATE if plain else None
+
+
+def _layers_of(transform: Any) -> list[Transform]:
+    """The maps that a transform is composed of, first to last."""
+    if isinstance(transform, zuko.transforms.ComposedTransform):
+        return [layer for part in transform.transforms for layer in _layers_of(part)]
+    return [transform]
 
 
 class _Softened(nn.Sequential):

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributions import Independent, Normal
 
 import pyro_dgm as dgm
-from pyro_dgm import cnf, core, diagnostics, evaluate, flows, objectives, vae
+from pyro_dgm import cnf, core, diagnostics, evaluate, flows, guides, objectives, vae
 from pyro_dgm.diagnostics.containers import CONTAINER, RUN
 from pyro_dgm.diagnostics.posteriors import EXPERIMENT
 
@@ -281,6 +281,35 @@ def _(name):
 def _(name):
     family = FAMILIES[name](2)
     return Call(lambda z: family.decode(z), {"z": x2()})
+
+
+@call(*(f"{n}:trajectory" for n in CODED))
+def _(name):
+    family = FAMILIES[name](2)
+    times = {"times": (0.0, 0.5, 1.0)} if name in ("FFJORD", "OTFlow") else {}
+    return Call(lambda **k: family.trajectory(**k), {"draws": x2(), **times})
+
+
+@call("as_prior")
+def _():
+    draws = {"mu": torch.randn(100), "k": torch.randint(2, (100,))}
+    return Call(
+        lambda **k: dgm.as_prior(**k, max_steps=2)().log_prob(torch.tensor([1.0, 0.0])),
+        {"draws": draws},
+        {"supports": None, "family": FAMILIES["MAF"], "seed": 0},
+    )
+
+
+@call("LearnedPrior")
+def _():
+    on = {"mu": torch.distributions.constraints.real, "k": torch.distributions.constraints.integer_interval(0, 1)}
+    prior = guides.LearnedPrior({"mu": (), "k": ()}, on, FAMILIES["MAF"])
+
+    def do(power, x):
+        prior.sample_sites(power=power)
+        return prior().log_prob(torch.cat([torch.ones(len(x), 1), x], 1))
+
+    return Call(do, {"power": 0.5, "x": torch.randn(ROWS, 1)})
 
 
 @call(*(f"{n}:standardize" for n in (*CODED, "Generator")))

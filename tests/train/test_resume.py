@@ -1,6 +1,7 @@
 """fit, stopped and resumed: Ctrl-C, checkpoints of other fits, and files that are damaged or cannot be written."""
 
 import multiprocessing
+import pathlib
 import shutil
 import signal
 import time
