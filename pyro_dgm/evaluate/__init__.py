@@ -13,6 +13,7 @@ from pyro_dgm.evaluate.neighbours import (
     mode_coverage,
     precision_recall_density_coverage,
 )
+from pyro_dgm.evaluate.pictures import plot_density, plot_trajectories
 from pyro_dgm.evaluate.report import report, table
 from pyro_dgm.evaluate.representation import (
     active_units,
@@ -48,6 +49,8 @@ __all__ = [
     "mmd",
     "mode_coverage",
     "mutual_information_gap",
+    "plot_density",
+    "plot_trajectories",
     "precision_recall_density_coverage",
     "report",
     "sliced_wasserstein",

@@ -219,6 +219,16 @@ class NormalizingFlow(DistributionModule):
             >>> dgm.RealNVP(2, transforms=4).trajectory(100).shape  # the base, and four layers
             torch.Size([5, 100, 2])
         """
+        t, u, built = self._positions(draws, times, context)
+        return self._passing_units(built, t.to(u).reshape(-1, *[1] * (u.dim() - 1)), u)
+
+    def positions(self, draws: int | Tensor, times: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
+        """Times ``(T,)`` and positions ``(T, *batch, D)`` of a :meth:`trajectory` in the flow's units, u(t)."""
+        return self._positions(draws, times, None)[:2]
+
+    def _positions(
+        self, draws: int | Tensor, times: Sequence[float] | None, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Any]:
         built = self._with_transform(
             context, "trajectories. They are of continuous flows (FFJORD, OTFlow) and of layers (NSF)"
         )
@@ -227,8 +237,7 @@ class NormalizingFlow(DistributionModule):
         else:
             z = self._events(draws, Size((self.features,)))
             z = z.expand(broadcast_batch(type(self).__name__, z.shape[:-1], built.batch_shape) + z.shape[-1:])
-        t, u = self._stages(built, z, times)
-        return self._passing_units(built, t.to(u).reshape(-1, *[1] * z.dim()), u)
+        return *self._stages(built, z, times), built
 
     def _stages(self, built: Any, z: Tensor, times: Sequence[float] | None) -> tuple[Tensor, Tensor]:
         """Times ``(T,)`` and the positions then, in the flow's units."""

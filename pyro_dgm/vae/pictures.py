@@ -36,21 +36,27 @@ def _as_read_by(decode: Callable[[Tensor], Tensor], who: str, name: str, latent:
 
 @checked(columns=1)
 def plot_images(images: Tensor, columns: int = 10, ax: Axes | None = None) -> Axes:
-    """A grid of grey images of shape ``(N, H, W)``, row by row; returns the axes.
+    """A grid of images, row by row: grey ones ``(N, H, W)`` or ``(N, 1, H, W)``, colours ``(N, 3, H, W)``; returns the axes.
+
+    Numbers from 0 (white, or no colour) to 1; those beyond are cut off.
 
     Raises:
         ValueError: for images of another shape.
     """
     import matplotlib.pyplot as plt
 
-    if images.dim() != 3 or not images.numel():
-        raise ValueError(f"plot_images: images have shape {tuple(images.shape)}, expected (N, H, W), none of them 0.")
-    n, h, w = images.shape
+    images = images[:, None] if images.dim() == 3 else images
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.numel():
+        raise ValueError(
+            f"plot_images: images have shape {tuple(images.shape)}, expected (N, H, W) or (N, 1 or 3, H, W), none of them 0."
+        )
+    n, c, h, w = images.shape
     rows = -(-n // columns)
     gap = max(1, h // 14)
-    whole = torch.cat([images, images.new_zeros(rows * columns - n, h, w)]).cpu()
-    tiles = torch.nn.functional.pad(whole, (0, gap, 0, gap)).reshape(rows, columns, h + gap, w + gap)
-    grid = tiles.permute(0, 2, 1, 3).reshape(rows * (h + gap), columns * (w + gap))
+    paper = 1.0 if c == 3 else 0.0
+    whole = torch.cat([images, images.new_full((rows * columns - n, c, h, w), paper)]).cpu().clamp(0.0, 1.0)
+    tiles = torch.nn.functional.pad(whole, (0, gap, 0, gap), value=paper).reshape(rows, columns, c, h + gap, w + gap)
+    grid = tiles.permute(0, 3, 1, 4, 2).reshape(rows * (h + gap), columns * (w + gap), c).squeeze(-1)
     ax = _axes("plot_images", ax) or plt.subplots(figsize=(0.5 * columns, 0.5 * rows * h / w), layout="constrained")[1]
     ax.imshow(grid.detach().float().numpy(), cmap="gray_r", vmin=0.0, vmax=1.0, interpolation="nearest")
     ax.axis("off")

@@ -1162,6 +1162,27 @@ def _():
     )
 
 
+@call("plot_density")
+def _():
+    q = Independent(Normal(torch.zeros(2), 1.0), 1)
+    return Call(
+        lambda **k: evaluate.plot_density(**k),
+        {"model": q, "data": x2()},
+        {"names": None, "columns": None, "seed": 0},
+        dtype=None,
+    )
+
+
+@call("plot_trajectories")
+def _():
+    return Call(
+        lambda **k: evaluate.plot_trajectories(FAMILIES["OTFlow"](2), **k),
+        {"draws": 3},
+        {"names": None, "columns": None, "seed": 0},
+        dtype=None,
+    )
+
+
 @call("traversal")
 def _():
     return Call(

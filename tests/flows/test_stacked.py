@@ -59,13 +59,29 @@ def members(name, count=5, context_features=0):
 @pytest.mark.parametrize("context_features", [0, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_stacked_parameters_score_as_the_loop(name, context_features):
-    """Planted: units taken for the identity where they cannot be looked at; halves of a coupling written into one of them."""
+    """Planted: units taken for the identity where they cannot be looked at."""
     families = members(name, context_features=context_features)
     x = 0.5 * torch.randn(7, 2)
     context = torch.randn(7, 3) if context_features else None
     stacked = stack_module_state([Scored(f) for f in families])
     found = vmap(lambda *state: functional_call(Scored(families[0]), state, (x, context)))(*stacked)
     torch.testing.assert_close(found, torch.stack([f(context).log_prob(x) for f in families]), **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_may_be_stacked_alone(name):
+    """Buffers shared, no units: what a layer keeps stands for one. Planted: a coupling's halves written into the one kept."""
+    torch.manual_seed(0)
+    families = [copy.deepcopy(make(name)) for _ in range(3)]
+    for k, family in enumerate(families):
+        with torch.no_grad():
+            for p in family.parameters():
+                p += 0.02 * k
+    x = 0.5 * torch.randn(4, 2)
+    parameters, _ = stack_module_state([Scored(f) for f in families])
+    shared = dict(Scored(families[0]).named_buffers())
+    found = vmap(lambda p, b: functional_call(Scored(families[0]), (p, b), (x,)), in_dims=(0, None))(parameters, shared)
+    torch.testing.assert_close(found, torch.stack([f().log_prob(x) for f in families]), **CLOSE)
 
 
 @pytest.mark.parametrize("name", NAMES)
