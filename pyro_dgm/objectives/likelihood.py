@@ -11,11 +11,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
-from pyro_dgm.cnf.matching import FEW_STEPS, Course, FlowMatching, match, recipe_for, standardize_once, start_from_few
+from pyro_dgm.cnf.matching import (
+    FEW_STEPS,
+    Course,
+    FlowMatching,
+    can_be_mixture,
+    match,
+    recipe_for,
+    standardize_once,
+    start_from_few,
+    start_from_mixture,
+)
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch, check_number
 from pyro_dgm.core.warn import told_unless_finite
+from pyro_dgm.flows.few_rows import MANY_ROWS
 from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
 
@@ -24,6 +35,9 @@ __all__ = ["MaximumLikelihood", "Transformed"]
 _KINETIC = 0.02  # weight of a continuous flow's kinetic cost, unless given (docs/benchmarks/cnf.md)
 _MATCHING_STEPS = 2000  # of flow matching before the first step (docs/benchmarks/cnf.md)
 _FEW_STEPS = 800  # of likelihood on draws of what stands in for few rows (docs/benchmarks/small.md)
+_FIRST_STEPS = (
+    300  # of likelihood on many rows, before a mixture of normals is tried instead (docs/benchmarks/tables.md)
+)
 # Steps of likelihood, and draws of each, after a continuous flow's matching of draws. FFJORD beside a mixture, simulated clusters
 # of 13 columns (two laws) and of 4: from -.18, -.15 and -.05 to -.09, -.03 and -.02 nats a column (docs/benchmarks/small.md)
 _FEW_FINE = (150, 256)
@@ -136,6 +150,12 @@ class MaximumLikelihood(nn.Module):
         few = start_from_few(family, courses, batches, stages)
         if continuous and not few:
             match("flow matching", family, lambda: cheap(*next(batches)), stages, self.steps)
+        if not few and can_be_mixture(family, batches):
+            if not continuous:
+                most = stages.limits.max_steps or _FIRST_STEPS
+                steps = min(self.steps, _FIRST_STEPS, most)
+                match("first steps", family, lambda: self(*next(batches)), stages, steps, MANY_ROWS.lr)
+            start_from_mixture(family, batches)
 
     def _refuse_hjb_without_potential(self) -> None:
         if "hjb" in self.weights:

@@ -29,6 +29,7 @@ __all__ = [
     "named_tensors",
     "non_finite",
     "row_count",
+    "some_rows",
 ]
 
 FEW = 3_000  # rows up to which a density is fitted with care for them (docs/benchmarks/small.md)
@@ -265,6 +266,16 @@ def few_rows(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...] | None:
         return None
     count = row_count(batches.batches.args)
     return batches.batches.args if count is not None and count <= FEW else None
+
+
+def some_rows(batches: Iterator[tuple[Any, ...]], most: int) -> tuple[Any, ...] | None:
+    """So many of the rows behind the batches of a fit, at most, in a random order; None where they are not known."""
+    if isinstance(batches, ChangedBatches):
+        rows = some_rows(batches.stream, most)
+        return None if rows is None else batches.change(rows)
+    if not isinstance(batches, BatchStream) or batches.batches.rows is None:
+        return None
+    return batches.batches._take(torch.randperm(batches.batches.rows)[:most])
 
 
 def first_rows(
