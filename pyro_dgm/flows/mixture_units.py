@@ -245,8 +245,8 @@ class _Rosenblatt(Transform):
 def _quantile(log_share: Tensor, z: Tensor) -> Tensor:
     """The standard normal quantile of a mixture's distribution function, from the side of its smaller tail; K is dimension -2."""
     share = log_share.exp()
-    below = (share * torch.special.ndtr(z)).sum(-2)
-    above = (share * torch.special.ndtr(-z)).sum(-2)
+    below = (share * _below(z)).sum(-2)
+    above = (share * _below(-z)).sum(-2)
     half = below < above
     tail = torch.where(half, below, above)
     u = torch.special.ndtri(tail.clamp_min(_LEAST))
@@ -254,6 +254,11 @@ def _quantile(log_share: Tensor, z: Tensor) -> Tensor:
         sided = torch.where(half.unsqueeze(-2), z, -z)
         u = torch.where(tail < _LEAST, _far_quantile((log_share + log_ndtr(sided)).logsumexp(-2)), u)
     return torch.where(half, u, -u)
+
+
+def _below(z: Tensor) -> Tensor:
+    """The standard normal's distribution function; torch's own is 0 from -5.7 on in float32."""
+    return 0.5 * torch.erfc(-(0.5**0.5) * z)
 
 
 def _far_quantile(log_p: Tensor) -> Tensor:

@@ -56,6 +56,10 @@ class MaximumLikelihood(nn.Module):
     weighted by cross-validation. Up to 1,000 steps on the rows follow, and end early. ``History.held_out`` and ``.stopped`` say
     so; ``fit(..., validation=0)`` holds nothing out, and then only ``max_steps`` keeps rows from being learned by heart.
 
+    Of more rows without contexts a mixture of normals is fitted to 30,000 at most, once a flow has been matched, or has taken
+    300 first steps. Where the mixture scores other rows better, and more normals would not, the flow starts anew as the
+    identity in the units of the mixture; draws then take a search for each column.
+
     More rows are taken in minibatches of 256, for up to 3,000 steps. A tenth of them is held out, 2,000 at most, and checked each
     50 steps. The averaged weights that score them best are kept; the fit ends after 750 steps without a better score. What is
     given to ``fit`` (``batch_size=``, ``validation=``, ``patience=``, limits) stands instead. Of a ``DataLoader``, whose
@@ -69,8 +73,8 @@ class MaximumLikelihood(nn.Module):
             accurate. None for 0.02 with a continuous flow.
         jacobian: weight of :math:`\int |\epsilon^\top \nabla v|^2 / D\, dt`, one probe.
         pretrain: steps before the first step: of flow matching, for continuous flows; of few rows at most so many on draws of
-            what stands in for them (800 of flow matching and 150 of likelihood; of other flows 800 of likelihood). 0 changes
-            nothing beforehand, not even the units.
+            what stands in for them (800 of flow matching and 150 of likelihood; of other flows 800 of likelihood); of many
+            rows 300 of likelihood at most. 0 changes nothing beforehand, not even the units.
 
     Raises:
         ValueError: for a negative weight, path costs of a family without paths, ``hjb`` without a potential, and data that

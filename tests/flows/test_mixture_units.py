@@ -22,10 +22,19 @@ def in_units(law, family=dgm.MAF):
 
 @pytest.mark.parametrize("far", [1.0, 30.0])
 def test_the_identity_has_the_density_of_the_mixture(far):
-    """Also 30 sds out, where float32 has no tails. Planted faults: shares that ignore the entries before; no logarithms of tails."""
+    """Also 30 sds out. Planted fault: shares of the components that ignore the entries before."""
     law = mixture()
     x = far * law.sample(500)
     assert torch.allclose(in_units(law)().log_prob(x), law.log_prob(x), rtol=1e-4, atol=1e-3)
+
+
+def test_units_of_one_normal_are_linear_30_sds_out():
+    """Where float32 has no tails. Planted fault: quantiles of probabilities alone (u ends at 11), or of torch's ndtr (from 5.7 on)."""
+    torch.manual_seed(0)
+    tril = torch.tensor([[1.0, 0.0], [0.5, 0.2]])
+    u = 30.0 * torch.randn(200, 2)
+    units = MixtureUnits().take(Normals(torch.ones(1), torch.ones(1, 2), tril[None]))
+    assert torch.allclose(units.transform().inv(u @ tril.T + 1.0), u, rtol=1e-3, atol=1e-3)
 
 
 def test_draws_invert_scores_and_the_log_determinant_is_the_jacobians():
