@@ -27,8 +27,8 @@ __all__ = ["MixtureUnits", "Normals", "best_mixture", "fitted_mixture"]
 _ITERATIONS = 60  # of a mixture's EM at most
 _TOLERANCE = 1e-3  # nats a row, that an iteration has to bring
 _RIDGE = 1e-4  # in the common covariance: a spike of equal rows has a width of .01
-# Of the mixture for many rows. NSF from 32 normals on sheets-6 ends .41 nats off, without them .34; so a number that still grows at
-# 32 is no start (docs/benchmarks/tables.md).
+# Of the mixture for many rows. NSF from 32 normals on sheets-6 ends .41 nats off, without them .34; so a number that still grows
+# at 32 is no start (docs/benchmarks/tables.md).
 _COMPONENTS = (2, 4, 8, 16, 32)
 _PSEUDO = 2.0  # rows of the common covariance in each component's; not measured, chosen by hand
 _CHOSEN_ON = 5_000  # rows; with 10,000 and 60 iterations sheets-43 took 46 CPU seconds
