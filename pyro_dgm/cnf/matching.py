@@ -21,6 +21,7 @@ from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.data import warn_of_ties
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.pace import within
 from pyro_dgm.core.shapes import check_batch, check_context
 from pyro_dgm.flows.base import NormalizingFlow
 from pyro_dgm.flows.few_rows import (
@@ -227,17 +228,18 @@ def can_be_mixture(family: DistributionModule, batches: Iterator[tuple[Any, ...]
     return rows is not None and len(rows) == 1 and len(rows[0]) > FEW and _can_start(family) and family.features > 1
 
 
-def start_from_mixture(family: NormalizingFlow, batches: Iterator[tuple[Any, ...]]) -> None:
+def start_from_mixture(family: NormalizingFlow, batches: Iterator[tuple[Any, ...]], stages: Stages) -> None:
     """Start a flow of many rows at a mixture of normals, in whose units it is the identity, where that scores rows better.
 
-    The flow is then as it was trained so far: by flow matching, or by its first steps.
+    The flow is then as it was matched. A fit by seconds gives it half of those that are left, and no mixture afterwards.
     """
     rows = some_rows(batches, _MIXED_ROWS)
     if rows is None:
         return
     x, _ = check_batch(type(family).__name__, family, rows[0], None)
     judges, x = x.tensor_split([min(_JUDGES, len(x) // 5)])
-    mixture = best_mixture(family.flow_units(x))
+    with within(stages.seconds()):
+        mixture = best_mixture(family.flow_units(x))
     if mixture is None:
         return
     with _kept_if_better(family, judges, None):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.pace import seconds_left
 from pyro_dgm.flows.mixture_chain import log_ndtr
 
 __all__ = ["MixtureUnits", "Normals", "best_mixture", "fitted_mixture"]
@@ -132,6 +133,8 @@ def best_mixture(v: Tensor) -> Normals | None:
         best = fitted_mixture(some, 1, _PSEUDO)
         score = float(best.log_prob(left).mean())
         for components in _COMPONENTS:
+            if not seconds_left():
+                return None
             found = fitted_mixture(some, components, _PSEUDO, iterations=_LONGEST)
             gain = float(found.log_prob(left).mean()) - score
             if gain < _LEAST_GAIN:
@@ -155,6 +158,8 @@ def fitted_mixture(
         if score - before < _TOLERANCE:
             break
         before = score
+        if not seconds_left():
+            break
         share = parts.softmax(-1)
     return mixture
 

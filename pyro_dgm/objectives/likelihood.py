@@ -26,7 +26,6 @@ from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch, check_number
 from pyro_dgm.core.warn import told_unless_finite
-from pyro_dgm.flows.few_rows import MANY_ROWS
 from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.hooks import Recipe
 
@@ -35,9 +34,6 @@ __all__ = ["MaximumLikelihood", "Transformed"]
 _KINETIC = 0.02  # weight of a continuous flow's kinetic cost, unless given (docs/benchmarks/cnf.md)
 _MATCHING_STEPS = 2000  # of flow matching before the first step (docs/benchmarks/cnf.md)
 _FEW_STEPS = 800  # of likelihood on draws of what stands in for few rows (docs/benchmarks/small.md)
-_FIRST_STEPS = (
-    300  # of likelihood on many rows, before a mixture of normals is tried instead (docs/benchmarks/tables.md)
-)
 # Steps of likelihood, and draws of each, after a continuous flow's matching of draws. FFJORD beside a mixture, simulated clusters
 # of 13 columns (two laws) and of 4: from -.18, -.15 and -.05 to -.09, -.03 and -.02 nats a column (docs/benchmarks/small.md)
 _FEW_FINE = (150, 256)
@@ -56,9 +52,9 @@ class MaximumLikelihood(nn.Module):
     weighted by cross-validation. Up to 1,000 steps on the rows follow, and end early. ``History.held_out`` and ``.stopped`` say
     so; ``fit(..., validation=0)`` holds nothing out, and then only ``max_steps`` keeps rows from being learned by heart.
 
-    Of more rows without contexts a mixture of normals is fitted to 30,000 at most, once a flow has been matched, or has taken
-    300 first steps. Where the mixture scores other rows better, and more normals would not, the flow starts anew as the
-    identity in the units of the mixture; draws then take a search for each column.
+    Of more rows without contexts a mixture of normals is fitted to 30,000 at most, once a continuous flow has been matched.
+    Where the mixture scores other rows better, and more normals would not, the flow starts anew as the identity in the units of
+    the mixture; draws then take a search for each column.
 
     More rows are taken in minibatches of 256, for up to 3,000 steps. A tenth of them is held out, 2,000 at most, and checked each
     50 steps. The averaged weights that score them best are kept; the fit ends after 750 steps without a better score. What is
@@ -73,8 +69,8 @@ class MaximumLikelihood(nn.Module):
             accurate. None for 0.02 with a continuous flow.
         jacobian: weight of :math:`\int |\epsilon^\top \nabla v|^2 / D\, dt`, one probe.
         pretrain: steps before the first step: of flow matching, for continuous flows; of few rows at most so many on draws of
-            what stands in for them (800 of flow matching and 150 of likelihood; of other flows 800 of likelihood); of many
-            rows 300 of likelihood at most. 0 changes nothing beforehand, not even the units.
+            what stands in for them (800 of flow matching and 150 of likelihood; of other flows 800 of likelihood). 0 changes
+            nothing beforehand, not even the units.
 
     Raises:
         ValueError: for a negative weight, path costs of a family without paths, ``hjb`` without a potential, and data that
@@ -154,12 +150,8 @@ class MaximumLikelihood(nn.Module):
         few = start_from_few(family, courses, batches, stages)
         if continuous and not few:
             match("flow matching", family, lambda: cheap(*next(batches)), stages, self.steps)
-        if not few and can_be_mixture(family, batches):
-            if not continuous:
-                most = stages.limits.max_steps or _FIRST_STEPS
-                steps = min(self.steps, _FIRST_STEPS, most)
-                match("first steps", family, lambda: self(*next(batches)), stages, steps, MANY_ROWS.lr)
-            start_from_mixture(family, batches)
+            if can_be_mixture(family, batches):
+                start_from_mixture(family, batches, stages)
 
     def _refuse_hjb_without_potential(self) -> None:
         if "hjb" in self.weights:
