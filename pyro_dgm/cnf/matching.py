@@ -21,6 +21,7 @@ from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.data import warn_of_ties
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.pace import within
 from pyro_dgm.core.shapes import check_batch, check_context
 from pyro_dgm.flows.base import NormalizingFlow
 from pyro_dgm.flows.few_rows import (
@@ -33,11 +34,22 @@ from pyro_dgm.flows.few_rows import (
     Pairs,
     are_few,
 )
-from pyro_dgm.train.batches import FEW, few_rows, first_rows
+from pyro_dgm.flows.mixture_units import best_mixture
+from pyro_dgm.train.batches import FEW, few_rows, first_rows, some_rows
 from pyro_dgm.train.descend import Stages, adam, cosine, warm_up
 from pyro_dgm.train.hooks import Recipe
 
-__all__ = ["Course", "FlowMatching", "match", "recipe_for", "standardize_once", "start_from_few", "velocity_error"]
+__all__ = [
+    "Course",
+    "FlowMatching",
+    "can_be_mixture",
+    "match",
+    "recipe_for",
+    "standardize_once",
+    "start_from_few",
+    "start_from_mixture",
+    "velocity_error",
+]
 
 RATE = 5e-3  # of flow matching before a flow's first step; not measured; chosen by hand
 _FLOOR = 0.1  # of a rate before the first step, at the end; not measured; chosen by hand
@@ -53,6 +65,8 @@ FEW_RATE = 1e-2  # of all steps on such draws (docs/benchmarks/small.md)
 _MOST_HELD_OUT = (
     2_000  # of many rows: a check costs a continuous flow about as much as three of the 50 steps between checks
 )
+_MIXED_ROWS = 30_000  # to which a mixture is fitted, at most: 64 columns and 8 normals take some 5 CPU seconds
+_JUDGES = 2_000  # rows that choose between a mixture and what a flow has learned so far; the mixture does not see them
 _BLOCK = 64  # rows among which noise is matched to data; the cost of a match grows with their cube
 
 
@@ -206,6 +220,31 @@ def start_from_few(
             for course in courses:
                 _take_course(family, course, pairs, far, stages)
     return True
+
+
+def can_be_mixture(family: DistributionModule, batches: Iterator[tuple[Any, ...]]) -> bool:
+    """Whether a flow can start at a mixture of normals that is fitted to its rows: there are many, and no contexts."""
+    rows = some_rows(batches, FEW + 1)
+    return rows is not None and len(rows) == 1 and len(rows[0]) > FEW and _can_start(family) and family.features > 1
+
+
+def start_from_mixture(family: NormalizingFlow, batches: Iterator[tuple[Any, ...]], stages: Stages) -> None:
+    """Start a flow of many rows at a mixture of normals, in whose units it is the identity, where that scores rows better.
+
+    The flow is then as it was matched. A fit by seconds gives it half of those that are left, and no mixture afterwards.
+    """
+    rows = some_rows(batches, _MIXED_ROWS)
+    if rows is None:
+        return
+    x, _ = check_batch(type(family).__name__, family, rows[0], None)
+    judges, x = x.tensor_split([min(_JUDGES, len(x) // 5)])
+    with within(stages.seconds()):
+        mixture = best_mixture(family.flow_units(x))
+    if mixture is None:
+        return
+    with _kept_if_better(family, judges, None):
+        family.mixture.take(mixture)
+        family.start_at_identity()
 
 
 def _take_course(family: NormalizingFlow, course: Course, pairs: Pairs, far: Tensor, stages: Stages) -> None:

@@ -28,6 +28,7 @@ from pyro_dgm.core.shapes import (
 )
 from pyro_dgm.flows.autoregressive import sequential
 from pyro_dgm.flows.few_rows import Decorrelate
+from pyro_dgm.flows.mixture_units import MixtureUnits
 
 __all__ = ["Direction", "NormalizingFlow", "StandardNormalBase", "directed", "features_of", "standard_normal"]
 
@@ -97,6 +98,7 @@ class NormalizingFlow(DistributionModule):
         super().__init__(event_shape, context_features, support=support)
         self.standard = Standardize(self.features)
         self.decorrelate = Decorrelate()  # the identity, unless a fit finds few rows
+        self.mixture = MixtureUnits()  # the identity, unless a fit finds many
         self._known_support: constraints.Constraint | None = None
 
     def build(self, context: Tensor | None) -> Distribution:
@@ -109,7 +111,9 @@ class NormalizingFlow(DistributionModule):
 
     def bijection(self, built: Distribution) -> Transform | None:
         rest = super().bijection(built)
-        parts = [units.transform() for units in (self.decorrelate, self.standard) if not units.is_identity()]
+        parts = [
+            units.transform() for units in (self.decorrelate, self.mixture, self.standard) if not units.is_identity()
+        ]
         return composed(parts + ([] if rest is None else [rest])) if parts else rest
 
     def event_units(self) -> Standardize:
@@ -120,6 +124,7 @@ class NormalizingFlow(DistributionModule):
         """Mean 0 and sd 1 before the flow, of data ``(..., *event_shape)``; columns with long tails are compressed first."""
         self.standard.forget()
         self.decorrelate.forget()
+        self.mixture.forget()
         rows = self.flow_units(x).reshape(-1, self.features)
         self.standard.fit(rows, tails="bend" if len(self.event_shape) < 2 else "keep", who=type(self).__name__)
 

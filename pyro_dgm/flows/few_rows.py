@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.flows.mixture_units import Normals, fitted_mixture
 from pyro_dgm.train.batches import FEW
 from pyro_dgm.train.hooks import Recipe
 
@@ -60,9 +61,6 @@ _ROWS_EACH = 5  # of a component, at least, for a candidate
 _TIES = (math.inf, 3.0, 1.0, 0.3)  # pseudo-rows of the common covariance in each component's, as multiples of D
 _LEAST_TIE = 4.0  # pseudo-rows
 _WIDTHS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)  # of kernels
-_ITERATIONS = 60  # of a mixture's EM at most
-_TOLERANCE = 1e-3  # nats a row, that an iteration has to bring
-_RIDGE = 1e-4  # in the common covariance: a spike of equal rows has a width of .01
 _FAR = (2.0, 6.0, 20.0)  # widths of normals for far rows: MAF on heavy tails -.15 nats a column without, -.01 with
 _FAR_WEIGHT = 0.005
 _LEAST_GAIN = 0.02  # nats a row above the normal law, for the stand-in to be worth while. Not measured; chosen by hand
@@ -186,29 +184,6 @@ def _folds(rows: int, folds: int) -> list[tuple[Tensor, Tensor]]:
     return [(order[~torch.isin(order, left)], left) for left in order.tensor_split(folds)]
 
 
-class _Normals(NamedTuple):
-    """A mixture of K normals over vectors: weights ``(K,)``, means ``(K, D)``, Cholesky factors ``(K, D, D)``."""
-
-    weight: Tensor
-    loc: Tensor
-    tril: Tensor
-
-    def log_parts(self, x: Tensor) -> Tensor:
-        """Log densities of the weighted components, shape ``(N, K)``."""
-        inverse = torch.linalg.solve_triangular(self.tril, torch.ones_like(x[0]).diag(), upper=False)
-        z = torch.einsum("kij,nj->nki", inverse, x) - torch.einsum("kij,kj->ki", inverse, self.loc)
-        log_scale = self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return -0.5 * z.square().sum(-1) - log_scale - 0.5 * x.shape[1] * math.log(2.0 * math.pi) + self.weight.log()
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.log_parts(x).logsumexp(-1)
-
-    def sample(self, n: int) -> Tensor:
-        k = torch.multinomial(self.weight, n, replacement=True)
-        z = torch.randn_like(self.loc[k])
-        return self.loc[k] + (self.tril[k] @ z.unsqueeze(-1)).squeeze(-1)
-
-
 class _Kernels(NamedTuple):
     """A normal kernel of one width around each row ``(N, D)``."""
 
@@ -225,7 +200,7 @@ class _Kernels(NamedTuple):
         return centres + self.width * torch.randn_like(centres)
 
 
-_Part = _Normals | _Kernels
+_Part = Normals | _Kernels
 _Candidate = Callable[[Tensor], _Part]
 
 
@@ -325,13 +300,13 @@ def _candidates(rows: int, columns: int) -> list[_Candidate]:
     return found + [_kernels(width) for width in _WIDTHS]
 
 
-def _normal(x: Tensor, width: float = 1.0) -> _Normals:
+def _normal(x: Tensor, width: float = 1.0) -> Normals:
     tril = torch.full_like(x[0], width).diag()
-    return _Normals(x.new_ones(1), torch.zeros_like(x[:1]), tril[None])
+    return Normals(x.new_ones(1), torch.zeros_like(x[:1]), tril[None])
 
 
 def _mixture(components: int, pseudo: float) -> _Candidate:
-    return lambda x: _expectation_maximisation(x, components, pseudo)
+    return lambda x: fitted_mixture(x, components, pseudo)
 
 
 def _kernels(width: float) -> _Candidate:
@@ -353,48 +328,3 @@ def _stacked(scores: Tensor, iterations: int = 200) -> Tensor:
     for _ in range(iterations):
         weights = torch.softmax(scores + weights.log(), -1).mean(0)
     return weights
-
-
-def _expectation_maximisation(x: Tensor, components: int, pseudo: float) -> _Normals:
-    """The most probable mixture under a prior that draws each covariance to the common one."""
-    share = nn.functional.one_hot(_clusters(x, components), components).to(x)
-    before = -math.inf
-    for _ in range(_ITERATIONS):
-        mixture = _maximised(x, share, pseudo)
-        parts = mixture.log_parts(x)
-        score = float(parts.logsumexp(-1).mean())
-        if score - before < _TOLERANCE:
-            break
-        before = score
-        share = parts.softmax(-1)
-    return mixture
-
-
-def _maximised(x: Tensor, share: Tensor, pseudo: float) -> _Normals:
-    rows, columns = x.shape
-    count = share.sum(0) + 1e-6
-    loc = share.T @ x / count[:, None]
-    spread = torch.stack([((x - m) * s[:, None]).T @ (x - m) for m, s in zip(loc, share.T, strict=True)])
-    common = spread.sum(0) / rows
-    shrinkage = columns / (rows + columns)
-    ridge = torch.full_like(x[0], _RIDGE).diag()
-    common = (1.0 - shrinkage) * common + shrinkage * common.diagonal().diag() + ridge
-    if pseudo == math.inf:
-        covariance = common.expand_as(spread)
-    else:
-        covariance = (spread + pseudo * common) / (count + pseudo)[:, None, None]
-    return _Normals((count + 1.0) / (count + 1.0).sum(), loc, torch.linalg.cholesky(covariance))
-
-
-def _clusters(x: Tensor, components: int, iterations: int = 10) -> Tensor:
-    """The cluster of each row, by k-means from far-apart rows (k-means++)."""
-    centres = x[torch.randint(len(x), (1,), device=x.device)]
-    while len(centres) < components:
-        nearest = torch.cdist(x, centres).amin(1).square() + 1e-12
-        centres = torch.cat([centres, x[torch.multinomial(nearest, 1)]])
-    for _ in range(iterations):
-        nearest_centre = torch.cdist(x, centres).argmin(1)
-        share = nn.functional.one_hot(nearest_centre, components).to(x)
-        filled = share.sum(0) > 0
-        centres = torch.where(filled[:, None], share.T @ x / share.sum(0).clamp_min(1.0)[:, None], centres)
-    return nearest_centre

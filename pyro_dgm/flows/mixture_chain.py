@@ -37,7 +37,7 @@ from pyro_dgm.core.networks import LOG_WIDTHS, Reader, chosen_place_and_width, s
 from pyro_dgm.core.weights import gumbels_like
 from pyro_dgm.flows.autoregressive import Run, schedule
 
-__all__ = ["AutoregressiveMixture", "Interval", "MixtureChain", "NormalMixture"]
+__all__ = ["AutoregressiveMixture", "Interval", "MixtureChain", "NormalMixture", "log_ndtr"]
 
 Interval = tuple[Tensor, Tensor]
 
@@ -137,8 +137,8 @@ def _log_mass(low: Tensor, high: Tensor) -> Tensor:
     """Log of the standard normal's mass between two ends, from the side of its smaller tail."""
     _, a, b = _towards_lower_tail(low, high)
     b = b.clamp_max(_FARTHEST)
-    above = _log_ndtr(b)
-    lost = _log_ndtr(torch.maximum(a, b - _NEGLIGIBLE)) - above
+    above = log_ndtr(b)
+    lost = log_ndtr(torch.maximum(a, b - _NEGLIGIBLE)) - above
     return above + torch.log(-torch.expm1(lost.clamp_max(-1e-6)))
 
 
@@ -148,7 +148,7 @@ def _towards_lower_tail(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tens
     return turn, torch.where(turn, -high, low), torch.where(turn, -low, high)
 
 
-def _log_ndtr(x: Tensor) -> Tensor:
+def log_ndtr(x: Tensor) -> Tensor:
     """torch's, and its expansion in the tail, where the derivative of torch's loses its digits and overflows."""
     tail = x.clamp_max(_TAIL)
     square = tail.square()

@@ -11,7 +11,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
-from pyro_dgm.cnf.matching import FEW_STEPS, Course, FlowMatching, match, recipe_for, standardize_once, start_from_few
+from pyro_dgm.cnf.matching import (
+    FEW_STEPS,
+    Course,
+    FlowMatching,
+    can_be_mixture,
+    match,
+    recipe_for,
+    standardize_once,
+    start_from_few,
+    start_from_mixture,
+)
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch, check_number
@@ -41,6 +51,10 @@ class MaximumLikelihood(nn.Module):
     is first trained on draws of a smooth density that stands in for them: a mixture of mixtures of normals and of kernels,
     weighted by cross-validation. Up to 1,000 steps on the rows follow, and end early. ``History.held_out`` and ``.stopped`` say
     so; ``fit(..., validation=0)`` holds nothing out, and then only ``max_steps`` keeps rows from being learned by heart.
+
+    Of more rows without contexts a mixture of normals is fitted to 30,000 at most, once a continuous flow has been matched.
+    Where the mixture scores other rows better, and more normals would not, the flow starts anew as the identity in the units of
+    the mixture; draws then take a search for each column.
 
     More rows are taken in minibatches of 256, for up to 3,000 steps. A tenth of them is held out, 2,000 at most, and checked each
     50 steps. The averaged weights that score them best are kept; the fit ends after 750 steps without a better score. What is
@@ -136,6 +150,8 @@ class MaximumLikelihood(nn.Module):
         few = start_from_few(family, courses, batches, stages)
         if continuous and not few:
             match("flow matching", family, lambda: cheap(*next(batches)), stages, self.steps)
+            if can_be_mixture(family, batches):
+                start_from_mixture(family, batches, stages)
 
     def _refuse_hjb_without_potential(self) -> None:
         if "hjb" in self.weights:

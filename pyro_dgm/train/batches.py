@@ -30,6 +30,7 @@ __all__ = [
     "non_finite",
     "picked",
     "row_count",
+    "some_rows",
 ]
 
 FEW = 3_000  # rows up to which a density is fitted with care for them (docs/benchmarks/small.md)
@@ -322,6 +323,16 @@ def few_rows(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...] | None:
     if count is None or count > FEW:
         return None
     return picked(batches.batches.args, torch.arange(count)) if batches.batches.in_parts else batches.batches.args
+
+
+def some_rows(batches: Iterator[tuple[Any, ...]], most: int) -> tuple[Any, ...] | None:
+    """So many of the rows behind the batches of a fit, at most, in a random order; None where they are not known."""
+    if isinstance(batches, ChangedBatches):
+        rows = some_rows(batches.stream, most)
+        return None if rows is None else batches.change(rows)
+    if not isinstance(batches, BatchStream) or batches.batches.rows is None:
+        return None
+    return batches.batches._take(torch.randperm(batches.batches.rows)[:most])
 
 
 def first_rows(
