@@ -38,7 +38,7 @@ def fitted(flow, data, smoke, steps):
 
 
 def curve(smoke, out):
-    flow = fitted(dgm.NSF(1), waiting_times(4000), smoke, 600)
+    flow = fitted(dgm.FFJORD(1), waiting_times(4000), smoke, 100)
     figure = dgm.evaluate.plot_density(flow, waiting_times(500), names=["minutes until the next eruption"], seed=0)
     figure.savefig(out / "density_curve.png", dpi=150)
 

@@ -26,7 +26,7 @@ from torch.distributions import Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyro_dgm.core import zuko
-from pyro_dgm.core.upstream import shared_by_all, unseen
+from pyro_dgm.core.upstream import in_vmap, shared_by_all, unseen
 
 __all__ = ["Passes", "Run", "schedule", "sequential"]
 
@@ -223,6 +223,8 @@ class _Coupled(zuko.transforms.CouplingTransform):
     """zuko's coupling, which writes both halves into one tensor: ``torch.vmap`` refuses that where one half stands for many."""
 
     def merge(self, x_a: Tensor, x_b: Tensor, shape: Size) -> Tensor:
+        if not in_vmap():
+            return super().merge(x_a, x_b, shape)
         x_a = x_a.expand(*shape[:-1], -1)
         x_b = x_b.expand(*shape[:-1], -1)
         return torch.cat([x_a, x_b], -1).index_select(-1, torch.cat([self.idx_a, self.idx_b]).argsort())
