@@ -253,7 +253,7 @@ def _evidence(report: Report, ax: Axes) -> None:
     known = np.isfinite(v.log_evidence_error)
     errors = [2 * v.elbo_error, 2 * v.log_evidence_error if known else 0.0]
     ax.errorbar([v.elbo, v.log_evidence], [1, 0], xerr=errors, fmt="o", color="C1", capsize=4)
-    name = "log evidence" if known else "log evidence,\nat least"
+    name = "log evidence" if known else "log evidence,\nerror unknown"
     ax.set(yticks=[1, 0], yticklabels=["ELBO", name], ylim=(-0.6, 1.6))
     ax.set(xlabel="nats (bars: 2 standard errors)", title=f"gap {v.gap:.3f} nats: an estimate of KL(q||p)")
     ax.locator_params(axis="x", nbins=4)

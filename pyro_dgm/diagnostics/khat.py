@@ -101,7 +101,8 @@ class KHat(Exploration):
         ess: effective number of the S draws, :math:`(\sum w)^2 / \sum w^2` after smoothing.
         elbo, elbo_error: mean of log w in nats, and its standard error; a lower bound on the log evidence.
         log_evidence, log_evidence_error: :math:`\log \frac1S \sum w`, and its standard error (nats), of which 1.96 cover in
-            95 % of repetitions; infinite where k is too high for an error: the value is then a lower bound in expectation.
+            95 % of repetitions; infinite where k is too high for an error: the value is then too low on average, and may be
+            too high in one run.
         draws: S.
         status: "exact", "good", "usable" or "bad".
         rows: verdicts row by row where the guide's latents are independent over a plate; None where they are not. Where no
@@ -225,7 +226,7 @@ class KHat(Exploration):
         weights = f" k-hat {self.k:.2f} (threshold {self.threshold:.2f}), ESS {self.ess:.0f} of {self.draws},"
         error = f" +- {self.log_evidence_error:.3f} nats"
         if self.log_evidence_error == math.inf:
-            error = " nats at least (k-hat is too high for an error)"
+            error = " nats of unknown error (k-hat is too high)"
         return (
             f"posterior: {self.status}.{'' if self.independent else weights} ELBO {self.elbo:.3f} +- {self.elbo_error:.3f}, "
             f"log evidence {self.log_evidence:.3f}{error}.{self._of_rows()}{self._stated()} {self.next_step} {self._explored()}"
