@@ -171,9 +171,9 @@ def _is_batched(t: Tensor) -> bool:
 
 def in_vmap() -> bool:
     """Whether a ``torch.vmap`` is at work."""
-    if _behind.peek_interpreter_stack() is None:
+    if torch.compiler.is_compiling() or _behind.peek_interpreter_stack() is None:
         return False
-    return any(level.key() == _behind.TransformType.Vmap for level in _behind.get_interpreter_stack())
+    return any(level.key() == _behind.TransformType.Vmap for level in _behind.get_interpreter_stack() or ())
 
 
 _NOTHING = nullcontext()
