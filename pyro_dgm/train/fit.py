@@ -112,7 +112,7 @@ def fit(
             asks for it, "alone" is one process whatever there is. Every process is given the same data, or a loader of its own
             share; without minibatches they differ in their noise alone.
         on_check: called with the history so far after each check, to log it or to copy the checkpoint; what it draws at random
-            changes no step.
+            changes no step. Of several processes the first one calls it.
 
     Returns:
         The losses, rates and skipped steps, and why the fit ended.

@@ -74,16 +74,20 @@ class Loop:
                 self._train()
         finally:
             self._settle()
+        self.ranks.take_first(self.tensors)
         return self.history
 
     def begin(self, saved: dict[str, Any] | None) -> None:
         """What comes before the first step: a state to go on from, or a look at the start."""
+        self.batches.agreed = self.ranks.agreed
         if saved is not None and "tensors" in saved:
             self._resume(saved)
         else:
             self._refuse_bad_start("loss", self.batches.example())
             if self.validation is not None:
                 self._refuse_bad_start("held-out loss", self.validation)
+            self.ranks.other_numbers()
+        self.ranks.take_first(self.tensors)
         self._set_off()
         if self.validation is not None and not self.players.keeps_last and not self.history.validation:
             self._check()  # the start is a candidate too
@@ -94,13 +98,11 @@ class Loop:
             self._end()
         finally:
             self._settle()
+        self.ranks.take_first(self.tensors)
 
     def _set_off(self) -> None:
-        """Let the schedule go over the time that is left, and the ranks go on from the first one's state."""
+        """Let the schedule go over the time that is left."""
         limits = self.limits
-        self.ranks.take_first(self.tensors)
-        self.ranks.other_numbers()
-        self.batches.agreed = self.ranks.agreed
         if limits.left() <= 0.0:
             warn_user(
                 f"fit: max_seconds={limits.max_seconds:g} was used up before the first step (after {limits.seconds():.1f} s: "
@@ -216,7 +218,7 @@ class Loop:
                 standing.lowest = min(standing.lowest, score)
         if not self.history.stopped and self.limits.seconds() - self.saved_at > _SAVE_EVERY:
             self._save()  # not a check that an interruption brought: see _end
-        if self.on_check is not None:
+        if self.on_check is not None and self.ranks.first:
             with fork_rng():  # what it draws changes no step
                 self.on_check(history)
 
@@ -309,8 +311,8 @@ class Loop:
                 self._save()  # before the check, which a fit without the interruption does not make here
             if stopped not in ("", "diverged") and self.standing.checked_at != self.history.steps:
                 self._check()
-            if self.whole and stopped != "interrupted":
-                self._save()
+            if self.whole and stopped != "interrupted" and (stopped or self.ranks.world == 1):
+                self._save()  # not after an error, of which the other ranks know nothing
         except KeyboardInterrupt:
             self.history.stopped = "interrupted"
         finally:
@@ -330,7 +332,6 @@ class Loop:
             for module in self.objective.modules():
                 if isinstance(module, Finishing):
                     module.finish(*self.batches.example())
-            self.ranks.take_first(self.tensors)
         except KeyboardInterrupt:
             self.history.stopped = "interrupted"
         finally:

@@ -1,10 +1,11 @@
 """Two ranks of one fit, each run as ``python -m tests.train.ranks WHAT [FOLDER]``.
 
-WHAT is "compare" (all kinds of fits, by two ranks and by one), "gradients", "lost" (a rank), or "resume" (a fit with a checkpoint in the folder, which ends in
-the middle when there is none yet).
+WHAT is "compare" (all kinds of fits, by two ranks and by one), "gradients", "lost" (a rank), "raises" (an error in one), or
+"resume" and "interrupt" (a fit with a checkpoint in the folder, which ends in the middle when there is none yet).
 """
 
 import os
+import signal
 import sys
 import tempfile
 
@@ -123,11 +124,17 @@ def ends_after(objective, calls):
     objective.forward = lambda *a: forward(*a) if next(counted, None) is not None else os._exit(0)
 
 
-def train(kind, rank, **options):
+def interrupted_after(objective, calls):
+    """Send this process Ctrl-C in a forward pass."""
+    forward, counted = objective.forward, iter(range(1, 10**9))
+    objective.forward = lambda *a: (next(counted) == calls and signal.raise_signal(signal.SIGINT)) or forward(*a)
+
+
+def train(kind, rank, stop=None, **options):
     torch.manual_seed(rank)  # other first weights: those of the first rank count
     objective, data, limits = FITS[kind]()
-    if options and not os.path.exists(options["checkpoint"]):
-        ends_after(objective, 900)  # 800 of them in a stage before the first step
+    if stop and not os.path.exists(options["checkpoint"]):
+        stop(objective)
     history = dgm.fit(objective, data, progress=False, seed=0, strategy="ddp", **limits, **options)
     own = values(objective)
     both = [torch.empty_like(own) for _ in range(2)]
@@ -148,9 +155,18 @@ def resume(rank, folder):
     loop._SAVE_EVERY = 0.0
     file = f"{folder}/fit.pt"
     try:
-        found = train("likelihood", rank, checkpoint=file)
+        # 800 of these calls are in a stage before the first step
+        found = train("likelihood", rank, lambda objective: ends_after(objective, 900), checkpoint=file)
     except RuntimeError:  # the other rank ended first
         os._exit(0)
+    if rank == 0:
+        told("resumed", *found)
+
+
+def interrupt(rank, folder):
+    """The second rank alone is sent Ctrl-C, in the middle of an epoch of four batches."""
+    stop = (lambda objective: interrupted_after(objective, 51)) if rank else (lambda objective: None)
+    found = train("vae", rank, stop, checkpoint=f"{folder}/fit.pt")
     if rank == 0:
         told("resumed", *found)
 
@@ -166,11 +182,26 @@ def lost(rank):
         print(error, flush=True)
 
 
+def raises(rank):
+    """The second rank has an error of its own."""
+    objective, data, limits = likelihood()
+    if rank == 1:
+        forward, counted = objective.forward, iter(range(30))
+        objective.forward = lambda *a: forward(*a) if next(counted, None) is not None else forward("no tensor")
+    try:
+        dgm.fit(objective, data, progress=False, seed=0, **limits)
+    except (RuntimeError, TypeError) as error:
+        print(f"rank {rank}: {type(error).__name__}: {error}", flush=True)
+
+
 def worker(rank, what, folder, rendezvous):
     torch.set_num_threads(1)
     together.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    {"gradients": gradients, "lost": lost, "compare": compare}.get(what, lambda rank: resume(rank, folder))(rank)
-    if what != "lost":
+    if folder:
+        {"resume": resume, "interrupt": interrupt}[what](rank, folder)
+    else:
+        {"gradients": gradients, "lost": lost, "raises": raises, "compare": compare}[what](rank)
+    if what not in ("lost", "raises"):
         together.barrier()
     os._exit(0)  # on a busy machine a thread of gloo can abort an exit that cleans up
 

@@ -64,6 +64,22 @@ def test_a_fit_that_was_killed_goes_on_to_the_same_bits(tmp_path):
     assert resumed == compared()["likelihood, two"]
 
 
+def test_a_fit_that_one_rank_interrupts_goes_on_to_the_same_bits(tmp_path):
+    """In the middle of an epoch, with noise. Planted: new random numbers, or an order of rows of its own, after the resume."""
+    stopped = numbers(run("interrupt", tmp_path))["resumed"]
+    assert stopped[0] < 100 and stopped[0] % 4
+    assert numbers(run("interrupt", tmp_path))["resumed"] == compared()["vae, two"]
+
+
+def test_an_error_in_one_rank_ends_all():
+    """Planted: what settles the ranks is sent after an error too, and both wait for ever."""
+    found = run("raises")
+    assert (
+        "rank 1: TypeError: MaximumLikelihood: data is str" in found
+        and "rank 0: RuntimeError: fit: rank 0 of 2" in found
+    )
+
+
 def test_strategies():
     objective = dgm.MaximumLikelihood(dgm.NSF(1))
     with pytest.raises(ValueError, match="started alone. Start the script by torchrun"):
