@@ -93,6 +93,12 @@ def test_tests_mirror_the_rooms():
     assert {p.name for p in tests.glob("test_*.py")} == above
 
 
+def test_no_two_tests_share_a_file_name():
+    """pytest collects none of the second file: the folders of tests are no packages."""
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
+    assert [k for k in names if names.count(k) > 1] == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_slow_and_guarded_libraries_are_imported_where_they_should_be(path):
     tree = ast.parse(path.read_text())

@@ -84,6 +84,8 @@ def test_code_of_pages_that_are_run_compiles(page):
 def test_pages_are_run_block_by_block_with_what_they_print_and_draw():
     """Planted fault: figures that are left open for the next block."""
     execute = runpy.run_path(str(ROOT / "docs/hooks/execute.py"))["run"]
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.figure()  # of somebody else
     draw = "import matplotlib.pyplot as plt\n_ = plt.plot([1, 2])\nn = 41"
     found = execute(["print('one')", draw, "print(n + 1)"])
     assert [result["text"] for result in found["results"]] == ["one\n", "", "42\n"]

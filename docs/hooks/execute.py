@@ -24,6 +24,7 @@ pandas.set_option("display.max_columns", 20)
 def run(blocks: list[str]) -> dict:
     """Run blocks one after the other with common names; what each printed, its figures, and the seconds of all."""
     names: dict = {"__name__": "__main__"}
+    plt.close("all")
     began = time.process_time()
     results = [run_one(block, f"<block {i}>", names) for i, block in enumerate(blocks, 1)]
     return {"results": results, "seconds": time.process_time() - began}

@@ -22,6 +22,7 @@ from pyro_dgm.core.devices import fork_rng, same_bits
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import check_context, reference
+from pyro_dgm.core.upstream import passing
 from pyro_dgm.flows.base import NormalizingFlow, StandardNormalBase
 
 __all__ = ["FFJORD", "ContinuousFlow", "OTFlow"]
@@ -173,7 +174,7 @@ class ContinuousFlow(NormalizingFlow):
         if not self.solver.controlled or not torch.is_grad_enabled():
             return
         values = values_of(self.field)
-        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (point, values))):  # they end with the transform
+        if passing(point, values):
             return
         version = sum(p._version for p in self.field.parameters())
         watched: _Watched | None = self.__dict__.get("_watched")

@@ -42,7 +42,6 @@ from pyro_dgm.train.hooks import Recipe
 __all__ = [
     "Course",
     "FlowMatching",
-    "can_be_mixture",
     "match",
     "recipe_for",
     "standardize_once",
@@ -222,19 +221,14 @@ def start_from_few(
     return True
 
 
-def can_be_mixture(family: DistributionModule, batches: Iterator[tuple[Any, ...]]) -> bool:
-    """Whether a flow can start at a mixture of normals that is fitted to its rows: there are many, and no contexts."""
-    rows = some_rows(batches, FEW + 1)
-    return rows is not None and len(rows) == 1 and len(rows[0]) > FEW and _can_start(family) and family.features > 1
-
-
 def start_from_mixture(family: NormalizingFlow, batches: Iterator[tuple[Any, ...]], stages: Stages) -> None:
-    """Start a flow of many rows at a mixture of normals, in whose units it is the identity, where that scores rows better.
+    """Start a flow at a mixture of normals, in whose units it is the identity, where that scores rows better.
 
-    The flow is then as it was matched. A fit by seconds gives it half of those that are left, and no mixture afterwards.
+    Only where its rows are many, and have no contexts. The flow is then as it was matched. A fit by seconds gives it half of
+    those that are left, and no mixture afterwards.
     """
     rows = some_rows(batches, _MIXED_ROWS)
-    if rows is None:
+    if rows is None or len(rows) > 1 or len(rows[0]) <= FEW or family.features == 1 or not _can_start(family):
         return
     x, _ = check_batch(type(family).__name__, family, rows[0], None)
     judges, x = x.tensor_split([min(_JUDGES, len(x) // 5)])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.core.shapes import check_number
+from pyro_dgm.core.upstream import passing
 from pyro_dgm.core.warn import warn_user
 
 __all__ = [
@@ -204,7 +205,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return True
     if a.shape != b.shape or a.dtype != b.dtype or torch.jit.is_tracing():
         return False
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (a, b))):
+    if passing(a, b):
         return False
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.detach().view(bits), b.detach().view(bits))

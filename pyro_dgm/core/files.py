@@ -25,8 +25,8 @@ if sys.platform != "win32":
     import fcntl
 
 __all__ = [
-    "PART", "load_state", "new_part", "only_here", "refuse_link", "refuse_no_place", "refuse_no_room", "reserve", "save_state",
-    "size_of", "unwritten",
+    "PART", "load_state", "new_part", "only_here", "read_state", "refuse_link", "refuse_no_place", "refuse_no_room", "reserve",
+    "save_state", "size_of", "unwritten",
 ]  # fmt: skip
 
 PART = ".dgm-part"  # in the names of files that are not finished
@@ -253,6 +253,24 @@ def load_state(path: str | Path) -> Any:
     if damaged:
         raise zipfile.BadZipFile(f"{path}: the checksum of {damaged} does not fit its values")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_state(who: str, path: str | Path, kind: str, advice: str) -> Any:
+    """The same of a file that has to be there.
+
+    Raises:
+        FileNotFoundError: if it is not.
+        ValueError: if it cannot be read: it is damaged, or another ``kind`` of file; with the advice.
+    """
+    try:
+        state = load_state(path)
+    except Exception as error:  # torch raises a dozen kinds
+        raise ValueError(
+            f"{who}: {path} cannot be read ({type(error).__name__}). It is cut off or damaged, or {kind}. {advice}"
+        ) from None
+    if state is None:
+        raise FileNotFoundError(f"{who}: there is no file {path}.")
+    return state
 
 
 def size_of(state: Any) -> int:

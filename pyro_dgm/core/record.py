@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.tape import PLAIN, Function, Listener, Outputs, Tape, UnrecordableError, as_they_were
+from pyro_dgm.core.upstream import in_func
 
 __all__ = ["Recordable", "Records", "with_gradients"]
 
@@ -137,7 +138,7 @@ def _surroundings(tensors: list[Tensor]) -> Any:
     if (
         torch._C._len_torch_function_stack() > (outer > 0)
         or (outer and not isinstance(torch._C._get_dispatch_stack_at(0), Listener))
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or in_func()
         or torch.jit.is_tracing()
         or torch.compiler.is_compiling()
         or torch.is_inference_mode_enabled()

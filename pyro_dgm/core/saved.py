@@ -13,7 +13,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_dgm.core.files import load_state, refuse_no_place, save_state
+from pyro_dgm.core.files import read_state, refuse_no_place, save_state
 from pyro_dgm.core.kinds import checked, shown
 
 __all__ = ["load", "save"]
@@ -137,15 +137,8 @@ def load(path: str | Path, *args: Any, model: Callable[..., Any] | None = None, 
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        saved = load_state(path)
-    except Exception as error:  # torch raises a dozen kinds
-        raise ValueError(
-            f"load: {path} cannot be read ({type(error).__name__}). It is cut off or damaged, or another kind of file, such as a "
-            "pickle, which could run code. Give a file that dgm.save wrote."
-        ) from None
-    if saved is None:
-        raise FileNotFoundError(f"load: there is no file {path}.")
+    kind = "another kind of file, such as a pickle, which could run code"
+    saved = read_state("load", path, kind, "Give a file that dgm.save wrote.")
     whole = (
         isinstance(saved, dict) and saved.get("kind") == _KIND and saved.keys() == {"kind", "class", "made", "state"}
     )

@@ -33,7 +33,9 @@ __all__ = [
     "PyroABCMeta",
     "VectorToLowerCholesky",
     "drop_weak_references",
+    "in_func",
     "in_vmap",
+    "passing",
     "plain_of",
     "shared_by_all",
     "unseen",
@@ -163,6 +165,16 @@ def unseen(*tensors: Tensor) -> bool:
     return False
 
 
+def passing(*tensors: Tensor) -> bool:
+    """Whether some tensor is there within a transform of ``torch.func`` only, and ends with it."""
+    return any(map(_behind.is_functorch_wrapped_tensor, tensors))
+
+
+def in_func() -> bool:
+    """Whether a transform of ``torch.func`` is at work."""
+    return _behind.peek_interpreter_stack() is not None
+
+
 def _is_batched(t: Tensor) -> bool:
     while _behind.is_gradtrackingtensor(t):
         t = _behind.get_unwrapped(t)
@@ -171,7 +183,7 @@ def _is_batched(t: Tensor) -> bool:
 
 def in_vmap() -> bool:
     """Whether a ``torch.vmap`` is at work."""
-    if torch.compiler.is_compiling() or _behind.peek_interpreter_stack() is None:
+    if torch.compiler.is_compiling() or not in_func():
         return False
     return any(level.key() == _behind.TransformType.Vmap for level in _behind.get_interpreter_stack() or ())
 

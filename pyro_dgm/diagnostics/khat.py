@@ -19,7 +19,7 @@ import numpy as np
 
 from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.weights import LEAST_DRAWS, NEARLY_EQUAL, correction, evidence_error, k_threshold, log_mean, psis
-from pyro_dgm.diagnostics.containers import group_attrs, log_weights_of
+from pyro_dgm.diagnostics.containers import group_attrs, log_weights_of, resample
 from pyro_dgm.diagnostics.exploration import Exploration
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "judge_elements",
     "judge_rows",
     "khat",
+    "repaired",
     "seen_rows",
     "with_rows",
 ]
@@ -268,6 +269,13 @@ def khat(idata: Any) -> KHat:
         return KHat(**{k: _plain(v) for k, v in own.items()}, rows=rows)
     explored = Exploration(**{f.name: attrs[f.name] for f in fields(Exploration) if f.name in attrs})
     return with_rows(judge(log_weight, explored), rows)
+
+
+def repaired(idata: Any, verdict: KHat | None, seed: int | None) -> Any:
+    """The container where its draws are the posterior's, resampled where weights repair them; None where they do not."""
+    if verdict is None or verdict.status in ("exact", "good"):
+        return idata
+    return resample(idata, seed=seed) if verdict.status == "usable" and verdict.repairable else None
 
 
 def with_rows(verdict: KHat, rows: Rows | None) -> KHat:

@@ -27,8 +27,8 @@ from pyro_dgm.core.devices import one_at_a_time
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.diagnostics.calibration import Calibration, ranks, sbc
-from pyro_dgm.diagnostics.containers import dims_of, group, has_group, resample, with_defaults
-from pyro_dgm.diagnostics.khat import khat
+from pyro_dgm.diagnostics.containers import dims_of, group, has_group, with_defaults
+from pyro_dgm.diagnostics.khat import khat, repaired
 from pyro_dgm.diagnostics.posteriors import EXPERIMENT, ExperimentOptions, experiment
 
 __all__ = ["local_p_values", "posterior_sbc"]
@@ -203,11 +203,10 @@ def _of_posterior(idata: Any, seed: int | None) -> Any:
     if "log_weight" not in group(idata, "sample_stats"):
         return idata
     verdict = khat(idata)
-    if verdict.status in ("exact", "good"):
-        return idata
-    if verdict.status == "usable" and verdict.repairable:
-        return resample(idata, seed=seed)
-    raise ValueError(f"posterior_sbc: the draws are not the posterior's ({verdict.status}). {verdict.next_step}")
+    found = repaired(idata, verdict, seed)
+    if found is None:
+        raise ValueError(f"posterior_sbc: the draws are not the posterior's ({verdict.status}). {verdict.next_step}")
+    return found
 
 
 def _refuse_rows_of_latents(idata: Any, names: list[str]) -> None:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_dgm.core.weights import arviz_major
-from pyro_dgm.diagnostics.containers import build, group, has_group, resample
-from pyro_dgm.diagnostics.khat import KHat
+from pyro_dgm.diagnostics.containers import build, group, has_group
+from pyro_dgm.diagnostics.khat import KHat, repaired
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,11 +105,14 @@ def power_scaling(idata: Any, verdict: KHat | None) -> Sensitivity:
         | Kallioinen, Paananen, Buerkner & Vehtari (2023), "Detecting and diagnosing prior and likelihood sensitivity with
           power-scaling", Statistics and Computing 34.
     """
-    missing = _why_not(idata, verdict)
+    missing = _why_not(idata)
     if missing:
         return Sensitivity(missing=missing)
-    if verdict is not None and verdict.status == "usable":
-        idata = resample(idata, seed=0)
+    if verdict is not None and verdict.independent and verdict.status not in ("exact", "good"):
+        return Sensitivity(missing="Not looked at: each row has a posterior of its own.")
+    idata = repaired(idata, verdict, 0)
+    if idata is None:
+        return Sensitivity(missing="Not looked at: the draws are not the posterior's.")
     names = _outside_of_plates(group(idata, "log_prior"), group(idata, "posterior"))
     log_prior, log_likelihood = (
         _total(group(idata, g), k) for g, k in (("log_prior", names), ("log_likelihood", None))
@@ -132,18 +135,12 @@ def _by_chance(draws: np.ndarray, log_prior: np.ndarray, log_likelihood: np.ndar
     return _BEYOND * _by_arviz(shuffled, log_prior, log_likelihood).reshape(2, copies, -1).mean(1)
 
 
-def _why_not(idata: Any, verdict: KHat | None) -> str:
+def _why_not(idata: Any) -> str:
     if arviz_major() is None:
         return "Not looked at: it needs ArviZ."
     if not has_group(idata, "log_prior") or not has_group(idata, "log_likelihood"):
         return "Not looked at: it needs log_prior (compute_log_prior(idata, model, *args)) and log_likelihood."
-    if verdict is None or verdict.status in ("exact", "good"):
-        return ""
-    if verdict.independent:
-        return "Not looked at: each row has a posterior of its own."
-    return (
-        "" if verdict.status == "usable" and verdict.repairable else "Not looked at: the draws are not the posterior's."
-    )
+    return ""
 
 
 def _outside_of_plates(log_prior: dict[str, np.ndarray], posterior: dict[str, np.ndarray]) -> list[str]:

@@ -20,6 +20,7 @@ from torch.distributions import Transform, constraints
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.pace import seconds_left
+from pyro_dgm.core.upstream import unseen
 from pyro_dgm.flows.mixture_chain import log_ndtr
 
 __all__ = ["MixtureUnits", "Normals", "best_mixture", "fitted_mixture"]
@@ -255,7 +256,7 @@ def _quantile(log_share: Tensor, z: Tensor) -> Tensor:
     half = below < above
     tail = torch.where(half, below, above)
     u = torch.special.ndtri(tail.clamp_min(_LEAST))
-    if torch._C._functorch.is_batchedtensor(z) or bool((tail < _LEAST).any()):
+    if unseen(z) or bool((tail < _LEAST).any()):
         sided = torch.where(half.unsqueeze(-2), z, -z)
         u = torch.where(tail < _LEAST, _far_quantile((log_share + log_ndtr(sided)).logsumexp(-2)), u)
     return torch.where(half, u, -u)

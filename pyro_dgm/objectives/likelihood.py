@@ -15,7 +15,6 @@ from pyro_dgm.cnf.matching import (
     FEW_STEPS,
     Course,
     FlowMatching,
-    can_be_mixture,
     match,
     recipe_for,
     standardize_once,
@@ -150,8 +149,7 @@ class MaximumLikelihood(nn.Module):
         few = start_from_few(family, courses, batches, stages)
         if continuous and not few:
             match("flow matching", family, lambda: cheap(*next(batches)), stages, self.steps)
-            if can_be_mixture(family, batches):
-                start_from_mixture(family, batches, stages)
+            start_from_mixture(family, batches, stages)
 
     def _refuse_hjb_without_potential(self) -> None:
         if "hjb" in self.weights:

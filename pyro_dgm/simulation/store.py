@@ -15,7 +15,7 @@ from typing import Any, overload
 import torch
 from torch import Size, Tensor
 
-from pyro_dgm.core.files import load_state, refuse_link, refuse_no_place, save_state
+from pyro_dgm.core.files import read_state, refuse_link, refuse_no_place, save_state
 from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.core.warn import plain_errors
@@ -166,15 +166,8 @@ class Simulations(Mapping[str, Tensor]):
             FileNotFoundError: if there is no such file.
             ValueError: if it is damaged, or holds something else.
         """
-        try:
-            state = load_state(path)
-        except Exception as error:  # torch raises a dozen kinds
-            raise ValueError(
-                f"Simulations.load: {path} cannot be read ({type(error).__name__}). It is cut off or damaged, or another kind "
-                "of file. Delete it, and save the simulations again."
-            ) from error
-        if state is None:
-            raise FileNotFoundError(f"Simulations.load: there is no file {path}.")
+        advice = "Delete it, and save the simulations again."
+        state = read_state("Simulations.load", path, "another kind of file", advice)
         known = {"values", "observed", "mask", "failed", "failed_latents", "reasons", "seed", "acceptance"}
         if not isinstance(state, dict) or not {"values", "observed"} <= state.keys() <= known:
             raise ValueError(f"Simulations.load: {path} was not written by Simulations.save. Give the file that was.")
