@@ -87,9 +87,10 @@ def test_pages_are_run_block_by_block_with_what_they_print_and_draw():
     plt = pytest.importorskip("matplotlib.pyplot")
     plt.figure()  # of somebody else
     draw = "import matplotlib.pyplot as plt\n_ = plt.plot([1, 2])\nn = 41"
-    found = execute(["print('one')", draw, "print(n + 1)"])
-    assert [result["text"] for result in found["results"]] == ["one\n", "", "42\n"]
-    assert [len(result["figures"]) for result in found["results"]] == [0, 1, 0]
+    named = "from matplotlib.figure import Figure\nfigure = Figure()"
+    found = execute(["print('one')", draw, "print(n + 1)", named, "figure"])
+    assert [result["text"] for result in found["results"]] == ["one\n", "", "42\n", "", ""]
+    assert [len(result["figures"]) for result in found["results"]] == [0, 1, 0, 1, 0]
 
 
 def test_docstrings_become_markdown():

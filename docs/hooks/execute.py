@@ -16,6 +16,7 @@ import pandas
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 pandas.set_option("display.width", 120)  # a table of ArviZ is not cut in the middle
 pandas.set_option("display.max_columns", 20)
@@ -31,11 +32,12 @@ def run(blocks: list[str]) -> dict:
 
 
 def run_one(block: str, place: str, names: dict) -> dict:
-    """What one block printed, and its figures as PNG."""
-    printed = io.StringIO()
+    """What one block printed, and its figures as PNG: those of pyplot, and others that it gave a name."""
+    printed, known = io.StringIO(), set(map(id, names.values()))
     with contextlib.redirect_stdout(printed):
         exec(compile(block, place, "exec"), names)
-    figures = [png(plt.figure(number)) for number in plt.get_fignums()]
+    named = [v for v in names.values() if isinstance(v, Figure) and id(v) not in known and not hasattr(v, "number")]
+    figures = [png(figure) for figure in [*map(plt.figure, plt.get_fignums()), *named]]
     plt.close("all")
     return {"text": printed.getvalue(), "figures": figures}
 

@@ -290,8 +290,7 @@ def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ..
 
     A family that has units keeps them, and so does one that scores the data better as it is: it was trained.
     """
-    units = family.event_units()
-    of_events = units is not None and units.is_identity()
+    of_events = family.takes_units()
     of_contexts = family.context_features > 0 and not family.has_units()
     if not of_events and not of_contexts:
         return False
@@ -300,10 +299,10 @@ def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ..
     family.standardize(x if of_events else None, context if of_contexts else None)
     if _mean_score(family, x, context) > before - 0.5:
         if of_events:
-            warn_of_ties(type(family).__name__, (few_rows(batches) or (x,))[0])
+            warn_of_ties(type(family).__name__, (few_rows(batches) or (x,))[0], getattr(family, "discrete", ()))
         return of_events
-    if units is not None and of_events:
-        units.forget()
+    if of_events:
+        family.forget_events()
     if of_contexts:
         family.context_units.forget()
     return False

@@ -9,7 +9,7 @@ import math
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -100,10 +100,13 @@ class Dequantize(nn.Module):
         return (y * self.levels).floor().clamp(0, self.levels - 1)
 
 
-def warn_of_ties(name: str, x: Any) -> None:
-    """Tell of columns of events ``(N, *event)`` whose values come again: a density can grow there without limit."""
+def warn_of_ties(name: str, x: Any, discrete: Collection[int] = ()) -> None:
+    """Tell of columns of events ``(N, *event)``, discrete ones left out, whose values come again.
+
+    A density can grow there without limit.
+    """
     rows = torch.as_tensor(x).detach().reshape(len(x), -1)
-    tied = [j for j, column in enumerate(rows.T) if _is_tied(column)]
+    tied = [j for j, column in enumerate(rows.T) if j not in discrete and _is_tied(column)]
     if not tied:
         return
     named = ", ".join(map(str, tied[:5])) + (", ..." if len(tied) > 5 else "")
@@ -112,7 +115,8 @@ def warn_of_ties(name: str, x: Any) -> None:
     warn_user(
         f"{name}: values come again in column {named} (column {tied[0]}: {len(values)} values in {len(rows)} rows, {step:.2g} "
         "apart). A density of real numbers can grow there without limit, and held-out rows do not show it. Add noise as wide as "
-        f"the rounding, x + {step:.2g} * (torch.rand_like(x) - 0.5) in that column; for integers, Dequantize."
+        f"the rounding, x + {step:.2g} * (torch.rand_like(x) - 0.5) in that column; for integers, Dequantize, or a "
+        "flows.MixtureChain with discrete columns."
     )
 
 

@@ -3,7 +3,7 @@ r"""The contract of a family: a module that turns a context into a distribution,
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
@@ -29,7 +29,6 @@ __all__ = [
     "composed",
     "has_finite_numbers",
     "looks_at_numbers",
-    "resize_to_saved",
     "tensors_of",
     "values_of",
     "whole_event",
@@ -138,6 +137,16 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
     def event_units(self) -> Standardize | None:
         """The units of events, where the family has some."""
         return None
+
+    def takes_units(self) -> bool:
+        """Whether events have units, or a start, that are still to be taken from data."""
+        units = self.event_units()
+        return units is not None and units.is_identity()
+
+    def forget_events(self) -> None:
+        """Take back what :meth:`fit_events` did."""
+        if (units := self.event_units()) is not None:
+            units.forget()
 
     def has_units(self) -> bool:
         """Whether the units of contexts were taken before, or the family was trained without."""
@@ -364,14 +373,6 @@ def _event_support(name: str, support: constraints.Constraint | None, event_shap
     except NotImplementedError as error:
         raise ValueError(f"{name}: torch has no bijection onto {support} (biject_to is not registered).") from error
     return constraints.independent(support, missing) if missing else support
-
-
-def resize_to_saved(module: nn.Module, names: Iterable[str], state: Mapping[str, Any], prefix: str) -> None:
-    """Give buffers the number of rows that they have in a saved state, before ``load_state_dict`` compares shapes."""
-    for name in names:
-        saved, own = state.get(prefix + name), getattr(module, name)
-        if saved is not None and saved.shape[1:] == own.shape[1:]:
-            setattr(module, name, torch.empty_like(saved).to(own))
 
 
 def whole_event(transform: Transform, event_dim: int) -> Transform:

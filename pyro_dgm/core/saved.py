@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.distributions import constraints
 from pyro_dgm.core.files import read_state, refuse_no_place, save_state
 from pyro_dgm.core.kinds import checked, shown
 
-__all__ = ["load", "save"]
+__all__ = ["load", "resize_to_saved", "save"]
 
 _FUNCTIONS = "pyro_dgm.vae."  # whose functions a file may name: likelihoods
 _KIND = "pyro_dgm.save, format 1"
@@ -278,3 +278,11 @@ def _is_offered(value: Any) -> bool:
     of_a_kind = issubclass(value, nn.Module) if isinstance(value, type) else home.startswith(_FUNCTIONS)
     offered = getattr(sys.modules.get(home), "__all__", ()) if home.startswith("pyro_dgm.") else ()
     return of_a_kind and callable(value) and getattr(value, "__name__", "") in offered
+
+
+def resize_to_saved(module: nn.Module, names: Iterable[str], state: Mapping[str, Any], prefix: str) -> None:
+    """Give buffers the number of rows that they have in a saved state, before ``load_state_dict`` compares shapes."""
+    for name in names:
+        saved, own = state.get(prefix + name), getattr(module, name)
+        if saved is not None and saved.shape[1:] == own.shape[1:]:
+            setattr(module, name, own.new_empty(saved.shape))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import warnings
 from abc import ABCMeta
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -26,10 +26,11 @@ import pyro
 import torch
 from pyro.nn import PyroModule
 from pyro.poutine.subsample_messenger import SubsampleMessenger
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 
 __all__ = [
+    "Columns",
     "PyroABCMeta",
     "VectorToLowerCholesky",
     "drop_weak_references",
@@ -265,3 +266,35 @@ def whole_plates(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         _WHOLE.reset(before)
+
+
+class Columns(constraints.Constraint):
+    """A vector of parts, each on a support of its own; it is discrete where one of them is.
+
+    ``constraints.cat`` checks entries, not vectors, and has no name of its own in messages.
+
+    Args:
+        supports: of the parts.
+        shapes: of the parts' events; None for single numbers.
+
+    >>> Columns([constraints.real, constraints.boolean]).check(torch.tensor([[0.5, 1.0], [0.5, 0.5]]))
+    tensor([ True, False])
+    """
+
+    event_dim = 1
+
+    def __init__(self, supports: Sequence[constraints.Constraint], shapes: Sequence[Size] | None = None) -> None:
+        self.supports = supports
+        self.shapes = shapes or [Size()] * len(supports)
+        self.is_discrete = any(c.is_discrete for c in supports)
+        super().__init__()
+
+    def __repr__(self) -> str:
+        return f"Columns({', '.join(map(str, self.supports))})"
+
+    def check(self, value: Tensor) -> Tensor:
+        pieces = value.split([shape.numel() for shape in self.shapes], -1)
+        found = [
+            c.check(p.reshape(p.shape[:-1] + s)) for p, s, c in zip(pieces, self.shapes, self.supports, strict=True)
+        ]
+        return torch.stack([f.flatten(value.dim() - 1).all(-1) if f.dim() >= value.dim() else f for f in found]).all(0)

@@ -13,7 +13,7 @@ from pyro_dgm.evaluate.neighbours import (
     mode_coverage,
     precision_recall_density_coverage,
 )
-from pyro_dgm.evaluate.pictures import plot_density, plot_trajectories
+from pyro_dgm.evaluate.pictures import plot_density
 from pyro_dgm.evaluate.report import report, table
 from pyro_dgm.evaluate.representation import (
     active_units,
@@ -22,6 +22,7 @@ from pyro_dgm.evaluate.representation import (
     mutual_information_gap,
 )
 from pyro_dgm.evaluate.score import JudgedScore, Score
+from pyro_dgm.evaluate.trajectories import plot_trajectories
 from pyro_dgm.evaluate.two_sample import energy_distance, frechet_distance, kernel_distance, mmd, sliced_wasserstein
 from pyro_dgm.vae.pictures import interpolation, traversal
 

@@ -14,34 +14,43 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.devices import as_array, seeded
 from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_value_shape, refuse_non_finite
-from pyro_dgm.flows.base import NormalizingFlow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_density", "plot_trajectories"]
+__all__ = [
+    "DRAWS",
+    "MODEL",
+    "SHARES_OF_DRAWS",
+    "blurred",
+    "chosen_columns",
+    "fill_regions",
+    "labels_of",
+    "limits",
+    "new_figure",
+    "plot_density",
+]
 
 # How pictures look; chosen by hand, by looking at them.
-_MODEL = "#0072B2"  # of Okabe & Ito's palette, as the next
+MODEL = "#0072B2"  # of Okabe & Ito's palette, as the next
 _DATA = "#D55E00"
 _FILL = "Blues"
-_TIME = "viridis"
 _SHARES = (0.99, 0.9, 0.75, 0.5, 0.25)  # of mass within the contours of a density on a grid
-_SHARES_OF_DRAWS = (0.95, 0.8, 0.5, 0.2)  # and of one that is estimated from draws
+SHARES_OF_DRAWS = (0.95, 0.8, 0.5, 0.2)  # and of one that is estimated from draws
 _SIDE = 160  # points of a grid along a side
 _BINS = 64  # of a histogram of draws along a side
 _BLUR = 1.3  # bins, of its smoothing
-_DRAWS = 20_000
+DRAWS = 20_000
 _POINTS = 1000  # data at most that are drawn as points
 _POINTS_OF_PAIR = 300
 _DOT = (2.0, 4.5)  # points of a typographer: of many data, and of few
+_MOST_BARS = 40  # of a column of integers
 _COLUMNS = 6  # of a table that are drawn unless asked for
 
 
@@ -59,7 +68,7 @@ def plot_density(
     In one dimension the density is a curve over the data's histogram. In two dimensions filled regions of highest density hold
     25, 50, 75, 90 and 99 % of the mass, with the data as points: one in a hundred should lie outside. In more dimensions, and
     for a model without a density, marginals and pairs are compared: curves of draws over histograms of the data, and points of
-    the data over regions that hold 20, 50, 80 and 95 % of the draws.
+    the data over regions that hold 20, 50, 80 and 95 % of the draws. Columns of integers have bars, and noise of +- 0.4 in pairs.
 
     Args:
         model: a distribution of single numbers or vectors with empty batch shape, such as ``flow()`` or ``flow(context)`` of one
@@ -89,13 +98,24 @@ def plot_density(
     q = model() if isinstance(model, DistributionModule) else model
     d = _dimension("plot_density", q)
     rows = None if data is None else _rows("plot_density", q, data)
-    chosen = _chosen("plot_density", d, columns)
-    labels = _labels("plot_density", d, names)
+    chosen = chosen_columns("plot_density", d, columns)
+    labels = labels_of("plot_density", d, names)
     with seeded(seed), torch.no_grad():
-        draws = as_array(q.sample(torch.Size((_DRAWS,))).reshape(_DRAWS, d))
-        if len(chosen) == d <= 2 and not isinstance(q, ImplicitDistribution):
+        draws = as_array(q.sample(torch.Size((DRAWS,))).reshape(DRAWS, d))
+        if len(chosen) == d <= 2 and not isinstance(q, ImplicitDistribution) and not _whole(draws).any():
             return (_curve if d == 1 else _regions)(q, draws, rows, labels)
         return _pairs(draws, rows, chosen, labels)
+
+
+def _whole(draws: np.ndarray) -> np.ndarray:
+    """Which columns are integers, shape ``(D,)``."""
+    return (draws == draws.round()).all(0)
+
+
+def _spread(table: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Integers with noise of their rounding, so that as many are seen as there are."""
+    noise = torch.rand(table.shape).numpy() - 0.5
+    return table + 0.8 * whole * noise
 
 
 def _dimension(who: str, q: Distribution) -> int:
@@ -116,27 +136,30 @@ def _rows(who: str, q: Distribution, data: Tensor) -> np.ndarray:
     return as_array(rows)
 
 
-def _chosen(who: str, d: int, columns: Sequence[int] | None) -> list[int]:
+def chosen_columns(who: str, d: int, columns: Sequence[int] | None) -> list[int]:
+    """The columns to draw, of D."""
     chosen = list(range(min(d, _COLUMNS))) if columns is None else list(columns)
     if not chosen or not set(chosen) <= set(range(d)) or len(set(chosen)) < len(chosen):
         raise ValueError(f"{who}: columns are {chosen}, expected different ones of 0 to {d - 1}.")
     return chosen
 
 
-def _labels(who: str, d: int, names: Sequence[str] | None) -> list[str]:
+def labels_of(who: str, d: int, names: Sequence[str] | None) -> list[str]:
+    """Names of all D columns."""
     labels = ["x"] if names is None and d == 1 else [f"x[{i}]" for i in range(d)] if names is None else list(names)
     if len(labels) != d or not all(isinstance(n, str) for n in labels):
         raise ValueError(f"{who}: names are {labels}, expected {d} texts, one for each column.")
     return labels
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """A figure of inches that no backend holds."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _limits(*tables: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def limits(*tables: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Where all but the farthest of draws and data lie, with a margin: lowest and highest, shape ``(D,)``."""
     given = [t for t in tables if t is not None]
     low = np.min([np.quantile(t, 0.001, axis=0) for t in given], axis=0)
@@ -156,15 +179,15 @@ def _scores(q: Distribution, points: np.ndarray) -> np.ndarray:
 
 
 def _curve(q: Distribution, draws: np.ndarray, rows: np.ndarray | None, labels: list[str]) -> Figure:
-    low, high = _limits(draws, rows)
+    low, high = limits(draws, rows)
     x = np.linspace(low[0], high[0], 600)
-    figure = _figure(5.2, 3.4)
+    figure = new_figure(5.2, 3.4)
     ax = figure.subplots()
     if rows is not None:
         _histogram(ax, rows[:, 0], low[0], high[0])
     density = _scores(q, x[:, None])
-    ax.fill_between(x, density, color=_MODEL, alpha=0.12, linewidth=0)
-    ax.plot(x, density, color=_MODEL, lw=2, label="model")
+    ax.fill_between(x, density, color=MODEL, alpha=0.12, linewidth=0)
+    ax.plot(x, density, color=MODEL, lw=2, label="model")
     ax.set(xlabel=labels[0], ylabel="density", xlim=(low[0], high[0]), ylim=(0, None))
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
@@ -190,7 +213,8 @@ def _shades(shares: Sequence[float]) -> list[tuple[float, Any]]:
     return list(zip(shares, colormaps[_FILL](np.linspace(0.18, 0.95, len(shares))), strict=True))
 
 
-def _fill(ax: Axes, grid: Any, density: np.ndarray, at_draws: np.ndarray, shares: Sequence[float]) -> Any:
+def fill_regions(ax: Axes, grid: Any, density: np.ndarray, at_draws: np.ndarray, shares: Sequence[float]) -> Any:
+    """Regions that hold these shares of the draws."""
     colours = [colour for _, colour in _shades(shares)]
     levels = _levels(at_draws, density, shares)
     ax.contour(*grid, density.T, levels=levels[:-1], colors="white", linewidths=0.5)
@@ -198,12 +222,12 @@ def _fill(ax: Axes, grid: Any, density: np.ndarray, at_draws: np.ndarray, shares
 
 
 def _regions(q: Distribution, draws: np.ndarray, rows: np.ndarray | None, labels: list[str]) -> Figure:
-    low, high = _limits(draws, rows)
+    low, high = limits(draws, rows)
     grid = (np.linspace(low[0], high[0], _SIDE), np.linspace(low[1], high[1], _SIDE))
     points = np.stack(np.meshgrid(*grid, indexing="ij"), -1).reshape(-1, 2)
-    figure = _figure(5.6, 4.6)
+    figure = new_figure(5.6, 4.6)
     ax = figure.subplots()
-    filled = _fill(ax, grid, _scores(q, points).reshape(_SIDE, _SIDE), _scores(q, draws), _SHARES)
+    filled = fill_regions(ax, grid, _scores(q, points).reshape(_SIDE, _SIDE), _scores(q, draws), _SHARES)
     if rows is not None:
         _points(ax, rows[:, 0], rows[:, 1])
         ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), markerscale=1.5)
@@ -223,7 +247,7 @@ def _points(ax: Axes, x: np.ndarray, y: np.ndarray, most: int = _POINTS) -> None
     ax.plot(x[shown], y[shown], "o", ms=size, mew=0, color=_DATA, alpha=0.75, label=text)
 
 
-def _blurred(x: np.ndarray, y: np.ndarray, low: Any, high: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+def blurred(x: np.ndarray, y: np.ndarray, low: Any, high: Any) -> tuple[Any, np.ndarray, np.ndarray]:
     """A smoothed histogram of draws on a grid, and its heights at the draws."""
     from scipy.ndimage import gaussian_filter
 
@@ -234,9 +258,10 @@ def _blurred(x: np.ndarray, y: np.ndarray, low: Any, high: Any) -> tuple[Any, np
 
 
 def _pairs(draws: np.ndarray, rows: np.ndarray | None, chosen: list[int], labels: list[str]) -> Figure:
-    low, high = _limits(draws, rows)
-    n = len(chosen)
-    figure = _figure(1.7 * n + 1.0, 1.6 * n + 0.6)
+    whole, n = _whole(draws), len(chosen)
+    draws, rows = _spread(draws, whole), None if rows is None else _spread(rows, whole)
+    low, high = limits(draws, rows)
+    figure = new_figure(1.7 * n + 1.0, 1.6 * n + 0.6)
     axes = figure.subplots(n, n, squeeze=False)
     for i, row in enumerate(chosen):
         for j, column in enumerate(chosen):
@@ -244,7 +269,8 @@ def _pairs(draws: np.ndarray, rows: np.ndarray | None, chosen: list[int], labels
             if j > i:
                 ax.set_axis_off()
             elif i == j:
-                _marginal(ax, draws[:, row], None if rows is None else rows[:, row], low[row], high[row])
+                draw = _bars if whole[row] and high[row] - low[row] < _MOST_BARS else _marginal
+                draw(ax, draws[:, row], None if rows is None else rows[:, row], low[row], high[row])
             else:
                 _pair(ax, draws, rows, column, row, low, high)
             ax.set_xlim(low[column], high[column])
@@ -259,7 +285,7 @@ def _pairs(draws: np.ndarray, rows: np.ndarray | None, chosen: list[int], labels
 def _legend_of_pairs(figure: Figure, ax: Any) -> None:
     from matplotlib.patches import Patch
 
-    shades = [Patch(color=colour, label=f"{share:.0%} of the draws") for share, colour in _shades(_SHARES_OF_DRAWS)]
+    shades = [Patch(color=colour, label=f"{share:.0%} of the draws") for share, colour in _shades(SHARES_OF_DRAWS)]
     figure.legend(handles=[*ax.get_legend_handles_labels()[0], *shades], frameon=False, loc="upper right")
 
 
@@ -270,130 +296,28 @@ def _marginal(ax: Axes, draws: np.ndarray, rows: np.ndarray | None, low: float, 
         _histogram(ax, rows, low, high)
     counts, edges = np.histogram(draws, 2 * _BINS, (low, high), density=True)
     smooth = gaussian_filter1d(counts, 2 * _BLUR)
-    ax.plot(0.5 * (edges[1:] + edges[:-1]), smooth, color=_MODEL, lw=1.6, label="model: draws")
+    ax.plot(0.5 * (edges[1:] + edges[:-1]), smooth, color=MODEL, lw=1.6, label="model: draws")
+    _without_heights(ax)
+
+
+def _bars(ax: Axes, draws: np.ndarray, rows: np.ndarray | None, low: float, high: float) -> None:
+    """The same of integers, a bar for each."""
+    edges = np.arange(np.ceil(low) - 0.5, high + 0.5)
+    if rows is not None:
+        ax.hist(rows, edges.tolist(), density=True, color=_DATA, alpha=0.35, label=f"data, {len(rows):,} rows")
+    ax.stairs(np.histogram(draws, edges, density=True)[0], edges, color=MODEL, lw=1.6, label="model: draws")
+    _without_heights(ax)
+
+
+def _without_heights(ax: Axes) -> None:
     ax.set(yticks=[], ylim=(0, None))
     ax.spines[["top", "right", "left"]].set_visible(False)
 
 
 def _pair(ax: Axes, draws: np.ndarray, rows: np.ndarray | None, a: int, b: int, low: Any, high: Any) -> None:
-    drawn = _blurred(draws[:, a], draws[:, b], (low[a], low[b]), (high[a], high[b]))
-    _fill(ax, *drawn, _SHARES_OF_DRAWS)
+    drawn = blurred(draws[:, a], draws[:, b], (low[a], low[b]), (high[a], high[b]))
+    fill_regions(ax, *drawn, SHARES_OF_DRAWS)
     if rows is not None:
         _points(ax, rows[:, a], rows[:, b], _POINTS_OF_PAIR)
     ax.set_ylim(low[b], high[b])
     ax.spines[["top", "right"]].set_visible(False)
-
-
-@checked(draws=1)
-def plot_trajectories(
-    flow: NormalizingFlow,
-    *,
-    draws: int = 200,
-    columns: Sequence[int] | None = None,
-    names: Sequence[str] | None = None,
-    seed: int | None = None,
-) -> Figure:
-    r"""The way of draws from the base to the data: paths coloured by time, and densities at a few times.
-
-    All is in the data's units and on their support, the base too. A continuous flow is shown at 41 times, with densities at six
-    of them; a flow of layers after each layer, joined by straight lines that nobody travels. In one dimension time goes right.
-
-    Args:
-        flow: a continuous flow (FFJORD, OTFlow) or one of layers, without a context.
-        draws: number of paths; densities are of 20,000.
-        columns: one or two of the D to draw; None for the first two.
-        names: of the columns, all D.
-        seed: of draws; the global stream is left as it was.
-
-    Returns:
-        A matplotlib figure.
-
-    Raises:
-        TypeError: for a family that moves no points; ValueError for one with a context, and for columns that are not there.
-        ImportError: without matplotlib.
-
-    Example:
-        >>> import pyro_dgm as dgm
-        >>> figure = plot_trajectories(dgm.OTFlow(2), draws=20, seed=0)
-        >>> [ax.get_title() for ax in figure.axes[2:7]]
-        ['t = 0', 't = 0.2', 't = 0.4', 't = 0.6', 't = 0.8']
-    """
-    if flow.context_features:
-        raise ValueError(f"plot_trajectories: {type(flow).__name__} takes a context, expected a flow without one.")
-    d = max(1, flow.event_shape.numel())
-    chosen = _chosen("plot_trajectories", d, range(min(d, 2)) if columns is None else columns)
-    if len(chosen) > 2:
-        raise ValueError(f"plot_trajectories: columns are {chosen}, expected one or two.")
-    labels = _labels("plot_trajectories", d, names)
-    with seeded(seed), torch.no_grad():
-        path, stages, titles = _followed(flow, draws)
-    draw: Any = _along_time if len(chosen) == 1 else _in_the_plane
-    return draw(path[..., chosen], stages[..., chosen], titles, [labels[c] for c in chosen])
-
-
-def _followed(flow: NormalizingFlow, draws: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Paths ``(T, draws, D)``, many draws at some stages ``(S, n, D)``, and how stages are called."""
-    if isinstance(flow, ContinuousFlow):
-        path = _in_data_units(flow, draws, torch.linspace(0.0, 1.0, 41).tolist())
-        few = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-        return path, _in_data_units(flow, _DRAWS, few), [f"t = {t:g}" for t in few]
-    many = _in_data_units(flow, _DRAWS, None)
-    kept = sorted(set(np.linspace(0, len(many) - 1, 6).round().astype(int).tolist()))
-    return many[:, :draws], many[kept], ["base", *(f"layer {k}" for k in kept[1:])]
-
-
-def _in_data_units(flow: NormalizingFlow, draws: int, times: list[float] | None) -> np.ndarray:
-    u = flow.positions(draws, times)[1]
-    return as_array(flow.from_units(u).reshape(*u.shape[:-1], -1))
-
-
-def _coloured(ax: Axes, x: np.ndarray, y: np.ndarray) -> Any:
-    """Lines ``(T, n)`` whose colour is the time."""
-    from matplotlib.collections import LineCollection
-
-    points = np.stack([x, y], -1)
-    pieces = np.stack([points[:-1], points[1:]], 2).reshape(-1, 2, 2)
-    time = np.repeat((np.arange(len(x) - 1) + 0.5) / (len(x) - 1), x.shape[1])
-    lines = LineCollection(list(pieces), array=time, cmap=_TIME, linewidths=0.8, alpha=0.6)
-    lines.set_clim(0.0, 1.0)
-    return ax.add_collection(lines)
-
-
-def _in_the_plane(path: np.ndarray, stages: np.ndarray, titles: list[str], labels: list[str]) -> Figure:
-    low, high = _limits(*stages)
-    figure = _figure(11.5, 5.2)
-    parts: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
-    ax = parts[0].subplots()
-    lines = _coloured(ax, path[..., 0], path[..., 1])
-    ax.plot(*path[0].T, "o", ms=3, mew=0.6, mec="0.35", mfc="white", label="base")
-    ax.plot(*path[-1].T, "o", ms=3, mew=0, color="k", label="draws")
-    ax.set(xlabel=labels[0], ylabel=labels[1], xlim=(low[0], high[0]), ylim=(low[1], high[1]), box_aspect=1)
-    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, markerscale=1.5)
-    bar = parts[0].colorbar(lines, ax=ax, label="time, from base to data", shrink=0.8, aspect=30)
-    bar.solids.set_alpha(1.0)
-    ax.spines[["top", "right"]].set_visible(False)
-    panels = parts[1].subplots(2, -(-len(stages) // 2), squeeze=False).ravel()
-    for panel in panels[len(stages) :]:
-        panel.set_axis_off()
-    for panel, rows, title in zip(panels, stages, titles, strict=False):
-        drawn = _blurred(rows[:, 0], rows[:, 1], low, high)
-        _fill(panel, *drawn, _SHARES_OF_DRAWS)
-        panel.set(title=title, xticks=[], yticks=[], xlim=(low[0], high[0]), ylim=(low[1], high[1]), box_aspect=1)
-    return figure
-
-
-def _along_time(path: np.ndarray, stages: np.ndarray, titles: list[str], labels: list[str]) -> Figure:
-    low, high = _limits(*stages)
-    figure = _figure(8.0, 4.0)
-    left, ax, right = figure.subplots(1, 3, sharey=True, width_ratios=(1, 5, 1))
-    time = np.broadcast_to(np.linspace(0.0, 1.0, len(path))[:, None], path.shape[:2])
-    _coloured(ax, time, path[..., 0])
-    ax.set(xlabel="time, from base to data", xlim=(0, 1), ylim=(low[0], high[0]))
-    left.set_ylabel(labels[0])
-    for side, rows, title in ((left, stages[0], titles[0]), (right, stages[-1], titles[-1])):
-        side.hist(rows[:, 0], bins=100, range=(low[0], high[0]), orientation="horizontal", color=_MODEL, alpha=0.5)
-        side.set(xticks=[], title=title)
-        side.spines[["top", "right", "bottom", "left"]].set_visible(False)
-    left.invert_xaxis()
-    ax.spines[["top", "right"]].set_visible(False)
-    return figure

@@ -77,6 +77,17 @@ class Ensemble(DistributionModule):
         mixed = each.logsumexp(0) - math.log(len(each))
         return (each.softmax(0) * (each - mixed)).sum(0)
 
+    def takes_units(self) -> bool:
+        return any(member.takes_units() for member in self.members)  # type: ignore[operator]
+
+    def fit_events(self, x: Tensor) -> None:
+        for member in members_of(self):
+            member.fit_events(x)
+
+    def forget_events(self) -> None:
+        for member in members_of(self):
+            member.forget_events()
+
     def regress(self, *rows: Any) -> None:
         """Start all members at the regression that a member starts at; others stay as they are."""
         for member in members_of(self):

@@ -14,15 +14,15 @@ so that a linear Gaussian is nearly there from the start, and so is a posterior 
 over decades. The networks see a context inside the range of that regression's rows only; outside, the regression goes on.
 One more component is as wide as all rows: few data leave long tails, in which the density must not vanish.
 
-An entry on an interval has its mixture cut off at the ends. The constant is exact, and nothing is rejected. Draws are
-differentiable by the implicit function theorem (Figurnov et al. 2018, arXiv 1805.08498, eq. 3): with the distribution
-function F, :math:`dx = -dF / q(x)` at a fixed x.
+An entry on an interval has its mixture cut off at the ends. The constant is exact, and nothing is rejected. An entry that is an
+integer n has the mass of its mixture between n - 1/2 and n + 1/2. Draws of the others are differentiable by the implicit
+function theorem (Figurnov et al. 2018, arXiv 1805.08498, eq. 3): with the distribution function F, :math:`dx = -dF / q(x)` at a
+fixed x.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,15 +31,14 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from pyro_dgm.core import DistributionModule, zuko
+from pyro_dgm.core import DistributionModule, Standardize, zuko
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import LOG_WIDTHS, Reader, chosen_place_and_width, soft_clip
-from pyro_dgm.core.weights import gumbels_like
+from pyro_dgm.core.upstream import Columns
 from pyro_dgm.flows.autoregressive import Run, schedule
+from pyro_dgm.flows.normal_mixture import Interval, NormalMixture
 
-__all__ = ["AutoregressiveMixture", "Interval", "MixtureChain", "NormalMixture", "log_ndtr"]
-
-Interval = tuple[Tensor, Tensor]
+__all__ = ["AutoregressiveMixture", "MixtureChain"]
 
 # Widths and dropout, as found on the four simulators of docs/benchmarks/sbi.md (held-out loss, 10,000 simulations, nats).
 _WIDTH = 64  # units of a layer for each entry
@@ -53,108 +52,6 @@ _RARE = -4.0  # log weight of the component that is as wide as all rows, at the 
 _FADING = 2.0  # power of the width in its weight: so its share of the variance does not grow as widths shrink
 _WIDEST_LOG_SCALE = 2.0  # on the log scale; with 6 a set of three rows whose sd is 0.004 gave infinite draws
 
-# Numbers that float32 asks for.
-_INFINITE = 1e4  # what stands for an infinite end, whose gradients are NaN
-_NEGLIGIBLE = 40.0  # standard deviations below the upper end, where no mass of a component is left
-_ROUNDING = 1e-5  # by which a point of the interval may seem to be outside
-_TAIL = -30.0  # where the expansion of the distribution function has six digits
-_FARTHEST = 12.0  # standard deviations above a component, where all of its mass is below
-
-
-class NormalMixture:
-    """A mixture of K normals for each number, cut off at the ends of an interval.
-
-    Args:
-        log_weight, loc, log_scale: shape ``(..., K)``.
-        interval: its two ends, of shape ``(...)``; None for all numbers.
-    """
-
-    def __init__(self, log_weight: Tensor, loc: Tensor, log_scale: Tensor, interval: Interval | None = None) -> None:
-        self.log_weight = torch.log_softmax(log_weight, -1)
-        self.loc = loc
-        self.log_scale = log_scale
-        self.interval = interval
-        self.ends: Interval | None = None
-        self.log_mass = torch.zeros(())
-        if interval is not None:
-            self.ends = (self._standard(interval[0]), self._standard(interval[1]))
-            self.log_mass = _log_mass(*self.ends)
-
-    def _standard(self, x: Tensor) -> Tensor:
-        return (x.unsqueeze(-1) - self.loc) * torch.exp(-self.log_scale)
-
-    def _log_inside(self) -> Tensor:
-        """Log probabilities of the components, each with its part of the interval."""
-        return self.log_weight + self.log_mass
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Log density, shape ``(...)``; -inf outside the interval."""
-        terms = self.log_weight - self.log_scale - 0.5 * self._standard(x).square()
-        density = torch.logsumexp(terms, -1) - 0.5 * math.log(2.0 * math.pi)
-        if self.interval is None:
-            return density
-        inside = (x > self.interval[0] - _ROUNDING) & (x < self.interval[1] + _ROUNDING)
-        return torch.where(inside, density - torch.logsumexp(self._log_inside(), -1), -torch.inf)
-
-    def cdf(self, x: Tensor) -> Tensor:
-        """Probability below x, shape ``(...)``."""
-        share = torch.softmax(self._log_inside(), -1)
-        if self.ends is None:
-            return (share * torch.special.ndtr(self._standard(x))).sum(-1)
-        return (share * torch.exp(_log_mass(self.ends[0], self._standard(x)) - self.log_mass)).sum(-1)
-
-    def rsample(self) -> Tensor:
-        """One draw of each, shape ``(...)``."""
-        with torch.no_grad():
-            x = self._drawn()
-        if not (torch.is_grad_enabled() and self.loc.requires_grad):
-            return x
-        moved = self.cdf(x)
-        density = self.log_prob(x).detach().exp()
-        return x - (moved - moved.detach()) / density.clamp_min(1e-12)
-
-    def _drawn(self) -> Tensor:
-        """A component, and a point of it by inversion, from the end that loses no digits."""
-        k = (self._log_inside() + gumbels_like(self.loc)).argmax(-1, keepdim=True)
-        loc = self.loc.gather(-1, k)[..., 0]
-        scale = self.log_scale.gather(-1, k)[..., 0].exp()
-        if self.ends is None:
-            return loc + scale * torch.randn_like(loc)
-        low, high = (end.gather(-1, k)[..., 0] for end in self.ends)
-        return loc + scale * _cut_normal(low, high)
-
-
-def _cut_normal(low: Tensor, high: Tensor) -> Tensor:
-    """Draws of a standard normal between two ends."""
-    turn, a, b = _towards_lower_tail(low.double(), high.double())
-    below = torch.special.log_ndtr(a).exp()  # ndtr has no digits in the tail
-    above = torch.special.log_ndtr(b).exp()
-    z = torch.special.ndtri(below + (above - below) * torch.rand_like(a)).clamp(a, b).to(low)
-    return torch.where(turn, -z, z)
-
-
-def _log_mass(low: Tensor, high: Tensor) -> Tensor:
-    """Log of the standard normal's mass between two ends, from the side of its smaller tail."""
-    _, a, b = _towards_lower_tail(low, high)
-    b = b.clamp_max(_FARTHEST)
-    above = log_ndtr(b)
-    lost = log_ndtr(torch.maximum(a, b - _NEGLIGIBLE)) - above
-    return above + torch.log(-torch.expm1(lost.clamp_max(-1e-6)))
-
-
-def _towards_lower_tail(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where an interval is mirrored so that most of it is below zero, and its ends then."""
-    turn = low + high > 0.0
-    return turn, torch.where(turn, -high, low), torch.where(turn, -low, high)
-
-
-def log_ndtr(x: Tensor) -> Tensor:
-    """torch's, and its expansion in the tail, where the derivative of torch's loses its digits and overflows."""
-    tail = x.clamp_max(_TAIL)
-    square = tail.square()
-    expansion = -0.5 * (square + math.log(2.0 * math.pi)) - torch.log(-tail) + torch.log1p(-1.0 / square)
-    return torch.where(x < _TAIL, expansion, torch.special.log_ndtr(x.clamp_min(_TAIL)))
-
 
 class AutoregressiveMixture(TorchDistribution):
     r"""The distribution of a vector, :math:`q(x) = \prod_i q_i(x_i \mid x_{<i}, c)`: scored in one pass, drawn in D.
@@ -165,13 +62,19 @@ class AutoregressiveMixture(TorchDistribution):
     """
 
     arg_constraints: dict[str, Any] = {}
-    has_rsample = True
-    support = constraints.real_vector
 
     def __init__(self, chain: MixtureChain, context: Tensor) -> None:
         self.chain = chain
         self.context = context
+        self.has_rsample = not chain.discrete
         super().__init__(context.shape[:-1], chain.offset.shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        """The reals, and integers in discrete columns."""
+        if not self.chain.discrete:
+            return constraints.real_vector
+        return Columns([self.chain.discrete.get(i, constraints.real) for i in range(self.event_shape[0])])
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> AutoregressiveMixture:
         return AutoregressiveMixture(self.chain, self.context.expand(*batch_shape, -1))
@@ -200,12 +103,23 @@ class MixtureChain(DistributionModule):
     :class:`~pyro_dgm.AmortizedGuide`: few steps bring it near a posterior, several modes and sharp edges included. It is no
     transform of a base, so it has no codes and no NeuTra.
 
+    Columns may be integers, so that a table of numbers, counts and categories has one exact likelihood: the density of the
+    real columns times the mass of the ``discrete`` ones,
+
+    .. math:: P(x_i = n \mid x_{<i}, c) = \sum_k w_{ik} \big(\Phi(\tfrac{n + 1/2 - m_{ik}}{s_{ik}})
+              - \Phi(\tfrac{n - 1/2 - m_{ik}}{s_{ik}})\big),
+
+    without noise that is added to them. Such a chain has no path gradients. Categories are told by their codes: more of
+    them than ``components``, in no order, are fitted roughly.
+
     Args:
         event_shape: an int (a vector) or a shape; D numbers.
         context_features: length C of the context's last dimension.
         support: constraint of the event, through ``biject_to``.
         box: lower and upper ends of the entries, each ``(D,)``, infinite where there is none: every mixture is cut off
             there, with its exact constant. The density outside is 0, which the support does not say. None for no box.
+        discrete: of an event that is a vector, the columns that are integers, with their supports:
+            ``{2: constraints.boolean, 3: constraints.nonnegative_integer, 4: constraints.integer_interval(1, 5)}``.
         components: of each mixture, beside the wide one.
         hidden_features: of the masked network; None for three layers of 64 D units, 192 at most.
         shared_features: of the context; None for 64 D, 128 at most. 0 for none, where the context is a learned summary.
@@ -221,6 +135,11 @@ class MixtureChain(DistributionModule):
         >>> x = q.sample((7,))
         >>> x.shape, q.log_prob(x).shape, bool(((0 <= x) & (x <= 1)).all())
         (torch.Size([7, 5, 2]), torch.Size([7, 5]), True)
+        >>> mixed = MixtureChain(2, discrete={1: constraints.integer_interval(0, 3)})
+        >>> rows = torch.stack([torch.zeros(4), torch.arange(4.0)], -1)
+        >>> joint = mixed().log_prob(rows).exp()     # the density of 0.0, times the masses of 0, 1, 2 and 3
+        >>> joint.shape, mixed().support
+        (torch.Size([4]), Columns(Real(), IntegerInterval(lower_bound=0, upper_bound=3)))
     """
 
     slope: Tensor
@@ -232,6 +151,7 @@ class MixtureChain(DistributionModule):
     counts: Tensor
     low: Tensor
     high: Tensor
+    integer: Tensor
 
     @checked(components=1, hidden_features=1, dropout=0)
     def __init__(
@@ -241,6 +161,7 @@ class MixtureChain(DistributionModule):
         *,
         support: constraints.Constraint | None = None,
         box: Interval | None = None,
+        discrete: Mapping[int, constraints.Constraint] | None = None,
         components: int = 8,
         hidden_features: Sequence[int] | None = None,
         shared_features: int | None = None,
@@ -256,21 +177,22 @@ class MixtureChain(DistributionModule):
         shared = min(_WIDEST_SHARED, _WIDTH * size) if context_features else 0
         shared_features = shared if shared_features is None else shared_features
         self.components = components
-        self.bounded = box is not None and bool(box[0].isfinite().any())
         self.reader = Reader(seen, shared_features, dropout) if shared_features else None
         self.net = _masked(size, shared_features + seen, 3 * (components + 1), hidden_features, dropout)
         self.linear = nn.Linear(seen, size)
-        if box is not None and not all(end.shape == (size,) for end in box):
-            raise ValueError(f"MixtureChain: box of shapes {[tuple(e.shape) for e in box]}, expected ({size},).")
-        low, high = box or (torch.full((size,), end) for end in (-torch.inf, torch.inf))
+        self.standard = Standardize(size)
+        self.discrete = _checked_columns(self, discrete or {})
+        low, high = _ends(box, self.discrete, size)
         for name in ("", "log_"):
             self.register_buffer(f"{name}slope", torch.zeros(size, seen))
             self.register_buffer(f"{name}offset", torch.zeros(size))
         self.register_buffer("least", torch.full((seen,), -torch.inf))
         self.register_buffer("most", torch.full((seen,), torch.inf))
         self.register_buffer("counts", torch.zeros(seen, dtype=torch.bool))
-        self.register_buffer("low", low.clamp_min(-_INFINITE))
-        self.register_buffer("high", high.clamp_max(_INFINITE))
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+        self.register_buffer("integer", torch.tensor([i in self.discrete for i in range(size)]), persistent=False)
+        self.bounded = bool(low.isfinite().any() | high.isfinite().any())
         self._start()
         self.eval()
 
@@ -281,8 +203,8 @@ class MixtureChain(DistributionModule):
         """The mixtures of all entries of the vectors x, each given those before it; batch ``(..., D)``."""
         around = self._around(context)
         seen = self._read(around.context).expand(*x.shape[:-1], -1)  # read before it is repeated
-        numbers = self.net(torch.cat([around.standard(x), seen], -1))
-        return self._mixture(numbers.unflatten(-1, (self.features, -1)), around, (self.low, self.high))
+        numbers = self.net(torch.cat([around.standard(self.standard(x)), seen], -1))
+        return self._mixture(numbers.unflatten(-1, (self.features, -1)), around, slice(None))
 
     def in_turn(self, context: Tensor, batch: Size) -> Generator[NormalMixture, Tensor, None]:
         """The mixtures one after the other; each is to be sent its value. A unit of the network is computed once."""
@@ -291,8 +213,9 @@ class MixtureChain(DistributionModule):
         for i in range(self.features):
             numbers = run.outputs(i).mT.reshape(*batch, -1)
             here = around.entry(i)
-            x = yield self._mixture(numbers, here, (self.low[i], self.high[i]))
-            run.learn(here.standard(x).reshape(1, -1))
+            x = yield self._mixture(numbers, here, i)
+            u = (x - self.standard.loc[i]) / self.standard.scale[i]
+            run.learn(here.standard(u).reshape(1, -1))
 
     def _around(self, context: Tensor) -> _Around:
         """Where the regression puts the entries, and the context inside the range of its rows."""
@@ -312,14 +235,22 @@ class MixtureChain(DistributionModule):
         passes = schedule(order, [layer.mask for layer in linears], 3 * (self.components + 1))
         return Run(linears, [nn.functional.silu] * (len(linears) - 1), passes, self._read(context), batch)
 
-    def _mixture(self, numbers: Tensor, around: _Around, interval: Interval) -> NormalMixture:
+    def _mixture(self, numbers: Tensor, around: _Around, entries: int | slice) -> NormalMixture:
         weight, loc, raw = numbers.unflatten(-1, (self.components + 1, 3)).unbind(-1)
         relative = torch.where(raw > 0.0, soft_clip(raw, _WIDEST_LOG_SCALE), soft_clip(raw, _LOG_SCALE_BOUND))
         centre, width, shift = around.of(self.components)
         fading = _FADING * around.log_scale.clamp_max(0.0).unsqueeze(-1)
         weight = weight + nn.functional.pad(fading, (self.components, 0))
         loc = centre + width.exp() * (shift + loc)
-        return NormalMixture(weight, loc, width + relative, interval if self.bounded else None)
+        return self._of_events(weight, loc, width + relative, entries)
+
+    def _of_events(self, weight: Tensor, loc: Tensor, log_scale: Tensor, entries: int | slice) -> NormalMixture:
+        """The mixtures in the units of the events."""
+        if not self.standard.is_identity():
+            middle, sd = (t[entries].unsqueeze(-1) for t in (self.standard.loc, self.standard.scale))
+            loc, log_scale = middle + sd * loc, log_scale + sd.log()
+        interval = (self.low[entries], self.high[entries]) if self.bounded else None
+        return NormalMixture(weight, loc, log_scale, interval, self.integer[entries] if self.discrete else None)
 
     @torch.no_grad()
     def _start(self) -> None:
@@ -333,6 +264,16 @@ class MixtureChain(DistributionModule):
         numbers[..., -1, 0] = _RARE
         numbers[..., :-1, 1] = torch.linspace(-0.9, 0.9, self.components)
         numbers[..., :-1, 2] = -0.2
+
+    def event_units(self) -> Standardize:
+        return self.standard
+
+    def fit_events(self, x: Tensor) -> None:
+        """Mean 0 and sd 1 before the chain, of data ``(..., *event_shape)``; the few farthest values have no say."""
+        self.standard.forget()
+        to_event = self.bijection(self.build(self.offset.new_zeros(self.context_features)))
+        rows = (x if to_event is None else to_event.inv(x)).reshape(-1, self.features)
+        self.standard.fit(rows, tails="cut", who=type(self).__name__)
 
     @torch.no_grad()
     def regress(
@@ -386,6 +327,49 @@ class _Around:
     def standard(self, x: Tensor) -> Tensor:
         """Values in the units of the regression, from where it and the shift put them."""
         return (x - self.centre) * torch.exp(-self.log_scale) - self.shift
+
+
+def _checked_columns(
+    chain: MixtureChain, discrete: Mapping[int, constraints.Constraint]
+) -> dict[int, constraints.Constraint]:
+    """Supports of discrete columns, refused where the event is no plain vector or a support is not of integers."""
+    if not discrete:
+        return {}
+    if len(chain.event_shape) != 1 or chain._support is not None:
+        raise ValueError(
+            f"MixtureChain: discrete columns of an event of shape {tuple(chain.event_shape)}"
+            f"{'' if chain._support is None else f' on {chain._support}'}, expected a vector on the reals, event_shape=D."
+        )
+    for i, support in discrete.items():
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < chain.features:
+            raise ValueError(f"MixtureChain: discrete column {i!r}, expected one of 0 to {chain.features - 1}.")
+        if not (isinstance(support, constraints.Constraint) and support.is_discrete and _bounds(support)):
+            raise ValueError(
+                f"MixtureChain: discrete column {i} on {support!r}, expected constraints.boolean, .nonnegative_integer, or "
+                ".integer_interval(a, b)."
+            )
+    return dict(discrete)
+
+
+def _bounds(support: Any) -> tuple[float, float] | None:
+    """The least and the largest integer; None of what is no range of integers."""
+    if support is constraints.boolean:
+        return (0.0, 1.0)
+    low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+    if low is None and high is None:
+        return None
+    return (-torch.inf if low is None else float(low), torch.inf if high is None else float(high))
+
+
+def _ends(box: Interval | None, discrete: Mapping[int, constraints.Constraint], size: int) -> Interval:
+    """Ends of all entries; of integers half a step beyond the last ones."""
+    if box is not None and not all(end.shape == (size,) for end in box):
+        raise ValueError(f"MixtureChain: box of shapes {[tuple(e.shape) for e in box]}, expected ({size},).")
+    low, high = (e.clone() for e in box) if box else (torch.full((size,), end) for end in (-torch.inf, torch.inf))
+    for i, support in discrete.items():
+        least, most = _bounds(support) or (-torch.inf, torch.inf)
+        low[i], high[i] = least - 0.5, most + 0.5
+    return low, high
 
 
 def _masked(features: int, context_features: int, numbers: int, hidden: Sequence[int], dropout: float) -> nn.Sequential:

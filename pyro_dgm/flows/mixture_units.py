@@ -21,7 +21,7 @@ from torch.distributions import Transform, constraints
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.pace import seconds_left
 from pyro_dgm.core.upstream import unseen
-from pyro_dgm.flows.mixture_chain import log_ndtr
+from pyro_dgm.flows.normal_mixture import log_ndtr
 
 __all__ = ["MixtureUnits", "Normals", "best_mixture", "fitted_mixture"]
 

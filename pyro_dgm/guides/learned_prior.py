@@ -25,6 +25,7 @@ from torch.distributions import constraints
 from pyro_dgm.core import DistributionModule, broadcast_cat
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
+from pyro_dgm.core.upstream import Columns
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.flows import NSF
 from pyro_dgm.objectives import MaximumLikelihood
@@ -224,7 +225,7 @@ class _Joint(TorchDistribution):
     @property
     def support(self) -> constraints.Constraint:  # type: ignore[override]
         prior = self.prior
-        return _Vector([(prior.shapes[n], prior._on[n]) for n in prior.names])
+        return Columns([prior._on[n] for n in prior.names], [prior.shapes[n] for n in prior.names])
 
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]
@@ -255,24 +256,6 @@ class _Joint(TorchDistribution):
         values = {n: part.reshape(batch + prior.shapes[n]) for n, part in parts}
         terms = [prior.given(n, values).log_prob(values[n]) for n in prior.names]
         return sum(terms[1:], terms[0])
-
-
-class _Vector(constraints.Constraint):
-    """A vector that holds values of several sites, each on a support of its own; it is discrete where one of them is."""
-
-    event_dim = 1
-
-    def __init__(self, parts: list[tuple[Size, constraints.Constraint]]) -> None:
-        self.parts = parts
-        self.is_discrete = any(c.is_discrete for _, c in parts)
-
-    def __repr__(self) -> str:
-        return "(" + ", ".join(map(str, (c for _, c in self.parts))) + ")"
-
-    def check(self, value: Tensor) -> Tensor:
-        pieces = value.split([shape.numel() for shape, _ in self.parts], -1)
-        found = [c.check(p.reshape(p.shape[:-1] + s)) for p, (s, c) in zip(pieces, self.parts, strict=True)]
-        return torch.stack([f.flatten(value.dim() - 1).all(-1) if f.dim() >= value.dim() else f for f in found]).all(0)
 
 
 def _table_of(draws: Any) -> dict[str, Tensor]:

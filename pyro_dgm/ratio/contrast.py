@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, MultivariateNormal
 
 from pyro_dgm.core import frozen
-from pyro_dgm.core.module import resize_to_saved
+from pyro_dgm.core.saved import resize_to_saved
 from pyro_dgm.core.weights import log_mean_exp
 from pyro_dgm.ratio.ratio import DensityRatio, RatioCheck, calibration, learn_ratio, logistic_loss
 

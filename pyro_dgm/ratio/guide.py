@@ -23,7 +23,8 @@ from torch.distributions import Distribution
 
 from pyro_dgm.core import MLP, ImplicitDistribution
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.module import resize_to_saved, values_of
+from pyro_dgm.core.module import values_of
+from pyro_dgm.core.saved import resize_to_saved
 from pyro_dgm.core.shapes import as_shape, check_number
 from pyro_dgm.guides.modes import fitted_log_weights
 from pyro_dgm.guides.start import find_start

@@ -1,8 +1,8 @@
 """Variational autoencoders: the model/guide pair, and families for its three places."""
 
-from pyro_dgm.vae.conditional import Chain, Conditional, Encoded
+from pyro_dgm.vae.conditional import Conditional, Encoded
 from pyro_dgm.vae.inference import impute, refine
-from pyro_dgm.vae.latents import FullRank, StandardNormal, VampPrior
+from pyro_dgm.vae.latents import Chain, FullRank, StandardNormal, VampPrior
 from pyro_dgm.vae.likelihoods import (
     DiscretizedLogistic,
     bernoulli,

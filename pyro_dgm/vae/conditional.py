@@ -1,8 +1,7 @@
-r"""Families with a network in front, and families in a row: the encoder of a VAE, its decoder, and learned priors.
+r"""Families with a network in front: the encoder of a VAE, and its decoder.
 
 A network gives the parameters of a distribution, :math:`p(x \mid c) = p(x;\, \mathrm{network}(c))`, or the context of a
-family. Latents in layers are one family, :math:`p(z_1, \dots, z_L \mid c) = \prod_l p(z_l \mid z_{<l}, c)`. Below them stands
-what the families of a VAE must agree on.
+family. Below them stands what the families of a VAE must agree on.
 """
 
 from __future__ import annotations
@@ -12,17 +11,16 @@ from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Independent, constraints
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent
 
-from pyro_dgm.core import MLP, DistributionModule, LearnedDistribution, Standardize, broadcast_cat
+from pyro_dgm.core import MLP, DistributionModule, Standardize
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_count, as_tensor_like, check_context, check_value_shape, is_real
+from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape, is_real
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.vae.likelihoods import arguments_of, has_data_units, in_data_units
 
 __all__ = [
-    "Chain",
     "Conditional",
     "Encoded",
     "cut",
@@ -233,77 +231,6 @@ class Encoded(DistributionModule):
     def from_output(self, output: Tensor) -> Distribution:
         """The distribution for an output of the network, shape ``(*batch, family.context_features)``."""
         return self.family(output)
-
-
-class Chain(DistributionModule):
-    r"""Families in a row, each conditional on the context and on all before it.
-
-    A hierarchical VAE takes one as prior (top layer first) and one as posterior, in the same order of layers.
-
-    Args:
-        families: vectors; the l-th has ``context_features`` = those of the context + the lengths of all before it.
-        context_features: length of the context of the chain.
-
-    Raises:
-        ValueError: for a family whose context has another length.
-
-    Example:
-        >>> import pyro_dgm as dgm
-        >>> chain = Chain(dgm.vae.StandardNormal(2), dgm.vae.Conditional(3, 2, dgm.vae.normal))
-        >>> chain().rsample((4,)).shape
-        torch.Size([4, 5])
-    """
-
-    @checked()
-    def __init__(self, *families: DistributionModule, context_features: int = 0) -> None:
-        context_features = as_count("Chain", "context_features", context_features)
-        super().__init__(sum(f.features for f in families), context_features)
-        known = context_features
-        for i, family in enumerate(families):
-            if family.context_features != known:
-                raise ValueError(
-                    f"Chain: family {i} ({type(family).__name__}) takes {family.context_features} context features, "
-                    f"expected {known}: {context_features} of the context and {known - context_features} of earlier layers."
-                )
-            known += family.features
-        self.families = nn.ModuleList(families)
-
-    def build(self, context: Tensor | None) -> Distribution:
-        families: Any = self.families  # ModuleList does not say of what
-        return _Chained(list(families), context, Size() if context is None else context.shape[:-1])
-
-
-class _Chained(TorchDistribution):
-    """The joint distribution of the layers."""
-
-    arg_constraints: dict[str, constraints.Constraint] = {}
-    support = constraints.real_vector
-    has_rsample = True
-
-    def __init__(self, families: list[DistributionModule], context: Tensor | None, batch_shape: Size) -> None:
-        self.families = families
-        self.context = context
-        super().__init__(batch_shape, Size([sum(f.features for f in families)]), validate_args=False)
-
-    def expand(self, batch_shape: Size, _instance: _Chained | None = None) -> _Chained:
-        return _Chained(self.families, self.context, Size(batch_shape))
-
-    def rsample(self, sample_shape: Iterable[int] = ()) -> Tensor:
-        batch = Size(sample_shape) + self.batch_shape
-        parts: list[Tensor] = []
-        for family in self.families:
-            parts.append(self._given(family, parts).expand(batch).rsample())
-        return torch.cat(parts, -1)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        parts = value.split([f.features for f in self.families], -1)
-        terms = [self._given(f, parts[:i]).log_prob(parts[i]) for i, f in enumerate(self.families)]
-        return sum(terms[1:], terms[0])
-
-    def _given(self, family: DistributionModule, earlier: Sequence[Tensor]) -> LearnedDistribution:
-        """The distribution of a layer, given the context and the layers before it."""
-        known = earlier if self.context is None else (self.context, *earlier)
-        return family(broadcast_cat(*known) if known else None)
 
 
 def _name_of(make: Callable[..., TorchDistribution]) -> str:

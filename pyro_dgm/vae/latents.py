@@ -1,25 +1,27 @@
 r"""Families of the latent: priors, and the posteriors beyond the diagonal Gaussian ``Conditional(latent, data, normal)``.
 
 Any unconditional flow is a prior too, and a mixture is ``ZukoFlow(zuko.mixtures.GMM(D, components=K))``; a family with a
-context makes the VAE conditional. Flow posteriors come by ``Encoded``.
+context makes the VAE conditional. Flow posteriors come by ``Encoded``. Latents in layers are one family,
+:math:`p(z_1, \dots, z_L \mid c) = \prod_l p(z_l \mid z_{<l}, c)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, MixtureSameFamily
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor, nn
+from torch.distributions import Categorical, Distribution, MixtureSameFamily, constraints
 
-from pyro_dgm.core import MLP, DistributionModule
+from pyro_dgm.core import MLP, DistributionModule, LearnedDistribution, broadcast_cat
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_count, as_tensor_like, check_number, reference, refuse_non_finite
 from pyro_dgm.core.upstream import VectorToLowerCholesky
 
-__all__ = ["FullRank", "StandardNormal", "VampPrior"]
+__all__ = ["Chain", "FullRank", "StandardNormal", "VampPrior"]
 
 
 class StandardNormal(DistributionModule):
@@ -135,3 +137,90 @@ class FullRank(DistributionModule):
         lower = VectorToLowerCholesky()(output[..., self.features :])
         validate = None if output.numel() else False  # torch cannot look at no rows
         return dist.MultivariateNormal(output[..., : self.features], scale_tril=lower, validate_args=validate)
+
+
+class Chain(DistributionModule):
+    r"""Families in a row, each conditional on the context and on all before it.
+
+    A hierarchical VAE takes one as prior (top layer first) and one as posterior, in the same order of layers.
+
+    Args:
+        families: vectors; the l-th has ``context_features`` = those of the context + the lengths of all before it.
+        context_features: length of the context of the chain.
+
+    Raises:
+        ValueError: for a family whose context has another length.
+
+    Example:
+        >>> import pyro_dgm as dgm
+        >>> chain = Chain(dgm.vae.StandardNormal(2), dgm.vae.Conditional(3, 2, dgm.vae.normal))
+        >>> chain().rsample((4,)).shape
+        torch.Size([4, 5])
+    """
+
+    @checked()
+    def __init__(self, *families: DistributionModule, context_features: int = 0) -> None:
+        context_features = as_count("Chain", "context_features", context_features)
+        super().__init__(sum(f.features for f in families), context_features)
+        known = context_features
+        for i, family in enumerate(families):
+            if family.context_features != known:
+                raise ValueError(
+                    f"Chain: family {i} ({type(family).__name__}) takes {family.context_features} context features, "
+                    f"expected {known}: {context_features} of the context and {known - context_features} of earlier layers."
+                )
+            known += family.features
+        self.families = nn.ModuleList(families)
+
+    def build(self, context: Tensor | None) -> Distribution:
+        families: Any = self.families  # ModuleList does not say of what
+        return _Chained(list(families), context, Size() if context is None else context.shape[:-1])
+
+    def takes_units(self) -> bool:
+        families: Any = self.families
+        return any(family.takes_units() for family in families)
+
+    def fit_events(self, x: Tensor) -> None:
+        """Units of each family's part, and of the parts before it where these are all that it reads."""
+        families: Any = self.families
+        parts = x.reshape(-1, self.features).split([f.features for f in families], -1)
+        for i, family in enumerate(families):
+            family.standardize(parts[i], torch.cat(parts[:i], -1) if i and not self.context_features else None)
+
+    def forget_events(self) -> None:
+        families: Any = self.families
+        for family in families:
+            family.forget_events()
+
+
+class _Chained(TorchDistribution):
+    """The joint distribution of the layers."""
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, families: list[DistributionModule], context: Tensor | None, batch_shape: Size) -> None:
+        self.families = families
+        self.context = context
+        super().__init__(batch_shape, Size([sum(f.features for f in families)]), validate_args=False)
+
+    def expand(self, batch_shape: Size, _instance: _Chained | None = None) -> _Chained:
+        return _Chained(self.families, self.context, Size(batch_shape))
+
+    def rsample(self, sample_shape: Iterable[int] = ()) -> Tensor:
+        batch = Size(sample_shape) + self.batch_shape
+        parts: list[Tensor] = []
+        for family in self.families:
+            parts.append(self._given(family, parts).expand(batch).rsample())
+        return torch.cat(parts, -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        parts = value.split([f.features for f in self.families], -1)
+        terms = [self._given(f, parts[:i]).log_prob(parts[i]) for i, f in enumerate(self.families)]
+        return sum(terms[1:], terms[0])
+
+    def _given(self, family: DistributionModule, earlier: Sequence[Tensor]) -> LearnedDistribution:
+        """The distribution of a layer, given the context and the layers before it."""
+        known = earlier if self.context is None else (self.context, *earlier)
+        return family(broadcast_cat(*known) if known else None)

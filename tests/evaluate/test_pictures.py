@@ -58,6 +58,16 @@ def test_a_table_is_compared_in_pairs():
     assert len(plot_density(normal(*[1.0] * 8), seed=0).axes) == 36  # six of eight
 
 
+def test_columns_of_integers_have_a_bar_each():
+    """Heights are the probabilities. Planted: a curve on a grid, which is 0 between integers."""
+    q = Independent(dist.Binomial(3, torch.full((2,), 0.5)), 1)
+    figure = plot_density(q, q.sample((500,)), seed=0)
+    bars = figure.axes[3].patches[-1].get_data()  # the model's, over the histogram of the data
+    np.testing.assert_allclose(bars.values, [0.125, 0.375, 0.375, 0.125], atol=0.02)
+    assert bars.edges.tolist() == [-0.5, 0.5, 1.5, 2.5, 3.5]
+    assert len(plot_density(dist.Poisson(torch.tensor([3000.0])).to_event(1), seed=0).axes[0].lines) == 1  # too many
+
+
 def test_what_has_no_density_is_drawn_by_its_draws():
     made = dgm.ImplicitDistribution(lambda z: z.square(), normal(1.0, 1.0), 2)
     assert len(plot_density(made, torch.rand(50, 2), seed=0).axes) == 4

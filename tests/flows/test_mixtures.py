@@ -10,7 +10,7 @@ import torch
 import pyro_dgm as dgm
 from pyro_dgm.core.networks import place_and_width
 from pyro_dgm.flows import MixtureChain
-from pyro_dgm.flows.mixture_chain import NormalMixture
+from pyro_dgm.flows.normal_mixture import NormalMixture
 
 CASES = {  # log weights, places, log scales, ends
     "inside": ([0.0, 1.0], [-0.5, 0.6], [-1.5, -0.5], (-1.0, 1.0)),
