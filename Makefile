@@ -8,8 +8,8 @@ PY := $(VENV)/bin/python
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --constraint constraints.txt torch
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[test,plot]"
+	$(PY) -m pip install --constraint constraints.txt torch
+	$(PY) -m pip install --constraint constraints.txt --editable ".[test,plot]"
 	touch $@
 
 demo: $(VENV)/ready

@@ -1,6 +1,6 @@
 """What the site says of the project: its version, how to cite it, and ``llms.txt``, a list of all pages for programs that read.
 
-A hook of mkdocs. ``{{ version }}`` and ``{{ bibtex }}`` in a page are replaced.
+A hook of mkdocs. ``{{ version }}`` and ``{{ bibtex }}`` in a page are replaced, and ``[@key; @other]`` by works of paper.bib.
 """
 
 import pathlib
@@ -22,8 +22,8 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Fill in what is known of the project."""
-    return markdown.replace("{{ version }}", version()).replace("{{ bibtex }}", bibtex())
+    """Fill in what is known of the project, and the references of the paper."""
+    return cited(markdown.replace("{{ version }}", version()).replace("{{ bibtex }}", bibtex()))
 
 
 def on_page_content(html: str, *, page: Page, **_: object) -> None:
@@ -61,6 +61,36 @@ def bibtex() -> str:
         "license": cff["license"],
     }
     return "\n".join([f"@{cff['type']}{{pyro_dgm,", *(f"  {key} = {{{value}}}," for key, value in fields.items()), "}"])
+
+
+def cited(markdown: str) -> str:
+    """``[@key; @other]`` as links to a list of references, which is added."""
+    works = references()
+    found = re.findall(r"\[(@\w+(?:; @\w+)*)\]", markdown)
+    for keys in found:
+        links = "; ".join(f"[{works[key][0]}](#{key.lower()})" for key in re.findall(r"@(\w+)", keys))
+        markdown = markdown.replace(f"[{keys}]", f"({links})")
+    used = sorted(set(re.findall(r"@(\w+)", " ".join(found))))
+    listed = [f'- <a id="{key.lower()}"></a>{works[key][1]}' for key in used]
+    return "\n".join([markdown, "## References", "", *listed, ""]) if used else markdown
+
+
+def references() -> dict[str, tuple[str, str]]:
+    """Each key of paper.bib with its short name, "Yao et al. 2018", and its line in a list."""
+    text = (ROOT / "docs/project/paper.bib").read_text()
+    works = {}
+    for key, body in re.findall(r"^@\w+\{(\w+),\n(.*?)^\}", text, re.M | re.S):
+        fields = {
+            name: re.sub(r"[{}]", "", value).replace("--", "-")
+            for name, value in re.findall(r"(\w+) = \{((?:[^{}]|\{[^{}]*\})*)\}", body)
+        }
+        names = [name.split(",")[0] for name in fields["author"].split(" and ")]
+        who = f"{names[0]} et al." if len(names) > 2 or names[-1] == "others" else " and ".join(names)
+        where = ", ".join(
+            fields[part] for part in ("journal", "booktitle", "volume", "pages", "note") if part in fields
+        )
+        works[key] = (f"{who} {fields['year']}", f"{who} ({fields['year']}). {fields['title']}. {where}.")
+    return works
 
 
 def example() -> str:

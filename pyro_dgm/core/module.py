@@ -3,7 +3,7 @@ r"""The contract of a family: a module that turns a context into a distribution,
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
@@ -80,6 +80,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
     """
 
     event_shape = ShapeAttribute()
+    __call__: Callable[..., LearnedDistribution]  # what a type checker knows of ``family(context)``; torch's says Any
 
     @checked()
     def __init__(

@@ -7,7 +7,7 @@ r"""A generator: noise pushed through a network, :math:`x = G_\theta(z; c) + \si
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro
@@ -72,6 +72,8 @@ class Generator(DistributionModule):
         >>> generator().sample((3,)).shape, generator.likelihood(torch.zeros(7, 5)).batch_shape
         (torch.Size([3, 8, 8]), torch.Size([7]))
     """
+
+    __call__: Callable[..., ImplicitDistribution]  # type: ignore[assignment]
 
     @checked()
     def __init__(
