@@ -122,7 +122,8 @@ class ConditionedGuide(nn.Module):
             seed: makes it reproducible.
 
         Returns:
-            Draws with k-hat, effective number, evidence and its error, and the chains' acceptance.
+            A :class:`~pyro_dgm.amortized.refine.Refined`: ``refined["theta"]`` or ``refined.draws`` are the draws, beside
+            them k-hat, effective number, evidence and its error, and the chains' acceptance.
 
         Raises:
             ValueError: on many data sets at once, or where the model's density vanishes at all draws.

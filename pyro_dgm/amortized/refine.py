@@ -54,10 +54,13 @@ class Refined:
     """Draws of one data set's posterior, and what is known of their quality.
 
     Attributes:
-        draws: ``{site: (n, *site)}``; of one also ``refined[site]``. Their container for ArviZ is
-            ``from_posterior_samples(posterior.model, refined.draws)``.
+        draws: ``{site: (n, *site)}`` with n the ``num_samples`` of ``refine``, in the latents' own units; of one also
+            ``refined[site]``. They count alike: weights were used up by picking them, so a mean is ``draws[site].mean(0)``.
+            Some repeat where no chains ran. For ArviZ: ``from_posterior_samples(posterior.model, refined.draws)``.
         khat: Pareto k of the guide's importance weights; 0.7 and more is bad.
-        ess: effective number among the ``proposed`` draws of the guide.
+        ess: effective number among the ``proposed`` draws of the guide; so many of the draws are worth something where
+            no chains ran.
+        proposed: how many draws of the guide were weighted.
         log_evidence: estimate of log p(x), nats.
         log_evidence_error: its standard error; infinite where k-hat is bad.
         acceptance: share of accepted steps of the chains, of fresh draws and of differences; empty without chains.

@@ -250,10 +250,12 @@ def _take_course(family: NormalizingFlow, course: Course, pairs: Pairs, far: Ten
 
 
 def _events(family: NormalizingFlow, pairs: Pairs, far: Tensor, draws: int) -> tuple[Tensor, ...]:
-    """Draws as events with their contexts; a far draw in units that compress tails may be beyond all numbers."""
+    """Draws as events with their contexts. A far draw in units that compress tails may be beyond all numbers, and one of an
+    ordered pair may be rounded to a tie, which has no density: both are left out.
+    """
     u, *context = pairs.sample(draws)
     x = family.from_units(u)
-    near = (x.abs() <= far).reshape(len(x), -1).all(1)
+    near = (x.abs() <= far).reshape(len(x), -1).all(1) & family(*context).support.check(x)
     return tuple(part[near] for part in (x, *context))
 
 

@@ -41,6 +41,9 @@ class Conditional(DistributionModule):
     ``bernoulli(logits)``, ..., or a function of your own. Each of its arguments gets a tensor of shape
     ``(*batch, *event_shape)``: from the network, or, for those named in ``shared``, one parameter for all contexts.
 
+    As the decoder of a :class:`~pyro_dgm.VAE` it is ``Conditional(shape of x, latent + C, ...)``, as its encoder
+    ``Conditional(latent, entries of x + C, normal)``, twice the entries where there are masks; C is the context's length.
+
     Args:
         event_shape: an int or a shape.
         context_features: length of the context (of the latent, for a decoder); 0 if all arguments are shared.

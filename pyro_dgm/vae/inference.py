@@ -95,14 +95,19 @@ def impute(
     Args:
         vae: a :class:`~pyro_dgm.VAE` whose posterior takes the mask.
         x: shape ``(N, *event)``; entries that were not seen may hold anything.
-        mask: boolean, True where seen.
-        context: as for the VAE.
-        num_samples: draws per row.
-        proposals: latents proposed per row.
+        mask: boolean, True where seen, of the shape of ``x`` or broadcast to it.
+        context: what the VAE was given beside ``x``, shape ``(N, C)``, complete; None for a VAE without one.
+        num_samples: so many whole tables. One for a single filled table; some dozens where a result is computed on each of
+            them, and their spread counted (multiple imputation).
+        proposals: latents proposed per row, of which ``num_samples`` are picked by weight, with repeats.
         seed: makes it reproducible, and leaves the global random state as it was.
 
     Returns:
-        Shape ``(num_samples, N, *event)``.
+        Shape ``(num_samples, N, *event)``, in the units of ``x``. Each is a draw, with the noise of the likelihood;
+        ``impute(...).mean(0)`` is the guess with the least squared error.
+
+    Raises:
+        ValueError: where ``x``, ``mask`` and ``context`` do not fit the VAE.
 
     Example:
         >>> import pyro_dgm as dgm

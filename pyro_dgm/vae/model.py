@@ -44,7 +44,8 @@ class VAE(nn.Module):
     ``Predictive``, ``NUTS`` and :func:`~pyro_dgm.fit` take them as they are.
 
     Args:
-        prior: a family over the latent, with the context's features, or without a context.
+        prior: a family over the latent, with the context's features, or without a context. Its size is the latent's: too few
+            costs nats, too many hardly any, so compare ``evaluate.evidence_bound`` of new rows over sizes.
         likelihood: a family over ``x`` whose context is the (flat) latent, followed by the context if there is one.
         posterior: a family over the latent whose context is the flat ``x``, followed by the mask (1 = seen) and by the
             context where these are used.
