@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from pyro_dgm.cnf.families import ContinuousFlow
 from pyro_dgm.core import DistributionModule
-from pyro_dgm.core.data import warn_of_ties
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import within
 from pyro_dgm.core.shapes import check_batch, check_context
+from pyro_dgm.core.warn import warn_of_dependent, warn_of_ties
 from pyro_dgm.flows.base import NormalizingFlow
 from pyro_dgm.flows.few_rows import (
     DRAWS,
@@ -287,6 +287,13 @@ def match(
     )
 
 
+def _warn_of_columns(family: DistributionModule, rows: Tensor) -> None:
+    discrete = getattr(family, "discrete", {})
+    warn_of_ties(type(family).__name__, rows, discrete)
+    if family._support is None and not discrete:  # points of a simplex hang together
+        warn_of_dependent(type(family).__name__, rows)
+
+
 def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ...]]) -> bool:
     """Take a family's units from the data, and say whether a flow's events got some.
 
@@ -301,7 +308,7 @@ def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ..
     family.standardize(x if of_events else None, context if of_contexts else None)
     if _mean_score(family, x, context) > before - 0.5:
         if of_events:
-            warn_of_ties(type(family).__name__, (few_rows(batches) or (x,))[0], getattr(family, "discrete", ()))
+            _warn_of_columns(family, (few_rows(batches) or (x,))[0])
         return of_events
     if of_events:
         family.forget_events()

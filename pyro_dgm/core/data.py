@@ -9,7 +9,7 @@ import math
 import sys
 import sysconfig
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -23,7 +23,6 @@ from torch.distributions.utils import lazy_property
 
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
-from pyro_dgm.core.warn import warn_user
 
 __all__ = [
     "Dequantize",
@@ -33,13 +32,8 @@ __all__ = [
     "reads",
     "reads_context",
     "take_units",
-    "warn_of_ties",
     "was_trained",
 ]
-
-# Of columns whose values come again. Not measured; chosen by hand.
-_TIED = 0.5  # of the rows, that have fewer values
-_COARSE = 0.05  # sd between values, from which on it matters
 
 _TRAINED = 50  # changes of a parameter from which a module counts as trained; not measured, chosen by hand
 _UNIT_ROWS = 10_000  # from which units are taken while a fit is prepared; not measured, chosen by hand
@@ -98,33 +92,6 @@ class Dequantize(nn.Module):
         y = as_tensor_like("Dequantize", "y", y, None)
         refuse_non_finite("Dequantize", y, "values")
         return (y * self.levels).floor().clamp(0, self.levels - 1)
-
-
-def warn_of_ties(name: str, x: Any, discrete: Collection[int] = ()) -> None:
-    """Tell of columns of events ``(N, *event)``, discrete ones left out, whose values come again.
-
-    A density can grow there without limit.
-    """
-    rows = torch.as_tensor(x).detach().reshape(len(x), -1)
-    tied = [j for j, column in enumerate(rows.T) if j not in discrete and _is_tied(column)]
-    if not tied:
-        return
-    named = ", ".join(map(str, tied[:5])) + (", ..." if len(tied) > 5 else "")
-    values = rows[:, tied[0]].unique()
-    step = float(values.diff().min())
-    warn_user(
-        f"{name}: values come again in column {named} (column {tied[0]}: {len(values)} values in {len(rows)} rows, {step:.2g} "
-        "apart). A density of real numbers can grow there without limit, and held-out rows do not show it. Add noise as wide as "
-        f"the rounding, x + {step:.2g} * (torch.rand_like(x) - 0.5) in that column; for integers, Dequantize, or a "
-        "flows.MixtureChain with discrete columns."
-    )
-
-
-def _is_tied(column: Tensor) -> bool:
-    values = column.unique()
-    if not 1 < len(values) < _TIED * len(column):
-        return False
-    return bool(values.double().diff().median() > _COARSE * column.double().std())
 
 
 _LIBRARIES = tuple({sysconfig.get_path(k) for k in ("stdlib", "platstdlib", "purelib", "platlib")})

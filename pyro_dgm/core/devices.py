@@ -153,7 +153,10 @@ def seed_everywhere(seed: int) -> None:
 
 def _accelerator() -> Any:
     """Torch's module of the accelerator; None without one, or where nothing was put on it yet."""
-    device = torch.accelerator.current_accelerator()
+    try:
+        device = torch.accelerator.current_accelerator()
+    except RuntimeError:  # torch 2.6, where there is none
+        return None
     if device is None:
         return None
     module = torch.get_device_module(device)

@@ -316,7 +316,8 @@ def check_batch(
     shape, event = tuple(x.shape), tuple(family.event_shape)
     if x.dim() != 1 + len(event) or shape[1:] != event:
         raise ValueError(
-            f"{name}: data have shape {shape}, expected (N, {', '.join(map(str, event))}): rows of events."
+            f"{name}: data have shape {shape}, expected (N, {', '.join(map(str, event))}): rows of events. "
+            "One row is x[None], one column x[:, None]."
         )
     refuse_non_finite(name, x)
     if context is not None and context.shape != (len(x), family.context_features):

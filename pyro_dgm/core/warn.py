@@ -1,4 +1,4 @@
-"""Warnings that point at the user's line, however deep in this package they arise, and errors without Pyro's page of shapes."""
+"""Warnings that point at the user's line, however deep they arise, of data too; errors without Pyro's page of shapes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -22,13 +22,18 @@ from torch import Tensor
 from pyro_dgm.core.pace import in_fit
 from pyro_dgm.core.upstream import unseen
 
-__all__ = ["plain", "plain_errors", "told_unless_finite", "warn_user"]
+__all__ = ["plain", "plain_errors", "told_unless_finite", "warn_of_dependent", "warn_of_ties", "warn_user"]
 
 _HERE = pathlib.Path(__file__).parents[1]
 _INSIDE = (
     *(f"{p}{os.sep}" for p in (_HERE, pathlib.Path(pyro.__file__).parent, pathlib.Path(torch.__file__).parent)),
     contextlib.__file__,
 )
+# Of columns whose values come again. Not measured; chosen by hand.
+_TIED = 0.5  # of the rows, that have fewer values
+_COARSE = 0.05  # sd between values, from which on it matters
+_DEPENDENT = 1e-10  # least eigenvalue of correlations of dependent columns: float32 rounds to some 1e-14
+_MOST = 500  # columns that are looked at together
 
 
 def warn_user(message: str) -> None:
@@ -171,3 +176,55 @@ def plain_errors() -> Iterator[None]:
         if said is error:
             raise
         raise said from error
+
+
+def warn_of_ties(name: str, x: Any, discrete: Collection[int] = ()) -> None:
+    """Tell of columns of events ``(N, *event)``, discrete ones left out, whose values come again.
+
+    A density can grow there without limit.
+    """
+    rows = torch.as_tensor(x).detach().reshape(len(x), -1)
+    tied = [j for j, column in enumerate(rows.T) if j not in discrete and _is_tied(column)]
+    if not tied:
+        return
+    named = _listed(tied)
+    values = rows[:, tied[0]].unique()
+    step = float(values.diff().min())
+    warn_user(
+        f"{name}: values come again in column {named} (column {tied[0]}: {len(values)} values in {len(rows)} rows, {step:.2g} "
+        "apart). A density of real numbers can grow there without limit, and held-out rows do not show it. Add noise as wide as "
+        f"the rounding, x + {step:.2g} * (torch.rand_like(x) - 0.5) in that column; for integers, Dequantize, or a "
+        "flows.MixtureChain with discrete columns."
+    )
+
+
+def warn_of_dependent(name: str, x: Any) -> None:
+    """Tell of columns of real events ``(N, *event)`` that have one value, or else are linear functions of each other."""
+    rows = torch.as_tensor(x).detach().double().reshape(len(x), -1)
+    constant = (rows == rows[:1]).all(0).nonzero().flatten().tolist()
+    if constant:
+        said = f"column {_listed(constant)} has one value in {len(rows)} rows. A constant"
+    elif rows.shape[1] <= min(_MOST, len(rows) - 1) and (dependent := _dependent(rows)):
+        said = f"column {_listed(dependent)} are linear functions of each other. What follows from other columns"
+    else:
+        return
+    warn_user(
+        f"{name}: {said} has no density: the likelihood grows there without limit, and log_prob is not to be compared. Leave "
+        "such a column out, or bring more rows."
+    )
+
+
+def _dependent(rows: Tensor) -> list[int]:
+    values, vectors = torch.linalg.eigh(torch.corrcoef(rows.T).reshape(rows.shape[1], -1))
+    return (vectors[:, 0].abs() > 0.05).nonzero().flatten().tolist() if values[0] < _DEPENDENT else []
+
+
+def _listed(columns: list[int]) -> str:
+    return ", ".join(map(str, columns[:5])) + (", ..." if len(columns) > 5 else "")
+
+
+def _is_tied(column: Tensor) -> bool:
+    values = column.unique()
+    if not 1 < len(values) < _TIED * len(column):
+        return False
+    return bool(values.double().diff().median() > _COARSE * column.double().std())

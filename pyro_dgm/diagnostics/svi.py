@@ -335,30 +335,33 @@ def _in_rows(values: Tensor, axes: dict[str, int], plates: list[str], total: int
 # --- Guides that are point estimates ---
 
 
+_POINT = """is a Delta without a density: a point estimate, not a posterior, with no weights. Give it a distribution, \
+AutoNormal for one; AutoLaplaceApproximation has one after laplace_approximation(*args)."""
+_SPIKE = """has one number in all draws: its posterior is narrower than rounding. Data that the model can meet without noise do \
+that: keep the noise from 0 by its prior, or use float64."""
+
+
 def _refuse_points(program: Program, guided: Table) -> None:
     """Refuse a guide of which a continuous latent is a ``Delta`` without a density.
 
-    That is a ``Delta`` of log density zero that is the same in all draws, or that no auxiliary draw spreads: the guide's
-    ``Delta`` latents have more free coordinates than its auxiliary sites have entries. A ``Delta`` that repeats another
-    draw, in a guide that has auxiliary entries to spare, is not found.
+    That is one of log density zero that is the same in all draws, or that no auxiliary draw spreads: the ``Delta`` latents
+    have more free coordinates than auxiliary sites have entries. One that repeats a draw, with entries to spare, is not found.
     """
     guide = dict(sample_sites(program.guide_runs.prototype))  # type: ignore[union-attr]
     if any(is_implicit(s) for s in guide.values()):
         return
     latents = {k: s for k, s in latent_sites(program.prototype) if k in guide and _is_continuous(s)}
-    deltas = {
-        k: _coordinates(s, guide[k]) for k, s in latents.items() if isinstance(innermost_distribution(guide[k]), Delta)
-    }
+    pointed = {k: s for k, s in latents.items() if isinstance(innermost_distribution(guide[k]), Delta)}
+    deltas = {k: _coordinates(s, guide[k]) for k, s in pointed.items()}
     without_density = [k for k, free in deltas.items() if free and not guided.terms[k].joint.any()]
     points = [k for k in without_density if _is_constant(program, guided, k)]
     entries = sum(s["value"].numel() for k, s in guide.items() if _is_auxiliary(k, s, program))
     if not points and sum(deltas.values()) > entries:
         points = without_density
     if points:
+        said = _SPIKE if entries >= sum(deltas.values()) else _POINT
         raise ValueError(
-            f"{program.who}: latent site '{points[0]}' of the guide ({type(program.guide).__name__}) is a Delta without a "
-            "density: a point estimate, not a posterior, with no weights. Give it a distribution, AutoNormal for one; "
-            "AutoLaplaceApproximation has one after laplace_approximation(*args)."
+            f"{program.who}: latent site '{points[0]}' of the guide ({type(program.guide).__name__}) {said}"
         )
 
 

@@ -299,17 +299,26 @@ def _rows(args: tuple[Any, ...]) -> int:
 def _refuse_non_finite(args: tuple[Any, ...]) -> None:
     report = non_finite(args)
     if report:
-        raise ValueError(f"fit: {report}. Clean the data, or model what is missing with a mask.")
+        raise ValueError(f"fit: {report}. Clean the data, or model what is missing with a boolean mask.")
 
 
 def non_finite(args: tuple[Any, ...]) -> str:
-    """Which tensors among the arguments hold NaN or infinity; empty where none does."""
-    bad = [
-        f"{name} (shape {tuple(a.shape)}) holds {int((~a.isfinite()).sum())} NaN or infinite entries"
-        for name, a in named_tensors(args)
-        if a.is_floating_point() and a.layout is torch.strided and not a.is_meta and not a.isfinite().all()
-    ]
+    """Which tensors among the arguments hold NaN or infinity; empty where none does.
+
+    Entries that a boolean tensor of the same shape, a mask, says are missing are not looked at.
+    """
+    named = list(named_tensors(args))
+    seen = {mask.shape: mask for _, mask in named if mask.dtype == torch.bool}
+    dense = [(name, a) for name, a in named if a.is_floating_point() and a.layout is torch.strided and not a.is_meta]
+    counts = [(name, a.shape, _bad_entries(a, seen.get(a.shape))) for name, a in dense]
+    bad = [f"{name} (shape {tuple(shape)}) holds {n} NaN or infinite entries" for name, shape, n in counts if n]
     return "; ".join(bad)
+
+
+def _bad_entries(a: Tensor, seen: Tensor | None) -> int:
+    if a.isfinite().all():
+        return 0
+    return int((~a.isfinite() if seen is None else ~a.isfinite() & seen).sum())
 
 
 def few_rows(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...] | None:

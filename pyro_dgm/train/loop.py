@@ -17,7 +17,7 @@ from pyro_dgm.train.batches import Batches, named_tensors, non_finite
 from pyro_dgm.train.descend import OPEN_STEPS, Stages, rate_at, round_length, set_rates
 from pyro_dgm.train.history import FitDiverged, History, Patience, Standing
 from pyro_dgm.train.hooks import Convergent, Finishing
-from pyro_dgm.train.players import Players, finite_loss, loss_of, smoothed
+from pyro_dgm.train.players import Players, finite_loss, loss_of, number_of, smoothed
 from pyro_dgm.train.ranks import ALONE, Ranks
 
 __all__ = ["Loop"]
@@ -119,7 +119,7 @@ class Loop:
 
     def _refuse_bad_start(self, what: str, args: tuple[Any, ...]) -> None:
         with torch.no_grad(), fork_rng():
-            loss = float(loss_of(self.objective, args))  # as the model's own checks see it
+            loss = number_of(self.objective, loss_of(self.objective, args))  # as the model's own checks see it
         if math.isfinite(loss) or math.isfinite(finite_loss(self.objective, args)):
             return
         found = non_finite(args)

@@ -34,6 +34,7 @@ __all__ = [
     "by_rate",
     "finite_loss",
     "loss_of",
+    "number_of",
     "smoothed",
 ]
 
@@ -301,6 +302,17 @@ def loss_of(objective: nn.Module, batch: tuple[Any, ...]) -> Tensor:
         return objective(*batch)
     except (torch.linalg.LinAlgError, ArithmeticError):
         return torch.tensor(math.nan)
+
+
+def number_of(objective: nn.Module, loss: Any) -> float:
+    """A loss as a number; what is none, such as the draws that a guide returns, is refused."""
+    if isinstance(loss, (int, float)) or isinstance(loss, Tensor) and loss.numel() == 1:
+        return float(loss)
+    what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    raise TypeError(
+        f"fit: {type(objective).__name__} returned {what}, expected a loss: a tensor with one number. Is it a guide? Then write "
+        "fit(STL_ELBO()(model, guide), data), and fit(ForwardKL(guide), simulations) for an AmortizedGuide."
+    )
 
 
 def _times(weight: float, loss: Tensor) -> Tensor:

@@ -296,6 +296,12 @@ class _ColumnSupport(constraints.Constraint):
             inside[..., index] = support.check(value[..., index])
         return inside
 
+    def first_outside(self, x: Tensor) -> str:
+        """The first column with an entry outside of its support, and that entry."""
+        j = int((~self.check(x)).reshape(-1, x.shape[-1]).any(0).nonzero()[0])
+        support = next(support for support, index in self.parts if j in index)
+        return f"Column {j} holds {float(x[..., j][~support.check(x[..., j])][0]):.4g}, which is not in {support}"
+
 
 class _Columns(TorchDistribution):
     """Independent columns; the last batch dimension runs over them."""
@@ -368,7 +374,7 @@ def refuse_outside(likelihood: TorchDistribution, x: Tensor, *, few: bool = Fals
         )
     if not bool(likelihood.support.check(seen).all()):
         raise ValueError(
-            f"VAE: x lies outside the likelihood's support {likelihood.support}. {_advice(likelihood.support, x)}"
+            f"VAE: x lies outside the likelihood's support {likelihood.support}. {_advice(likelihood.support, seen)}"
         )
     return x
 
@@ -381,4 +387,6 @@ def _advice(support: constraints.Constraint, x: Tensor) -> str:
             "Grey levels have no Bernoulli likelihood: binarise them, torch.bernoulli(x) at each step (Transformed), or "
             "use vae.continuous_bernoulli."
         )
+    if isinstance(of_entries(support), _ColumnSupport):
+        return f"{of_entries(support).first_outside(x)}: clean it, or give the column another kind."
     return f"It ranges over [{low:.4g}, {high:.4g}]: rescale or clean it, or choose another likelihood."

@@ -61,7 +61,7 @@ class VAE(nn.Module):
         (:meth:`standardize` before a loop of your own): an unscaled table is scored in its own units, exactly. Other
         likelihoods of real numbers are read in the data's units, so scale the data for them.
 
-        With a mask, entries that were not seen may hold anything (``fit`` refuses NaN, so fill them): the encoder gets
+        With a mask, entries that were not seen may hold anything, NaN as well: the encoder gets
         zeros there, and the likelihood skips them. A row without any seen entry is fine: its evidence is one.
 
     Example:

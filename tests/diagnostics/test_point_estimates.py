@@ -131,3 +131,12 @@ def test_discrete_latents_and_deltas_of_the_model_are_fine():
         pyro.sample("mu", dist.Normal(0.0, 1.0))
 
     assert "log_weight" in container(guide, model)["groups"]["sample_stats"]
+
+
+def test_a_posterior_that_is_narrower_than_rounding_is_no_point_estimate():
+    """Data that the model meets without noise. Planted fault: the words for a Delta."""
+    guide = ag.AutoNormal(
+        small, init_loc_fn=ag.initialization.init_to_value(values={"mu": torch.tensor(1.0)}), init_scale=1e-12
+    )
+    with pytest.raises(ValueError, match="'mu' of the guide .* has one number in all draws: its posterior is narrower"):
+        container(guide, small)

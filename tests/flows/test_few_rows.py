@@ -211,6 +211,34 @@ def test_values_that_come_again_are_told(rounded, recwarn):
     assert not rounded or ("column 1 " in found[0] and "0.2 " in found[0] and "Dequantize" in found[0])
 
 
+@pytest.mark.parametrize("rows", [1, 50])
+def test_columns_of_one_value_are_told(rows):
+    """Planted fault: columns whose values come again, of which a constant is none."""
+    x = torch.randn(rows, 3)
+    x[:, 1] = 7.0
+    named = "column 0, 1, 2 has" if rows == 1 else "column 1 has"
+    with pytest.warns(UserWarning, match=rf"{named} one value in \d+ rows. A constant has no density"):
+        fitted(dgm.MAF(3), x, max_steps=1)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_columns_that_follow_from_others_are_told(noise, recwarn):
+    """In other units, and with a thousandth of noise; not on a simplex. Planted fault: the threshold 10^5 times as high."""
+    x = torch.randn(50, 3)
+    x[:, 2] = 1e4 * x[:, 0] + 7.0 + noise * 1e4 * torch.randn(50)
+    fitted(dgm.MAF(3), x, max_steps=1)
+    told = [str(w.message) for w in recwarn if "no density" in str(w.message)]
+    assert len(told) == (noise == 0.0) and all(
+        "column 0, 2 are linear functions of each other" in text for text in told
+    )
+
+
+@pytest.mark.parametrize("event, shape", [(1, (20,)), (2, (2,))])
+def test_rows_of_a_wrong_shape_are_refused_with_what_to_do(event, shape):
+    with pytest.raises(ValueError, match=r"rows of events. One row is x\[None\], one column x\[:, None\]"):
+        fitted(dgm.MAF(event), torch.randn(shape), max_steps=1)
+
+
 def test_few_rows_without_a_start_are_not_trained_at_its_gentle_rate():
     """Planted fault: one rate for both, by which a fit without pretraining ends where it began."""
     gentle = dgm.MaximumLikelihood(dgm.NSF(2)).recipe(60).lr

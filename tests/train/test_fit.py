@@ -234,6 +234,20 @@ def test_a_fit_tells_what_it_found_at_each_check(tmp_path):
         with_steps_of(0.1, Barrier(), on_check="a")
 
 
+@pytest.mark.parametrize(
+    "returned, what", [({"a": 1.0}, "a dict"), (None, "a NoneType"), (torch.zeros(3), r"a tensor of shape \(3,\)")]
+)
+def test_an_objective_that_returns_no_number_is_refused(returned, what):
+    """As a guide does. Planted fault: Python's own words for it."""
+
+    class Guide(torch.nn.Linear):
+        def forward(self, x):
+            return returned
+
+    with pytest.raises(TypeError, match=f"Guide returned {what}, expected a loss: .* Is it a guide"):
+        dgm.fit(Guide(1, 1), (torch.zeros(4, 1),), max_steps=2, progress=False)
+
+
 def test_bad_data_is_refused_before_training():
     with pytest.raises(
         ValueError, match="loss is nan before the first step. The data are finite, the largest entry is 250"

@@ -320,6 +320,23 @@ def test_rows_with_gaps_have_the_evidence_of_what_was_seen():
     assert ((bound.value - exact).abs() < 5 * bound.standard_error + 1e-3).all()
 
 
+def test_what_stands_in_a_gap_changes_no_fit():
+    """NaN, a number, a frame with a frame as mask. Planted fault: units that read the gaps. A NaN that was seen is refused."""
+    pandas = pytest.importorskip("pandas")
+    x, mask = torch.randn(40, D), torch.rand(40, D, generator=torch.Generator().manual_seed(1)) < 0.7
+    gaps = torch.where(mask, x, torch.nan)
+    frames = pandas.DataFrame(gaps.numpy()), None, pandas.DataFrame(mask.numpy())
+    losses = []
+    for data in [(torch.where(mask, x, 1e6), None, mask), (gaps, None, mask), frames]:
+        torch.manual_seed(0)
+        vae = small(extra=D)
+        losses.append(dgm.fit(dgm.STL_ELBO(1)(vae.model, vae.guide), data, max_steps=3, seed=0, progress=False).loss)
+    assert losses[0] == losses[1] == losses[2]
+    gaps[0, mask[0].long().argmax()] = torch.nan
+    with pytest.raises(ValueError, match=r"argument 0 \(shape \(40, 6\)\) holds 1 NaN"):
+        dgm.fit(dgm.STL_ELBO(1)(vae.model, vae.guide), (gaps, None, mask), batch_size=20, max_steps=3)
+
+
 def test_imputation_follows_the_conditional_law():
     """Mean and sd of imputed entries against the conditional Gaussian. Planted fault: no resampling (means off by 0.5 sd)."""
     vae, x = ppca(3)
@@ -476,6 +493,11 @@ def test_bad_data_are_refused_with_what_to_do():
         dgm.fit(Trace_ELBO()(vae.model, vae.guide), torch.rand(4, D), max_steps=1, progress=False)
     with pytest.raises(ValueError, match="It ranges over"):
         vae.model(5.0 * x)
+    table = small(parts.columns([parts.normal] * (D - 2) + [parts.poisson, parts.categorical(3)]))
+    with pytest.raises(
+        ValueError, match=r"Column 4 holds -2, which is not in .*: clean it, or give the column another kind"
+    ):
+        table.model(torch.tensor([0.0, 1, 1, 1, -2, 3]).repeat(4, 1))
     with pytest.raises(ValueError, match="holds 4 NaN"):
         vae.model(torch.where(torch.arange(D) == 0, torch.nan, x))
     with pytest.raises(ValueError, match=r"x has shape \(4, 2, 3\), expected \(N, 6\)"):
