@@ -577,6 +577,19 @@ def _():
     return Call(do, {"data": torch.randn(6), "max_steps": 1, "max_seconds": 1.0}, {"batch_size": 3, "validation": 0.5})
 
 
+@call("Muon")
+def _():
+    def do(width, **k):
+        torch.manual_seed(0)
+        network = nn.Linear(3, width)
+        optimizer = dgm.train.Muon(network.parameters(), **k)
+        network(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        return list(network.parameters())
+
+    return Call(do, {"width": 2, "lr": 0.1, "vector_lr": 0.1})
+
+
 # --- VAE ---------------------------------------------------------------------------------------------------------------
 
 
