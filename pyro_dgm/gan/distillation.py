@@ -4,12 +4,17 @@ r"""A generator's start by distillation: a continuous flow learns the data, and 
 
 The flow sees every mode and its mass, and its map from noise to data is a function, which a network can follow (Luhman &
 Luhman 2021, arXiv 2101.02388; Liu et al. 2023, arXiv 2209.03003, section 2.3). Where the latent is shorter than the event,
-the flow moves the data's first principal components.
+the flow moves the data's first principal components; where it is longer, its first entries are heard and the others are not.
+
+Between two modes the map is steep, and draws of a network that is less steep lie there. So their share near the data is compared
+with that of the flow's draws, and where it is lower the descent goes on by L-BFGS, which makes steep maps sooner than Adam.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,30 +22,141 @@ from torch import Tensor, nn
 
 from pyro_dgm.cnf import FFJORD
 from pyro_dgm.cnf.matching import velocity_error
+from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.shapes import check_context
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.gan.generator import Generator
 from pyro_dgm.train.batches import first_rows
 from pyro_dgm.train.descend import Limits, Stages, adam, warm_up
 
-__all__ = ["distil"]
+__all__ = ["Distilled", "distil", "share_near"]
 
 # The widths were measured: of images on digits (test_images_are_distilled_from_a_wide_flow_of_all_pixels), of points of a few
 # entries by their conditionals (docs/implicit.md). The others were not, but chosen by hand.
 _WIDTHS = (64, 128, 256)  # of the flow: the least, and the most for points of a few entries and for images
 _WIDER = (32, 4)  # with each entry, up to the second and to the third
 _FLOW_RATE = 0.64  # of the flow, times its width
-_RATE = 1e-2  # of the distillation
+_RATE = 1e-2  # of the distillation, of a network whose units have 128 inputs or more; otherwise in inverse proportion
+_INPUTS = (32, 128)  # between which the rate changes (docs/benchmarks/gan.md, networks)
 _ROWS = 512  # of a step
 _PAIRS = 32_768  # of a latent and what the flow makes of it, at most
 _PATH_STEPS = 16  # of the flow's solver
 _CLIP = 1.0  # norm of a gradient
 _LEAST_NOISE = 0.01  # of a learned noise, in standard deviations of the data
 
+# What a share near the data is: measured on a plane, where 20 neighbours of 2,000 reach to four sd of a normal mode.
+_NEIGHBOURS = (5, 100)  # of a row: the first at least, and one in so many
+_REFERENCE = 2_000  # rows that draws are held against, at most
+_JUDGED = 8_000  # draws of which a share is taken: its standard error is .002 to .005
 
-def distil(generator: Generator, batches: Iterator[tuple[Any, ...]], steps: int, stages: Stages | None = None) -> None:
-    """Train a flow for so many steps, then distil it into a :class:`~pyro_dgm.Generator` for half as many."""
+# L-BFGS was measured on modes in a plane (docs/benchmarks/gan.md, networks); the bounds were chosen by hand.
+_FEW = 16  # entries of an event, at most: beyond, shares near the data say less, and an evaluation costs more
+_SHORT = 0.02  # of the draws may lie off the data beside the flow's own
+_TOLD = 0.03  # above which a user is told
+_WORTH = 0.05  # of what lacks has to be made good by a round, or it is the last
+_ROUNDS = 12  # at most
+_TELLING = 2_000  # steps of the flow, at least, before little gained says that the network can do no more
+_SHARPENED = 160  # steps of the distillation for one of a round
+_ITERATIONS = 20  # of such a step
+_HISTORY = 30  # updates that the curvature is taken from
+_FIXED = 8_192  # pairs: the loss has to be the same in each evaluation
+_ROUNDING = 1e-3  # of the corner of an absolute error, in standard deviations of the data
+
+
+@dataclass(repr=False)
+class Distilled:
+    """What a distillation has reached: shares of draws that lie near rows of the data (:func:`share_near`).
+
+    Attributes:
+        reference: rows that draws are held against, in standard units, shape ``(N, D)``.
+        context: contexts for draws, in the generator's units; None without.
+        rows: the share of other rows of the data.
+        flow: of the flow's draws.
+        carried: share of the data's variance that the latent can carry: 1, but for a latent shorter than the event.
+        steps: of the flow.
+        generator: of the generator's draws, after the distillation by Adam and after each round of L-BFGS.
+    """
+
+    reference: Tensor
+    context: Tensor | None
+    rows: float
+    flow: float
+    carried: float
+    steps: int
+    generator: list[float] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{share:.3f}" for share in self.generator)
+        return f"Distilled(rows={self.rows:.3f}, flow={self.flow:.3f}, generator=[{parts}], carried={self.carried:.3f})"
+
+    @torch.no_grad()
+    def share(self, generator: Generator) -> float:
+        """Of a generator's draws."""
+        with fork_rng(0):
+            contexts = [None] * (_JUDGED // _ROWS) if self.context is None else self.context.split(_ROWS)
+            parts = [(generator.latents(_ROWS if c is None else len(c), c), c) for c in contexts]
+            return share_near(torch.cat([generator.noisy(z, c) for z, c in parts]), self.reference)
+
+    def lacks(self) -> bool:
+        """Whether the flow has clearly more of its draws near the data."""
+        return self.flow - self.generator[-1] > _SHORT
+
+    def gained(self) -> bool:
+        """Whether the last round made a good part of what lacked good."""
+        if len(self.generator) < 2:
+            return True
+        return self.generator[-1] - self.generator[-2] >= _WORTH * (self.flow - self.generator[-2])
+
+    def tell(self, generator: Generator) -> None:
+        """Warn where too few draws of the trained generator lie near the data, and say what lacks."""
+        share = self.share(generator)
+        if self.flow - share > _TOLD:
+            cause = self._network()
+        elif self.carried < 1.0 and self.rows - share > _TOLD:
+            cause = (
+                f"Its latent lacks entries: they carry {self.carried:.0%} of the variance, and the rest is noise of each "
+                "entry's own. Build the generator with a larger base."
+            )
+        else:
+            return
+        warn_user(
+            f"fit: {share:.1%} of the generator's draws lie near rows of the data, {self.flow:.1%} of those of the flow that it "
+            f"was taught by, and {self.rows:.1%} of other rows. {cause}"
+        )
+
+    def _network(self) -> str:
+        shares = ", ".join(f"{share:.1%}" for share in self.generator)
+        after = f"({shares} after each part of the distillation)"
+        if self.gained() or self.steps < _TELLING:
+            return (
+                f"Its network lacks time {after}: give Adversarial pretrain={2 * self.steps}, or fit more max_seconds."
+            )
+        return f"Its network lacks capacity {after}, the last of which brought little: make it deeper or wider."
+
+
+def share_near(draws: Tensor, rows: Tensor) -> float:
+    """The share of draws within reach of a row: the distance to the nearest hundredth of the other rows, five at least.
+
+    This is the precision of Kynkaanniemi et al. (2019, arXiv 1904.06991); of equal distributions it is near 1 in a plane.
+
+    >>> rows = torch.arange(20.0)[:, None]
+    >>> share_near(torch.tensor([[3.5], [22.0], [30.0], [-90.0]]), rows)
+    0.5
+    """
+    least, one_in = _NEIGHBOURS
+    which = min(max(least, len(rows) // one_in) + 1, len(rows))  # the first is the row itself
+    reach = torch.cdist(rows, rows).topk(which, largest=False).values[:, -1]
+    near = [(torch.cdist(some, rows) <= reach).any(-1) for some in draws.split(_REFERENCE)]
+    return float(torch.cat(near).float().mean())
+
+
+def distil(
+    generator: Generator, batches: Iterator[tuple[Any, ...]], steps: int, stages: Stages | None = None
+) -> Distilled:
+    """Train a flow for so many steps, then distil it into a :class:`~pyro_dgm.Generator` for half as many, or for more."""
     stages = stages or Stages()
-    teacher = _Teacher(generator, *_rows(generator, first_rows(batches)))
+    x, context = _rows(generator, first_rows(batches))
+    teacher = _Teacher(generator, x, context)
     rate = _FLOW_RATE / _width(teacher.flow.features)
     optimizer = adam([p for p in teacher.flow.parameters() if p.requires_grad], rate)
 
@@ -50,19 +166,107 @@ def distil(generator: Generator, batches: Iterator[tuple[Any, ...]], steps: int,
     stages.descend("flow matching", teacher, optimizer, matching, steps, _linear, _CLIP)
     later = max(1, steps // 2)
     n = min(_PAIRS, _ROWS * later)
-    z, u, context = teacher.pairs(n, _contexts(generator, batches, n), stages.seconds())
-    n = len(z)
+    pairs = _Pairs(generator, teacher, *teacher.pairs(n, _contexts(generator, batches, n), stages.seconds()))
+    generator.hear(teacher.flow.features)
+    stages.descend("distillation", generator, adam(pairs.taught, _rate(generator)), pairs.some, later, _linear, _CLIP)
+    found = pairs.judged(generator.units(x), steps)
+    _sharpen(pairs, found, later // _SHARPENED, stages)
+    return found
 
-    def distance() -> Tensor:
-        some = torch.randint(n, (_ROWS,), device=z.device)
-        c = None if context is None else context[some]
-        return (generator.location(z[some], c) - u[some]).abs().mean()
 
-    optimizer = adam([p for p in generator.network.parameters() if p.requires_grad], _RATE)
-    stages.descend("distillation", generator, optimizer, distance, later, _linear, _CLIP)
-    if isinstance(generator.log_noise, nn.Parameter):
-        error = generator.location(z[:_ROWS], None if context is None else context[:_ROWS]) - u[:_ROWS]
-        _set_noise(generator, error, teacher.residual)
+def _sharpen(pairs: _Pairs, found: Distilled, steps: int, stages: Stages) -> None:
+    """Rounds of so many steps of L-BFGS while the generator lacks and gains; one at most where the fit's time is limited."""
+    generator = pairs.generator
+    pairs.set_noise()
+    found.generator.append(found.share(generator))
+    if generator.features > _FEW or not steps:
+        return
+    rounds = _ROUNDS if stages.seconds() is None else 1
+    optimizer = _ByCurvature(pairs)
+    while len(found.generator) <= rounds and found.lacks() and found.gained():
+        before = deepcopy(generator.state_dict())
+        stages.descend("distillation by L-BFGS", generator, optimizer, pairs.some, steps)
+        pairs.set_noise()
+        found.generator.append(found.share(generator))
+        if not found.generator[-1] > found.generator[-2]:
+            generator.load_state_dict(before)
+            found.generator[-1] = found.generator[-2]
+
+
+class _Pairs:
+    """Latents, what a flow makes of them in a generator's units, and contexts; and how far the generator is from them."""
+
+    def __init__(self, generator: Generator, teacher: _Teacher, z: Tensor, u: Tensor, context: Tensor | None) -> None:
+        self.generator = generator
+        self.residual = teacher.residual
+        self.z = z
+        self.u = u
+        self.context = context
+        self.taught = [p for p in generator.network.parameters() if p.requires_grad]
+
+    def error(self, which: Any) -> Tensor:
+        """Of these pairs, in standard units, shape ``(N, D)``."""
+        context = None if self.context is None else self.context[which]
+        return self.generator.location(self.z[which], context) - self.u[which]
+
+    def some(self) -> Tensor:
+        """The mean absolute error of pairs that are drawn anew each time."""
+        return self.error(torch.randint(len(self.z), (_ROWS,), device=self.z.device)).abs().mean()
+
+    def fixed(self) -> Tensor:
+        """The mean absolute error of always the same pairs, smooth at zero."""
+        return ((self.error(slice(_FIXED)).square() + _ROUNDING**2).sqrt() - _ROUNDING).mean()
+
+    @torch.no_grad()
+    def set_noise(self) -> None:
+        """The learned noise of each entry: what the map and the principal components leave."""
+        if not isinstance(self.generator.log_noise, nn.Parameter):
+            return
+        typical = self.error(slice(_ROWS)).abs().median(0).values
+        noise = (typical.square() + self.residual.square()).sqrt().clamp_min(_LEAST_NOISE)
+        self.generator.log_noise.copy_(noise.log())
+
+    def judged(self, rows: Tensor, steps: int) -> Distilled:
+        """The flow's draws and half of these rows against the other half; batches of few rows repeat them."""
+        rows = rows.unique(dim=0)
+        rows = rows[torch.randperm(len(rows), device=rows.device)[: 2 * _REFERENCE]]
+        reference, others = rows.chunk(2)
+        noise = self.residual if isinstance(self.generator.log_noise, nn.Parameter) else self.generator.sigma
+        flow = self.u[:_JUDGED] + noise * torch.randn_like(self.u[:_JUDGED])
+        carried = 1.0 - float(self.residual.square().sum() / rows.var(0).sum())
+        context = None if self.context is None else self.context[:_JUDGED]
+        return Distilled(reference, context, share_near(others, reference), share_near(flow, reference), carried, steps)
+
+
+class _ByCurvature(torch.optim.LBFGS):
+    """L-BFGS on the same pairs in each evaluation, with the interface of other optimisers."""
+
+    def __init__(self, pairs: _Pairs) -> None:
+        super().__init__(
+            pairs.taught,
+            max_iter=_ITERATIONS,
+            max_eval=2 * _ITERATIONS,  # of a step: a line search takes a few more than one
+            history_size=_HISTORY,
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
+        )
+        self.pairs = pairs
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure or self._evaluate)
+
+    def _evaluate(self) -> Tensor:
+        self.zero_grad()
+        loss = self.pairs.fixed()
+        loss.backward()
+        return loss
+
+
+def _rate(generator: Generator) -> float:
+    """Of the distillation: narrow networks take larger steps, as their weights have farther to go."""
+    inputs = max((p[0].numel() for p in generator.network.parameters() if p.dim() > 1), default=_INPUTS[1])
+    return _RATE * _INPUTS[1] / min(max(inputs, _INPUTS[0]), _INPUTS[1])
 
 
 def _linear(step: int, progress: float) -> float:
@@ -132,13 +336,6 @@ def _principal(u: Tensor, size: int) -> Tensor:
 def _width(features: int) -> int:
     """Of a flow: 64 for two entries, 128 from four on, 256 for an image of 64, which a narrow one cannot learn."""
     return max(_WIDTHS[0], *(min(by * features, most) for by, most in zip(_WIDER, _WIDTHS[1:], strict=True)))
-
-
-@torch.no_grad()
-def _set_noise(generator: Generator, error: Tensor, residual: Tensor) -> None:
-    """The learned noise of each entry: what the map and the principal components leave."""
-    typical = error.abs().median(0).values
-    generator.log_noise.copy_((typical.square() + residual.square()).sqrt().clamp_min(_LEAST_NOISE).log())
 
 
 def _rows(generator: Generator, rows: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:

@@ -49,7 +49,8 @@ class Generator(DistributionModule):
             modes better than smooth activations; None is 4 D, between 128 and 256. Where it ends
             in ``Tanh`` or ``Sigmoid``, data are not standardised and must lie in that range.
         base: of z: a family, a distribution (its tensors do not move with ``.to``), or the dimension of a
-            standard normal. None for dimension D, between 2 and 64.
+            standard normal. None for dimension D, between 2 and 64. A distillation makes use of D entries at most: others
+            only blur, so that the network sees zeros in their place from then on.
         context_features: length of the context c.
         noise: :math:`\sigma` in standard deviations of the data; 0 for none. None learns one for each entry.
         support: constraint of the event.
@@ -92,6 +93,9 @@ class Generator(DistributionModule):
         self.base = _as_family(max(2, min(self.features, _MOST_LATENTS)) if base is None else base)
         self.network = _as_network(network, self.base.event_shape.numel() + context_features, self.features)
         self.standard = Standardize(self.features)
+        latent = self.base.event_shape.numel()
+        self.heard: Tensor | None
+        self.register_buffer("heard", torch.ones(latent) if latent > self.features else None)
         self.noiseless = noise == 0.0
         log_noise = torch.full((self.features,), _FIRST_NOISE if noise is None else noise or 1.0).log()
         self.log_noise: Tensor
@@ -130,9 +134,20 @@ class Generator(DistributionModule):
         z = as_tensor_like("Generator", "latent", z, self.standard.loc)
         check_value_shape("Generator, latent", z, self.base.event_shape)
         flat = z.reshape(*z.shape[: z.dim() - len(self.base.event_shape)], self.base.event_shape.numel())
+        flat = flat if self.heard is None else flat * self.heard
         inputs = flat if context is None else broadcast_cat(flat, context)
         u = self.network(inputs)
         return u if u.shape == (*inputs.shape[:-1], self.features) else self._flat(u, inputs)
+
+    def hear(self, entries: int) -> None:
+        """Let the network see so many entries of a latent that is longer than the event, and zeros in the place of the others."""
+        if self.heard is not None:
+            self.heard[entries:] = 0.0
+
+    def noisy(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """The location with output noise: draws in standard units, flat."""
+        u = self.location(z, context)
+        return u if self.noiseless else torch.addcmul(u, self.sigma, torch.randn_like(u))
 
     def units(self, x: Tensor) -> Tensor:
         """Events ``(*batch, *event)`` as the network should make them: flat and in standard units, shape ``(*batch, D)``."""
@@ -222,8 +237,7 @@ class Generator(DistributionModule):
         return normal if context is None else normal.expand(context.shape[:-1])
 
     def _draw(self, z: Tensor, context: Tensor | None) -> Tensor:
-        u = self.location(z, context)
-        return self._event(u if self.noiseless else torch.addcmul(u, self.sigma, torch.randn_like(u)))
+        return self._event(self.noisy(z, context))
 
     def _event(self, u: Tensor) -> Tensor:
         flat = torch.addcmul(self.standard.loc, self.standard.scale, u)
