@@ -18,8 +18,10 @@ from pyro_dgm.cnf.matching import (
     match,
     recipe_for,
     standardize_once,
+    start_from_columns,
     start_from_few,
     start_from_mixture,
+    start_in_better_units,
 )
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.kinds import checked
@@ -146,8 +148,12 @@ class MaximumLikelihood(nn.Module):
         courses = [Course(cheap, min(self.steps, FEW_STEPS if continuous else _FEW_STEPS))]
         if continuous:
             courses.append(Course(self, min(self.steps, _FEW_FINE[0]), _FEW_FINE[1]))
-        few = start_from_few(family, courses, batches, stages)
-        if continuous and not few:
+        if start_from_few(family, courses, batches, stages):
+            return
+        start_from_columns(family, batches)
+        if not continuous:
+            start_in_better_units(family, self, batches, stages)
+        else:
             match("flow matching", family, lambda: cheap(*next(batches)), stages, self.steps)
             start_from_mixture(family, batches, stages)
 

@@ -22,13 +22,12 @@ from pyro_dgm.core.pace import UNCOUNTED, few_threads, working
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.train.batches import Batches, as_args, described, held_out_split, largest_of, row_count
 from pyro_dgm.train.descend import Limits, Stages
-from pyro_dgm.train.history import Checkpoint, FitDiverged, History
+from pyro_dgm.train.history import Checkpoint, FitDiverged, History, Patience
 from pyro_dgm.train.hooks import Alternating, Recipe, Recommending, Settling, settings
 from pyro_dgm.train.loop import Loop
 from pyro_dgm.train.players import MakeOptimizer, OnePlayer, Players, TwoPlayers
 from pyro_dgm.train.preparing import owned_parameters, prepare
 from pyro_dgm.train.ranks import Ranks, ranks_for
-from pyro_dgm.train.standing import Patience
 
 __all__ = ["Asked", "FitDiverged", "begun", "fit"]
 

@@ -1,13 +1,14 @@
-"""What is kept of a fit: the record of its steps, and its state in a file, from which it resumes."""
+"""What is kept of a fit: the record of its steps, where it stands between its checks, and its state in a file."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from pyro_dgm.core.devices import put_random_states, random_states
 from pyro_dgm.core.files import load_state, only_here, refuse_no_place, refuse_no_room, save_state, size_of
 from pyro_dgm.core.warn import warn_user
 
-__all__ = ["Checkpoint", "FitDiverged", "History"]
+__all__ = ["Checkpoint", "FitDiverged", "History", "Patience", "Standing"]
 
 _WHAT = "fit: the checkpoint"
 _PARTS = {"about", "stages", "tensors"}
@@ -24,6 +25,8 @@ _WHOLE = ({"about", "stages"}, {"about", "tensors"})  # of a fit that was prepar
 # with an NSF of 110 kB (of 1.2 MB) and an average: 6.0 times its bytes (5.5).
 _COPIES = 6
 _FILES = 2  # while a file is written the one before stands
+# Steps without a lower held-out loss, and share of the whole way: a rate that falls brings gains late. Not measured.
+_PATIENCE = (500, 0.25)
 
 
 @dataclass
@@ -202,3 +205,44 @@ class Checkpoint:
             told = getattr(error, "strerror", None) or f"{_WHAT} {self.path} could not be saved ({error})."
             warn_user(f"{told} Training goes on without saving; the best parameters are kept in memory.")
         self.failed = True
+
+
+class Patience(NamedTuple):
+    """How long a fit goes on without improvement: so many checks, and so much of the whole way."""
+
+    checks: int
+    share: float
+
+    @classmethod
+    def of(cls, checks: int | None, every: int, held_out: bool) -> Patience | None:
+        """What was asked for; otherwise the usual where data are held out, and none where they are not."""
+        if checks is not None:
+            return cls(checks, 0.0)
+        return cls(-(-_PATIENCE[0] // every), _PATIENCE[1]) if held_out else None
+
+
+@dataclass
+class Standing:
+    """Where a loop stands, beside its history: its round, what the checks of that round found, and steps that were lost.
+
+    Attributes:
+        round, round_began: the round's index and first step.
+        round_best, previous_best: the lowest score in the round, and in the one before.
+        stale: checks in a row without improvement.
+        stale_from: share of the whole way at the last improvement.
+        lost: steps in a row that were not finite.
+        halved: times that the rate was halved.
+        checked_at: the step of the last check.
+        lowest: the lowest score of all checks; the state that is kept may be a later one, within the noise.
+    """
+
+    round: int = 0
+    round_began: int = 0
+    round_best: float = math.inf
+    previous_best: float = math.inf
+    stale: int = 0
+    stale_from: float = 0.0
+    lost: int = 0
+    halved: int = 0
+    checked_at: int = 0
+    lowest: float = math.inf

@@ -15,11 +15,10 @@ from pyro_dgm.core.pace import Interruption, show
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.train.batches import Batches, named_tensors, non_finite
 from pyro_dgm.train.descend import OPEN_STEPS, Stages, rate_at, round_length, set_rates
-from pyro_dgm.train.history import FitDiverged, History
+from pyro_dgm.train.history import FitDiverged, History, Patience, Standing
 from pyro_dgm.train.hooks import Convergent, Finishing
 from pyro_dgm.train.players import Players, finite_loss, loss_of, smoothed
 from pyro_dgm.train.ranks import ALONE, Ranks
-from pyro_dgm.train.standing import Patience, Standing
 
 __all__ = ["Loop"]
 
