@@ -36,6 +36,7 @@ from pyro_dgm.flows.few_rows import (
     are_few,
 )
 from pyro_dgm.flows.many_rows import best_mixture, column_splines, seems_normal
+from pyro_dgm.flows.mixture_units import Normals
 from pyro_dgm.train.batches import FEW, few_rows, first_rows, some_rows
 from pyro_dgm.train.descend import Stages, adam, cosine, warm_up
 from pyro_dgm.train.hooks import Recipe
@@ -44,6 +45,7 @@ __all__ = [
     "Course",
     "FlowMatching",
     "match",
+    "mixture_for",
     "recipe_for",
     "standardize_once",
     "start_from_columns",
@@ -253,20 +255,24 @@ def start_from_columns(family: DistributionModule, batches: Iterator[tuple[Any, 
             family.columns.take(splines.rough)
 
 
-def start_from_mixture(family: NormalizingFlow, batches: Iterator[tuple[Any, ...]], stages: Stages) -> None:
-    """Start a flow at a mixture of normals, in whose units it is the identity, where that scores rows better.
+def mixture_for(
+    family: NormalizingFlow, batches: Iterator[tuple[Any, ...]], stages: Stages
+) -> tuple[Normals, Tensor] | None:
+    """A mixture of normals in a flow's units, and rows to judge it by; only where rows are many, and have no contexts.
 
-    Only where its rows are many, and have no contexts. The flow is then as it was matched. A fit by seconds gives it half of
-    those that are left, and no mixture afterwards.
+    A fit by seconds gives it half of those that are left.
     """
     rows = _many_rows(family, batches)
     if rows is None or family.features == 1:
-        return
+        return None
     judges, x = rows
     with within(stages.seconds()):
         mixture = best_mixture(family.flow_units(x))
-    if mixture is None:
-        return
+    return None if mixture is None else (mixture, judges)
+
+
+def start_from_mixture(family: NormalizingFlow, mixture: Normals, judges: Tensor) -> None:
+    """Start a flow at a mixture, in whose units it is the identity, where that scores rows better than the flow as it is."""
     with _kept_if_better(family, judges, None):
         family.mixture.take(mixture)
         family.start_at_identity()
