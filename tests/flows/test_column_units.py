@@ -30,7 +30,7 @@ def in_columns(v):
 
 
 def test_draws_invert_scores_and_the_log_determinant_is_the_jacobians():
-    """Beyond the rows too. Planted faults: the slope of the wrong end outside; a piece of the neighbouring column."""
+    """Beyond the rows too. Planted fault: a piece of the neighbouring column."""
     v = copula(5_000)[0].double()
     v = (v - v.mean(0)) / v.std(0)
     transform = in_columns(v).transform()
@@ -41,6 +41,14 @@ def test_draws_invert_scores_and_the_log_determinant_is_the_jacobians():
     log_det = jacobian.diagonal(dim1=1, dim2=2).log().sum(-1)
     assert torch.allclose(-log_det, transform.log_abs_det_jacobian(u, x), atol=1e-8)
     assert torch.allclose(jacobian, torch.diag_embed(jacobian.diagonal(dim1=1, dim2=2)))
+
+
+def test_slopes_go_on_beyond_the_rows():
+    """Planted fault: the slope of a piece's other end."""
+    units = in_columns((copula(5_000)[0] - 1.0).double())
+    for end in (units.knots[:, 0], units.knots.gather(1, units.last.long()[:, None])[:, 0]):
+        _, slopes = units.transform().images_of(end + torch.tensor([[-1e-9], [1e-9]], dtype=torch.float64))
+        assert torch.allclose(slopes[0], slopes[1], rtol=1e-3)
 
 
 def test_columns_are_normal_in_their_units():
