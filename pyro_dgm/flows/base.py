@@ -26,8 +26,10 @@ from pyro_dgm.core.shapes import (
     reference,
     refuse_immoderate,
 )
+from pyro_dgm.core.units import Tails
 from pyro_dgm.flows.autoregressive import sequential
 from pyro_dgm.flows.few_rows import Decorrelate
+from pyro_dgm.flows.many_rows import ColumnUnits
 from pyro_dgm.flows.mixture_units import MixtureUnits
 
 __all__ = ["Direction", "NormalizingFlow", "StandardNormalBase", "directed", "features_of", "standard_normal"]
@@ -99,6 +101,7 @@ class NormalizingFlow(DistributionModule):
         self.standard = Standardize(self.features)
         self.decorrelate = Decorrelate()  # the identity, unless a fit finds few rows
         self.mixture = MixtureUnits()  # the identity, unless a fit finds many
+        self.columns = ColumnUnits()  # the same
         self._known_support: constraints.Constraint | None = None
 
     def build(self, context: Tensor | None) -> Distribution:
@@ -111,9 +114,8 @@ class NormalizingFlow(DistributionModule):
 
     def bijection(self, built: Distribution) -> Transform | None:
         rest = super().bijection(built)
-        parts = [
-            units.transform() for units in (self.decorrelate, self.mixture, self.standard) if not units.is_identity()
-        ]
+        whole = (self.decorrelate, self.mixture, self.columns, self.standard)
+        parts = [units.transform() for units in whole if not units.is_identity()]
         return composed(parts + ([] if rest is None else [rest])) if parts else rest
 
     def event_units(self) -> Standardize:
@@ -122,11 +124,20 @@ class NormalizingFlow(DistributionModule):
     @torch.no_grad()
     def fit_events(self, x: Tensor) -> None:
         """Mean 0 and sd 1 before the flow, of data ``(..., *event_shape)``; columns with long tails are compressed first."""
+        self._take_units(x, "bend" if len(self.event_shape) < 2 else "keep")
+
+    @torch.no_grad()
+    def take_straight_units(self, x: Tensor) -> None:
+        """The same without any compression."""
+        self._take_units(x, "keep")
+
+    def _take_units(self, x: Tensor, tails: Tails) -> None:
         self.standard.forget()
         self.decorrelate.forget()
         self.mixture.forget()
+        self.columns.forget()
         rows = self.flow_units(x).reshape(-1, self.features)
-        self.standard.fit(rows, tails="bend" if len(self.event_shape) < 2 else "keep", who=type(self).__name__)
+        self.standard.fit(rows, tails=tails, who=type(self).__name__)
 
     def has_normal_base(self) -> bool:
         """Whether the identity would be a normal law: not so of a flow on circles, nor of a mixture."""

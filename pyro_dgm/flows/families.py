@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from pyro_dgm.core.networks import soft_clip
 from pyro_dgm.core.shapes import reference
 from pyro_dgm.flows.autoregressive import sequential
 from pyro_dgm.flows.base import Direction, NormalizingFlow, directed, features_of
+from pyro_dgm.flows.many_rows import Piece
 
 __all__ = ["MAF", "NSF", "RationalQuadratic", "RealNVP", "ZukoFlow"]
 
@@ -220,18 +220,6 @@ class ZukoFlow(NormalizingFlow):
             self.to(like.dtype)
 
 
-class _Piece(NamedTuple):
-    """Lower left corner of a piece, its width and height, its slopes at both ends and on average."""
-
-    x: Tensor
-    y: Tensor
-    width: Tensor
-    height: Tensor
-    left: Tensor
-    right: Tensor
-    mean: Tensor
-
-
 class RationalQuadratic(Transform):
     """A spline on ``[-bound, bound]``, the identity outside.
 
@@ -270,11 +258,7 @@ class RationalQuadratic(Transform):
 
     def _inverse(self, y: Tensor) -> Tensor:
         v = y.clamp(-self.bound, self.bound)
-        p = self._piece(v, 1)
-        bend = (v - p.y) * (p.left + p.right - 2.0 * p.mean)
-        a, b, c = p.height * (p.mean - p.left) + bend, p.height * p.left - bend, p.mean * (v - p.y)
-        z = 2.0 * c / (b + (b * b + 4.0 * a * c).sqrt())
-        return torch.where(y.abs() < self.bound, p.x + z * p.width, y)
+        return torch.where(y.abs() < self.bound, self._piece(v, 1).origin(v), y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return self.call_and_ladj(x)[1]
@@ -282,15 +266,10 @@ class RationalQuadratic(Transform):
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Image and log-derivative."""
         v, inside = x.clamp(-self.bound, self.bound), x.abs() < self.bound
-        p = self._piece(v, 0)
-        z = (v - p.x) / p.width
-        rest, zz = 1.0 - z, z * (1.0 - z)
-        below = p.mean + (p.left + p.right - 2.0 * p.mean) * zz
-        y = p.y + p.height * (p.mean * z * z + p.left * zz) / below
-        derivative = (2.0 * p.mean * zz + p.left * rest * rest + p.right * z * z) * (p.mean / below).square()
-        return torch.where(inside, y, x), torch.where(inside, derivative.log(), 0.0)
+        y, slope = self._piece(v, 0).image(v)
+        return torch.where(inside, y, x), torch.where(inside, slope.log(), 0.0)
 
-    def _piece(self, v: Tensor, axis: int) -> _Piece:
+    def _piece(self, v: Tensor, axis: int) -> Piece:
         """The piece that ``v`` lies in, on the axis of x (0) or of y (1)."""
         total, pieces = self.edges[..., -1], self.edges.shape[-1]
         place = (v + self.bound) * total[..., axis] / (2.0 * self.bound)
@@ -300,7 +279,7 @@ class RationalQuadratic(Transform):
         right, top = (_at(self.edges, both).squeeze(-1) * scale - self.bound).unbind(-1)
         raw = _at(F.pad(self.slopes, (1, 1)), torch.cat([k, k + 1], -1))
         first, last = torch.exp(soft_clip(raw, -self.floor)).unbind(-1)
-        return _Piece(right - width, top - height, width, height, first, last, height / width)
+        return Piece(right - width, top - height, width, height, first, last, height / width)
 
 
 def _at(table: Tensor, index: Tensor) -> Tensor:

@@ -12,31 +12,25 @@ mixture, and what it learns is where the rows differ from it. For one normal :ma
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.pace import seconds_left
 from pyro_dgm.core.upstream import unseen
 from pyro_dgm.flows.normal_mixture import log_ndtr
 
-__all__ = ["MixtureUnits", "Normals", "best_mixture", "fitted_mixture"]
+__all__ = ["MixtureUnits", "Normals", "fitted_mixture", "fitted_scales"]
 
 # Of EM. Measured on the simulated tables of docs/benchmarks/small.md.
 _ITERATIONS = 60  # of a mixture's EM at most
 _TOLERANCE = 1e-3  # nats a row, that an iteration has to bring
 _RIDGE = 1e-4  # in the common covariance: a spike of equal rows has a width of .01
-# Of the mixture for many rows. NSF from 32 normals on sheets-6 ends .41 nats off, without them .34; so a number that still grows
-# at 32 is no start (docs/benchmarks/tables.md).
-_COMPONENTS = (2, 4, 8, 16, 32)
-_PSEUDO = 2.0  # rows of the common covariance in each component's; not measured, chosen by hand
-_CHOSEN_ON = 5_000  # rows; with 10,000 and 60 iterations sheets-43 took 46 CPU seconds
-_SHARE = 0.8  # of them, to fit to
-_LONGEST = 15  # iterations
-_LEAST_GAIN = 0.02  # nats a row that twice as many components have to bring; not measured, chosen by hand
+_HELD = 10_000_000  # entries of components at once, where rows are mapped; not measured, chosen by hand
+_PART = 2_000  # rows of which squares are held at once; not measured, chosen by hand
 _LEAST = 1e-30  # probability below which the quantile comes from its logarithm; float32 has 1e-38
 _HALVINGS = 60  # of a search for a draw's entry
 _PRECISE = 1e-6  # of an entry's own width, where the search ends
@@ -122,58 +116,73 @@ class MixtureUnits(nn.Module):
 _NAMES = ("log_weight", "loc", "inverse")
 
 
-def best_mixture(v: Tensor) -> Normals | None:
-    """The mixture of 1, 2, 4 ... normals that scores left-out rows best: found on some of the rows, then fitted to all.
-
-    None where the largest number is the best: more and more normals that fit better are no clusters, but pieces of a curved law,
-    which a flow in these units learns less of than in plain ones.
-    """
-    v = v.detach().cpu().double()
-    some, left = v[:_CHOSEN_ON].tensor_split([round(_SHARE * len(v[:_CHOSEN_ON]))])
-    with fork_rng(0):
-        best = fitted_mixture(some, 1, _PSEUDO)
-        score = float(best.log_prob(left).mean())
-        for components in _COMPONENTS:
-            if not seconds_left():
-                return None
-            found = fitted_mixture(some, components, _PSEUDO, iterations=_LONGEST)
-            gain = float(found.log_prob(left).mean()) - score
-            if gain < _LEAST_GAIN:
-                return fitted_mixture(v, len(best.weight), _PSEUDO, best, _LONGEST)
-            best, score = found, score + gain
-    return None
-
-
 def fitted_mixture(
     x: Tensor, components: int, pseudo: float, start: Normals | None = None, iterations: int = _ITERATIONS
 ) -> Normals:
     """The most probable mixture under a prior that draws each covariance to the common one; from k-means, or from a start."""
-    share = (
-        start.log_parts(x).softmax(-1) if start else nn.functional.one_hot(_clusters(x, components), components).to(x)
-    )
+    if start is None:
+        cluster = _clusters(x, components)
+        sums = _sums(x, lambda some, part: nn.functional.one_hot(cluster[part], components).to(x))
+    else:
+        sums = _responsible(x, start)[1]
     before = -math.inf
     for _ in range(iterations):
-        mixture = _maximised(x, share, pseudo)
-        parts = mixture.log_parts(x)
-        score = float(parts.logsumexp(-1).mean())
-        if score - before < _TOLERANCE:
+        mixture = _maximised(sums, x.shape, pseudo)
+        score, sums = _responsible(x, mixture)
+        if score - before < _TOLERANCE or not seconds_left():
             break
         before = score
-        if not seconds_left():
-            break
-        share = parts.softmax(-1)
     return mixture
 
 
-def _maximised(x: Tensor, share: Tensor, pseudo: float) -> Normals:
-    rows, columns = x.shape
-    count = share.sum(0) + 1e-6
-    loc = share.T @ x / count[:, None]
-    spread = torch.stack([((x - m) * s[:, None]).T @ (x - m) for m, s in zip(loc, share.T, strict=True)])
-    common = spread.sum(0) / rows
-    shrinkage = columns / (rows + columns)
-    ridge = torch.full_like(x[0], _RIDGE).diag()
-    common = (1.0 - shrinkage) * common + shrinkage * common.diagonal().diag() + ridge
+def _responsible(x: Tensor, mixture: Normals) -> tuple[float, Tensor]:
+    """The mean score of rows, and the sums of their squares for each component, by its share in them."""
+    quadratic = _as_quadratic(mixture)
+    scores = []
+
+    def share(some: Tensor, part: slice) -> Tensor:
+        logits = some @ quadratic
+        scores.append(logits.logsumexp(1).sum())
+        return logits.softmax(1)
+
+    sums = _sums(x, share)
+    return float(torch.stack(scores).sum()) / len(x), sums
+
+
+def _sums(x: Tensor, share: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """For each component the sums over rows of 1, x_i and x_i x_j, each row by its share; in parts of rows that fit a cache."""
+    columns = x.shape[1]
+    first, second = torch.triu_indices(columns, columns, device=x.device)
+    total: Any = 0.0
+    for part in range(0, len(x), _PART):
+        rows = x[part : part + _PART]
+        some = torch.cat([torch.ones_like(rows[:, :1]), rows, rows[:, first] * rows[:, second]], 1)
+        total = total + share(some, slice(part, part + _PART)).mT @ some
+    return total
+
+
+def _as_quadratic(mixture: Normals) -> Tensor:
+    """Log densities of the weighted components as coefficients of 1, x_i and x_i x_j, shape ``(1 + D + D (D + 1) / 2, K)``."""
+    columns = mixture.loc.shape[1]
+    first, second = torch.triu_indices(columns, columns, device=mixture.loc.device)
+    precision = torch.cholesky_inverse(mixture.tril)
+    linear = (precision @ mixture.loc.unsqueeze(-1)).squeeze(-1)
+    log_scale = mixture.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    constant = mixture.weight.log() - log_scale - columns * _HALF_LOG_2PI - 0.5 * (linear * mixture.loc).sum(-1)
+    twice = torch.where(first == second, 0.5, 1.0).to(linear)
+    return torch.cat([constant[:, None], linear, -twice * precision[:, first, second]], 1).mT
+
+
+def _maximised(sums: Tensor, shape: Sequence[int], pseudo: float) -> Normals:
+    """The mixture that such sums over rows of a shape ``(N, D)`` ask for."""
+    rows, columns = shape
+    first, second = torch.triu_indices(columns, columns, device=sums.device)
+    count, loc = sums[:, 0] + 1e-6, sums[:, 1 : 1 + columns] / (sums[:, :1] + 1e-6)
+    square = sums.new_zeros(len(sums), columns, columns)
+    square[:, first, second] = sums[:, 1 + columns :]
+    square[:, second, first] = sums[:, 1 + columns :]
+    spread = square - count[:, None, None] * loc.unsqueeze(-1) * loc.unsqueeze(-2)
+    common = _shrunk(spread.sum(0) / rows, rows)
     if pseudo == math.inf:
         covariance = common.expand_as(spread)
     else:
@@ -181,17 +190,48 @@ def _maximised(x: Tensor, share: Tensor, pseudo: float) -> Normals:
     return Normals((count + 1.0) / (count + 1.0).sum(), loc, torch.linalg.cholesky(covariance))
 
 
+def fitted_scales(x: Tensor, components: int, iterations: int = _ITERATIONS) -> Normals:
+    """The most probable mixture of normals that share a place and, up to a factor, a covariance; by EM from even quantiles."""
+    rows, columns = x.shape
+    precision, before = torch.ones_like(x[:, 0]), -math.inf
+    levels = (torch.arange(components).to(x) + 0.5) / components
+    weight, variance = torch.full_like(levels, 1.0 / components), torch.empty(0)
+    for _ in range(iterations):
+        loc = (precision @ x) / precision.sum()
+        off = x - loc
+        tril = torch.linalg.cholesky(_shrunk((off * precision[:, None]).mT @ off / rows, rows))
+        squares = torch.linalg.solve_triangular(tril, off.mT, upper=False).square().mean(0)
+        variance = variance if variance.numel() else squares.quantile(levels)
+        parts = weight.log() - 0.5 * columns * (variance.log() + squares[:, None] / variance)
+        score = float(parts.logsumexp(1).mean() - tril.diagonal().log().sum())
+        if score - before < _TOLERANCE or not seconds_left():
+            break
+        before, share = score, parts.softmax(1)
+        count = share.sum(0) + 1e-6
+        weight, variance = count / count.sum(), (share.mT @ squares) / count
+        precision = share @ (1.0 / variance)
+    return Normals(weight, loc.expand(components, -1), variance.sqrt()[:, None, None] * tril)
+
+
+def _shrunk(covariance: Tensor, rows: int) -> Tensor:
+    """Nearer to its diagonal, the more the fewer rows there are for a column."""
+    shrinkage = len(covariance) / (rows + len(covariance))
+    ridge = torch.full_like(covariance[0], _RIDGE).diag()
+    return (1.0 - shrinkage) * covariance + shrinkage * covariance.diagonal().diag() + ridge
+
+
 def _clusters(x: Tensor, components: int, iterations: int = 10) -> Tensor:
     """The cluster of each row, by k-means from far-apart rows (k-means++)."""
     centres = x[torch.randint(len(x), (1,), device=x.device)]
+    nearest = torch.full_like(x[:, 0], math.inf)
     while len(centres) < components:
-        nearest = torch.cdist(x, centres).amin(1).square() + 1e-12
+        nearest = torch.minimum(nearest, (x - centres[-1]).square().sum(1) + 1e-12)
         centres = torch.cat([centres, x[torch.multinomial(nearest, 1)]])
     for _ in range(iterations):
         nearest_centre = torch.cdist(x, centres).argmin(1)
-        share = nn.functional.one_hot(nearest_centre, components).to(x)
-        filled = share.sum(0) > 0
-        centres = torch.where(filled[:, None], share.T @ x / share.sum(0).clamp_min(1.0)[:, None], centres)
+        count = torch.bincount(nearest_centre, minlength=components).to(x)[:, None]
+        total = torch.zeros_like(centres).index_add_(0, nearest_centre, x)
+        centres = torch.where(count > 0, total / count.clamp_min(1.0), centres)
     return nearest_centre
 
 
@@ -221,14 +261,22 @@ class _Rosenblatt(Transform):
         return self.last[2]  # type: ignore[index]
 
     def _inverse(self, v: Tensor) -> Tensor:
+        rows = max(1, _HELD // self.loc.numel())
+        parts = [self._in_units(part) for part in v.reshape(-1, v.shape[-1]).split(rows)]
+        u, log_slope = (torch.cat(part) for part in zip(*parts, strict=True))
+        u, log_slope = u.reshape(v.shape), log_slope.reshape(v.shape[:-1])
+        self.last = u, v, -log_slope
+        return u
+
+    def _in_units(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The u of rows v, and the log-determinant there."""
         z = torch.einsum("kij,...kj->...ki", self.inverse, v.unsqueeze(-2) - self.loc)
         log_each = self.inverse.diagonal(dim1=-2, dim2=-1).log() - 0.5 * z.square() - _HALF_LOG_2PI
         before = nn.functional.pad(log_each[..., :-1].cumsum(-1), (1, 0))
         log_share = (self.log_weight.unsqueeze(-1) + before).log_softmax(-2)
         u = _quantile(log_share, z)
         log_slope = (log_share + log_each).logsumexp(-2) + 0.5 * u.square() + _HALF_LOG_2PI
-        self.last = u, v, -log_slope.sum(-1)
-        return u
+        return u, log_slope.sum(-1)
 
     def _call(self, u: Tensor) -> Tensor:
         if self.last is not None and self.last[0] is u:

@@ -16,10 +16,13 @@ from pyro_dgm.cnf.matching import (
     Course,
     FlowMatching,
     match,
+    mixture_for,
     recipe_for,
     standardize_once,
+    start_from_columns,
     start_from_few,
     start_from_mixture,
+    start_in_better_units,
 )
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.kinds import checked
@@ -51,9 +54,11 @@ class MaximumLikelihood(nn.Module):
     weighted by cross-validation. Up to 1,000 steps on the rows follow, and end early. ``History.held_out`` and ``.stopped`` say
     so; ``fit(..., validation=0)`` holds nothing out, and then only ``max_steps`` keeps rows from being learned by heart.
 
-    Of more rows without contexts a mixture of normals is fitted to 30,000 at most, once a continuous flow has been matched.
-    Where the mixture scores other rows better, and more normals would not, the flow starts anew as the identity in the units of
-    the mixture; draws then take a search for each column.
+    More rows without contexts say where a flow starts, up to 30,000 of them. Columns that are nearly discrete become normal by
+    themselves, by splines through their quantiles; where all columns are then normal together, the flow starts as that law. A
+    continuous flow is matched, and compared with a mixture of normals, or of scales of one normal: where that scores other
+    rows better, the flow starts anew as the identity in the units of the mixture, and draws take a search for each column.
+    Other flows whose units compress tails take 200 steps in these units and 200 in straight ones, and go on with the better.
 
     More rows are taken in minibatches of 256, for up to 3,000 steps. A tenth of them is held out, 2,000 at most, and checked each
     50 steps. The averaged weights that score them best are kept; the fit ends after 750 steps without a better score. What is
@@ -146,10 +151,16 @@ class MaximumLikelihood(nn.Module):
         courses = [Course(cheap, min(self.steps, FEW_STEPS if continuous else _FEW_STEPS))]
         if continuous:
             courses.append(Course(self, min(self.steps, _FEW_FINE[0]), _FEW_FINE[1]))
-        few = start_from_few(family, courses, batches, stages)
-        if continuous and not few:
-            match("flow matching", family, lambda: cheap(*next(batches)), stages, self.steps)
-            start_from_mixture(family, batches, stages)
+        if start_from_few(family, courses, batches, stages):
+            return
+        start_from_columns(family, batches)
+        if not continuous:
+            start_in_better_units(family, self, batches, stages)
+            return
+        mixture = mixture_for(family, batches, stages)
+        match("flow matching", family, lambda: cheap(*next(batches)), stages, self.steps)
+        if mixture is not None:
+            start_from_mixture(family, *mixture)
 
     def _refuse_hjb_without_potential(self) -> None:
         if "hjb" in self.weights:

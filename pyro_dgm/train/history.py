@@ -1,4 +1,4 @@
-"""What is kept of a fit: the record of its steps, where it stands, and its state in a file, from which it resumes."""
+"""What is kept of a fit: the record of its steps, where it stands between its checks, and its state in a file."""
 
 from __future__ import annotations
 
@@ -24,50 +24,9 @@ _WHOLE = ({"about", "stages"}, {"about", "tensors"})  # of a fit that was prepar
 # What a file holds of the objective's tensors, at most: as they are, the best, the module's, an average, two of Adam. Measured
 # with an NSF of 110 kB (of 1.2 MB) and an average: 6.0 times its bytes (5.5).
 _COPIES = 6
-# Not measured, chosen by hand: steps without a lower held-out loss, and of the whole way: a rate that falls gains late.
-_PATIENCE = (500, 0.25)
 _FILES = 2  # while a file is written the one before stands
-
-
-class Patience(NamedTuple):
-    """How long a fit goes on without improvement: so many checks, and so much of the whole way."""
-
-    checks: int
-    share: float
-
-    @classmethod
-    def of(cls, checks: int | None, every: int, held_out: bool) -> Patience | None:
-        """What was asked for; otherwise the usual where data are held out, and none where they are not."""
-        if checks is not None:
-            return cls(checks, 0.0)
-        return cls(-(-_PATIENCE[0] // every), _PATIENCE[1]) if held_out else None
-
-
-@dataclass
-class Standing:
-    """Where a loop stands, beside its history: its round, what the checks of that round found, and steps that were lost.
-
-    Attributes:
-        round, round_began: the round's index and first step.
-        round_best, previous_best: the lowest score in the round, and in the one before.
-        stale: checks in a row without improvement.
-        stale_from: share of the whole way at the last improvement.
-        lost: steps in a row that were not finite.
-        halved: times that the rate was halved.
-        checked_at: the step of the last check.
-        lowest: the lowest score of all checks; the state that is kept may be a later one, within the noise.
-    """
-
-    round: int = 0
-    round_began: int = 0
-    round_best: float = math.inf
-    previous_best: float = math.inf
-    stale: int = 0
-    stale_from: float = 0.0
-    lost: int = 0
-    halved: int = 0
-    checked_at: int = 0
-    lowest: float = math.inf
+# Steps without a lower held-out loss, and share of the whole way: a rate that falls brings gains late. Not measured.
+_PATIENCE = (500, 0.25)
 
 
 @dataclass
@@ -246,3 +205,44 @@ class Checkpoint:
             told = getattr(error, "strerror", None) or f"{_WHAT} {self.path} could not be saved ({error})."
             warn_user(f"{told} Training goes on without saving; the best parameters are kept in memory.")
         self.failed = True
+
+
+class Patience(NamedTuple):
+    """How long a fit goes on without improvement: so many checks, and so much of the whole way."""
+
+    checks: int
+    share: float
+
+    @classmethod
+    def of(cls, checks: int | None, every: int, held_out: bool) -> Patience | None:
+        """What was asked for; otherwise the usual where data are held out, and none where they are not."""
+        if checks is not None:
+            return cls(checks, 0.0)
+        return cls(-(-_PATIENCE[0] // every), _PATIENCE[1]) if held_out else None
+
+
+@dataclass
+class Standing:
+    """Where a loop stands, beside its history: its round, what the checks of that round found, and steps that were lost.
+
+    Attributes:
+        round, round_began: the round's index and first step.
+        round_best, previous_best: the lowest score in the round, and in the one before.
+        stale: checks in a row without improvement.
+        stale_from: share of the whole way at the last improvement.
+        lost: steps in a row that were not finite.
+        halved: times that the rate was halved.
+        checked_at: the step of the last check.
+        lowest: the lowest score of all checks; the state that is kept may be a later one, within the noise.
+    """
+
+    round: int = 0
+    round_began: int = 0
+    round_best: float = math.inf
+    previous_best: float = math.inf
+    stale: int = 0
+    stale_from: float = 0.0
+    lost: int = 0
+    halved: int = 0
+    checked_at: int = 0
+    lowest: float = math.inf

@@ -5,7 +5,8 @@ import torch
 
 import pyro_dgm as dgm
 from pyro_dgm.core.pace import within
-from pyro_dgm.flows.mixture_units import MixtureUnits, Normals, best_mixture
+from pyro_dgm.flows.many_rows import _Grown, _grown, best_mixture
+from pyro_dgm.flows.mixture_units import MixtureUnits, Normals, fitted_mixture
 
 
 def mixture(d=3, components=3, seed=0):
@@ -79,12 +80,55 @@ def test_as_many_components_as_left_out_rows_ask_for():
     assert 3 <= len(best_mixture(law.sample(4_000)).weight) <= 8
 
 
-def test_a_curve_is_no_mixture():
-    """A thin spiral takes ever more normals. Planted fault: the largest number counts as found."""
+def test_a_checkerboard_is_many_normals_in_several_fits(monkeypatch):
+    """Planted fault: one fit alone."""
+    monkeypatch.setattr("pyro_dgm.flows.many_rows._COMPONENTS", (2, 4, 8, 16))
     torch.manual_seed(0)
-    turn = 12.0 * torch.rand(6_000, 1).sqrt()
-    x = torch.cat([turn * turn.cos(), turn * turn.sin()], 1) + 0.05 * torch.randn(6_000, 2)
-    assert best_mixture(x / x.std(0)) is None
+    first = 4.0 * torch.rand(6_000, dtype=torch.float64) - 2.0
+    second = torch.rand_like(first) - 2.0 * torch.randint(2, first.shape) + first.floor() % 2
+    x, fresh = torch.stack([first, second], 1).split([4_000, 2_000])
+    found, one = best_mixture(x), fitted_mixture(x, 1, 4.0)
+    assert len(found.weight) in (32, 48, 64, 80, 96)
+    assert float((found.log_prob(fresh) - one.log_prob(fresh)).mean()) > 0.2
+
+
+def test_numbers_that_bring_nothing_do_not_end_the_search_at_once():
+    """Of a checkerboard two and four normals say as little as one. Planted fault: the first such number ends it."""
+    law = mixture()
+    x = law.sample(1_000)
+    one = Normals(torch.ones(1), x.mean(0)[None], torch.linalg.cholesky(x.T.cov())[None])
+    start = _Grown(one, float(one.log_prob(x).mean()), True)
+    assert _grown(lambda k: law if k >= 8 else one, x, start).mixture is law
+
+
+def test_scales_of_one_normal_are_found_and_cost_one_covariance():
+    """In 20 columns. Planted faults: normals alone; rows that count alike in the covariance (.17 nats off)."""
+    torch.manual_seed(0)
+    tril = torch.linalg.qr(torch.randn(20, 20)).Q * torch.arange(1, 21) ** -0.5
+    scales = torch.tensor([0.1, 0.5, 2.0]).double()
+    law = Normals(
+        torch.tensor([0.4, 0.3, 0.3]).double(), torch.zeros(3, 20).double(), scales[:, None, None] * tril.double()
+    )
+    law = law._replace(tril=torch.linalg.cholesky(law.tril @ law.tril.mT))
+    found = best_mixture(law.sample(5_000))
+    fresh = law.sample(4_000)
+    ratio = found.tril[1:] / found.tril[:1]
+    assert torch.allclose(ratio.tril().sum((1, 2)) / 210, ratio[:, 0, 0], rtol=1e-4)
+    assert float((law.log_prob(fresh) - found.log_prob(fresh)).mean()) < 0.1
+
+
+def test_expectation_by_sums_of_squares_is_that_of_densities():
+    """Planted fault: products of different columns that count once."""
+    law = Normals(*(t.double() for t in mixture(4)))
+    x = law.sample(3_000)
+    assert torch.allclose((law.log_parts(x) - law.log_prob(x)[:, None]).exp(), law.log_parts(x).softmax(-1))
+    again = fitted_mixture(x, 3, 0.0, law, 1)
+    share = law.log_parts(x).softmax(-1)
+    count = share.sum(0)
+    loc = share.T @ x / count[:, None]
+    off = x[:, None] - loc
+    spread = torch.einsum("nk,nki,nkj->kij", share, off, off) / count[:, None, None]
+    assert torch.allclose(again.loc, loc, atol=1e-8) and torch.allclose(again.tril @ again.tril.mT, spread, atol=1e-6)
 
 
 def fitted(flow, x, **options):
@@ -115,13 +159,13 @@ def test_a_mixture_ends_with_the_seconds_of_its_fit():
         assert best_mixture(mixture(12).sample(5_000)) is None
 
 
-def test_a_flow_that_has_learned_more_than_a_mixture_says_keeps_it():
-    """A funnel. Planted fault: the mixture is kept whatever it scores."""
+def test_a_flow_that_has_learned_more_than_a_mixture_says_keeps_it(monkeypatch):
+    """Planted fault: the mixture is kept whatever it scores."""
     torch.manual_seed(0)
-    scale = 1.5 * torch.randn(4_000, 1)
-    x = torch.cat([scale, scale.exp() * torch.randn(4_000, 9)], 1)
-    flow = dgm.FFJORD(10)
-    dgm.fit(dgm.MaximumLikelihood(flow, pretrain=200), (x,), max_steps=20, progress=False, seed=0)
+    wide = Normals(torch.ones(1), torch.zeros(1, 3), 5.0 * torch.eye(3)[None])
+    monkeypatch.setattr("pyro_dgm.cnf.matching.best_mixture", lambda v: wide)
+    flow = dgm.FFJORD(3)
+    dgm.fit(dgm.MaximumLikelihood(flow, pretrain=50), (torch.randn(4_000, 3),), max_steps=2, progress=False, seed=0)
     assert flow.mixture.is_identity()
 
 
