@@ -89,7 +89,8 @@ def main(steps, out):
     print(evaluate.table(reports))
     draws = {"held-out data": held_out[:40], "flow (MAF)": flow().sample((40,)), "continuous flow": cnf().sample((40,)),
              "VAE": vae.generate(40), "GAN": generator().sample((40,))}  # fmt: skip
-    figure, axes = plt.subplots(1, 5, figsize=(13, 1.5), layout="constrained")
+    figure, axes = plt.subplots(1, 5, figsize=(13, 1.4), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.08)
     for ax, (name, x) in zip(axes, draws.items(), strict=True):
         dgm.vae.plot_images(x.detach().reshape(-1, 8, 8), 10, ax).set_title(name, fontsize=10)
     out.mkdir(exist_ok=True)
