@@ -144,6 +144,12 @@ class Generator(DistributionModule):
         if self.heard is not None:
             self.heard[entries:] = 0.0
 
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        """A state of before entries could be left out hears all of them."""
+        if self.heard is not None:
+            state.setdefault(prefix + "heard", torch.ones_like(self.heard))
+        super()._load_from_state_dict(state, prefix, *rest)
+
     def noisy(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The location with output noise: draws in standard units, flat."""
         u = self.location(z, context)

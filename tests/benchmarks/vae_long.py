@@ -39,7 +39,7 @@ def parts(elbo, tight, flow):
     }
 
 
-FORMS = {"whole": parts(150, 25, 40), "short": parts(8, 1, 2), "smoke": parts(1, 1, 1)}
+FORMS = {"whole": parts(150, 12, 31), "short": parts(15, 2, 4)}
 
 
 def binarised(x):

@@ -277,3 +277,12 @@ def test_data_given_whole_are_taken_in_part(monkeypatch):
 def test_batches_are_gathered():
     x, context = first_rows(iter([(torch.ones(4, 2), torch.zeros(4, 1))] * 9), 10)
     assert x.shape == (12, 2) and context.shape == (12, 1)
+
+
+def test_a_state_of_before_latents_were_left_out_is_loaded():
+    """Planted fault: the key that such a state lacks is asked for."""
+    generator = dgm.Generator(2, base=5)
+    state = {k: v for k, v in generator.state_dict().items() if k != "heard"}
+    generator.hear(2)
+    generator.load_state_dict(state)
+    assert generator.heard.tolist() == [1.0] * 5

@@ -78,9 +78,9 @@ def test_a_fit_resumes_to_the_bits(tmp_path):
     x, y = torch.randn(100, 20), torch.randn(100, 20)
     found = []
     for steps in ((60,), (30, 60)):
-        torch.manual_seed(0)
-        objective = _Regression()
         for limit in steps:
+            torch.manual_seed(0)
+            objective = _Regression()
             dgm.fit(
                 objective, (x, y), optimizer=lambda p: _Constant(p), max_steps=limit, progress=False, seed=0,
                 checkpoint=tmp_path / f"{len(steps)}.pt",
