@@ -63,13 +63,12 @@ class AmortizedGuide(nn.Module):
         args, kwargs: the model's arguments for the prototype (sizes, covariates), without data.
         covariates: names of model arguments that differ between data sets: tensors whose dimensions are those of plates
             (``(J,)`` for one number per group), a name or a mapping ``{name: number of dimensions right of the plates}``.
-        encoder: ``{observed site: module}``. It gets events in units of the simulations, ``(N, *event_shape)`` with all
-            elements of plates among the N, and returns ``(N, F)`` features, F as you like: some more than there are
-            latents. It is trained with the guide. An argument ``mask`` of its ``forward`` gets True where there is an
-            entry, ``(N, *event_shape)``. One module serves a model with one observed site. "auto" chooses networks by the
-            shapes, which read masks: convolutions along ``(L,)`` of 32 entries and more and along the T of ``(T, F)``, over
-            ``(C, H, W)`` and square ``(H, W)``, and along series of random length; shorter vectors are read as they are,
-            with 0 for what is missing.
+        encoder: ``{observed site: module}`` from events in units of the simulations, ``(N, *event_shape)``, elements of plates
+            among the N, to features ``(N, F)``, F as you like; trained with the guide. Its ``forward`` may take a ``mask`` of
+            the events' shape. One module serves a model with one observed site. "auto" chooses networks by the shapes, which
+            read masks: convolutions along ``(L,)`` of 32 entries and more and along the T of ``(T, F)``, over ``(C, H, W)`` and
+            square ``(H, W)``, and along series of random length; shorter vectors are read as they are, with 0 for what is
+            missing.
         family: ``family(features, context_features)`` gives the flow of a group; a mapping ``{site: family}`` chooses by
             one of the group's sites. None for a chain of mixtures of normals around a linear regression.
         bounds: how a prior's box is kept. None: by the default family itself, with an exact constant, for latents outside
