@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -23,7 +22,7 @@ from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import within
 from pyro_dgm.core.shapes import check_batch, check_context
-from pyro_dgm.core.warn import warn_of_dependent, warn_of_ties
+from pyro_dgm.core.warn import warn_of_columns
 from pyro_dgm.flows.base import NormalizingFlow
 from pyro_dgm.flows.few_rows import (
     DRAWS,
@@ -294,14 +293,9 @@ def start_in_better_units(
         family.load_state_dict(fresh)
         if name == "straight":
             family.take_straight_units(x)
-        loss = partial(_next_loss, objective, batches)
-        match(f"{name} units", family, loss, stages, _TRIAL, _TRIAL_RATE, _CLIP)
+        match(f"{name} units", family, lambda: objective(*next(batches)), stages, _TRIAL, _TRIAL_RATE, _CLIP)
         found.append((_mean_score(family, x, context), deepcopy(family.state_dict())))
     family.load_state_dict(max(found, key=lambda each: each[0])[1])
-
-
-def _next_loss(objective: nn.Module, batches: Iterator[tuple[Any, ...]]) -> Tensor:
-    return objective(*next(batches))
 
 
 def _many_rows(family: NormalizingFlow, batches: Iterator[tuple[Any, ...]]) -> tuple[Tensor, Tensor] | None:
@@ -366,13 +360,6 @@ def match(
     )
 
 
-def _warn_of_columns(family: DistributionModule, rows: Tensor) -> None:
-    discrete = getattr(family, "discrete", {})
-    warn_of_ties(type(family).__name__, rows, discrete)
-    if family._support is None and not discrete:  # points of a simplex hang together
-        warn_of_dependent(type(family).__name__, rows)
-
-
 def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ...]]) -> bool:
     """Take a family's units from the data, and say whether a flow's events got some.
 
@@ -387,7 +374,12 @@ def standardize_once(family: DistributionModule, batches: Iterator[tuple[Any, ..
     family.standardize(x if of_events else None, context if of_contexts else None)
     if _mean_score(family, x, context) > before - 0.5:
         if of_events:
-            _warn_of_columns(family, (few_rows(batches) or (x,))[0])
+            warn_of_columns(
+                type(family).__name__,
+                (few_rows(batches) or (x,))[0],
+                getattr(family, "discrete", ()),
+                dependent=family._support is None,
+            )
         return of_events
     if of_events:
         family.forget_events()

@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_dgm.core.pace import in_fit
 from pyro_dgm.core.upstream import unseen
 
-__all__ = ["plain", "plain_errors", "told_unless_finite", "warn_of_dependent", "warn_of_ties", "warn_user"]
+__all__ = ["plain", "plain_errors", "told_unless_finite", "warn_of_columns", "warn_user"]
 
 _HERE = pathlib.Path(__file__).parents[1]
 _INSIDE = (
@@ -178,7 +178,14 @@ def plain_errors() -> Iterator[None]:
         raise said from error
 
 
-def warn_of_ties(name: str, x: Any, discrete: Collection[int] = ()) -> None:
+def warn_of_columns(name: str, x: Any, discrete: Collection[int] = (), *, dependent: bool = True) -> None:
+    """Tell of columns of real events that have no density; ``dependent`` ones where they may not hang together."""
+    _warn_of_ties(name, x, discrete)
+    if dependent and not discrete:
+        _warn_of_dependent(name, x)
+
+
+def _warn_of_ties(name: str, x: Any, discrete: Collection[int]) -> None:
     """Tell of columns of events ``(N, *event)``, discrete ones left out, whose values come again.
 
     A density can grow there without limit.
@@ -198,7 +205,7 @@ def warn_of_ties(name: str, x: Any, discrete: Collection[int] = ()) -> None:
     )
 
 
-def warn_of_dependent(name: str, x: Any) -> None:
+def _warn_of_dependent(name: str, x: Any) -> None:
     """Tell of columns of real events ``(N, *event)`` that have one value, or else are linear functions of each other."""
     rows = torch.as_tensor(x).detach().double().reshape(len(x), -1)
     constant = (rows == rows[:1]).all(0).nonzero().flatten().tolist()
