@@ -147,17 +147,8 @@ class ConvDecoder(nn.Module):
         channels: of the last hidden layer.
 
     Example:
-        >>> import pyro_dgm as dgm
-        >>> decoder = ConvDecoder(10, (1, 28, 28))
-        >>> decoder(torch.zeros(3, 5, 10)).shape
+        >>> ConvDecoder(10, (1, 28, 28))(torch.zeros(3, 5, 10)).shape
         torch.Size([3, 5, 784])
-        >>> vae = dgm.VAE(
-        ...     dgm.vae.StandardNormal(10),
-        ...     dgm.vae.Conditional((1, 28, 28), 10, dgm.vae.bernoulli, network=decoder),
-        ...     dgm.vae.Conditional(10, 784, dgm.vae.normal, network=ConvEncoder((1, 28, 28), 20)),
-        ... )
-        >>> vae.encode(vae.generate(3)).rsample().shape
-        torch.Size([3, 10])
     """
 
     @checked(in_features=1, channels=1)
