@@ -83,7 +83,8 @@ def fit(
         objective: a module that turns a batch into a scalar loss, such as ``STL_ELBO()(model, guide)``.
         data: the objective's arguments: a tensor, a tuple, a mapping of tensors (one argument), or a ``DataLoader``. Batches are
             moved to the objective's device.
-        optimizer: makes the optimiser from a list of parameters; None for Adam with betas (0.9, 0.99).
+        optimizer: makes the optimiser from a list of parameters, such as :class:`~pyro_dgm.train.Muon`; None for Adam with
+            betas (0.9, 0.99).
         lr: peak learning rate, used where ``optimizer`` is None; 0.005, or what the objective asks for (the flow of an
             :class:`~pyro_dgm.AutoFlow`: 0.03). Of an adversarial
             pair it is the critic's, and the generator's in proportion. So with the other

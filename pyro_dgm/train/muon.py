@@ -29,9 +29,9 @@ _BETAS = (0.9, 0.99)
 class Muon(torch.optim.Optimizer):
     r"""Momentum with orthogonal steps for matrices, and Adam for all else: ``fit(..., optimizer=dgm.train.Muon)``.
 
-    It is for networks that take many steps: a VAE with layers of 200 on MNIST reached in 8 epochs the bound that Adam
-    reached in 80 (docs/benchmarks/vae.md). A convolution's weight counts as the matrix of its output channels. Other
-    parameters with two dimensions or more are treated as matrices too, whether they are or not.
+    It is for networks that take many steps: a VAE with layers of 200 on MNIST came to a bound of -86.2 nats in the CPU
+    seconds in which Adam came to -91.8 (docs/benchmarks/vae.md). A convolution's weight counts as the matrix of its output
+    channels. Other parameters with two dimensions or more are treated as matrices too, whether they are or not.
 
     A step costs some products of matrices, whatever the batch: with batches of 1,000 rows a quarter of the time, with small ones
     most of it. ``torch.optim.Muon`` takes matrices alone, and computes in bfloat16, which on CPUs without such units takes 20
@@ -58,8 +58,8 @@ class Muon(torch.optim.Optimizer):
         >>> w = torch.nn.Parameter(torch.zeros(2, 2))
         >>> w.grad = torch.diag(torch.tensor([100.0, 1.0]))
         >>> dgm.train.Muon([w], lr=0.1).step()
-        >>> bool((w.diagonal() < -0.06).all()), float(w.diagonal().abs().max()) < 0.12
-        (True, True)
+        >>> w.detach().diagonal().round(decimals=2)
+        tensor([-0.0700, -0.0700])
     """
 
     @checked({}, only=("lr", "vector_lr"), lr=Above(0), vector_lr=Above(0))

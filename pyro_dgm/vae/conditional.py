@@ -61,6 +61,12 @@ class Conditional(DistributionModule):
         >>> decoder = dgm.vae.Conditional((28, 28), 10, dgm.vae.bernoulli)
         >>> decoder(torch.zeros(5, 10)).sample().shape
         torch.Size([5, 28, 28])
+        >>> image = (1, 28, 28)
+        >>> decoder = dgm.vae.Conditional(image, 10, dgm.vae.bernoulli, network=dgm.core.ConvDecoder(10, image))
+        >>> encoder = dgm.vae.Conditional(10, 784, dgm.vae.normal, network=dgm.core.ConvEncoder(image, 2 * 10))
+        >>> vae = dgm.VAE(dgm.vae.StandardNormal(10), decoder, encoder)
+        >>> vae.encode(vae.generate(5)).rsample().shape
+        torch.Size([5, 10])
     """
 
     @checked()

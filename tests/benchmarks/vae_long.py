@@ -94,7 +94,7 @@ def trained(name, part, vae, train, path, seed):
 
 def scored(vae, path):
     bound = evidence_bound(vae, path.images, 5000, seed=0)
-    torch.save(bound, path.file.with_name(f"bound_{len(path.rows)}.pt"))
+    torch.save(tuple(bound), path.file.with_name(f"bound_{len(path.rows)}.pt"))
     value, error = bound.mean()
     return {
         "cpu_seconds": path.seconds, "bound_5000": value, "error": error,
