@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_dgm.core.files import read_state, refuse_no_place, save_state
 from pyro_dgm.core.kinds import checked, shown
 
-__all__ = ["load", "resize_to_saved", "save"]
+__all__ = ["LateBuffers", "load", "resize_to_saved", "save"]
 
 _FUNCTIONS = "pyro_dgm.vae."  # whose functions a file may name: likelihoods
 _KIND = "pyro_dgm.save, format 1"
@@ -286,3 +287,39 @@ def resize_to_saved(module: nn.Module, names: Iterable[str], state: Mapping[str,
         saved, own = state.get(prefix + name), getattr(module, name)
         if saved is not None and saved.shape[1:] == own.shape[1:]:
             setattr(module, name, own.new_empty(saved.shape))
+
+
+class LateBuffers(nn.Module):
+    """Abstract: buffers, named in ``NAMES``, that have no size until they are taken, and stand for the identity until then.
+
+    They are part of the ``state_dict``, and never trained.
+    """
+
+    NAMES: tuple[str, ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.NAMES:
+            self.register_buffer(name, torch.empty(0))
+
+    def is_identity(self) -> bool:
+        """Whether nothing was taken."""
+        return not getattr(self, self.NAMES[0]).numel()
+
+    def forget(self) -> None:
+        """Become the identity again."""
+        for name in self.NAMES:
+            setattr(self, name, getattr(self, name).new_empty(0))
+
+    def _put(self, *values: Tensor) -> None:
+        """Take values for all buffers, in their precision and on their device."""
+        for name, value in zip(self.NAMES, values, strict=True):
+            setattr(self, name, value.to(getattr(self, name)))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        """States of any size are taken; one of before there were these buffers is the identity."""
+        for name in self.NAMES:
+            own = getattr(self, name)
+            saved = state.setdefault(prefix + name, own.new_empty(0))
+            setattr(self, name, own.new_empty(saved.shape))
+        super()._load_from_state_dict(state, prefix, *rest)

@@ -36,6 +36,7 @@ __all__ = [
     "drop_weak_references",
     "in_func",
     "in_vmap",
+    "integer_ends",
     "passing",
     "plain_of",
     "shared_by_all",
@@ -298,3 +299,17 @@ class Columns(constraints.Constraint):
             c.check(p.reshape(p.shape[:-1] + s)) for p, s, c in zip(pieces, self.shapes, self.supports, strict=True)
         ]
         return torch.stack([f.flatten(value.dim() - 1).all(-1) if f.dim() >= value.dim() else f for f in found]).all(0)
+
+
+def integer_ends(support: Any) -> tuple[float, float] | None:
+    """The least and the largest integer of a support, infinite where there is none; None of what is no range.
+
+    >>> integer_ends(constraints.boolean), integer_ends(constraints.nonnegative_integer), integer_ends(constraints.real)
+    ((0.0, 1.0), (0.0, inf), None)
+    """
+    if support is constraints.boolean:
+        return (0.0, 1.0)
+    low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+    if low is None and high is None:
+        return None
+    return (-torch.inf if low is None else float(low), torch.inf if high is None else float(high))

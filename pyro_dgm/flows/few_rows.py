@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from pyro_dgm.core.devices import fork_rng
+from pyro_dgm.core.saved import LateBuffers
 from pyro_dgm.flows.mixture_units import Normals, fitted_mixture
 from pyro_dgm.train.batches import FEW
 from pyro_dgm.train.hooks import Recipe
@@ -73,10 +74,8 @@ def are_few(rows: int) -> bool:
     return LEAST_ROWS <= rows <= FEW
 
 
-class Decorrelate(nn.Module):
+class Decorrelate(LateBuffers):
     r"""The map :math:`v = L u` from uncorrelated units :math:`u` to standardised ones; the identity until it is fitted.
-
-    L is a buffer: part of the ``state_dict``, never trained. It has no size until :meth:`fit`.
 
     Example:
         >>> a = torch.randn(500, 1)
@@ -86,37 +85,20 @@ class Decorrelate(nn.Module):
         (True, True)
     """
 
+    NAMES = ("tril",)
     tril: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("tril", torch.empty(0, 0))
-
-    def is_identity(self) -> bool:
-        """Whether nothing was fitted."""
-        return not self.tril.numel()
-
-    def forget(self) -> None:
-        """Become the identity again."""
-        self.tril = self.tril.new_empty(0, 0)
 
     @torch.no_grad()
     def fit(self, v: Tensor) -> Decorrelate:
         """Take correlations from rows ``(N, D)`` in standardised units."""
         v = v.detach().cpu().double()
         shrinkage, inflation = _best_covariance(v)
-        self.tril = (inflation**0.5 * _cholesky(v, shrinkage)).to(self.tril)
+        self._put(inflation**0.5 * _cholesky(v, shrinkage))
         return self
 
     def transform(self) -> Transform:
         """The map from uncorrelated units to standardised ones, with its log-determinant."""
         return _Triangular(self.tril)
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-        """States of any size are taken; one of before there was this module is the identity."""
-        saved = state.setdefault(prefix + "tril", self.tril.new_empty(0, 0))
-        self.tril = torch.empty_like(saved).to(self.tril)
-        super()._load_from_state_dict(state, prefix, *rest)
 
 
 class _Triangular(Transform):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.distributions import Transform, constraints
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.pace import seconds_left
+from pyro_dgm.core.saved import LateBuffers
 from pyro_dgm.flows.mixture_units import Normals, fitted_mixture, fitted_scales
 
 __all__ = ["ColumnUnits", "Piece", "Splines", "best_mixture", "column_splines", "seems_normal"]
@@ -46,7 +47,6 @@ _LEAST_DOUBLED = 0.02  # nats a row that twice as many components have to bring;
 _IDLE = 3  # such doublings: of a checkerboard or two spirals 2 and 4 normals say as little as one
 _MOST_MEMBERS = 6  # sheets-6, 128 normals each: .170, .134, .120, .113, .105, .105 +- .01 for 1 to 6
 _LEAST_OF_MEMBER = 0.004  # nats a row that one more has to bring
-_NAMES = ("knots", "images", "slopes", "last")
 
 
 class Piece(NamedTuple):
@@ -77,53 +77,26 @@ class Piece(NamedTuple):
         return self.x + 2.0 * c / (b + (b * b + 4.0 * a * c).sqrt()) * self.width
 
 
-class ColumnUnits(nn.Module):
-    """The map from units in which columns are normal to standardised ones; the identity until it is fitted.
+class ColumnUnits(LateBuffers):
+    """The map from units in which columns are normal to standardised ones; the identity until it is fitted."""
 
-    Its tensors are buffers: part of the ``state_dict``, never trained. They have no size until :meth:`take`.
-    """
-
+    NAMES = ("knots", "images", "slopes", "last")
     knots: Tensor
     images: Tensor
     slopes: Tensor
     last: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in _NAMES:
-            self.register_buffer(name, torch.empty(0))
-
-    def is_identity(self) -> bool:
-        """Whether nothing was taken."""
-        return not self.knots.numel()
-
-    def forget(self) -> None:
-        """Become the identity again."""
-        for name in _NAMES:
-            setattr(self, name, getattr(self, name).new_empty(0))
 
     def take(self, splines: list[Tensor | None]) -> ColumnUnits:
         """Take splines ``(3, K + 1)`` of columns: knots, their images and the slopes there; None for the identity."""
         whole = [torch.tensor([[-1.0, 1.0], [-1.0, 1.0], [1.0, 1.0]]) if s is None else s for s in splines]
         most = max(s.shape[1] for s in whole)
         padded = [nn.functional.pad(s, (0, most - s.shape[1]), value=math.inf) for s in whole]
-        values = torch.stack(padded, 1).to(self.knots)
-        last = torch.tensor([s.shape[1] - 1.0 for s in whole]).to(self.knots)
-        for name, value in zip(_NAMES, (*values, last), strict=True):
-            setattr(self, name, value)
+        self._put(*torch.stack(padded, 1), torch.tensor([s.shape[1] - 1.0 for s in whole]))
         return self
 
     def transform(self) -> Transform:
         """The map from these units to standardised ones, with its log-determinant."""
         return _Splined(self.knots, self.images, self.slopes, self.last)
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-        """States of any size are taken; one of before there was this module is the identity."""
-        for name in _NAMES:
-            own = getattr(self, name)
-            saved = state.setdefault(prefix + name, own.new_empty(0))
-            setattr(self, name, torch.empty_like(saved).to(own))
-        super()._load_from_state_dict(state, prefix, *rest)
 
 
 class _Splined(Transform):

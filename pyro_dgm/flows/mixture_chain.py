@@ -34,7 +34,7 @@ from torch.distributions import constraints
 from pyro_dgm.core import DistributionModule, Standardize, zuko
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import LOG_WIDTHS, Reader, chosen_place_and_width, soft_clip
-from pyro_dgm.core.upstream import Columns
+from pyro_dgm.core.upstream import Columns, integer_ends
 from pyro_dgm.flows.autoregressive import Run, schedule
 from pyro_dgm.flows.normal_mixture import Interval, NormalMixture
 
@@ -203,7 +203,7 @@ class MixtureChain(DistributionModule):
         """The mixtures of all entries of the vectors x, each given those before it; batch ``(..., D)``."""
         around = self._around(context)
         seen = self._read(around.context).expand(*x.shape[:-1], -1)  # read before it is repeated
-        numbers = self.net(torch.cat([around.standard(self.standard(x)), seen], -1))
+        numbers = self.net(torch.cat([around.standard(self._in_units(x, slice(None))), seen], -1))
         return self._mixture(numbers.unflatten(-1, (self.features, -1)), around, slice(None))
 
     def in_turn(self, context: Tensor, batch: Size) -> Generator[NormalMixture, Tensor, None]:
@@ -214,8 +214,7 @@ class MixtureChain(DistributionModule):
             numbers = run.outputs(i).mT.reshape(*batch, -1)
             here = around.entry(i)
             x = yield self._mixture(numbers, here, i)
-            u = (x - self.standard.loc[i]) / self.standard.scale[i]
-            run.learn(here.standard(u).reshape(1, -1))
+            run.learn(here.standard(self._in_units(x, i)).reshape(1, -1))
 
     def _around(self, context: Tensor) -> _Around:
         """Where the regression puts the entries, and the context inside the range of its rows."""
@@ -243,6 +242,12 @@ class MixtureChain(DistributionModule):
         weight = weight + nn.functional.pad(fading, (self.components, 0))
         loc = centre + width.exp() * (shift + loc)
         return self._of_events(weight, loc, width + relative, entries)
+
+    def _in_units(self, x: Tensor, entries: int | slice) -> Tensor:
+        """Entries of events in the units of the chain."""
+        if self.standard.is_identity():
+            return x
+        return (x - self.standard.loc[entries]) / self.standard.scale[entries]
 
     def _of_events(self, weight: Tensor, loc: Tensor, log_scale: Tensor, entries: int | slice) -> NormalMixture:
         """The mixtures in the units of the events."""
@@ -343,22 +348,12 @@ def _checked_columns(
     for i, support in discrete.items():
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < chain.features:
             raise ValueError(f"MixtureChain: discrete column {i!r}, expected one of 0 to {chain.features - 1}.")
-        if not (isinstance(support, constraints.Constraint) and support.is_discrete and _bounds(support)):
+        if not (isinstance(support, constraints.Constraint) and support.is_discrete and integer_ends(support)):
             raise ValueError(
                 f"MixtureChain: discrete column {i} on {support!r}, expected constraints.boolean, .nonnegative_integer, or "
                 ".integer_interval(a, b)."
             )
     return dict(discrete)
-
-
-def _bounds(support: Any) -> tuple[float, float] | None:
-    """The least and the largest integer; None of what is no range of integers."""
-    if support is constraints.boolean:
-        return (0.0, 1.0)
-    low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
-    if low is None and high is None:
-        return None
-    return (-torch.inf if low is None else float(low), torch.inf if high is None else float(high))
 
 
 def _ends(box: Interval | None, discrete: Mapping[int, constraints.Constraint], size: int) -> Interval:
@@ -367,7 +362,7 @@ def _ends(box: Interval | None, discrete: Mapping[int, constraints.Constraint], 
         raise ValueError(f"MixtureChain: box of shapes {[tuple(e.shape) for e in box]}, expected ({size},).")
     low, high = (e.clone() for e in box) if box else (torch.full((size,), end) for end in (-torch.inf, torch.inf))
     for i, support in discrete.items():
-        least, most = _bounds(support) or (-torch.inf, torch.inf)
+        least, most = integer_ends(support) or (-torch.inf, torch.inf)
         low[i], high[i] = least - 0.5, most + 0.5
     return low, high
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_dgm.core.pace import seconds_left
+from pyro_dgm.core.saved import LateBuffers
 from pyro_dgm.core.upstream import unseen
 from pyro_dgm.flows.normal_mixture import log_ndtr
 
@@ -61,10 +62,8 @@ class Normals(NamedTuple):
         return self.loc[k] + (self.tril[k] @ z.unsqueeze(-1)).squeeze(-1)
 
 
-class MixtureUnits(nn.Module):
+class MixtureUnits(LateBuffers):
     """The map from the units of a mixture of normals to standardised ones; the identity until it is fitted.
-
-    Its tensors are buffers: part of the ``state_dict``, never trained. They have no size until :meth:`take`.
 
     Example:
         >>> v = torch.randn(1000, 2) * 0.3 + torch.randint(2, (1000, 1)) * 2.0
@@ -74,46 +73,21 @@ class MixtureUnits(nn.Module):
         (True, True)
     """
 
+    NAMES = ("log_weight", "loc", "inverse")
     log_weight: Tensor
     loc: Tensor
     inverse: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in _NAMES:
-            self.register_buffer(name, torch.empty(0))
-
-    def is_identity(self) -> bool:
-        """Whether no mixture was taken."""
-        return not self.loc.numel()
-
-    def forget(self) -> None:
-        """Become the identity again."""
-        for name in _NAMES:
-            setattr(self, name, getattr(self, name).new_empty(0))
 
     def take(self, mixture: Normals) -> MixtureUnits:
         """Take the units of a mixture of K normals over D numbers."""
         eye = torch.ones_like(mixture.loc[0]).diag()
         inverse = torch.linalg.solve_triangular(mixture.tril, eye, upper=False)
-        for name, value in zip(_NAMES, (mixture.weight.log(), mixture.loc, inverse), strict=True):
-            setattr(self, name, value.to(getattr(self, name)))
+        self._put(mixture.weight.log(), mixture.loc, inverse)
         return self
 
     def transform(self) -> Transform:
         """The map from these units to standardised ones, with its log-determinant."""
         return _Rosenblatt(self.log_weight, self.loc, self.inverse)
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-        """States of any size are taken; one of before there was this module is the identity."""
-        for name in _NAMES:
-            own = getattr(self, name)
-            saved = state.setdefault(prefix + name, own.new_empty(0))
-            setattr(self, name, torch.empty_like(saved).to(own))
-        super()._load_from_state_dict(state, prefix, *rest)
-
-
-_NAMES = ("log_weight", "loc", "inverse")
 
 
 def fitted_mixture(

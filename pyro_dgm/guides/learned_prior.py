@@ -11,6 +11,7 @@ also a single distribution.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
@@ -25,7 +26,7 @@ from torch.distributions import constraints
 from pyro_dgm.core import DistributionModule, broadcast_cat
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
-from pyro_dgm.core.upstream import Columns
+from pyro_dgm.core.upstream import Columns, integer_ends
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.flows import NSF
 from pyro_dgm.objectives import MaximumLikelihood
@@ -308,13 +309,12 @@ def _support_of(name: str, x: Tensor, given: Any) -> constraints.Constraint:
 
 
 def _categories(name: str, support: Any) -> int:
-    if support is constraints.boolean:
-        return 2
-    if getattr(support, "lower_bound", None) != 0 or not hasattr(support, "upper_bound"):
+    low, high = integer_ends(support) or (-math.inf, math.inf)
+    if low != 0.0 or math.isinf(high):
         raise ValueError(
             f"as_prior: the discrete site {name!r} lies on {support}, expected integers from 0, as of a Categorical."
         )
-    return int(support.upper_bound) + 1
+    return int(high) + 1
 
 
 def _check_power(power: float) -> None:

@@ -97,6 +97,17 @@ class Zuko:
         return self.flow().log_prob((x - self.loc) / self.scale) - self.scale.log().sum()
 
 
+class Field(nn.Module):
+    """A network of x and the time, in the form that a continuous flow takes."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, t, x):
+        return self.net(torch.cat([x, t], -1))
+
+
 class TorchCFM:
     """torchcfm's exact-OT flow matching with its own MLP, on standardised data; scored by dopri5 with an exact trace."""
 
@@ -105,14 +116,6 @@ class TorchCFM:
         from torchcfm.models.models import MLP
 
         self.net, self.matcher = MLP(dim, time_varying=True, w=64), ExactOptimalTransportConditionalFlowMatcher(0.01)
-
-        class Field(nn.Module):
-            def __init__(self, net):
-                super().__init__()
-                self.net = net
-
-            def forward(self, t, x):
-                return self.net(torch.cat([x, t], -1))
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its SELU

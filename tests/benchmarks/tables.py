@@ -29,7 +29,7 @@ from torch.distributions import MultivariateNormal, Normal
 import pyro_dgm as dgm
 from pyro_dgm.core import zuko
 from pyro_dgm.train.descend import Limits
-from tests.benchmarks.cnf import targets_module
+from tests.benchmarks.cnf import Field, targets_module
 
 TABLES = ("sheets-6", "copula-8", "field-21", "sheets-43", "patch-63", "mixture-16", "mixture-32", "mixture-64")
 OURS = {"FFJORD": dgm.FFJORD, "OTFlow": dgm.OTFlow, "MAF": dgm.MAF, "NSF": dgm.NSF, "RealNVP": dgm.RealNVP}
@@ -267,14 +267,6 @@ class TorchCFM:
             layers += [nn.Linear(a, b), nn.SiLU()]
         self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], d))
         self.matcher, self.most = ConditionalFlowMatcher(sigma=0.0), HELD_OUT if d <= 21 else 1_000
-
-        class Field(nn.Module):
-            def __init__(self, net):
-                super().__init__()
-                self.net = net
-
-            def forward(self, t, x):
-                return self.net(torch.cat([x, t], -1))
 
         self.flow = dgm.FFJORD(d, field=Field(self.net), trace="exact", method="rk4", steps=20)
 
