@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent
 
 from pyro_dgm.core import MLP, DistributionModule, Standardize
@@ -25,6 +25,7 @@ __all__ = [
     "Encoded",
     "cut",
     "refuse_context",
+    "refuse_data",
     "refuse_mismatch",
     "refuse_width",
     "refuse_width_of_posterior",
@@ -323,3 +324,22 @@ def refuse_width_of_posterior(
     elif inputs.shape[-1] - family.context_features == width and parts[1:]:
         advice = ", or leave the mask out"
     refuse_width("posterior", family, inputs, ", ".join(names), advice)
+
+
+def refuse_data(event_shape: Size, x: Tensor, context: Tensor | None, mask: Tensor | None) -> None:
+    """Refuse anything but data of shape ``(N, *event_shape)``, a boolean mask of the same shape, a context of N rows."""
+    if x.dim() != len(event_shape) + 1 or x.shape[1:] != event_shape:
+        rows = ", ".join(["N", *map(str, event_shape)])
+        advice = "Add the row: x[None]." if x.shape == event_shape else "Reshape x, or build the likelihood for it."
+        if context is not None and context.shape[1:] == event_shape:
+            advice = "The context has an event's shape: are x and the context swapped?"
+        raise ValueError(f"VAE: x has shape {tuple(x.shape)}, expected ({rows}) of the likelihood's event. {advice}")
+    if mask is not None and (mask.shape != x.shape or mask.dtype != torch.bool):
+        raise ValueError(
+            f"VAE: mask has shape {tuple(mask.shape)} and {mask.dtype}, expected {tuple(x.shape)} and torch.bool "
+            "(True where the entry was seen). A context goes in as context=."
+        )
+    if context is not None and (context.dim() != 2 or len(context) != len(x)):
+        raise ValueError(
+            f"VAE: context has shape {tuple(context.shape)}, expected ({len(x)}, features): one row per x."
+        )

@@ -23,7 +23,14 @@ from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import refuse_batch_norm
 from pyro_dgm.core.shapes import as_tensor_like, check_value_shape, reference
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.vae.conditional import Conditional, cut, refuse_context, refuse_mismatch, refuse_width_of_posterior
+from pyro_dgm.vae.conditional import (
+    Conditional,
+    cut,
+    refuse_context,
+    refuse_data,
+    refuse_mismatch,
+    refuse_width_of_posterior,
+)
 from pyro_dgm.vae.likelihoods import drawn_or, refuse_outside
 
 __all__ = ["VAE", "as_data", "mean_of", "plate", "prior_given", "register"]
@@ -289,7 +296,9 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def finish(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1) -> None:
-        """Warn, once a fit has ended, where the posterior does not depend on the data (posterior collapse)."""
+        """Warn, once a fit has ended, of columns never seen, and where the posterior does not depend on the data (collapse)."""
+        if mask is not None:
+            self._tell_of_unseen(mask)
         if len(x) < _COLLAPSE_ROWS[0]:
             return
         few = slice(_COLLAPSE_ROWS[1])
@@ -302,6 +311,17 @@ class Encoder(nn.Module):
                 f"VAE: posterior collapse: {active} of {z.shape[-1]} latent units vary with the data (variance of "
                 f"E[z|x] over the data above {_ACTIVE_VARIANCE}). Warm the KL term up "
                 "(WeightedKL_ELBO(warmup_steps=...)), give it free bits, or take a weaker decoder."
+            )
+
+    def _tell_of_unseen(self, mask: Tensor) -> None:
+        """Columns without a seen entry, in these rows and in those that gave the units."""
+        units, seen = self.posterior.context_units, _flat(mask, self.event_shape).any(0)
+        unknown = ((units.loc == 0) & (units.scale == 1))[: len(seen)].to(seen.device)
+        never = (unknown & ~seen).nonzero().flatten().tolist()
+        if never:
+            warn_user(
+                f"VAE: column {', '.join(map(str, never))} was seen in no row. No entry trains it, so what is drawn or imputed "
+                "there says nothing. Leave such a column out, or bring rows in which it was seen."
             )
 
 
@@ -369,28 +389,9 @@ def as_data(
     """Data, context and mask as tensors of a family's kind, or an error that says what does not fit."""
     x, context = as_tensor_like("VAE", "x", x, reference(family)), _context(family, context)
     mask = None if mask is None else as_tensor_like("VAE", "mask", mask, None)
-    _check_data(event_shape, x, context, mask)
+    refuse_data(event_shape, x, context, mask)
     return x, context, mask
 
 
 def _context(family: DistributionModule, context: Tensor | None) -> Tensor | None:
     return None if context is None else as_tensor_like("VAE", "context", context, reference(family))
-
-
-def _check_data(event_shape: Size, x: Tensor, context: Tensor | None, mask: Tensor | None) -> None:
-    """Data of shape ``(N, *event_shape)``, a boolean mask of the same shape, a context of N rows."""
-    if x.dim() != len(event_shape) + 1 or x.shape[1:] != event_shape:
-        rows = ", ".join(["N", *map(str, event_shape)])
-        advice = "Add the row: x[None]." if x.shape == event_shape else "Reshape x, or build the likelihood for it."
-        if context is not None and context.shape[1:] == event_shape:
-            advice = "The context has an event's shape: are x and the context swapped?"
-        raise ValueError(f"VAE: x has shape {tuple(x.shape)}, expected ({rows}) of the likelihood's event. {advice}")
-    if mask is not None and (mask.shape != x.shape or mask.dtype != torch.bool):
-        raise ValueError(
-            f"VAE: mask has shape {tuple(mask.shape)} and {mask.dtype}, expected {tuple(x.shape)} and torch.bool "
-            "(True where the entry was seen). A context goes in as context=."
-        )
-    if context is not None and (context.dim() != 2 or len(context) != len(x)):
-        raise ValueError(
-            f"VAE: context has shape {tuple(context.shape)}, expected ({len(x)}, features): one row per x."
-        )

@@ -102,3 +102,12 @@ def test_pseudo_data_of_a_prior_move_in_units():
     assert prior.inputs.abs().max() < 0.1 and q.context_units(prior.start).abs().max() < 6
     torch.testing.assert_close(prior.start, x[:4])
     assert vae.generate(3).shape == (3, 3)
+
+
+def test_a_column_that_no_row_has_is_told():
+    """Once a fit, and only of such a column. Planted fault: no warning, and imputations of an untrained network."""
+    mask = torch.rand(200, 3) < 0.8
+    mask[:, 1] = False
+    with pytest.warns(UserWarning, match="VAE: column 1 was seen in no row") as said:
+        fitted(pair(encoder=6), torch.where(mask, rows()[:200], torch.nan), torch.zeros(200, 0), mask, steps=1)
+    assert sum("seen in no row" in str(each.message) for each in said) == 1
