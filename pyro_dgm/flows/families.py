@@ -28,6 +28,16 @@ from pyro_dgm.flows.many_rows import Piece
 __all__ = ["MAF", "NSF", "RationalQuadratic", "RealNVP", "ZukoFlow"]
 
 
+# Units of a conditioner's layer for each column, the fewest and the most (docs/benchmarks/tables.md). An autoregressive network
+# shares them among its columns: with 64 units 43 columns have one or two each.
+_UNITS, _NARROWEST, _WIDEST = 3, 64, 256
+
+
+def _widths(columns: int, given: Sequence[int] | None) -> Sequence[int]:
+    """Widths of the hidden layers of a conditioner."""
+    return (min(max(_UNITS * columns, _NARROWEST), _WIDEST),) * 2 if given is None else given
+
+
 class RealNVP(NormalizingFlow):
     r"""Affine coupling flow: :math:`x_b = e^{a(x_a, c)} z_b + b(x_a, c)`, alternating which half is kept.
 
@@ -41,7 +51,7 @@ class RealNVP(NormalizingFlow):
         support: constraint of the event, through ``biject_to``.
         fast: accepted for symmetry; couplings are equally fast in both directions.
         transforms: number of coupling layers.
-        hidden_features: widths of the hidden layers of each conditioner.
+        hidden_features: widths of the hidden layers of each conditioner; None for two of 3 D, between 64 and 256.
         activation: of the conditioners; smooth by default.
 
     References:
@@ -63,12 +73,16 @@ class RealNVP(NormalizingFlow):
         support: constraints.Constraint | None = None,
         fast: Direction = "density",
         transforms: int = 6,
-        hidden_features: Sequence[int] = (64, 64),
+        hidden_features: Sequence[int] | None = None,
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__(event_shape, context_features, support=support)
         flow = zuko.flows.RealNVP(
-            self.features, context_features, transforms, hidden_features=hidden_features, activation=activation
+            self.features,
+            context_features,
+            transforms,
+            hidden_features=_widths(self.features, hidden_features),
+            activation=activation,
         )
         self.flow = directed(flow, self.features, fast)
 
@@ -86,7 +100,7 @@ class MAF(NormalizingFlow):
         support: constraint of the event, through ``biject_to``.
         fast: which direction takes one pass.
         transforms: number of layers; the order of the features is reversed between them.
-        hidden_features: widths of the hidden layers of each conditioner.
+        hidden_features: widths of the hidden layers of each conditioner; None for two of 3 D, between 64 and 256.
         activation: of the conditioners; smooth by default.
 
     References:
@@ -109,12 +123,16 @@ class MAF(NormalizingFlow):
         support: constraints.Constraint | None = None,
         fast: Direction = "density",
         transforms: int = 3,
-        hidden_features: Sequence[int] = (64, 64),
+        hidden_features: Sequence[int] | None = None,
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__(event_shape, context_features, support=support)
         flow = zuko.flows.MAF(
-            self.features, context_features, transforms, hidden_features=hidden_features, activation=activation
+            self.features,
+            context_features,
+            transforms,
+            hidden_features=_widths(self.features, hidden_features),
+            activation=activation,
         )
         self.flow = directed(flow, self.features, fast)
 
@@ -132,7 +150,7 @@ class NSF(NormalizingFlow):
         fast: which direction takes one pass; see :class:`MAF`.
         transforms: number of layers.
         bins: number of spline pieces.
-        hidden_features: widths of the hidden layers of each conditioner.
+        hidden_features: widths of the hidden layers of each conditioner; None for two of 3 D, between 64 and 256.
         activation: of the conditioners; smooth by default.
 
     References:
@@ -155,7 +173,7 @@ class NSF(NormalizingFlow):
         fast: Direction = "density",
         transforms: int = 3,
         bins: int = 8,
-        hidden_features: Sequence[int] = (64, 64),
+        hidden_features: Sequence[int] | None = None,
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__(event_shape, context_features, support=support)
@@ -165,7 +183,7 @@ class NSF(NormalizingFlow):
             transforms,
             univariate=RationalQuadratic,
             shapes=[(bins,), (bins,), (bins - 1,)],
-            hidden_features=hidden_features,
+            hidden_features=_widths(self.features, hidden_features),
             activation=activation,
         )
         self.flow = directed(flow, self.features, fast)
