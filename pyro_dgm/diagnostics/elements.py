@@ -27,7 +27,7 @@ from pyro_dgm.guides.plates import PlatedPosterior
 from pyro_dgm.model.chains import BandedChain
 from pyro_dgm.model.elements import Factors
 from pyro_dgm.model.log_joint import LogJoint
-from pyro_dgm.model.program import Model, Program
+from pyro_dgm.model.program import Model, Program, refuse_missing
 from pyro_dgm.model.runs import Draws
 from pyro_dgm.model.uncovered import uncovered
 
@@ -87,6 +87,7 @@ def groups_by_elements(
 ) -> FoundByElements:
     """The groups of n draws of each guide, with weights of the globals, and the verdict on both."""
     joints = [LogJoint.known(guide, model, args, options["model_kwargs"] or {}) for guide in guides]
+    refuse_missing(who, joints[0].missing)
     follows_chain = guides[0].follows_chain
     draw = _draw_chain if follows_chain else _draw
     drawn = [draw(guide, joint, n) for guide, joint in zip(guides, joints, strict=True)]

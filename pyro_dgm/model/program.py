@@ -6,7 +6,7 @@ draws, whoever drew them: a guide, MCMC, or the user.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from pyro_dgm.model.sites import (
 from pyro_dgm.model.terms import total
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine, How, Model, first_line, plate_nesting
 
-__all__ = ["Model", "Program", "refuse_guides_as_models"]
+__all__ = ["Model", "Program", "refuse_guides_as_models", "refuse_missing"]
 
 
 def refuse_guides_as_models(who: str, model: Any) -> None:
@@ -64,6 +64,16 @@ class _Preset(poutine.messenger.Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if is_subsample(msg) and msg["value"] is not None and len(msg["value"]) < msg["fn"].size:
             self.found.append(msg["name"])
+
+
+def refuse_missing(who: str, missing: Sequence[str], where: str = "the guide") -> None:
+    """Refuse latents that nothing says how to draw."""
+    if missing:
+        raise ValueError(
+            f"{who}: latent sites {list(missing)} of the model are not in {where}, so they would be drawn from the prior. Where "
+            f"they are data, give {who} the arguments that the fit had, data included. Else add them to {where}; discrete ones "
+            "can be summed out: infer={'enumerate': 'parallel'}."
+        )
 
 
 class Program:
@@ -169,12 +179,7 @@ class Program:
 
     def _refuse_missing_latents(self, known: Any) -> None:
         missing = [n for n in self.sites("latent") if n not in known]
-        if missing:
-            where = "the guide" if self.guide is not None else "the draws"
-            raise ValueError(
-                f"{self.who}: latent sites {missing} of the model are not in {where}, so they would be drawn from the "
-                f"prior. Add them to {where}; discrete ones can be summed out: infer={{'enumerate': 'parallel'}}."
-            )
+        refuse_missing(self.who, missing, "the guide" if self.guide is not None else "the draws")
 
     def _choose(self, parallel: bool | str, draws: Draws) -> None:
         """How many draws are run at once, in the model and in the guide."""

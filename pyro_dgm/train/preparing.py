@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_dgm.core.data import take_units
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.pace import within
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.train.batches import Batches, ChangedBatches
 from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.history import Checkpoint, FitDiverged
@@ -46,11 +52,44 @@ def _find_start(objective: nn.Module, batches: Batches, stages: Stages, saved: d
     stages.ended = [] if saved is None else saved["stages"]
     stages.stream = stream = iter(batches)
     for module, changed in _parts(objective, lambda args: args, set()):
+        if isinstance(module, AutoGuide):
+            _look_at_data(module.model, changed(batches.example()), batches)
         if isinstance(module, Startable):
             with within(stages.seconds()):
                 module.warm_start(*changed(batches.example()))
         if isinstance(module, Preparing):
             module.prepare(ChangedBatches(stream, changed), stages)
+
+
+def _look_at_data(model: Callable[..., Any], args: tuple[Any, ...], batches: Batches) -> None:
+    """An automatic guide has the latents of one data set: the model must see data, and say how many rows there are in all."""
+    with torch.no_grad(), fork_rng():
+        sites = poutine.trace(model).get_trace(*args).nodes.values()
+    seen = [s for s in sites if s["type"] == "sample" and s["is_observed"] and not site_is_subsample(s)]
+    if not seen:
+        _tell_forgotten(model, args)
+    elif (batches.epoch or 1) > 1 and all(bool((torch.as_tensor(s["scale"]) == 1).all()) for s in seen):
+        raise ValueError(
+            f"fit: minibatches of {len(args[0])} rows, which the model counts once (scale 1 at site '{seen[0]['name']}'), so the "
+            "guide would learn the posterior of one minibatch. Leave batch_size out, or put the rows into a plate of all, with "
+            "pyro.plate('data', N, subsample_size=B) as i: ..., obs=y[i], and fit the whole data (docs/howto/subsample.md)."
+        )
+
+
+def _tell_forgotten(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Warn where nothing is observed and an argument that is None by default was not given."""
+    while isinstance(model, partial):  # what Pyro's handlers make of a model
+        model = model.args[-1]
+    try:
+        bound = inspect.signature(getattr(model, "forward", model)).bind(*args)
+    except (TypeError, ValueError):
+        return
+    left = [k for k, p in bound.signature.parameters.items() if p.default is None and bound.arguments.get(k) is None]
+    if left:
+        warn_user(
+            f"fit: no site of the model is observed, and its argument '{left[0]}' was not given, so the guide learns the prior. "
+            f"If '{left[0]}' is the data, pass it."
+        )
 
 
 def _parts(module: nn.Module, changed: Changed, known: set[nn.Module]) -> Iterator[tuple[nn.Module, Changed]]:

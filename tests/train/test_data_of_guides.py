@@ -1,0 +1,85 @@
+"""An automatic guide holds the latents of one data set: what a fit and a container ask of the data."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+
+import pyro_dgm as dgm
+
+ERROR = torch.full((80,), 0.5)
+SCORE = torch.linspace(-2.0, 2.0, 80)
+
+
+def groups(error, score=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    tau = pyro.sample("tau", dist.HalfNormal(2.0))
+    with pyro.plate("group", len(error)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("score", dist.Normal(theta, error), obs=score)
+
+
+def mean(x=None, weight=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with poutine.scale(scale=1.0 if weight is None else weight), pyro.plate("row", 80 if x is None else len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+def fitted(model, data, guide=dgm.AutoFlow, **options):
+    q = guide(model)
+    dgm.fit(dgm.STL_ELBO()(model, q), data, max_steps=3, progress=False, seed=0, **options)
+    return q
+
+
+@pytest.mark.parametrize("guide", [dgm.AutoFlow, AutoNormal])
+@pytest.mark.parametrize(("model", "data"), [(groups, (ERROR, SCORE)), (mean, (SCORE,))])
+def test_minibatches_that_the_model_counts_once_are_refused(guide, model, data):
+    """Before, 80 groups shared 20 latents, and a mean had the posterior of 20 rows, in silence."""
+    with pytest.raises(ValueError, match="minibatches of 20 rows, which the model counts once"):
+        fitted(model, data, guide, batch_size=20)
+
+
+def test_a_loader_is_minibatches_too():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(SCORE), batch_size=20)
+    with pytest.raises(ValueError, match="minibatches of 20 rows"):
+        fitted(mean, loader)
+
+
+def test_minibatches_that_are_scaled_are_taken():
+    """By a scale that the model states, or by a plate of which a step sees a part."""
+
+    def scaled(x):
+        mean(x, 4.0)
+
+    def part(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with pyro.plate("row", 80, subsample=torch.arange(len(x))):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    assert fitted(scaled, (SCORE,), batch_size=20) and fitted(part, (SCORE,), batch_size=20)
+
+
+def test_all_rows_in_one_batch_are_no_minibatch():
+    assert fitted(mean, (SCORE,), batch_size=80)
+
+
+@pytest.mark.parametrize(("model", "data", "name"), [(groups, (ERROR,), "score"), (mean, (), "x")])
+def test_data_that_were_forgotten_are_told(model, data, name):
+    """The prior is no posterior. A density without data and without such an argument is left in peace."""
+    with pytest.warns(UserWarning, match=f"its argument '{name}' was not given, so the guide learns the prior"):
+        fitted(model, data)
+
+
+def test_a_density_without_data_says_nothing(recwarn):
+    fitted(lambda: pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1)), ())
+    assert not [w for w in recwarn if "no site of the model is observed" in str(w.message)]
+
+
+@pytest.mark.parametrize("count", [20, 80])
+def test_data_that_a_container_lacks_are_named(count):
+    """With plates that are followed (80 groups) and without. Before, the terms of the 80 did not add up."""
+    guide = fitted(groups, (ERROR[:count], SCORE[:count]))
+    with pytest.raises(ValueError, match=r"latent sites \['score'\] of the model are not in the guide.*data included"):
+        dgm.from_svi(groups, guide, ERROR[:count], num_samples=50)
