@@ -19,7 +19,7 @@ from pyro_dgm.core.kinds import checked, shown
 
 __all__ = ["LateBuffers", "load", "resize_to_saved", "save"]
 
-_FUNCTIONS = "pyro_dgm.vae."  # whose functions a file may name: likelihoods
+_FUNCTIONS = "pyro_dgm.vae."  # whose functions and classes a file may name: likelihoods
 _KIND = "pyro_dgm.save, format 1"
 _PLAIN = (type(None), bool, int, float, str, Tensor)
 _ACTIVATIONS = (
@@ -189,6 +189,8 @@ def _made(value: Any) -> Any:
         return {"layer": name}
     if _is_offered(value):
         return {"name": [value.__module__, name]}
+    if type(value).__module__.startswith(_FUNCTIONS) and _is_offered(type(value)):
+        return _made_likelihood(value)
     return {"unknown": "what is no part of it" if value is ... else shown(value)}
 
 
@@ -204,6 +206,13 @@ def _made_module(value: nn.Module) -> Any:
         arguments = {k: _made(v) for k, v in vars(value)["_made_with"].items()}
         return {"module": [cls.__module__, cls.__name__], "arguments": arguments}
     return {"unknown": f"a {cls.__name__}"}
+
+
+def _made_likelihood(value: Any) -> Any:
+    """A likelihood that is made with arguments, which it keeps under their names."""
+    cls = type(value)
+    arguments = [*inspect.signature(cls.__init__).parameters][1:]
+    return {"module": [cls.__module__, cls.__name__], "arguments": {k: _made(getattr(value, k)) for k in arguments}}
 
 
 def _made_constraint(value: constraints.Constraint) -> Any:
@@ -276,7 +285,7 @@ def _ours(module: str, name: str) -> Any:
 
 def _is_offered(value: Any) -> bool:
     home = str(getattr(value, "__module__", ""))
-    of_a_kind = issubclass(value, nn.Module) if isinstance(value, type) else home.startswith(_FUNCTIONS)
+    of_a_kind = home.startswith(_FUNCTIONS) or (isinstance(value, type) and issubclass(value, nn.Module))
     offered = getattr(sys.modules.get(home), "__all__", ()) if home.startswith("pyro_dgm.") else ()
     return of_a_kind and callable(value) and getattr(value, "__name__", "") in offered
 

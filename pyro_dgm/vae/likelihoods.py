@@ -159,6 +159,7 @@ class categorical:
 
     @checked()
     def __init__(self, classes: int) -> None:
+        self.classes = classes
         self.arguments = [f"logit_{k}" for k in range(classes)]
 
     def __call__(self, **logits: Tensor) -> TorchDistribution:
@@ -265,18 +266,20 @@ class columns:
     def __init__(self, kinds: Sequence[Callable[..., TorchDistribution]]) -> None:
         if not kinds:
             raise ValueError("columns: no kinds, expected one function for each column.")
-        self.kinds = [
+        self.kinds = [*kinds]
+        self.groups = [
             (kind, arguments_of(kind), [i for i, k in enumerate(kinds) if k is kind]) for kind in dict.fromkeys(kinds)
         ]
-        self.arguments = [f"raw_{i}" for i in range(max(len(names) for _, names, _ in self.kinds))]
+        self.arguments = [f"raw_{i}" for i in range(max(len(names) for _, names, _ in self.groups))]
 
     def __call__(self, *raw: Tensor, **named: Tensor) -> TorchDistribution:
         tensors = raw or tuple(named[k] for k in self.arguments)
-        columns = sum(len(index) for _, _, index in self.kinds)
-        if tensors[0].shape[-1:] != (columns,):
-            raise ValueError(f"columns: {columns} kinds of columns for events of shape (..., {tensors[0].shape[-1]}).")
+        if tensors[0].shape[-1:] != (len(self.kinds),):
+            raise ValueError(
+                f"columns: {len(self.kinds)} kinds of columns for events of shape (..., {tensors[0].shape[-1]})."
+            )
         parts = []
-        for kind, names, index in self.kinds:
+        for kind, names, index in self.groups:
             arguments = {name: tensor[..., index] for name, tensor in zip(names, tensors, strict=False)}
             parts.append((kind(**arguments), index))
         return _Columns(parts, tensors[0].shape)
@@ -342,10 +345,7 @@ def has_data_units(make: Callable[..., TorchDistribution], entries: int) -> list
     >>> has_data_units(columns([normal, poisson]), 2), has_data_units(bernoulli, 2)
     ([True, False], [False, False])
     """
-    if not isinstance(make, columns):
-        return [make is normal] * entries
-    of_normal = {i for kind, _, index in make.kinds for i in index if kind is normal}
-    return [i in of_normal for i in range(entries)]
+    return [kind is normal for kind in (make.kinds if isinstance(make, columns) else [make] * entries)]
 
 
 def in_data_units(entries: TorchDistribution, loc: Tensor, scale: Tensor) -> TorchDistribution:

@@ -87,6 +87,15 @@ def vae():
     return pair, lambda v: torch.cat([v.embed(rows), v.generate(50)], 1)
 
 
+def table():
+    kinds = dgm.vae.columns([dgm.vae.normal, dgm.vae.categorical(4), dgm.vae.poisson, dgm.vae.discretized_logistic(8)])
+    both = dgm.vae.Conditional(4, 2, kinds), dgm.vae.Conditional(2, 4, dgm.vae.normal)
+    pair = dgm.VAE(dgm.vae.StandardNormal(2), *both)
+    rows = torch.randint(4, (50, 4)).float()
+    fitted(dgm.STL_ELBO(1)(pair.model, pair.guide), rows)
+    return pair, lambda v: torch.cat([v.embed(rows), v.generate(50)], 1)
+
+
 def gan():
     pair = dgm.Adversarial(dgm.Generator(2, 8), dgm.Critic(2, 8), pretrain=0)
     fitted(pair, 3.0 + torch.randn(50, 2))
@@ -103,7 +112,9 @@ def ratio():
 
 
 @pytest.mark.filterwarnings("ignore")  # they are trained for four steps
-@pytest.mark.parametrize("make", [auto, implicit, amortised, vae, gan, own_layers, ratio], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "make", [auto, implicit, amortised, vae, table, gan, own_layers, ratio], ids=lambda f: f.__name__
+)
 def test_guides_and_pairs_come_back(make, tmp_path):
     module, use = make()
     file = saved(module, tmp_path)
@@ -159,6 +170,8 @@ def file_of(path, made, state=None):
     {"name": ["os", "system"]},
     {"module": ["zipfile", "ZipFile"], "arguments": {"file": "evil", "mode": "w"}},
     {"name": ["pyro_dgm.vae.likelihoods", "normal"]},
+    {"module": ["pyro_dgm.vae.likelihoods", "arguments_of"], "arguments": {"make": {"name": ["os", "system"]}}},
+    {"module": ["pyro_dgm.vae.likelihoods", "columns"], "arguments": {"kinds": {"list": [{"name": ["os", "system"]}]}}},
     3.0,
     {"module": ["pyro_dgm.core.files", "save_state"], "arguments": {"what": "", "path": "evil", "state": {}}},
     {"module": ["pyro_dgm.core.files", "os"], "arguments": {}},
