@@ -25,6 +25,7 @@ from torch.distributions import Distribution, ExpTransform, biject_to, constrain
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.shapes import of_entries, reference
+from pyro_dgm.model.program import refuse_uncallable
 from pyro_dgm.model.sites import is_enumerable, lacks_density, latent_sites, plate_frames, sample_sites, subsampled
 from pyro_dgm.model.stability import changing_supports, runs_from_the_prior
 from pyro_dgm.model.supports import innermost, is_circular, unwrapped
@@ -179,6 +180,7 @@ def moving_supports(
 ) -> tuple[frozenset[str], list[poutine.Trace]]:
     """Latents whose support follows other latents; and the runs that tell."""
     who = "AmortizedGuide"
+    refuse_uncallable(who, model, args, kwargs)
     traces = runs_from_the_prior(who, model, _simulated(model, args, kwargs), args, kwargs, one_size=False)
     hidden = {name for name, site in latent_sites(traces[0]) if not is_enumerable(site)} - set(observed)
     moving = changing_supports(who, model, traces, args, kwargs)

@@ -104,8 +104,7 @@ def _from_array(who: str, what: str, value: Any) -> Tensor:
         raise TypeError(
             f"{who}: {what} is {got}, expected a tensor or array of real numbers. Convert it, as by {_advice(value, array)}."
         )
-    own = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
-    return torch.from_numpy(np.array(array, own))
+    return torch.from_numpy(np.array(array, np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")))
 
 
 def _advice(value: Any, array: np.ndarray | None) -> str:
@@ -114,6 +113,8 @@ def _advice(value: Any, array: np.ndarray | None) -> str:
         return "np.stack([x.real, x.imag], -1)"
     if isinstance(value, list | tuple) and value and all(isinstance(v, Tensor) for v in value):
         return "torch.stack(x), of rows of equal length"
+    if array is not None and any(isinstance(v, str) for v in array.flat):
+        return "pandas.factorize(column)[0], of a column of words"
     return "torch.as_tensor(np.asarray(x, dtype='float32'))"
 
 

@@ -6,7 +6,8 @@ draws, whoever drew them: a guide, MCMC, or the user.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +39,7 @@ from pyro_dgm.model.sites import (
 from pyro_dgm.model.terms import total
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine, How, Model, first_line, plate_nesting
 
-__all__ = ["Model", "Program", "refuse_guides_as_models", "refuse_missing"]
+__all__ = ["Model", "Program", "refuse_guides_as_models", "refuse_missing", "refuse_uncallable"]
 
 
 def refuse_guides_as_models(who: str, model: Any) -> None:
@@ -48,6 +49,22 @@ def refuse_guides_as_models(who: str, model: Any) -> None:
             f"{who}: the model is an {type(model).__name__}, a guide. Did you swap model and guide? "
             f"Expected {_CALLS.get(who, who + '(model, ...)')}."
         )
+
+
+def refuse_uncallable(who: str, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a model that cannot be called with these arguments: often a simulator that is none yet."""
+    try:
+        signature = inspect.signature(getattr(model, "forward", model))
+    except ValueError:  # of what is written in C
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        name = getattr(model, "__name__", type(model).__name__)
+        raise TypeError(
+            f"{who}: the model {name}{signature} cannot be called with the arguments given: {error}. Give the model's arguments; "
+            "of a simulator of your own make a model first: dgm.as_model(simulator, prior={...}, observed=...)."
+        ) from None
 
 
 _TRIED = 3  # draws by which it is found how many are run at once; not measured, chosen by hand

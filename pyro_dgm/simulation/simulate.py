@@ -25,6 +25,7 @@ from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.pace import few_threads, working
 from pyro_dgm.core.shapes import check_number
 from pyro_dgm.core.warn import plain, warn_user
+from pyro_dgm.model.program import refuse_uncallable
 from pyro_dgm.model.sites import is_drawn, is_factor, is_subsample, observed_sites
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, first_line, plate_nesting
 from pyro_dgm.simulation.blocks import TOO_FEW, Blocks, fault_of_plate, random_state
@@ -109,6 +110,7 @@ def simulate(
     seed = None if seed is None else whole("seed", seed)
     _refuse_bad_kinds(executor, model_kwargs, path)
     kwargs = model_kwargs or {}
+    refuse_uncallable("simulate", model, args, kwargs)
     noted = {} if path is None else _noted(model, args, kwargs)
     wanted = checked_sizes(sizes)
     settings = _Prepared(model, args, kwargs, observed, n, wanted, _checked(timeout))

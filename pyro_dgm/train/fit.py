@@ -286,6 +286,10 @@ def _told(held_out: Any, rows: int | None, asked: Any) -> str:
 def _refuse_no_objective(objective: nn.Module, data: Any) -> None:
     if isinstance(objective, DistributionModule):
         raise TypeError(f"fit: {type(objective).__name__} is a family, expected an objective. {_ADVICE}")
+    if hasattr(objective, "condition"):  # an amortised guide, which is trained on simulations
+        raise TypeError(
+            f"fit: {type(objective).__name__} is a guide, expected an objective. Write fit(ForwardKL(guide), sims)."
+        )
     if callable(data):
         got = f"{type(objective).__name__} and {type(data).__name__}"
         raise TypeError(f"fit: expected an objective and its data, got {got}. {_ADVICE}")

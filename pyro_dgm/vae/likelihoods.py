@@ -49,6 +49,8 @@ Make = TypeVar("Make", bound=Callable[..., TorchDistribution])
 
 def arguments_of(make: Callable[..., TorchDistribution]) -> list[str]:
     """The names of the raw tensors that an entry function takes."""
+    if isinstance(make, type):
+        raise TypeError(f"{make.__name__} is made with arguments first, as by vae.categorical(4) for four classes.")
     names = getattr(make, "arguments", None)
     if names is None:
         try:

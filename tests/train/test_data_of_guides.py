@@ -83,3 +83,31 @@ def test_data_that_a_container_lacks_are_named(count):
     guide = fitted(groups, (ERROR[:count], SCORE[:count]))
     with pytest.raises(ValueError, match=r"latent sites \['score'\] of the model are not in the guide.*data included"):
         dgm.from_svi(groups, guide, ERROR[:count], num_samples=50)
+
+
+def simulator(rate, rng):
+    return rng.poisson(rate, 3)
+
+
+def test_a_simulator_that_is_no_model_yet_is_told():
+    """Before, Python's message of missing arguments, after twenty runs."""
+    for call in (lambda: dgm.AmortizedGuide(simulator, ["x"]), lambda: dgm.simulate(simulator, 10, observed=["x"])):
+        with pytest.raises(TypeError, match="missing a required argument: 'rate'.*make a model first: dgm.as_model"):
+            call()
+
+
+def test_a_guide_in_the_place_of_the_objective_is_told():
+    model = dgm.as_model(simulator, prior={"rate": dist.Gamma(2.0, 1.0)}, observed="x")
+    sims = dgm.simulate(model, 20, observed=["x"], seed=0, progress=False)
+    with pytest.raises(TypeError, match=r"AmortizedGuide is a guide.*fit\(ForwardKL\(guide\), sims\)"):
+        dgm.fit(dgm.AmortizedGuide(model, ["x"]), sims)
+
+
+def test_kinds_and_words_that_are_no_data_are_told():
+    """A class of likelihoods without its arguments; a table with a column of words."""
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match=r"categorical is made with arguments first, as by vae.categorical\(4\)"):
+        dgm.vae.columns([dgm.vae.normal, dgm.vae.categorical])
+    table = pandas.DataFrame({"a": ["x", "y"], "b": [1.0, 2.0]})
+    with pytest.raises(TypeError, match=r"pandas.factorize\(column\)\[0\], of a column of words"):
+        dgm.fit(dgm.MaximumLikelihood(dgm.MAF(2)), table)
