@@ -23,6 +23,7 @@ from pyro_dgm.diagnostics.groups import Groups
 from pyro_dgm.diagnostics.khat import judge, judge_elements, seen_rows
 from pyro_dgm.guides.autoflow import AutoFlow
 from pyro_dgm.guides.chains import ChainPosterior
+from pyro_dgm.guides.plate_start import rule_for
 from pyro_dgm.guides.plates import PlatedPosterior, Rule
 from pyro_dgm.model.chains import BandedChain
 from pyro_dgm.model.elements import Factors
@@ -121,7 +122,7 @@ def _draw(guide: AutoFlow, log_joint: LogJoint, n: int) -> _GuideDraws:
     posterior = guide.plated
     factors = guide.factors_of(log_joint)
     g = posterior.outer().sample((n,))
-    rule = posterior.rule_for(factors, g)
+    rule = rule_for(posterior, factors, g)
     size = max(1, _AT_ONCE // (max(_PROPOSALS, posterior.points(rule)) * factors.size))
     parts = [
         _drawn(log_joint, posterior, factors, rows, rule, max(0, _LOOKED - i * size))

@@ -18,18 +18,22 @@ import torch
 from torch import Tensor
 
 from pyro_dgm.core.pace import steps
-from pyro_dgm.guides.plates import LocalLaw, LocalNormals, PlatedPosterior
+from pyro_dgm.guides.plates import LocalLaw, LocalNormals, PlatedPosterior, Rule
 from pyro_dgm.guides.start import antithetic, natural_step, shortened
 from pyro_dgm.model.elements import Factors, between, gram, precision_of, rooted, solved, times
 from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread
 
-__all__ = ["draws_for", "outer_step", "start_plates"]
+__all__ = ["compared", "draws_for", "outer_step", "rule_for", "start_plates"]
 
 _TOGETHER = 30  # simulated normal, Poisson and binomial hierarchies of 100 to 10,000 groups stand still after 15 to 30
 _GLOBALS = 20
 _AGAIN = 10  # elements once more: with 10,000 groups of counts the noise of the first stage makes the globals narrow, by 1 / 7
 # Not measured; chosen by hand.
 _REACH = (0.5, 2.0)  # widths of the globals within which quadratures are compared
+_COMPARED = 16  # draws at which quadratures are compared, at least
+_TOLERANCE = 0.02  # nats that an integral may vary by from draw to draw; a gap of .05 is a good posterior's most
+_OFFSET = 0.1  # nats that it may be off by in all draws
+_LINE = 0.005  # nats that a finer integral may be off a line: it tells of a few draws only
 _NEARLY = 0.02  # nats off a line, which moves the globals by as many sds
 _RATES = (0.5, 0.1)
 _RIDGE = 1e-3
@@ -61,9 +65,9 @@ def _choose_rule(factors: Factors, posterior: PlatedPosterior) -> None:
     if not posterior.orders():
         return
     outer = posterior.outer
-    pairs = -(-posterior.compared() // 2)
+    pairs = compared(posterior) // 2
     w = antithetic(outer.loc[None], 2 * pairs)[0] * torch.linspace(*_REACH, pairs).repeat(2)[:, None].to(outer.loc)
-    posterior.rule = posterior.rule_for(factors, outer.loc + w @ outer.scale_tril.mT, _NEARLY)
+    posterior.rule = rule_for(posterior, factors, outer.loc + w @ outer.scale_tril.mT, _NEARLY)
 
 
 def _rate(progress: float) -> float:
@@ -216,3 +220,55 @@ def _move_globals(posterior: Any, w: Tensor, slope: Tensor, rho: float) -> None:
     residual = shortened(slope + w, _STEEPEST * math.sqrt(posterior.size))
     loc, tril = natural_step(outer.loc[None], outer.scale_tril[None], w[None], residual[None], rho)
     posterior.whiten(loc[0], tril[0])
+
+
+# --- How fine the elements are integrated out ---
+
+
+def compared(posterior: PlatedPosterior) -> int:
+    """At how many draws of the globals quadratures are compared."""
+    return max(_COMPARED, 4 * (1 + posterior.size))
+
+
+@torch.no_grad()
+def rule_for(posterior: PlatedPosterior, factors: Factors, g: Tensor, line: float = _LINE) -> Rule:
+    """The coarsest quadrature that says the same as finer ones at draws of the globals, to so many nats but for a line.
+
+    Finer ones are right as soon as two in a row agree. Half of the draws are the farthest of ``g``, and may be off by more.
+    Where elements have too many latents for a quadrature, two sets of random points are compared.
+    """
+    g, distance = _some(g, posterior.white(g), compared(posterior))
+    found: list[tuple[int | None, Tensor]] = []
+    for order in posterior.orders() or (None, None):
+        found.append((order, posterior.marginal(factors, g, Rule(order))))
+        if len(found) > 1 and _agree((found[-1][1] - found[-2][1]) / distance):
+            return _coarsest(found, posterior.white(g), distance, line)
+    gap = found[-1][1] - found[-2][1]
+    return Rule(found[-1][0], unsure=max(float(gap.std()), float(gap.mean().abs())))
+
+
+def _some(g: Tensor, w: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Some rows, those that are farthest among them, and squares of how far they are beyond the median."""
+    square = w.double().square().sum(-1)
+    distance = (square / square.median()).clamp_min(1.0)
+    far = distance[count // 2 :].argsort(descending=True)[: count - count // 2] + count // 2
+    index = torch.cat([torch.arange(min(len(g), count // 2)).to(far), far])
+    return g[index], distance[index]
+
+
+def _agree(gap: Tensor) -> bool:
+    """Whether two integrals differ by little at all draws, and by nearly the same."""
+    return bool(gap.isfinite().all()) and float(gap.std()) < _TOLERANCE and float(gap.mean().abs()) < _OFFSET
+
+
+def _coarsest(found: list[tuple[int | None, Tensor]], w: Tensor, distance: Tensor, most: float) -> Rule:
+    """The first that differs from the last by a line."""
+    finest, right = found[-1]
+    h = torch.nn.functional.pad(w.double(), (1, 0), value=1.0) / distance[:, None]
+    degrees = len(h) - h.shape[1]
+    for order, value in found[:-1] if degrees >= h.shape[1] else ():
+        gap = (right - value) / distance
+        line = torch.linalg.lstsq(h, gap[:, None]).solution[:, 0]
+        if bool((gap - h @ line).square().sum() < degrees * most**2):  # and not where it is NaN
+            return Rule(order, line.to(w))
+    return Rule(finest)

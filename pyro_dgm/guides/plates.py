@@ -53,10 +53,6 @@ _AT_FIRST = {1: 9, 2: 5}  # the order until one is chosen
 _DRAWS = 16  # in its place, of elements with more latents
 _ROWS = 2**20  # element evaluations in a step
 _LEAST = 16  # draws of the globals in it, however many elements there are
-_COMPARED = 16  # draws at which quadratures are compared, at least
-_TOLERANCE = 0.02  # nats that an integral may vary by from draw to draw; a gap of .05 is a good posterior's most
-_OFFSET = 0.1  # nats that it may be off by in all draws
-_LINE = 0.005  # nats that a finer integral may be off a line: it tells of a few draws only
 _AT_ONCE = 2**21  # entries of the model's terms. At 20,000 groups smaller chunks are slower, larger ones no faster
 
 
@@ -274,38 +270,6 @@ class PlatedPosterior(GivenGlobals):
         """How many draws of the globals a step has."""
         return max(_LEAST, min(most, _ROWS // (sum(map(len, self.groups)) * self.points())))
 
-    def compared(self) -> int:
-        """At how many draws of the globals quadratures are compared."""
-        return max(_COMPARED, 4 * (1 + self.size))
-
-    @torch.no_grad()
-    def rule_for(self, factors: Factors, g: Tensor, line: float = _LINE) -> Rule:
-        """The coarsest quadrature that says the same as finer ones at draws of the globals, to so many nats but for a line.
-
-        Finer ones are right as soon as two in a row agree. Half of the draws are the farthest of ``g``, and may be off by more.
-        Where elements have too many latents for a quadrature, two sets of random points are compared.
-        """
-        g, distance = _some(g, self.white(g), self.compared())
-        found: list[tuple[int | None, Tensor]] = []
-        for order in self.orders() or (None, None):
-            found.append((order, self.marginal(factors, g, Rule(order))))
-            if len(found) > 1 and _agree((found[-1][1] - found[-2][1]) / distance):
-                return self._coarsest(found, self.white(g), distance, line)
-        gap = found[-1][1] - found[-2][1]
-        return Rule(found[-1][0], unsure=max(float(gap.std()), float(gap.mean().abs())))
-
-    def _coarsest(self, found: list[tuple[int | None, Tensor]], w: Tensor, distance: Tensor, most: float) -> Rule:
-        """The first that differs from the last by a line."""
-        finest, right = found[-1]
-        h = torch.nn.functional.pad(w.double(), (1, 0), value=1.0) / distance[:, None]
-        degrees = len(h) - h.shape[1]
-        for order, value in found[:-1] if degrees >= h.shape[1] else ():
-            gap = (right - value) / distance
-            line = torch.linalg.lstsq(h, gap[:, None]).solution[:, 0]
-            if bool((gap - h @ line).square().sum() < degrees * most**2):  # and not where it is NaN
-                return Rule(order, line.to(w))
-        return Rule(finest)
-
     def marginal(self, factors: Factors, g: Tensor, rule: Rule | None = None) -> Tensor:
         """The log density of globals ``(n, G)`` with the elements integrated out, in nats, summed in float64.
 
@@ -349,20 +313,6 @@ class PlatedPosterior(GivenGlobals):
         for latents, own in zip(made.latents, k.split([len(group) for group in self.groups], -1), strict=True):
             kept.append(latents.gather(0, own[None, :, :, None].expand(1, *latents.shape[1:]))[0])
         return self.join(g, kept)
-
-
-def _some(g: Tensor, w: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Some rows, those that are farthest among them, and squares of how far they are beyond the median."""
-    square = w.double().square().sum(-1)
-    distance = (square / square.median()).clamp_min(1.0)
-    far = distance[count // 2 :].argsort(descending=True)[: count - count // 2] + count // 2
-    index = torch.cat([torch.arange(min(len(g), count // 2)).to(far), far])
-    return g[index], distance[index]
-
-
-def _agree(gap: Tensor) -> bool:
-    """Whether two integrals differ by little at all draws, and by nearly the same."""
-    return bool(gap.isfinite().all()) and float(gap.std()) < _TOLERANCE and float(gap.mean().abs()) < _OFFSET
 
 
 class Inner(NamedTuple):
