@@ -23,7 +23,8 @@ from pyro_dgm.diagnostics.groups import Groups
 from pyro_dgm.diagnostics.khat import judge, judge_elements, seen_rows
 from pyro_dgm.guides.autoflow import AutoFlow
 from pyro_dgm.guides.chains import ChainPosterior
-from pyro_dgm.guides.plates import PlatedPosterior
+from pyro_dgm.guides.plate_start import rule_for
+from pyro_dgm.guides.plates import PlatedPosterior, Rule
 from pyro_dgm.model.chains import BandedChain
 from pyro_dgm.model.elements import Factors
 from pyro_dgm.model.log_joint import LogJoint
@@ -36,12 +37,11 @@ __all__ = ["FoundByElements", "groups_by_elements"]
 # Not measured; chosen by hand.
 _PROPOSALS = 8  # of an element given the globals, of which one is kept
 _AT_ONCE = 2**23  # entries of the model's terms
-_COMPARED = 16  # draws at which a quadrature is compared with a finer one
-_TOLERANCE = 0.02  # nats that its error may vary by from draw to draw; a gap of .05 is a good posterior's most
-_OFFSET = 0.1  # nats that it may be off by in all draws
+_COMPARED = 16  # draws of the globals at which draws of a chain are counted
 _NOISE = 0.02  # variance of a weight by its draws of the chain
 _MOST_PAIRS = 64  # of draws of a chain
 _NOT_LOOKED = "neither is made for a time series"
+_UNSURE = "The elements of a plate are integrated out to {:.2g} nats only, so the weights are not known well"
 _LOOKED = 64  # draws around which modes are looked for
 
 
@@ -123,52 +123,33 @@ def _draw(guide: AutoFlow, log_joint: LogJoint, n: int) -> _GuideDraws:
     posterior = guide.plated
     factors = guide.factors_of(log_joint)
     g = posterior.outer().sample((n,))
-    order, unsure = _order_for(posterior, factors, g)
-    size = _rows_at_once(posterior, factors, order)
+    rule = rule_for(posterior, factors, g)
+    size = max(1, _AT_ONCE // (max(_PROPOSALS, posterior.points(rule)) * factors.size))
     parts = [
-        _drawn(log_joint, posterior, factors, rows, order, max(0, _LOOKED - i * size))
+        _drawn(log_joint, posterior, factors, rows, rule, max(0, _LOOKED - i * size))
         for i, rows in enumerate(g.split(size))
     ]
     draws = {k: torch.cat([each.draws[k] for each in parts]) for k in parts[0].draws}
     vectors = torch.cat([each.vectors for each in parts])
     arrays = [np.concatenate([getattr(each, k) for each in parts]) for k in ("log_weight", "local", "values")]
-    return _GuideDraws(draws, vectors, arrays[0], arrays[1], arrays[2], unsure)
-
-
-def _rows_at_once(posterior: PlatedPosterior, factors: Factors, order: int | None) -> int:
-    points = max(_PROPOSALS, len(posterior.nodes(1, order=order)[0]))
-    return max(1, _AT_ONCE // (points * factors.size))
+    return _GuideDraws(
+        draws, vectors, arrays[0], arrays[1], arrays[2], _UNSURE.format(rule.unsure) if rule.unsure else ""
+    )
 
 
 def _drawn(
-    log_joint: LogJoint, posterior: PlatedPosterior, factors: Factors, g: Tensor, order: int | None, kept: int
+    log_joint: LogJoint, posterior: PlatedPosterior, factors: Factors, g: Tensor, rule: Rule, kept: int
 ) -> _GuideDraws:
     """Those of given globals, so many vectors among them."""
-    made = posterior.inner(factors, g, _PROPOSALS)
+    made = posterior.inner(factors, g, posterior.random(len(g), _PROPOSALS))
     first = torch.nn.utils.rnn.pad_sequence([u[0].flatten(2).movedim(-1, 0) for u in made.latents], batch_first=True)
     values = torch.cat(list(first.movedim(1, -1)), 1)
     u = posterior.chosen(g, made)
-    log_weight = posterior.marginal(factors, g, order=order) - posterior.outer().log_prob(g).double()
+    log_weight = posterior.marginal(factors, g, rule) - posterior.outer().log_prob(g).double()
     seen = seen_rows(values.shape[1])
     local = (made.log_ratio[0] - made.integral)[:, seen]
     arrays = [x.double().cpu().numpy() for x in (log_weight, local, values[:, seen])]
     return _GuideDraws(log_joint.constrain(u)[0], u[:kept].clone(), arrays[0], arrays[1], arrays[2])
-
-
-def _order_for(posterior: PlatedPosterior, factors: Factors, g: Tensor) -> tuple[int | None, str]:
-    """The coarsest quadrature of which the one before says the same of some draws, and what is wrong where none is.
-
-    Where elements have too many latents for a quadrature, two sets of random points are compared.
-    """
-    some = g[:_COMPARED]
-    orders: tuple[int | None, ...] = posterior.orders() or (None, None)
-    for coarse, fine in zip(orders, orders[1:], strict=False):
-        gap = posterior.marginal(factors, some, order=coarse) - posterior.marginal(factors, some, order=fine)
-        if bool(gap.isfinite().all()) and float(gap.std()) < _TOLERANCE and float(gap.mean().abs()) < _OFFSET:
-            return fine, ""
-    return orders[-1], (
-        f"The elements of a plate are integrated out to {float(gap.std()):.2g} nats only, so the weights are not known well"
-    )
 
 
 @torch.no_grad()

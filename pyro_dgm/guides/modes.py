@@ -39,11 +39,7 @@ __all__ = [
     "WithNormals",
     "as_pyro",
     "fitted_log_weights",
-    "gram",
     "log_normal",
-    "precision_of",
-    "solved",
-    "times",
     "transport",
     "whitened",
 ]
@@ -289,31 +285,6 @@ class ModeMixture(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         each = [w + c.log_prob(value) for w, c in zip(self.log_weight, self.components, strict=True)]
         return torch.stack(each).logsumexp(0)
-
-
-# --- Small matrices, one by one ---
-
-
-def times(matrix: Tensor, vector: Tensor) -> Tensor:
-    """The product of ``(*batch, F, F)`` and ``(*batch, F)``: millions of single numbers are no matrices."""
-    return matrix[..., 0] * vector if vector.shape[-1] == 1 else (matrix @ vector[..., None])[..., 0]
-
-
-def solved(triangle: Tensor, vector: Tensor, *, upper: bool) -> Tensor:
-    """The inverse of a triangular matrix times a vector."""
-    if vector.shape[-1] == 1:
-        return vector / triangle[..., 0]
-    return torch.linalg.solve_triangular(triangle, vector[..., None], upper=upper)[..., 0]
-
-
-def gram(root: Tensor) -> Tensor:
-    """:math:`R^\\top R`, of roots ``(*batch, F, F)``."""
-    return root.square() if root.shape[-1] == 1 else root.mT @ root
-
-
-def precision_of(root: Tensor) -> Tensor:
-    """:math:`I + R^\\top R`."""
-    return gram(root) + torch.eye(root.shape[-1]).to(root)
 
 
 # --- Base distributions ---

@@ -18,37 +18,56 @@ import torch
 from torch import Tensor
 
 from pyro_dgm.core.pace import steps
-from pyro_dgm.guides.modes import gram, precision_of, solved, times
-from pyro_dgm.guides.plates import LocalLaw, LocalNormals, PlatedPosterior
+from pyro_dgm.guides.plates import LocalLaw, LocalNormals, PlatedPosterior, Rule
 from pyro_dgm.guides.start import antithetic, natural_step, shortened
-from pyro_dgm.model.elements import Factors
+from pyro_dgm.model.elements import Factors, between, gram, precision_of, rooted, solved, times
 from pyro_dgm.model.log_joint import LogJoint, prior_draws, spread
 
-__all__ = ["draws_for", "outer_step", "start_plates"]
+__all__ = ["compared", "draws_for", "outer_step", "rule_for", "start_plates"]
 
 _TOGETHER = 30  # simulated normal, Poisson and binomial hierarchies of 100 to 10,000 groups stand still after 15 to 30
 _GLOBALS = 20
 _AGAIN = 10  # elements once more: with 10,000 groups of counts the noise of the first stage makes the globals narrow, by 1 / 7
 # Not measured; chosen by hand.
+_REACH = (0.5, 2.0)  # widths of the globals within which quadratures are compared
+_COMPARED = 16  # draws at which quadratures are compared, at least
+_TOLERANCE = 0.02  # nats that an integral may vary by from draw to draw; a gap of .05 is a good posterior's most
+_OFFSET = 0.1  # nats that it may be off by in all draws
+_LINE = 0.005  # nats that a finer integral may be off a line: it tells of a few draws only
+_NEARLY = 0.02  # nats off a line, which moves the globals by as many sds
 _RATES = (0.5, 0.1)
 _RIDGE = 1e-3
 _WIDER = 1.5  # prior draws' spread, as the width of an element that has no location and scale of its own
 _STEEPEST = 3.0  # times the root of G: norm of a whitened residual
 _FARTHEST = 1.0  # of an element's mean in a step, in units of its prior
 _SHORTEST, _LARGEST = 0.2, 5.0  # change of an element's information in a step
+_SLIGHT = 0.1  # information that counts as known along any direction, where elements have several latents
 
 
 def start_plates(log_joint: LogJoint, factors: Factors, posterior: PlatedPosterior) -> None:
     """Fit the elements, and whiten the globals."""
     _take_prior(log_joint, posterior)
-    n, few = draws_for(posterior.size), _fewer(posterior)
+    n = draws_for(posterior.size)
     for _, progress in steps("start 1/3: together", _TOGETHER, 0.4):
         _joint_step(log_joint, posterior, n, _rate(progress))
+    _choose_rule(factors, posterior)
+    few = _fewer(posterior)
     for _, progress in steps("start 2/3: globals", _GLOBALS, 0.4):
         outer_step(factors, posterior, few, _rate(progress))
+    _choose_rule(factors, posterior)
     for _, progress in steps("start 3/3: elements", _AGAIN, 0.8):
         _joint_step(log_joint, posterior, n, _rate(progress), move=False)
         outer_step(factors, posterior, few, _RATES[1])
+
+
+def _choose_rule(factors: Factors, posterior: PlatedPosterior) -> None:
+    """How the elements are integrated out from now on."""
+    if not posterior.orders():
+        return
+    outer = posterior.outer
+    pairs = compared(posterior) // 2
+    w = antithetic(outer.loc[None], 2 * pairs)[0] * torch.linspace(*_REACH, pairs).repeat(2)[:, None].to(outer.loc)
+    posterior.rule = rule_for(posterior, factors, outer.loc + w @ outer.scale_tril.mT, _NEARLY)
 
 
 def _rate(progress: float) -> float:
@@ -93,61 +112,78 @@ def _joint_step(log_joint: LogJoint, posterior: PlatedPosterior, n: int, rho: fl
     zs = [antithetic(each.loc.reshape(1, -1), n).reshape(n, *each.index.shape) for each in posterior.groups]
     placed = [law.place(z) for law, z in zip(laws, zs, strict=True)]
     g = outer.loc + w @ outer.scale_tril.mT
-    value = log_joint.evaluated(posterior.join(g, [u for u, _ in placed]))  # curvature needs two derivatives
-    inside = value.isfinite()
-    total = torch.where(inside, value + sum(ladj.sum(-1) for _, ladj in placed), 0.0).sum()
-    slope, *slopes = torch.autograd.grad(total, [w, *(u for u, _ in placed)], create_graph=True)
-    found = [
-        _informed(group, law, u, s, rho)
-        for group, law, (u, _), s in zip(posterior.groups, laws, placed, slopes, strict=True)
-    ]
+    inside, slopes, curvatures = _derivatives(log_joint, posterior, [g, *(u for u, _ in placed)])
+    with torch.no_grad():
+        found = [
+            _informed(group, law, u, s, c, rho)
+            for group, law, (u, _), s, c in zip(posterior.groups, laws, placed, slopes[1:], curvatures, strict=True)
+        ]
+    volumes = [inside[:, None] * ladj for _, ladj in placed]
+    total = [g, *(u for u, _ in placed), *volumes], [*slopes, *map(torch.ones_like, volumes)]
+    (slope,) = torch.autograd.grad(total[0], w, total[1])
     fine = inside & slope.isfinite().all(-1)
     for group, (shift, root) in zip(posterior.groups, found, strict=True):
         ok = fine & shift.flatten(1).isfinite().all(1) & root.flatten(1).isfinite().all(1)
         if int(ok.sum()) > 1 + posterior.size:
             _regress(group, w.detach()[ok], shift[ok], root[ok])
     if move:
-        _move_globals(posterior, w.detach(), torch.where(fine[:, None], slope.detach(), -2.0 * w.detach()), rho)
+        _move_globals(posterior, w.detach(), torch.where(fine[:, None], slope, -2.0 * w.detach()), rho)
 
 
-def _informed(group: LocalNormals, law: LocalLaw, u: Tensor, slope: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+def _derivatives(
+    log_joint: LogJoint, posterior: PlatedPosterior, parts: list[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Of globals and elements: whether the log joint is finite there, its slopes, and its curvature ``(n, J, F, F)`` in elements.
+
+    They are leaves here: only the model is differentiated twice, not the laws that the elements were drawn from.
+    """
+    parts = [x.detach().requires_grad_() for x in parts]
+    value = log_joint.evaluated(posterior.join(parts[0], parts[1:]))
+    inside = value.isfinite()
+    slopes = torch.autograd.grad(torch.where(inside, value, 0.0).sum(), parts, create_graph=True)
+    curvatures = []
+    for u, slope in zip(parts[1:], slopes[1:], strict=True):
+        columns = [torch.autograd.grad(s.sum(), u, retain_graph=True)[0] for s in slope.unbind(-1)]
+        curvatures.append(torch.stack(columns, -1))
+    return inside, [s.detach() for s in slopes], curvatures
+
+
+def _informed(
+    group: LocalNormals, law: LocalLaw, u: Tensor, slope: Tensor, curvature: Tensor, rho: float
+) -> tuple[Tensor, Tensor]:
     """What each draw says of ``(shift, root)``: a share ``rho`` of the way from what is known to its gradient and curvature."""
     scale = group.scale
-    columns = []
-    for f in range(group.features):
-        (column,) = torch.autograd.grad(slope[..., f].sum(), u, retain_graph=True)
-        columns.append(column)
-    eye = torch.eye(group.features).to(u)
-    with torch.no_grad():
-        curved = -torch.stack(columns, -1) * scale[..., None] * scale[..., None, :] - eye
-        curved = 0.5 * (curved + curved.mT)
-        e = (u - group.loc) / scale
-        gradient = slope * scale + e
-        root, shift, mean = law.root, law.shift, law.mean
-        known = gram(root)
-        new_root = _root_of((1.0 - rho) * known + rho * curved, known)
-        informed = times(root.mT, shift)
-        said = gradient + times(known, e - mean) + times(curved, mean)
-        said = _near(new_root, mean, (1.0 - rho) * informed + rho * said)
-        return solved(new_root.mT, said, upper=False), new_root
+    curved = -curvature * scale[..., None] * scale[..., None, :] - torch.eye(group.features).to(u)
+    curved = 0.5 * (curved + curved.mT)
+    e = (u - group.loc) / scale
+    gradient = slope * scale + e
+    root, shift, mean = law.root, law.shift, law.mean
+    known = gram(root)
+    new_root = _root_of((1.0 - rho) * known + rho * curved, known)
+    informed = times(root.mT, shift)
+    said = gradient + times(known, e - mean) + times(curved, mean)
+    said = _near(new_root, mean, (1.0 - rho) * informed + rho * said)
+    return solved(new_root.mT, said, upper=False), new_root
 
 
 def _near(root: Tensor, mean: Tensor, informed: Tensor) -> Tensor:
     """What moves the mean of elements to where it says, or so far at most."""
     precision = precision_of(root)
-    move = torch.linalg.solve(precision, informed) - mean if root.shape[-1] > 1 else informed / precision[..., 0] - mean
+    tril = rooted(precision)
+    move = solved(tril.mT, solved(tril, informed, upper=False), upper=True) - mean
     move = torch.where(move.isfinite().all(-1, keepdim=True), shortened(move, _FARTHEST), 0.0)
     return times(precision, mean + move)
 
 
 def _root_of(information: Tensor, known: Tensor) -> Tensor:
-    """The upper-triangular root of an information that is positive, and that changed by so much at most."""
+    """The upper-triangular root of an information that is positive, and that changed by so much at most along any direction."""
     if information.shape[-1] == 1:
         return information.maximum(_SHORTEST * known + 1e-6).minimum(_LARGEST * known + 0.5).sqrt()
-    values, vectors = torch.linalg.eigh(information)
-    most = _LARGEST * known.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) + 0.5
-    values = values.clamp_min(1e-4).minimum(most)
-    return torch.linalg.cholesky((vectors * values[..., None, :]) @ vectors.mT).mT
+    tril = rooted(known + _SLIGHT * torch.eye(known.shape[-1]).to(known))
+    half = [solved(tril, column, upper=False) for column in information.unbind(-1)]
+    turned = torch.stack([solved(tril, row, upper=False) for row in torch.stack(half, -1).unbind(-2)], -1)
+    change = rooted(between(turned, _SHORTEST, _LARGEST))
+    return torch.stack([times(tril, column) for column in change.unbind(-1)], -2)
 
 
 @torch.no_grad()
@@ -184,3 +220,55 @@ def _move_globals(posterior: Any, w: Tensor, slope: Tensor, rho: float) -> None:
     residual = shortened(slope + w, _STEEPEST * math.sqrt(posterior.size))
     loc, tril = natural_step(outer.loc[None], outer.scale_tril[None], w[None], residual[None], rho)
     posterior.whiten(loc[0], tril[0])
+
+
+# --- How fine the elements are integrated out ---
+
+
+def compared(posterior: PlatedPosterior) -> int:
+    """At how many draws of the globals quadratures are compared."""
+    return max(_COMPARED, 4 * (1 + posterior.size))
+
+
+@torch.no_grad()
+def rule_for(posterior: PlatedPosterior, factors: Factors, g: Tensor, line: float = _LINE) -> Rule:
+    """The coarsest quadrature that says the same as finer ones at draws of the globals, to so many nats but for a line.
+
+    Finer ones are right as soon as two in a row agree. Half of the draws are the farthest of ``g``, and may be off by more.
+    Where elements have too many latents for a quadrature, two sets of random points are compared.
+    """
+    g, distance = _some(g, posterior.white(g), compared(posterior))
+    found: list[tuple[int | None, Tensor]] = []
+    for order in posterior.orders() or (None, None):
+        found.append((order, posterior.marginal(factors, g, Rule(order))))
+        if len(found) > 1 and _agree((found[-1][1] - found[-2][1]) / distance):
+            return _coarsest(found, posterior.white(g), distance, line)
+    gap = found[-1][1] - found[-2][1]
+    return Rule(found[-1][0], unsure=max(float(gap.std()), float(gap.mean().abs())))
+
+
+def _some(g: Tensor, w: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Some rows, those that are farthest among them, and squares of how far they are beyond the median."""
+    square = w.double().square().sum(-1)
+    distance = (square / square.median()).clamp_min(1.0)
+    far = distance[count // 2 :].argsort(descending=True)[: count - count // 2] + count // 2
+    index = torch.cat([torch.arange(min(len(g), count // 2)).to(far), far])
+    return g[index], distance[index]
+
+
+def _agree(gap: Tensor) -> bool:
+    """Whether two integrals differ by little at all draws, and by nearly the same."""
+    return bool(gap.isfinite().all()) and float(gap.std()) < _TOLERANCE and float(gap.mean().abs()) < _OFFSET
+
+
+def _coarsest(found: list[tuple[int | None, Tensor]], w: Tensor, distance: Tensor, most: float) -> Rule:
+    """The first that differs from the last by a line."""
+    finest, right = found[-1]
+    h = torch.nn.functional.pad(w.double(), (1, 0), value=1.0) / distance[:, None]
+    degrees = len(h) - h.shape[1]
+    for order, value in found[:-1] if degrees >= h.shape[1] else ():
+        gap = (right - value) / distance
+        line = torch.linalg.lstsq(h, gap[:, None]).solution[:, 0]
+        if bool((gap - h @ line).square().sum() < degrees * most**2):  # and not where it is NaN
+            return Rule(order, line.to(w))
+    return Rule(finest)

@@ -6,6 +6,8 @@ Groups of normal data, counts with exposure, or five trials each, centred or not
 
 ``--only subsampled`` has 100,000 groups in subsamples of 500, normal and counts; ``subsampled:poisson:10000`` takes one row, and others
 sizes. Peak memory is that of the process, so one row at a time tells it.
+
+``--only slopes:2000 slopes:500:poisson slopes:500:bernoulli`` has groups with an intercept and a slope, six data each.
 """
 
 import math
@@ -18,7 +20,7 @@ import pyro.distributions as dist
 import torch
 
 import pyro_dgm as dgm
-from tests.benchmarks import _nuts
+from tests.benchmarks import _nuts, _slopes
 
 KINDS, GROUPS = ("normal", "poisson", "binomial"), (8, 50, 200, 1000, 10_000)
 NUTS_MOST = 1000  # groups up to which NUTS is run
@@ -171,11 +173,62 @@ def subsampled(only, seeds):
             row(kind, groups, True, seed, AT_ONCE)
 
 
+def slopes(only, seeds):
+    """Rows of groups with two latents, by names as ``slopes:2000`` or ``slopes:500:bernoulli``."""
+    print(
+        "| data | groups | CPU s: fit + verdict | steps | verdict, k-hat | globals: mean off (sd) / log sd off | groups, 99 %: mean / "
+        "log sd | evidence - exact | peak memory |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    for name in sorted(only):
+        _, groups, kind = [*name.split(":"), "normal"][:3]
+        for seed in seeds:
+            slopes_row(kind, int(groups), seed)
+
+
+def slopes_row(kind, groups, seed):
+    data = _slopes.drawn(kind, groups, seed)
+    model = _slopes.model(kind, groups)
+    pyro.clear_param_store()
+    guide = dgm.AutoFlow(model)
+    began = time.process_time()
+    history = dgm.fit(dgm.STL_ELBO()(model, guide), data, seed=seed, progress=False)
+    fitted = time.process_time()
+    idata = dgm.from_svi(model, guide, *data, seed=seed, prior=0, num_chains=4,
+                         num_samples=1000 if groups <= 1000 else 250, log_likelihood=False, posterior_predictive=False)  # fmt: skip
+    verdict = dgm.khat(idata)
+    seconds = (fitted - began, time.process_time() - fitted)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    outer = guide.plated.outer().sample((GLOBALS,)).double()
+    local = "| "
+    if kind == "normal":
+        exact = _slopes.Exact(*data)
+        g, weight, evidence = exact.drawn(outer.mean(0))
+        loc, sd = exact.groups(g, weight)
+        found = [torch.as_tensor(idata.posterior[k].values).double().reshape(-1, groups) for k in ("a", "b")]
+        off = (torch.stack([f.mean(0) for f in found], -1) - loc).abs() / sd
+        width = (torch.stack([f.std(0) for f in found], -1) / sd).log().abs()
+        local = f"| {float(off.quantile(0.99)):.3f} / {float(width.quantile(0.99)):.3f} "
+    else:
+        g, weight, evidence = _slopes.weighted(kind, guide, data)
+    mean = weight @ g
+    spread = (weight @ (g - mean).square()).sqrt()
+    off, ratio = ((outer.mean(0) - mean) / spread).abs().max(), (outer.std(0) / spread).log().abs().max()
+    print(
+        f"| {kind} | {groups} | {seconds[0]:.1f} + {seconds[1]:.1f} | {history.steps} | {verdict.status}, {verdict.k:.2f} | "
+        f"{float(off):.3f} / {float(ratio):.3f} {local}| {verdict.log_evidence - evidence:+.3f} +- "
+        f"{verdict.log_evidence_error:.3f} | {memory:.1f} GB |",
+        flush=True,
+    )
+
+
 def main(arguments):
     torch.set_num_threads(1)
     only = set(arguments.only or ())
     if any(name.startswith("subsampled") for name in only):
         subsampled(only, arguments.seeds)
+        return
+    if any(name.startswith("slopes") for name in only):
+        slopes(only, arguments.seeds)
         return
     print(HEAD.format("model", "NUTS, CPU s"))
     for kind in KINDS:
