@@ -165,6 +165,8 @@ class Adversarial(nn.Module):
             fake = self.critic(self._draws(len(x), context), context)
             real = self.critic(x, context) if self.loss is LOSSES["relativistic"] else fake
         loss = self.loss.generator(real, fake)
+        if self._rests():
+            return loss.detach() + 0.0 * loss
         if not self.likelihood:
             return loss
         return loss - self.likelihood * self.generator(context).log_prob(x).mean() / x[0].numel()
@@ -196,6 +198,10 @@ class Adversarial(nn.Module):
         """Warn where a distilled generator has too few draws near the data, and say what it lacks."""
         if self.distilled is not None and isinstance(self.generator, Generator):
             self.distilled.tell(self.generator)
+
+    def _rests(self) -> bool:
+        """Whether the distillation has found a normal law: no step of the game makes that better."""
+        return bool(self.steps) and isinstance(self.generator, Generator) and not self.generator.straight.is_identity()
 
     def _pretraining(self, x: Tensor) -> int:
         return _fewer(self.steps, x) if self.fewer_for_few_rows else self.steps

@@ -26,6 +26,7 @@ from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.shapes import check_context
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.gan.generator import Generator
+from pyro_dgm.gan.one_normal import become_normal, many_rows, seem_one_normal
 from pyro_dgm.train.batches import first_rows
 from pyro_dgm.train.descend import Limits, Stages, adam, warm_up
 
@@ -75,6 +76,7 @@ class Distilled:
         carried: share of the data's variance that the latent can carry: 1, but for a latent shorter than the event.
         steps: of the flow.
         generator: of the generator's draws, after the distillation by Adam and after each round of L-BFGS.
+        normal: whether the rows seemed to be of one normal law, which the generator then is: there was no flow.
     """
 
     reference: Tensor
@@ -84,9 +86,12 @@ class Distilled:
     carried: float
     steps: int
     generator: list[float] = field(default_factory=list)
+    normal: bool = False
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{share:.3f}" for share in self.generator)
+        if self.normal:
+            return f"Distilled(one normal law, rows={self.rows:.3f}, generator=[{parts}], carried={self.carried:.3f})"
         return f"Distilled(rows={self.rows:.3f}, flow={self.flow:.3f}, generator=[{parts}], carried={self.carried:.3f})"
 
     @torch.no_grad()
@@ -156,13 +161,18 @@ def distil(
     """Train a flow for so many steps, then distil it into a :class:`~pyro_dgm.Generator` for half as many, or for more."""
     stages = stages or Stages()
     x, context = _rows(generator, first_rows(batches))
+    with fork_rng():  # the flow of another law draws as if nothing had been asked
+        rows = many_rows(generator, batches, x) if generator.may_be_straight else None
+        if rows is not None and seem_one_normal(rows, _flow, steps, stages):
+            become_normal(generator, rows, _LEAST_NOISE)
+            return _judged_as_normal(generator, rows, steps)
     teacher = _Teacher(generator, x, context)
-    rate = _FLOW_RATE / _width(teacher.flow.features)
-    optimizer = adam([p for p in teacher.flow.parameters() if p.requires_grad], rate)
 
     def matching() -> Tensor:
         return teacher.loss(*_at_most(_ROWS, *_rows(generator, first_rows(batches, _ROWS))))
 
+    rate = _FLOW_RATE / _width(teacher.flow.features)
+    optimizer = adam([p for p in teacher.flow.parameters() if p.requires_grad], rate)
     stages.descend("flow matching", teacher, optimizer, matching, steps, _linear, _CLIP)
     later = max(1, steps // 2)
     n = min(_PAIRS, _ROWS * later)
@@ -171,6 +181,17 @@ def distil(
     stages.descend("distillation", generator, adam(pairs.taught, _rate(generator)), pairs.some, later, _linear, _CLIP)
     found = pairs.judged(generator.units(x), steps)
     _sharpen(pairs, found, later // _SHARPENED, stages)
+    return found
+
+
+def _judged_as_normal(generator: Generator, u: Tensor, steps: int) -> Distilled:
+    """Half of so many rows in a random order, and draws, against the other half."""
+    reference, others = u[: 2 * _REFERENCE].chunk(2)
+    left = u.var(0) - generator.straight.weight.square().sum(1)
+    carried = 1.0 - float(left.clamp_min(0.0).sum() / u.var(0).sum())
+    found = Distilled(reference, None, share_near(others, reference), 0.0, carried, steps, normal=True)
+    found.flow = found.share(generator)
+    found.generator.append(found.flow)
     return found
 
 
@@ -288,7 +309,7 @@ class _Teacher(nn.Module):
         self.generator = generator
         self.register_buffer("centre", u.mean(0))
         self.register_buffer("basis", _principal(u, size))
-        self.flow = FFJORD(size, generator.context_features, steps=_PATH_STEPS, hidden_features=_width(size)).to(u)
+        self.flow = _flow(size, generator.context_features).to(u)
         coordinates = self._coordinates(u)
         self.flow.standardize(coordinates)
         self.register_buffer("residual", (u - self._lift(coordinates)).square().mean(0).sqrt())
@@ -331,6 +352,10 @@ def _principal(u: Tensor, size: int) -> Tensor:
     if size == u.shape[-1]:
         return torch.eye(size).to(u)
     return torch.pca_lowrank(u, size)[2]
+
+
+def _flow(features: int, context_features: int = 0) -> FFJORD:
+    return FFJORD(features, context_features, steps=_PATH_STEPS, hidden_features=_width(features))
 
 
 def _width(features: int) -> int:

@@ -22,6 +22,7 @@ from torch.distributions.transforms import ReshapeTransform
 from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, broadcast_cat
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import composed, looks_at_numbers, whole_event
+from pyro_dgm.core.saved import LateBuffers
 from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape, refuse_non_finite
 from pyro_dgm.vae.latents import StandardNormal
 from pyro_dgm.vae.model import prior_given
@@ -92,6 +93,7 @@ class Generator(DistributionModule):
             raise ValueError(f"Generator: noise is {noise}, expected a number >= 0, or None for a learned one.")
         self.base = _as_family(max(2, min(self.features, _MOST_LATENTS)) if base is None else base)
         self.network = _as_network(network, self.base.event_shape.numel() + context_features, self.features)
+        self.straight = _Straight()
         self.standard = Standardize(self.features)
         latent = self.base.event_shape.numel()
         self.heard: Tensor | None
@@ -137,7 +139,22 @@ class Generator(DistributionModule):
         flat = flat if self.heard is None else flat * self.heard
         inputs = flat if context is None else broadcast_cat(flat, context)
         u = self.network(inputs)
-        return u if u.shape == (*inputs.shape[:-1], self.features) else self._flat(u, inputs)
+        u = u if u.shape == (*inputs.shape[:-1], self.features) else self._flat(u, inputs)
+        return u if self.straight.is_identity() else u + self.straight(flat)
+
+    @property
+    def may_be_straight(self) -> bool:
+        """Whether it can become a normal law: by a standard normal latent, no context, and a default network."""
+        return (
+            isinstance(self.base, StandardNormal) and not self.context_features and isinstance(self.network, _Default)
+        )
+
+    @torch.no_grad()
+    def straighten(self, weight: Tensor, bias: Tensor) -> None:
+        r"""Become :math:`u = W z + b` in standard units, with W of shape ``(D, latent)``; the network is zero beside it."""
+        self.straight.take(weight, bias)
+        for parameter in list(self.network.modules())[-1].parameters():
+            parameter.zero_()
 
     def hear(self, entries: int) -> None:
         """Let the network see so many entries of a latent that is longer than the event, and zeros in the place of the others."""
@@ -285,6 +302,24 @@ class Generator(DistributionModule):
             )
 
 
+class _Default(MLP):
+    """The network of a generator that was given none of its own."""
+
+
+class _Straight(LateBuffers):
+    """The straight part of a generator's map; none, until a distillation has found a normal law."""
+
+    NAMES = ("weight", "bias")
+    weight: Tensor
+    bias: Tensor
+
+    def take(self, weight: Tensor, bias: Tensor) -> None:
+        self._put(weight, bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z @ self.weight.mT + self.bias
+
+
 class _Fixed(DistributionModule):
     """A distribution as a family without a context."""
 
@@ -322,5 +357,5 @@ def _as_network(network: nn.Module | int | None, inputs: int, outputs: int) -> n
     if network is None:
         network = max(_WIDTHS[0], min(4 * outputs, _WIDTHS[1]))
     if isinstance(network, int) and network >= 1:
-        return MLP(inputs, outputs, (network,) * 3, nn.ReLU)
+        return _Default(inputs, outputs, (network,) * 3, nn.ReLU)
     raise TypeError(f"Generator: network is {network!r}, expected a module, a positive width, or None.")
