@@ -6,6 +6,8 @@ The flow sees every mode and its mass, and its map from noise to data is a funct
 Luhman 2021, arXiv 2101.02388; Liu et al. 2023, arXiv 2209.03003, section 2.3). Where the latent is shorter than the event,
 the flow moves the data's first principal components; where it is longer, its first entries are heard and the others are not.
 
+Data that seem to be of one normal law need no flow: a generator with a default network becomes that law (``one_normal.py``).
+
 Between two modes the map is steep, and draws of a network that is less steep lie there. So their share near the data is compared
 with that of the flow's draws, and where it is lower the descent goes on by L-BFGS, which makes steep maps sooner than Adam.
 """
@@ -158,7 +160,10 @@ def share_near(draws: Tensor, rows: Tensor) -> float:
 def distil(
     generator: Generator, batches: Iterator[tuple[Any, ...]], steps: int, stages: Stages | None = None
 ) -> Distilled:
-    """Train a flow for so many steps, then distil it into a :class:`~pyro_dgm.Generator` for half as many, or for more."""
+    """Train a flow for so many steps, then distil it into a :class:`~pyro_dgm.Generator` for half as many, or for more.
+
+    Where rows seem to be of one normal law, a generator that may be straight becomes that law instead.
+    """
     stages = stages or Stages()
     x, context = _rows(generator, first_rows(batches))
     with fork_rng():  # the flow of another law draws as if nothing had been asked

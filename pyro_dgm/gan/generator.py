@@ -47,7 +47,8 @@ class Generator(DistributionModule):
         event_shape: an int or a shape.
         network: a module ``(*batch, latent + context_features) -> (*batch, D)``, or ``(*batch, *event_shape)``. It must
             take any number of batch dimensions. An int is the width of three hidden layers with ReLU, whose kinks separate
-            modes better than smooth activations; None is 4 D, between 128 and 256. Where it ends
+            modes better than smooth activations; None is 4 D, between 128 and 256. Beside these two there is a straight map
+            ``W z + b``, which a distillation sets where data are of one normal law. Where a module ends
             in ``Tanh`` or ``Sigmoid``, data are not standardised and must lie in that range.
         base: of z: a family, a distribution (its tensors do not move with ``.to``), or the dimension of a
             standard normal. None for dimension D, between 2 and 64. A distillation makes use of D entries at most: others

@@ -48,6 +48,7 @@ def seem_one_normal(u: Tensor, make: Callable[[int], FFJORD], steps: int, stages
 
     The flow begins as the normal law, so that what it learns is where the rows differ from it.
     """
+    u = u[:, u.var(0) > 0.0]
     some, left = u.tensor_split([round(_TAUGHT * len(u))])
     if _clear(_gain_of_columns(some, left)) or not seems_normal(u):
         return False
