@@ -54,11 +54,12 @@ class Adversarial(nn.Module):
     distillation; where the trained generator has 3 % fewer than the flow, a warning says whether its network lacks
     time or capacity, or its latent entries.
 
-    Of 1,000 rows and more without contexts it is asked whether they are of one normal law: whether splines of single columns, two
-    normals, or a flow that begins as the normal law score left-out rows better. Where nothing does, a generator with a default
-    network and a standard normal latent becomes that law, from the rows' covariance, and no flow is trained (``distilled`` says so).
-    The game then leaves the generator as it is, unless ``pretrain=0``. As the prior of an inverse problem such a generator gives the
-    posterior that the rows' covariance gives: with s entries seen and N rows, means are some :math:`\sqrt{s/N}` sd off.
+    Of 1,000 rows and more without contexts it is asked whether they are of one normal law: whether splines of single columns,
+    two normals, or a flow that begins as the normal law score left-out rows better. Where nothing does, a generator with a
+    default network and a standard normal latent becomes that law, from the rows' covariance, and no flow is trained
+    (``distilled`` says so). The game then leaves the generator as it is, unless ``pretrain=0``. As the prior of an inverse
+    problem it gives the posterior that the rows' covariance gives: with s entries seen and N rows, means are some
+    :math:`\sqrt{s/N}` posterior sds off.
 
     Args:
         generator: a :class:`~pyro_dgm.Generator`, or any family with pathwise draws, such as a flow (Flow-GAN).
