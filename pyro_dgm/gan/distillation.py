@@ -6,7 +6,8 @@ The flow sees every mode and its mass, and its map from noise to data is a funct
 Luhman 2021, arXiv 2101.02388; Liu et al. 2023, arXiv 2209.03003, section 2.3). Where the latent is shorter than the event,
 the flow moves the data's first principal components; where it is longer, its first entries are heard and the others are not.
 
-Data that seem to be of one normal law need no flow: a generator with a default network becomes that law (``one_normal.py``).
+Data that seem to be of one normal law need no flow: a generator with a default network becomes that law,
+whose posteriors a network of pieces would miss by a good part of their sds (docs/benchmarks/gan.md, fields on a grid).
 
 Between two modes the map is steep, and draws of a network that is less steep lie there. So their share near the data is compared
 with that of the flow's draws, and where it is lower the descent goes on by L-BFGS, which makes steep maps sooner than Adam.
@@ -23,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.cnf import FFJORD
-from pyro_dgm.cnf.matching import velocity_error
+from pyro_dgm.cnf.matching import match, velocity_error
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.shapes import check_context
 from pyro_dgm.core.warn import warn_user
+from pyro_dgm.flows.many_rows import is_one_normal
 from pyro_dgm.gan.generator import Generator
-from pyro_dgm.gan.one_normal import become_normal, many_rows, seem_one_normal
-from pyro_dgm.train.batches import first_rows
-from pyro_dgm.train.descend import Limits, Stages, adam, warm_up
+from pyro_dgm.train.batches import first_rows, some_rows
+from pyro_dgm.train.descend import ByCurvature, Limits, Stages, adam, warm_up
 
 __all__ = ["Distilled", "distil", "share_near"]
 
@@ -46,6 +47,12 @@ _PAIRS = 32_768  # of a latent and what the flow makes of it, at most
 _PATH_STEPS = 16  # of the flow's solver
 _CLIP = 1.0  # norm of a gradient
 _LEAST_NOISE = 0.01  # of a learned noise, in standard deviations of the data
+_MANY = 1_000  # rows, from which on it is asked whether they are of one normal law; not measured, chosen by hand
+_MOST = 30_000  # rows whose covariance is taken
+_TRIAL, _TRIAL_RATE = (
+    500,
+    2.5e-3,
+)  # steps and rate of the flow that could be better (docs/benchmarks/gan.md, fields on a grid)
 
 # What a share near the data is: measured on a plane, where 20 neighbours of 2,000 reach to four sd of a normal mode.
 _NEIGHBOURS = (5, 100)  # of a row: the first at least, and one in so many
@@ -167,10 +174,10 @@ def distil(
     stages = stages or Stages()
     x, context = _rows(generator, first_rows(batches))
     with fork_rng():  # the flow of another law draws as if nothing had been asked
-        rows = many_rows(generator, batches, x) if generator.may_be_straight else None
-        if rows is not None and seem_one_normal(rows, _flow, steps, stages):
-            become_normal(generator, rows, _LEAST_NOISE)
-            return _judged_as_normal(generator, rows, steps)
+        u = _many_rows(generator, batches, x) if generator.may_be_straight else None
+        if u is not None and is_one_normal(u, lambda some, left: _gain(some, left, steps, stages)):
+            generator.become_normal(u, _LEAST_NOISE)
+            return _judged_as_normal(generator, u, steps)
     teacher = _Teacher(generator, x, context)
 
     def matching() -> Tensor:
@@ -187,6 +194,30 @@ def distil(
     found = pairs.judged(generator.units(x), steps)
     _sharpen(pairs, found, later // _SHARPENED, stages)
     return found
+
+
+def _many_rows(generator: Generator, batches: Iterator[tuple[Any, ...]], x: Tensor) -> Tensor | None:
+    """Different rows of the data, or of those given, in standard units and a random order; None where they are few."""
+    known = some_rows(batches, _MOST)
+    rows = generator.units(x if known is None else known[0]).unique(dim=0)
+    return rows[torch.randperm(len(rows), device=rows.device)] if len(rows) >= _MANY else None
+
+
+def _gain(some: Tensor, left: Tensor, steps: int, stages: Stages) -> Tensor:
+    """Nats of each left-out row that a flow brings over the normal law of the others, as which it begins."""
+    flow = _flow(some.shape[1]).to(some)
+    flow.decorrelate.fit(some)
+    flow.start_at_identity()
+
+    def loss() -> Tensor:
+        data = flow.flow_units(some[torch.randint(len(some), (_ROWS,), device=some.device)])
+        return velocity_error(flow, "linear", torch.randn_like(data), data, None)
+
+    with torch.no_grad():
+        before = flow().log_prob(left)
+    match("one normal law?", flow, loss, stages, min(steps, _TRIAL), _TRIAL_RATE, _CLIP)
+    with torch.no_grad():
+        return flow().log_prob(left) - before
 
 
 def _judged_as_normal(generator: Generator, u: Tensor, steps: int) -> Distilled:
@@ -208,7 +239,7 @@ def _sharpen(pairs: _Pairs, found: Distilled, steps: int, stages: Stages) -> Non
     if generator.features > _FEW or not steps:
         return
     rounds = _ROUNDS if stages.seconds() is None else 1
-    optimizer = _ByCurvature(pairs)
+    optimizer = ByCurvature(pairs.taught, pairs.fixed, _ITERATIONS, _HISTORY)
     while len(found.generator) <= rounds and found.lacks() and found.gained():
         before = deepcopy(generator.state_dict())
         stages.descend("distillation by L-BFGS", generator, optimizer, pairs.some, steps)
@@ -262,31 +293,6 @@ class _Pairs:
         carried = 1.0 - float(self.residual.square().sum() / rows.var(0).sum())
         context = None if self.context is None else self.context[:_JUDGED]
         return Distilled(reference, context, share_near(others, reference), share_near(flow, reference), carried, steps)
-
-
-class _ByCurvature(torch.optim.LBFGS):
-    """L-BFGS on the same pairs in each evaluation, with the interface of other optimisers."""
-
-    def __init__(self, pairs: _Pairs) -> None:
-        super().__init__(
-            pairs.taught,
-            max_iter=_ITERATIONS,
-            max_eval=2 * _ITERATIONS,  # of a step: a line search takes a few more than one
-            history_size=_HISTORY,
-            tolerance_grad=0.0,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        )
-        self.pairs = pairs
-
-    def step(self, closure: Any = None) -> Any:
-        return super().step(closure or self._evaluate)
-
-    def _evaluate(self) -> Tensor:
-        self.zero_grad()
-        loss = self.pairs.fixed()
-        loss.backward()
-        return loss
 
 
 def _rate(generator: Generator) -> float:

@@ -24,6 +24,7 @@ from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import composed, looks_at_numbers, whole_event
 from pyro_dgm.core.saved import LateBuffers
 from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape, refuse_non_finite
+from pyro_dgm.flows.few_rows import Decorrelate
 from pyro_dgm.vae.latents import StandardNormal
 from pyro_dgm.vae.model import prior_given
 
@@ -32,6 +33,7 @@ __all__ = ["Generator"]
 _WIDTHS = (128, 256)
 _MOST_LATENTS = 64
 _FIRST_NOISE = 0.1  # of a learned noise, in standard deviations of the data
+_ROUNDS = 50  # of principal factors; with a latent as long as the event the first is the last
 _RANGES = {nn.Tanh: (-1.0, 1.0), nn.Sigmoid: (0.0, 1.0)}
 
 
@@ -151,9 +153,17 @@ class Generator(DistributionModule):
         )
 
     @torch.no_grad()
-    def straighten(self, weight: Tensor, bias: Tensor) -> None:
-        r"""Become :math:`u = W z + b` in standard units, with W of shape ``(D, latent)``; the network is zero beside it."""
-        self.straight.take(weight, bias)
+    def become_normal(self, u: Tensor, least_noise: float) -> None:
+        r"""Become the normal law of rows in standard units, :math:`u = W z + b + \sigma \epsilon`; the network is zero beside it.
+
+        A learned noise is what a short latent leaves of each entry, and the least at least.
+        """
+        latent = self.base.event_shape.numel()
+        learned = isinstance(self.log_noise, nn.Parameter)
+        weight, noise = _factors(u, min(latent, self.features), least_noise if learned else self.sigma)
+        if learned:
+            self.log_noise.copy_(noise.log())
+        self.straight.take(nn.functional.pad(weight, (0, latent - weight.shape[1])), u.mean(0))
         for parameter in list(self.network.modules())[-1].parameters():
             parameter.zero_()
 
@@ -319,6 +329,24 @@ class _Straight(LateBuffers):
 
     def forward(self, z: Tensor) -> Tensor:
         return z @ self.weight.mT + self.bias
+
+
+def _factors(u: Tensor, size: int, noise: Tensor | float) -> tuple[Tensor, Tensor]:
+    r"""Loadings W ``(D, size)`` and noise of each entry, with :math:`W W^\top + \mathrm{diag}(\sigma^2)` the rows' covariance.
+
+    Given a number, the noise is what W leaves of each entry's variance, and that at least: principal factors (Harman 1976,
+    "Modern factor analysis", chapter 9).
+    """
+    root = Decorrelate().fit(u).tril.double()
+    varies = (u.var(0) > 0.0).to(root)
+    covariance = root @ root.mT * varies * varies[:, None]
+    square = torch.zeros_like(covariance[0]) + torch.as_tensor(noise, dtype=torch.double).cpu() ** 2
+    for _ in range(_ROUNDS):
+        values, vectors = torch.linalg.eigh(covariance - square.diag())
+        weight = vectors[:, -size:] * values[-size:].clamp_min(0.0).sqrt()
+        if isinstance(noise, float):
+            square = (covariance.diagonal() - weight.square().sum(1)).clamp_min(noise**2)
+    return weight.to(u), square.sqrt().to(u)
 
 
 class _Fixed(DistributionModule):
