@@ -24,7 +24,15 @@ from pyro_dgm.core.pace import seconds_left
 from pyro_dgm.core.saved import LateBuffers
 from pyro_dgm.flows.mixture_units import Normals, fitted_mixture, fitted_scales
 
-__all__ = ["ColumnUnits", "Piece", "Splines", "best_mixture", "column_splines", "seems_normal"]
+__all__ = [
+    "ColumnUnits",
+    "Piece",
+    "Splines",
+    "best_mixture",
+    "column_splines",
+    "is_one_normal",
+    "seems_normal",
+]
 
 # Of the splines. Staircases of copula-8, nats a left-out row: -.059, -.031, -.019, -.015, -.027 with 64, 128 ... 1,024 pieces.
 _PIECES = (8, 16, 32, 64, 128, 256, 512)
@@ -47,6 +55,9 @@ _LEAST_DOUBLED = 0.02  # nats a row that twice as many components have to bring;
 _IDLE = 3  # such doublings: of a checkerboard or two spirals 2 and 4 normals say as little as one
 _MOST_MEMBERS = 6  # sheets-6, 128 normals each: .170, .134, .120, .113, .105, .105 +- .01 for 1 to 6
 _LEAST_OF_MEMBER = 0.004  # nats a row that one more has to bring
+# Whether rows are of one normal law (docs/benchmarks/gan.md, fields on a grid); not measured, chosen by hand.
+_TAUGHT = 0.8  # of them, to what could be better
+_CLEAR = 2.0  # standard errors of what that gains on the others
 
 
 class Piece(NamedTuple):
@@ -239,6 +250,32 @@ def seems_normal(v: Tensor) -> bool:
         two = fitted_mixture(some, 2, _PSEUDO, iterations=_LONGEST), fitted_scales(some, 2, _LONGEST)
         one = fitted_mixture(some, 1, _PSEUDO).log_prob(left).mean()
     return all(float(other.log_prob(left).mean() - one) < _LEAST_DOUBLED for other in two)
+
+
+def is_one_normal(v: Tensor, rival: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether nothing scores left-out rows clearly better than one normal law: splines of columns, two normals, or a rival.
+
+    The rival is asked last, by the other rows and those left out, for the nats of each of these that it gains.
+    """
+    v = v[:, v.var(0) > 0.0]
+    some, left = v.tensor_split([round(_TAUGHT * len(v))])
+    if _clear(_gain_of_columns(some, left)) or not seems_normal(v):
+        return False
+    return not _clear(rival(some, left))
+
+
+def _clear(gain: Tensor) -> bool:
+    return float(gain.mean()) > _CLEAR * float(gain.std()) * len(gain) ** -0.5
+
+
+def _gain_of_columns(some: Tensor, left: Tensor) -> Tensor:
+    """Nats of each left-out row that splines of the columns bring over normal columns, without their correlations."""
+    splines = column_splines(some).all
+    if all(spline is None for spline in splines):
+        return torch.zeros_like(left[:, 0])
+    shape = ColumnUnits().to(left).take(splines).transform()
+    v = shape.inv(left)
+    return 0.5 * (left.square() - v.square()).sum(1) - shape.log_abs_det_jacobian(v, left)
 
 
 def _split(v: Tensor) -> tuple[Tensor, Tensor]:

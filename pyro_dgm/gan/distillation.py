@@ -6,6 +6,9 @@ The flow sees every mode and its mass, and its map from noise to data is a funct
 Luhman 2021, arXiv 2101.02388; Liu et al. 2023, arXiv 2209.03003, section 2.3). Where the latent is shorter than the event,
 the flow moves the data's first principal components; where it is longer, its first entries are heard and the others are not.
 
+Data that seem to be of one normal law need no flow: a generator with a default network becomes that law,
+whose posteriors a network of pieces would miss by a good part of their sds (docs/benchmarks/gan.md, fields on a grid).
+
 Between two modes the map is steep, and draws of a network that is less steep lie there. So their share near the data is compared
 with that of the flow's draws, and where it is lower the descent goes on by L-BFGS, which makes steep maps sooner than Adam.
 """
@@ -21,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from pyro_dgm.cnf import FFJORD
-from pyro_dgm.cnf.matching import velocity_error
+from pyro_dgm.cnf.matching import match, velocity_error
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.shapes import check_context
 from pyro_dgm.core.warn import warn_user
+from pyro_dgm.flows.many_rows import is_one_normal
 from pyro_dgm.gan.generator import Generator
-from pyro_dgm.train.batches import first_rows
-from pyro_dgm.train.descend import Limits, Stages, adam, warm_up
+from pyro_dgm.train.batches import first_rows, some_rows
+from pyro_dgm.train.descend import ByCurvature, Limits, Stages, adam, warm_up
 
 __all__ = ["Distilled", "distil", "share_near"]
 
@@ -43,6 +47,12 @@ _PAIRS = 32_768  # of a latent and what the flow makes of it, at most
 _PATH_STEPS = 16  # of the flow's solver
 _CLIP = 1.0  # norm of a gradient
 _LEAST_NOISE = 0.01  # of a learned noise, in standard deviations of the data
+_MANY = 1_000  # rows, from which on it is asked whether they are of one normal law; not measured, chosen by hand
+_MOST = 30_000  # rows whose covariance is taken
+_TRIAL, _TRIAL_RATE = (
+    500,
+    2.5e-3,
+)  # steps and rate of the flow that could be better (docs/benchmarks/gan.md, fields on a grid)
 
 # What a share near the data is: measured on a plane, where 20 neighbours of 2,000 reach to four sd of a normal mode.
 _NEIGHBOURS = (5, 100)  # of a row: the first at least, and one in so many
@@ -75,6 +85,7 @@ class Distilled:
         carried: share of the data's variance that the latent can carry: 1, but for a latent shorter than the event.
         steps: of the flow.
         generator: of the generator's draws, after the distillation by Adam and after each round of L-BFGS.
+        normal: whether the rows seemed to be of one normal law, which the generator then is: there was no flow.
     """
 
     reference: Tensor
@@ -84,9 +95,12 @@ class Distilled:
     carried: float
     steps: int
     generator: list[float] = field(default_factory=list)
+    normal: bool = False
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{share:.3f}" for share in self.generator)
+        if self.normal:
+            return f"Distilled(one normal law, rows={self.rows:.3f}, generator=[{parts}], carried={self.carried:.3f})"
         return f"Distilled(rows={self.rows:.3f}, flow={self.flow:.3f}, generator=[{parts}], carried={self.carried:.3f})"
 
     @torch.no_grad()
@@ -153,16 +167,24 @@ def share_near(draws: Tensor, rows: Tensor) -> float:
 def distil(
     generator: Generator, batches: Iterator[tuple[Any, ...]], steps: int, stages: Stages | None = None
 ) -> Distilled:
-    """Train a flow for so many steps, then distil it into a :class:`~pyro_dgm.Generator` for half as many, or for more."""
+    """Train a flow for so many steps, then distil it into a :class:`~pyro_dgm.Generator` for half as many, or for more.
+
+    Where rows seem to be of one normal law, a generator that may be straight becomes that law instead.
+    """
     stages = stages or Stages()
     x, context = _rows(generator, first_rows(batches))
+    with fork_rng():  # the flow of another law draws as if nothing had been asked
+        u = _many_rows(generator, batches, x) if generator.may_be_straight else None
+        if u is not None and is_one_normal(u, lambda some, left: _gain(some, left, steps, stages)):
+            generator.become_normal(u, _LEAST_NOISE)
+            return _judged_as_normal(generator, u, steps)
     teacher = _Teacher(generator, x, context)
-    rate = _FLOW_RATE / _width(teacher.flow.features)
-    optimizer = adam([p for p in teacher.flow.parameters() if p.requires_grad], rate)
 
     def matching() -> Tensor:
         return teacher.loss(*_at_most(_ROWS, *_rows(generator, first_rows(batches, _ROWS))))
 
+    rate = _FLOW_RATE / _width(teacher.flow.features)
+    optimizer = adam([p for p in teacher.flow.parameters() if p.requires_grad], rate)
     stages.descend("flow matching", teacher, optimizer, matching, steps, _linear, _CLIP)
     later = max(1, steps // 2)
     n = min(_PAIRS, _ROWS * later)
@@ -174,6 +196,41 @@ def distil(
     return found
 
 
+def _many_rows(generator: Generator, batches: Iterator[tuple[Any, ...]], x: Tensor) -> Tensor | None:
+    """Different rows of the data, or of those given, in standard units and a random order; None where they are few."""
+    known = some_rows(batches, _MOST)
+    rows = generator.units(x if known is None else known[0]).unique(dim=0)
+    return rows[torch.randperm(len(rows), device=rows.device)] if len(rows) >= _MANY else None
+
+
+def _gain(some: Tensor, left: Tensor, steps: int, stages: Stages) -> Tensor:
+    """Nats of each left-out row that a flow brings over the normal law of the others, as which it begins."""
+    flow = _flow(some.shape[1]).to(some)
+    flow.decorrelate.fit(some)
+    flow.start_at_identity()
+
+    def loss() -> Tensor:
+        data = flow.flow_units(some[torch.randint(len(some), (_ROWS,), device=some.device)])
+        return velocity_error(flow, "linear", torch.randn_like(data), data, None)
+
+    with torch.no_grad():
+        before = flow().log_prob(left)
+    match("one normal law?", flow, loss, stages, min(steps, _TRIAL), _TRIAL_RATE, _CLIP)
+    with torch.no_grad():
+        return flow().log_prob(left) - before
+
+
+def _judged_as_normal(generator: Generator, u: Tensor, steps: int) -> Distilled:
+    """Half of so many rows in a random order, and draws, against the other half."""
+    reference, others = u[: 2 * _REFERENCE].chunk(2)
+    left = u.var(0) - generator.straight.weight.square().sum(1)
+    carried = 1.0 - float(left.clamp_min(0.0).sum() / u.var(0).sum())
+    found = Distilled(reference, None, share_near(others, reference), 0.0, carried, steps, normal=True)
+    found.flow = found.share(generator)
+    found.generator.append(found.flow)
+    return found
+
+
 def _sharpen(pairs: _Pairs, found: Distilled, steps: int, stages: Stages) -> None:
     """Rounds of so many steps of L-BFGS while the generator lacks and gains; one at most where the fit's time is limited."""
     generator = pairs.generator
@@ -182,7 +239,7 @@ def _sharpen(pairs: _Pairs, found: Distilled, steps: int, stages: Stages) -> Non
     if generator.features > _FEW or not steps:
         return
     rounds = _ROUNDS if stages.seconds() is None else 1
-    optimizer = _ByCurvature(pairs)
+    optimizer = ByCurvature(pairs.taught, pairs.fixed, _ITERATIONS, _HISTORY)
     while len(found.generator) <= rounds and found.lacks() and found.gained():
         before = deepcopy(generator.state_dict())
         stages.descend("distillation by L-BFGS", generator, optimizer, pairs.some, steps)
@@ -238,31 +295,6 @@ class _Pairs:
         return Distilled(reference, context, share_near(others, reference), share_near(flow, reference), carried, steps)
 
 
-class _ByCurvature(torch.optim.LBFGS):
-    """L-BFGS on the same pairs in each evaluation, with the interface of other optimisers."""
-
-    def __init__(self, pairs: _Pairs) -> None:
-        super().__init__(
-            pairs.taught,
-            max_iter=_ITERATIONS,
-            max_eval=2 * _ITERATIONS,  # of a step: a line search takes a few more than one
-            history_size=_HISTORY,
-            tolerance_grad=0.0,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        )
-        self.pairs = pairs
-
-    def step(self, closure: Any = None) -> Any:
-        return super().step(closure or self._evaluate)
-
-    def _evaluate(self) -> Tensor:
-        self.zero_grad()
-        loss = self.pairs.fixed()
-        loss.backward()
-        return loss
-
-
 def _rate(generator: Generator) -> float:
     """Of the distillation: narrow networks take larger steps, as their weights have farther to go."""
     inputs = max((p[0].numel() for p in generator.network.parameters() if p.dim() > 1), default=_INPUTS[1])
@@ -288,7 +320,7 @@ class _Teacher(nn.Module):
         self.generator = generator
         self.register_buffer("centre", u.mean(0))
         self.register_buffer("basis", _principal(u, size))
-        self.flow = FFJORD(size, generator.context_features, steps=_PATH_STEPS, hidden_features=_width(size)).to(u)
+        self.flow = _flow(size, generator.context_features).to(u)
         coordinates = self._coordinates(u)
         self.flow.standardize(coordinates)
         self.register_buffer("residual", (u - self._lift(coordinates)).square().mean(0).sqrt())
@@ -331,6 +363,10 @@ def _principal(u: Tensor, size: int) -> Tensor:
     if size == u.shape[-1]:
         return torch.eye(size).to(u)
     return torch.pca_lowrank(u, size)[2]
+
+
+def _flow(features: int, context_features: int = 0) -> FFJORD:
+    return FFJORD(features, context_features, steps=_PATH_STEPS, hidden_features=_width(features))
 
 
 def _width(features: int) -> int:

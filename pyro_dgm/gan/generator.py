@@ -22,7 +22,9 @@ from torch.distributions.transforms import ReshapeTransform
 from pyro_dgm.core import MLP, DistributionModule, ImplicitDistribution, Standardize, broadcast_cat
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import composed, looks_at_numbers, whole_event
+from pyro_dgm.core.saved import LateBuffers
 from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape, refuse_non_finite
+from pyro_dgm.flows.few_rows import Decorrelate
 from pyro_dgm.vae.latents import StandardNormal
 from pyro_dgm.vae.model import prior_given
 
@@ -31,6 +33,7 @@ __all__ = ["Generator"]
 _WIDTHS = (128, 256)
 _MOST_LATENTS = 64
 _FIRST_NOISE = 0.1  # of a learned noise, in standard deviations of the data
+_ROUNDS = 50  # of principal factors; with a latent as long as the event the first is the last
 _RANGES = {nn.Tanh: (-1.0, 1.0), nn.Sigmoid: (0.0, 1.0)}
 
 
@@ -46,7 +49,8 @@ class Generator(DistributionModule):
         event_shape: an int or a shape.
         network: a module ``(*batch, latent + context_features) -> (*batch, D)``, or ``(*batch, *event_shape)``. It must
             take any number of batch dimensions. An int is the width of three hidden layers with ReLU, whose kinks separate
-            modes better than smooth activations; None is 4 D, between 128 and 256. Where it ends
+            modes better than smooth activations; None is 4 D, between 128 and 256. Beside these two there is a straight map
+            ``W z + b``, which a distillation sets where data are of one normal law. Where a module ends
             in ``Tanh`` or ``Sigmoid``, data are not standardised and must lie in that range.
         base: of z: a family, a distribution (its tensors do not move with ``.to``), or the dimension of a
             standard normal. None for dimension D, between 2 and 64. A distillation makes use of D entries at most: others
@@ -92,6 +96,7 @@ class Generator(DistributionModule):
             raise ValueError(f"Generator: noise is {noise}, expected a number >= 0, or None for a learned one.")
         self.base = _as_family(max(2, min(self.features, _MOST_LATENTS)) if base is None else base)
         self.network = _as_network(network, self.base.event_shape.numel() + context_features, self.features)
+        self.straight = _Straight()
         self.standard = Standardize(self.features)
         latent = self.base.event_shape.numel()
         self.heard: Tensor | None
@@ -137,7 +142,30 @@ class Generator(DistributionModule):
         flat = flat if self.heard is None else flat * self.heard
         inputs = flat if context is None else broadcast_cat(flat, context)
         u = self.network(inputs)
-        return u if u.shape == (*inputs.shape[:-1], self.features) else self._flat(u, inputs)
+        u = u if u.shape == (*inputs.shape[:-1], self.features) else self._flat(u, inputs)
+        return u if self.straight.is_identity() else u + self.straight(flat)
+
+    @property
+    def may_be_straight(self) -> bool:
+        """Whether it can become a normal law: by a standard normal latent, no context, and a default network."""
+        return (
+            isinstance(self.base, StandardNormal) and not self.context_features and isinstance(self.network, _Default)
+        )
+
+    @torch.no_grad()
+    def become_normal(self, u: Tensor, least_noise: float) -> None:
+        r"""Become the normal law of rows in standard units, :math:`u = W z + b + \sigma \epsilon`; the network is zero beside it.
+
+        A learned noise is what a short latent leaves of each entry, and the least at least.
+        """
+        latent = self.base.event_shape.numel()
+        learned = isinstance(self.log_noise, nn.Parameter)
+        weight, noise = _factors(u, min(latent, self.features), least_noise if learned else self.sigma)
+        if learned:
+            self.log_noise.copy_(noise.log())
+        self.straight.take(nn.functional.pad(weight, (0, latent - weight.shape[1])), u.mean(0))
+        for parameter in list(self.network.modules())[-1].parameters():
+            parameter.zero_()
 
     def hear(self, entries: int) -> None:
         """Let the network see so many entries of a latent that is longer than the event, and zeros in the place of the others."""
@@ -285,6 +313,42 @@ class Generator(DistributionModule):
             )
 
 
+class _Default(MLP):
+    """The network of a generator that was given none of its own."""
+
+
+class _Straight(LateBuffers):
+    """The straight part of a generator's map; none, until a distillation has found a normal law."""
+
+    NAMES = ("weight", "bias")
+    weight: Tensor
+    bias: Tensor
+
+    def take(self, weight: Tensor, bias: Tensor) -> None:
+        self._put(weight, bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z @ self.weight.mT + self.bias
+
+
+def _factors(u: Tensor, size: int, noise: Tensor | float) -> tuple[Tensor, Tensor]:
+    r"""Loadings W ``(D, size)`` and noise of each entry, with :math:`W W^\top + \mathrm{diag}(\sigma^2)` the rows' covariance.
+
+    Given a number, the noise is what W leaves of each entry's variance, and that at least: principal factors (Harman 1976,
+    "Modern factor analysis", chapter 9).
+    """
+    root = Decorrelate().fit(u).tril.double()
+    varies = (u.var(0) > 0.0).to(root)
+    covariance = root @ root.mT * varies * varies[:, None]
+    square = torch.zeros_like(covariance[0]) + torch.as_tensor(noise, dtype=torch.double).cpu() ** 2
+    for _ in range(_ROUNDS):
+        values, vectors = torch.linalg.eigh(covariance - square.diag())
+        weight = vectors[:, -size:] * values[-size:].clamp_min(0.0).sqrt()
+        if isinstance(noise, float):
+            square = (covariance.diagonal() - weight.square().sum(1)).clamp_min(noise**2)
+    return weight.to(u), square.sqrt().to(u)
+
+
 class _Fixed(DistributionModule):
     """A distribution as a family without a context."""
 
@@ -322,5 +386,5 @@ def _as_network(network: nn.Module | int | None, inputs: int, outputs: int) -> n
     if network is None:
         network = max(_WIDTHS[0], min(4 * outputs, _WIDTHS[1]))
     if isinstance(network, int) and network >= 1:
-        return MLP(inputs, outputs, (network,) * 3, nn.ReLU)
+        return _Default(inputs, outputs, (network,) * 3, nn.ReLU)
     raise TypeError(f"Generator: network is {network!r}, expected a module, a positive width, or None.")

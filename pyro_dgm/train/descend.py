@@ -26,6 +26,7 @@ from pyro_dgm.train.ranks import ALONE, Ranks
 
 __all__ = [
     "OPEN_STEPS",
+    "ByCurvature",
     "Limits",
     "Schedule",
     "Stages",
@@ -133,6 +134,31 @@ def rate_at(step: int, progress: float, index: int) -> float:
 def adam(parameters: Any, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.99)) -> Optimizer:
     """The optimiser of everything that is not given one: Adam, with decoupled weight decay."""
     return torch.optim.AdamW(parameters, lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+
+class ByCurvature(torch.optim.LBFGS):
+    """L-BFGS on a loss that is the same in each evaluation, with the interface of other optimisers."""
+
+    def __init__(self, parameters: Any, loss: Callable[[], Tensor], iterations: int, history: int) -> None:
+        super().__init__(
+            parameters,
+            max_iter=iterations,
+            max_eval=2 * iterations,  # of a step: a line search takes a few more than one
+            history_size=history,
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
+        )
+        self.loss = loss
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure or self._evaluate)
+
+    def _evaluate(self) -> Tensor:
+        self.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        return loss
 
 
 def take_step(

@@ -1,7 +1,7 @@
 """GANs: a step against a plain PyTorch loop, modes and quality of two targets against the source paper's settings, digits,
-generators with networks of users' kinds, conditionals of a generator that serves as a prior.
+generators with networks of users' kinds, conditionals of a generator that serves as a prior, also of fields on a grid (kriging.py).
 
-``--only ring grid ring-paper grid-paper networks step digits prior``; one thread. ``--seeds 0 1 2 3 4`` for all but the step.
+``--only ring grid ring-paper grid-paper networks step digits prior kriging``; one thread. ``--seeds 0 1 2 3 4`` for all but the step.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from torch.nn.functional import softplus
 
 import pyro_dgm as dgm
 from pyro_dgm.core import Standardize
+from tests.benchmarks import kriging
 
 SD, RADIUS = 0.1, 0.4  # of a mode; within four standard deviations a draw belongs to it
 
@@ -388,6 +389,7 @@ def main(arguments):
         "step": step,
         "digits": lambda: digits(seeds),
         "prior": lambda: as_prior(seeds),
+        "kriging": lambda: kriging.rows_of(seeds),
     }
     rows = []
     for name in arguments.only or parts:
