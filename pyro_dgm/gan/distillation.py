@@ -10,7 +10,9 @@ Data that seem to be of one normal law need no flow: a generator with a default 
 whose posteriors a network of pieces would miss by a good part of their sds (docs/benchmarks/gan.md, fields on a grid).
 
 Between two modes the map is steep, and draws of a network that is less steep lie there. So their share near the data is compared
-with that of the flow's draws, and where it is lower the descent goes on by L-BFGS, which makes steep maps sooner than Adam.
+with that of the flow's draws. Where it is far lower, the steps were too large for the network (one of residual blocks, say), and
+smaller ones begin anew from the first weights. Where it is lower, the descent goes on by L-BFGS, which makes steep maps sooner
+than Adam.
 """
 
 from __future__ import annotations
@@ -23,28 +25,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_dgm.cnf import FFJORD
 from pyro_dgm.cnf.matching import match, velocity_error
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.shapes import check_context
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.flows.many_rows import is_one_normal
 from pyro_dgm.gan.generator import Generator
+from pyro_dgm.gan.teacher import Teacher, flow_width, teaching_flow
 from pyro_dgm.train.batches import first_rows, some_rows
-from pyro_dgm.train.descend import ByCurvature, Limits, Stages, adam, warm_up
+from pyro_dgm.train.descend import ByCurvature, Stages, adam, warm_up
 
 __all__ = ["Distilled", "distil", "share_near"]
 
-# The widths were measured: of images on digits (test_images_are_distilled_from_a_wide_flow_of_all_pixels), of points of a few
-# entries by their conditionals (docs/implicit.md). The others were not, but chosen by hand.
-_WIDTHS = (64, 128, 256)  # of the flow: the least, and the most for points of a few entries and for images
-_WIDER = (32, 4)  # with each entry, up to the second and to the third
+# Not measured, but chosen by hand.
 _FLOW_RATE = 0.64  # of the flow, times its width
 _RATE = 1e-2  # of the distillation, of a network whose units have 128 inputs or more; otherwise in inverse proportion
 _INPUTS = (32, 128)  # between which the rate changes (docs/benchmarks/gan.md, networks)
 _ROWS = 512  # of a step
 _PAIRS = 32_768  # of a latent and what the flow makes of it, at most
-_PATH_STEPS = 16  # of the flow's solver
 _CLIP = 1.0  # norm of a gradient
 _LEAST_NOISE = 0.01  # of a learned noise, in standard deviations of the data
 _MANY = 1_000  # rows, from which on it is asked whether they are of one normal law; not measured, chosen by hand
@@ -61,10 +59,13 @@ _JUDGED = 8_000  # draws of which a share is taken: its standard error is .002 t
 
 # L-BFGS was measured on modes in a plane (docs/benchmarks/gan.md, networks); the bounds were chosen by hand.
 _FEW = 16  # entries of an event, at most: beyond, shares near the data say less, and an evaluation costs more
-_SHORT = 0.02  # of the draws may lie off the data beside the flow's own
+_SHORT = 0.015  # of the draws may lie off the data beside the flow's own
 _TOLD = 0.03  # above which a user is told
-_WORTH = 0.05  # of what lacks has to be made good by a round, or it is the last
-_ROUNDS = 12  # at most
+_WORTH = 0.05  # of what lacks has to be made good by so many rounds, or the last was the last
+_PATIENCE = 5
+_ROUNDS = 30  # at most
+_ASTRAY = 0.2  # of the draws off the data beside the flow's own say that steps were too large for the network
+_CAREFUL = 0.25  # of the rate, in a second try from the first weights
 _TELLING = 2_000  # steps of the flow, at least, before little gained says that the network can do no more
 _SHARPENED = 160  # steps of the distillation for one of a round
 _ITERATIONS = 20  # of such a step
@@ -116,10 +117,11 @@ class Distilled:
         return self.flow - self.generator[-1] > _SHORT
 
     def gained(self) -> bool:
-        """Whether the last round made a good part of what lacked good."""
+        """Whether the last rounds made a good part of what lacked good."""
         if len(self.generator) < 2:
             return True
-        return self.generator[-1] - self.generator[-2] >= _WORTH * (self.flow - self.generator[-2])
+        earlier = self.generator[-1 - _PATIENCE :][0]
+        return self.generator[-1] - earlier >= _WORTH * (self.flow - earlier)
 
     def tell(self, generator: Generator) -> None:
         """Warn where too few draws of the trained generator lie near the data, and say what lacks."""
@@ -178,22 +180,43 @@ def distil(
         if u is not None and is_one_normal(u, lambda some, left: _gain(some, left, steps, stages)):
             generator.become_normal(u, _LEAST_NOISE)
             return _judged_as_normal(generator, u, steps)
-    teacher = _Teacher(generator, x, context)
+    teacher = Teacher(generator, x, context)
 
     def matching() -> Tensor:
         return teacher.loss(*_at_most(_ROWS, *_rows(generator, first_rows(batches, _ROWS))))
 
-    rate = _FLOW_RATE / _width(teacher.flow.features)
+    rate = _FLOW_RATE / flow_width(teacher.flow.features)
     optimizer = adam([p for p in teacher.flow.parameters() if p.requires_grad], rate)
     stages.descend("flow matching", teacher, optimizer, matching, steps, _linear, _CLIP)
     later = max(1, steps // 2)
     n = min(_PAIRS, _ROWS * later)
     pairs = _Pairs(generator, teacher, *teacher.pairs(n, _contexts(generator, batches, n), stages.seconds()))
     generator.hear(teacher.flow.features)
-    stages.descend("distillation", generator, adam(pairs.taught, _rate(generator)), pairs.some, later, _linear, _CLIP)
+    first = deepcopy(generator.state_dict())
+    _teach(pairs, _rate(generator), later, stages)
     found = pairs.judged(generator.units(x), steps)
+    found.generator.append(found.share(generator))
+    if found.flow - found.generator[0] > _ASTRAY:
+        reached = deepcopy(generator.state_dict())
+        generator.load_state_dict(first)
+        _teach(pairs, _CAREFUL * _rate(generator), later, stages)
+        _keep_better(found, generator, reached)
     _sharpen(pairs, found, later // _SHARPENED, stages)
     return found
+
+
+def _teach(pairs: _Pairs, rate: float, steps: int, stages: Stages) -> None:
+    """Steps of Adam, and the noise that they leave."""
+    stages.descend("distillation", pairs.generator, adam(pairs.taught, rate), pairs.some, steps, _linear, _CLIP)
+    pairs.set_noise()
+
+
+def _keep_better(found: Distilled, generator: Generator, before: dict[str, Tensor]) -> None:
+    """Go back to a state where the generator has no more draws near the data than there."""
+    found.generator.append(found.share(generator))
+    if not found.generator[-1] > found.generator[-2]:
+        generator.load_state_dict(before)
+        found.generator[-1] = found.generator[-2]
 
 
 def _many_rows(generator: Generator, batches: Iterator[tuple[Any, ...]], x: Tensor) -> Tensor | None:
@@ -205,7 +228,7 @@ def _many_rows(generator: Generator, batches: Iterator[tuple[Any, ...]], x: Tens
 
 def _gain(some: Tensor, left: Tensor, steps: int, stages: Stages) -> Tensor:
     """Nats of each left-out row that a flow brings over the normal law of the others, as which it begins."""
-    flow = _flow(some.shape[1]).to(some)
+    flow = teaching_flow(some.shape[1]).to(some)
     flow.decorrelate.fit(some)
     flow.start_at_identity()
 
@@ -234,8 +257,6 @@ def _judged_as_normal(generator: Generator, u: Tensor, steps: int) -> Distilled:
 def _sharpen(pairs: _Pairs, found: Distilled, steps: int, stages: Stages) -> None:
     """Rounds of so many steps of L-BFGS while the generator lacks and gains; one at most where the fit's time is limited."""
     generator = pairs.generator
-    pairs.set_noise()
-    found.generator.append(found.share(generator))
     if generator.features > _FEW or not steps:
         return
     rounds = _ROUNDS if stages.seconds() is None else 1
@@ -244,16 +265,13 @@ def _sharpen(pairs: _Pairs, found: Distilled, steps: int, stages: Stages) -> Non
         before = deepcopy(generator.state_dict())
         stages.descend("distillation by L-BFGS", generator, optimizer, pairs.some, steps)
         pairs.set_noise()
-        found.generator.append(found.share(generator))
-        if not found.generator[-1] > found.generator[-2]:
-            generator.load_state_dict(before)
-            found.generator[-1] = found.generator[-2]
+        _keep_better(found, generator, before)
 
 
 class _Pairs:
     """Latents, what a flow makes of them in a generator's units, and contexts; and how far the generator is from them."""
 
-    def __init__(self, generator: Generator, teacher: _Teacher, z: Tensor, u: Tensor, context: Tensor | None) -> None:
+    def __init__(self, generator: Generator, teacher: Teacher, z: Tensor, u: Tensor, context: Tensor | None) -> None:
         self.generator = generator
         self.residual = teacher.residual
         self.z = z
@@ -304,74 +322,6 @@ def _rate(generator: Generator) -> float:
 def _linear(step: int, progress: float) -> float:
     """Up over a few steps, then down to zero on a line."""
     return min(warm_up(step), 1.0 - progress)
-
-
-class _Teacher(nn.Module):
-    """A continuous flow from a generator's latents to the first principal components of data ``(N, *event_shape)``."""
-
-    centre: Tensor
-    basis: Tensor
-    residual: Tensor
-
-    def __init__(self, generator: Generator, x: Tensor, context: Tensor | None) -> None:
-        super().__init__()
-        u = generator.units(x)
-        size = min(generator.base.event_shape.numel(), generator.features)
-        self.generator = generator
-        self.register_buffer("centre", u.mean(0))
-        self.register_buffer("basis", _principal(u, size))
-        self.flow = _flow(size, generator.context_features).to(u)
-        coordinates = self._coordinates(u)
-        self.flow.standardize(coordinates)
-        self.register_buffer("residual", (u - self._lift(coordinates)).square().mean(0).sqrt())
-
-    def loss(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Flow matching, with the generator's latents as noise."""
-        data = self.flow.flow_units(self._coordinates(self.generator.units(x)))
-        noise = self._noise(self.generator.latents(len(x), context).detach())
-        return velocity_error(self.flow, "linear", noise, data, context)
-
-    @torch.no_grad()
-    def pairs(
-        self, n: int, context: Tensor | None, seconds: float | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """n latents, or as many as the seconds allow, where the flow takes them in the generator's units, and contexts."""
-        z = self.generator.latents(n, context)
-        moved: list[Tensor] = []
-        clock = Limits(None, seconds)
-        for rows in torch.arange(n).split(n if seconds is None else _ROWS):
-            seen = None if context is None else context[rows]
-            moved.append(self.flow.solve(self._noise(z[rows]), seen, sampling=True)[0])
-            if clock.progress(0) >= 1.0:
-                break
-        coordinates = self.flow.standard.inverse(torch.cat(moved))
-        made = len(coordinates)
-        return z[:made], self._lift(coordinates), None if context is None else context[:made]
-
-    def _noise(self, z: Tensor) -> Tensor:
-        return z.reshape(len(z), -1)[:, : self.flow.features]
-
-    def _coordinates(self, u: Tensor) -> Tensor:
-        return (u - self.centre) @ self.basis
-
-    def _lift(self, coordinates: Tensor) -> Tensor:
-        return self.centre + coordinates @ self.basis.mT
-
-
-def _principal(u: Tensor, size: int) -> Tensor:
-    """The directions of largest variance, shape ``(D, size)``; the axes themselves where all are kept."""
-    if size == u.shape[-1]:
-        return torch.eye(size).to(u)
-    return torch.pca_lowrank(u, size)[2]
-
-
-def _flow(features: int, context_features: int = 0) -> FFJORD:
-    return FFJORD(features, context_features, steps=_PATH_STEPS, hidden_features=_width(features))
-
-
-def _width(features: int) -> int:
-    """Of a flow: 64 for two entries, 128 from four on, 256 for an image of 64, which a narrow one cannot learn."""
-    return max(_WIDTHS[0], *(min(by * features, most) for by, most in zip(_WIDER, _WIDTHS[1:], strict=True)))
 
 
 def _rows(generator: Generator, rows: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:

@@ -54,7 +54,7 @@ def test_the_flow_is_wider_for_more_entries(monkeypatch, event, width):
         made.append(kwargs["hidden_features"])
         return flow(*args, **kwargs)
 
-    monkeypatch.setattr("pyro_dgm.gan.distillation.FFJORD", noted)
+    monkeypatch.setattr("pyro_dgm.gan.teacher.FFJORD", noted)
     generator = dgm.Generator(event)
     distil(generator, endless(torch.randn(600, *generator.event_shape)), 1)
     assert made == [width]
@@ -185,8 +185,19 @@ def test_a_network_that_lacks_is_taught_by_curvature(monkeypatch):
     assert found.flow - found.generator[-1] < 0.7 * (found.flow - found.generator[0])
 
 
+def test_steps_that_were_too_large_are_taken_again_in_small(monkeypatch):
+    """Planted fault: no second try, and hardly a draw is near the rows."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(distillation, "_ROUNDS", 0)
+    monkeypatch.setattr(distillation, "_rate", lambda generator: 3.0)
+    monkeypatch.setattr(distillation, "_CAREFUL", 3e-3)
+    found = distil(narrow(64).standardize(x := modes(2000)), endless(x), 600)
+    assert found.generator[0] < 0.5 and found.generator[1] > 0.6
+
+
 def test_a_network_that_does_not_lack_is_left_alone(monkeypatch):
     monkeypatch.setattr(distillation, "_SHORT", 1.0)
+    monkeypatch.setattr(distillation, "_ASTRAY", 1.0)
     found = distil(narrow().standardize(x := modes(500)), endless(x), 320)
     assert len(found.generator) == 1
 
@@ -196,6 +207,7 @@ def test_a_round_that_makes_it_worse_is_undone(monkeypatch):
     torch.manual_seed(0)
     generator = narrow().standardize(x := modes(1000))
     monkeypatch.setattr(distillation, "_SHORT", -1.0)
+    monkeypatch.setattr(distillation, "_ASTRAY", 1.0)
     before = {}
 
     def spoil(self, closure=None):
