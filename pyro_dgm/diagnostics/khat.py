@@ -179,6 +179,8 @@ class KHat(Exploration):
         if self.status == "exact":
             return "q is the posterior, up to the draws' error."
         if self.status == "good":
+            if any(source == "by weights" for what, source in self.statements.items() if what != "evidence"):
+                return "Use the draws as they are, and those of resample(idata) for what is said by weights."
             return f"Use the draws as they are{', without weights; the evidence is a bound' if self.confirms else ''}."
         if self.unfitted:
             return f"The guide was never fitted ({self.unfitted}): call fit(STL_ELBO()(model, guide), data) first."

@@ -87,6 +87,13 @@ def test_the_text_says_it_where_statements_differ():
     assert "Trust" not in str(verdict(normal()))
 
 
+def test_the_advice_does_not_contradict_the_statements():
+    """Draws that chains leave where they are, of which weights change an sd. Before: sds by weights, and no weights to be used."""
+    found = verdict(normal(sd=0.8), Exploration(deviation=0.05))
+    assert found.status == "good" and found.statements["sds"] == "by weights"
+    assert "without weights" not in found.next_step and "resample(idata) for what is said by weights" in found.next_step
+
+
 def test_a_container_from_before_has_no_more_than_its_weights():
     """Sizes that were not kept are infinite, so that nothing is taken as drawn by them."""
     log_weight = np.random.default_rng(0).normal(0.0, 0.1, N)
