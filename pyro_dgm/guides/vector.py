@@ -267,7 +267,8 @@ def _refuse_unfit_sites(who: str, trace: poutine.Trace) -> None:
         if site["fn"].support.is_discrete:
             raise ValueError(
                 f"{who}: site '{name}' is discrete ({type(site['fn']).__name__}); its posterior is continuous. "
-                "Have it summed out: infer={'enumerate': 'parallel'}, or pyro.infer.config_enumerate(model)."
+                "Have it summed out: infer={'enumerate': 'parallel'}, or pyro.infer.config_enumerate(model). "
+                "Where it is data, pass it."
             )
         _refuse_without_bijection(who, name, site["fn"])
 
