@@ -55,7 +55,7 @@ def refuse_uncallable(who: str, model: Callable[..., Any], args: Sequence[Any], 
     """Refuse a model that cannot be called with these arguments: often a simulator that is none yet."""
     try:
         signature = inspect.signature(getattr(model, "forward", model))
-    except ValueError:  # of what is written in C
+    except (ValueError, TypeError):  # of what is written in C, or is no function, which is told elsewhere
         return
     try:
         signature.bind(*args, **kwargs)

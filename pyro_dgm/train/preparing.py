@@ -63,11 +63,12 @@ def _find_start(objective: nn.Module, batches: Batches, stages: Stages, saved: d
 
 def _look_at_data(model: Callable[..., Any], args: tuple[Any, ...], batches: Batches) -> None:
     """An automatic guide has the latents of one data set: the model must see data, and say how many rows there are in all."""
-    with torch.no_grad(), fork_rng():
-        sites = poutine.trace(model).get_trace(*args).nodes.values()
-    seen = [s for s in sites if s["type"] == "sample" and s["is_observed"] and not site_is_subsample(s)]
+    plain = model
+    while isinstance(plain, partial):  # what Pyro's handlers make of a model; one that blocks sites hides the data
+        plain = plain.args[-1]
+    seen = _data_sites(model, args) or _data_sites(plain, args)
     if not seen:
-        _tell_forgotten(model, args)
+        _tell_forgotten(plain, args)
     elif (batches.epoch or 1) > 1 and all(bool((torch.as_tensor(s["scale"]) == 1).all()) for s in seen):
         raise ValueError(
             f"fit: minibatches of {len(args[0])} rows, which the model counts once (scale 1 at site '{seen[0]['name']}'), so the "
@@ -76,10 +77,14 @@ def _look_at_data(model: Callable[..., Any], args: tuple[Any, ...], batches: Bat
         )
 
 
+def _data_sites(model: Callable[..., Any], args: tuple[Any, ...]) -> list[dict[str, Any]]:
+    with torch.no_grad(), fork_rng():
+        sites = poutine.trace(model).get_trace(*args).nodes.values()
+    return [s for s in sites if s["type"] == "sample" and s["is_observed"] and not site_is_subsample(s)]
+
+
 def _tell_forgotten(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Warn where nothing is observed and an argument that is None by default was not given."""
-    while isinstance(model, partial):  # what Pyro's handlers make of a model
-        model = model.args[-1]
     try:
         bound = inspect.signature(getattr(model, "forward", model)).bind(*args)
     except (TypeError, ValueError):

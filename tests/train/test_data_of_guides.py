@@ -111,3 +111,11 @@ def test_kinds_and_words_that_are_no_data_are_told():
     table = pandas.DataFrame({"a": ["x", "y"], "b": [1.0, 2.0]})
     with pytest.raises(TypeError, match=r"pandas.factorize\(column\)\[0\], of a column of words"):
         dgm.fit(dgm.MaximumLikelihood(dgm.MAF(2)), table)
+
+
+@pytest.mark.parametrize("part", [lambda m: poutine.block(m, expose=["mu"]), lambda m: poutine.scale(m, scale=4.0)])
+def test_a_part_of_a_model_sees_the_data_of_the_whole(part, recwarn):
+    """A guide of some sites, or of a handler's model. Planted fault: look at the part alone, which hides its data."""
+    guide = AutoNormal(part(mean))
+    dgm.fit(dgm.STL_ELBO()(part(mean), guide), (SCORE,), max_steps=3, progress=False, seed=0)
+    assert not [w for w in recwarn if "no site of the model is observed" in str(w.message)]
