@@ -20,7 +20,7 @@ def slopes(kind="normal", groups=100):
 
 
 def test_intercepts_and_slopes_are_right_before_the_first_step():
-    """Exact numbers by hand. Planted: the gradient of entries in another order left as it is; the evidence is then off."""
+    """Exact numbers by hand. Planted: the gradient of entries in another order left as it is; no plate is then followed."""
     data, model = slopes()
     guide = started(model, *data)
     exact = _slopes.Exact(*data)
@@ -89,7 +89,7 @@ def test_eigenvalues_are_brought_between_two_numbers(size):
 
 
 def test_counts_of_two_latents_do_not_throw_the_start_away():
-    """Planted: a floor of 1e-4 under an element's information in the place of a fifth of what is known; no plate is then followed."""
+    """Planted: no bounds on how much an element's information changes in a step; no plate is then followed."""
     data, model = slopes("poisson", 200)
     guide = started(model, *data)
     assert guide.follows_plates
