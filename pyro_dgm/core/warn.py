@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_dgm.core.pace import in_fit
 from pyro_dgm.core.upstream import unseen
 
-__all__ = ["plain", "plain_errors", "told_unless_finite", "warn_of_columns", "warn_user"]
+__all__ = ["plain", "plain_errors", "listed", "told_unless_finite", "warn_of_columns", "warn_user"]
 
 _HERE = pathlib.Path(__file__).parents[1]
 _INSIDE = (
@@ -194,7 +194,7 @@ def _warn_of_ties(name: str, x: Any, discrete: Collection[int]) -> None:
     tied = [j for j, column in enumerate(rows.T) if j not in discrete and _is_tied(column)]
     if not tied:
         return
-    named = _listed(tied)
+    named = listed(tied)
     values = rows[:, tied[0]].unique()
     step = float(values.diff().min())
     warn_user(
@@ -210,9 +210,9 @@ def _warn_of_dependent(name: str, x: Any) -> None:
     rows = torch.as_tensor(x).detach().double().reshape(len(x), -1)
     constant = (rows == rows[:1]).all(0).nonzero().flatten().tolist()
     if constant:
-        said = f"column {_listed(constant)} has one value in {len(rows)} rows. A constant"
+        said = f"column {listed(constant)} has one value in {len(rows)} rows. A constant"
     elif rows.shape[1] <= min(_MOST, len(rows) - 1) and (dependent := _dependent(rows)):
-        said = f"column {_listed(dependent)} are linear functions of each other. What follows from other columns"
+        said = f"column {listed(dependent)} are linear functions of each other. What follows from other columns"
     else:
         return
     warn_user(
@@ -226,7 +226,8 @@ def _dependent(rows: Tensor) -> list[int]:
     return (vectors[:, 0].abs() > 0.05).nonzero().flatten().tolist() if values[0] < _DEPENDENT else []
 
 
-def _listed(columns: list[int]) -> str:
+def listed(columns: list[int]) -> str:
+    """The numbers of columns, of many the first."""
     return ", ".join(map(str, columns[:5])) + (", ..." if len(columns) > 5 else "")
 
 

@@ -47,10 +47,8 @@ _CLIP = 1.0  # norm of a gradient
 _LEAST_NOISE = 0.01  # of a learned noise, in standard deviations of the data
 _MANY = 1_000  # rows, from which on it is asked whether they are of one normal law; not measured, chosen by hand
 _MOST = 30_000  # rows whose covariance is taken
-_TRIAL, _TRIAL_RATE = (
-    500,
-    2.5e-3,
-)  # steps and rate of the flow that could be better (docs/benchmarks/gan.md, fields on a grid)
+# Steps and rate of the flow that could be better than one normal law (docs/benchmarks/gan.md, fields on a grid).
+_TRIAL, _TRIAL_RATE = 500, 2.5e-3
 
 # What a share near the data is: measured on a plane, where 20 neighbours of 2,000 reach to four sd of a normal mode.
 _NEIGHBOURS = (5, 100)  # of a row: the first at least, and one in so many

@@ -341,7 +341,7 @@ def _factors(u: Tensor, size: int, noise: Tensor | float) -> tuple[Tensor, Tenso
     varies = (u.var(0) > 0.0).to(root)
     covariance = root @ root.mT * varies * varies[:, None]
     square = torch.zeros_like(covariance[0]) + torch.as_tensor(noise, dtype=torch.double).cpu() ** 2
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if isinstance(noise, float) else 1):
         values, vectors = torch.linalg.eigh(covariance - square.diag())
         weight = vectors[:, -size:] * values[-size:].clamp_min(0.0).sqrt()
         if isinstance(noise, float):

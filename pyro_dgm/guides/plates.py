@@ -171,6 +171,8 @@ class PlatedPosterior(GivenGlobals):
 
     order: Tensor
     place: Tensor
+    rule_order: Tensor
+    rule_line: Tensor
 
     def __init__(self, family: DistributionModule, loc: Tensor, scale: float, elements: list[Elements]) -> None:
         inside = torch.cat([each.index.reshape(-1) for each in elements])
@@ -184,12 +186,30 @@ class PlatedPosterior(GivenGlobals):
         self.register_buffer("order", torch.cat([free, inside]))
         self.register_buffer("place", self.order.argsort())
         self.in_place = bool((self.order == torch.arange(len(loc), device="cpu")).all())
-        self.rule = Rule(_AT_FIRST[self.groups[0].features] if self.orders() else None)
+        first = _AT_FIRST[self.groups[0].features] if self.orders() else 0
+        self.register_buffer("rule_order", torch.tensor(first))
+        self.register_buffer("rule_line", loc.new_zeros(1 + self.size))
 
     @property
     def groups(self) -> list[LocalNormals]:
         """The latents of elements."""
         return [each for each in self.locals if isinstance(each, LocalNormals)]
+
+    @property
+    def rule(self) -> Rule:
+        """How the elements are integrated out in a fit; it is kept with the state, for fits that resume and other processes."""
+        return Rule(int(self.rule_order) or None, self.rule_line if bool(self.rule_line.any()) else None)
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        self.rule_order.fill_(rule.order or 0)
+        self.rule_line.copy_(torch.zeros_like(self.rule_line) if rule.more is None else rule.more)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A state of before there were rules has the first one."""
+        for name in ("rule_order", "rule_line"):
+            state.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state, prefix, *rest)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -207,7 +227,7 @@ class PlatedPosterior(GivenGlobals):
         turned = torch.linalg.solve_triangular(outer.scale_tril, scale_tril, upper=False)
         moved = torch.linalg.solve_triangular(outer.scale_tril, (loc - outer.loc)[:, None], upper=False)[:, 0]
         answers = [p for group in self.groups for p in group.parameters() if p.numel()]
-        for answer in answers if self.rule.more is None else [*answers, self.rule.more]:
+        for answer in [*answers, self.rule_line]:
             constant, linear = answer[..., :1], answer[..., 1:]
             answer.copy_(torch.cat([constant + (linear @ moved)[..., None], linear @ turned], -1))
         super().whiten(loc, scale_tril)

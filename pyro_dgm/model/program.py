@@ -39,7 +39,7 @@ from pyro_dgm.model.sites import (
 from pyro_dgm.model.terms import total
 from pyro_dgm.model.vectorize import NOT_VECTORIZED, Engine, How, Model, first_line, plate_nesting
 
-__all__ = ["Model", "Program", "refuse_guides_as_models", "refuse_missing", "refuse_uncallable"]
+__all__ = ["Model", "Program", "refuse_guides_as_models", "refuse_missing", "refuse_uncallable", "signature_of"]
 
 
 def refuse_guides_as_models(who: str, model: Any) -> None:
@@ -51,11 +51,18 @@ def refuse_guides_as_models(who: str, model: Any) -> None:
         )
 
 
+def signature_of(model: Callable[..., Any]) -> inspect.Signature | None:
+    """The arguments of a model; None of what is written in C, or is no function."""
+    try:
+        return inspect.signature(getattr(model, "forward", model))
+    except (ValueError, TypeError):
+        return None
+
+
 def refuse_uncallable(who: str, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse a model that cannot be called with these arguments: often a simulator that is none yet."""
-    try:
-        signature = inspect.signature(getattr(model, "forward", model))
-    except (ValueError, TypeError):  # of what is written in C, or is no function, which is told elsewhere
+    signature = signature_of(model)
+    if signature is None:
         return
     try:
         signature.bind(*args, **kwargs)

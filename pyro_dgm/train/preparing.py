@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,13 +11,15 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_dgm.core.data import take_units
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.pace import within
 from pyro_dgm.core.warn import warn_user
+from pyro_dgm.model.program import signature_of
+from pyro_dgm.model.sites import Site, is_computed, sample_sites
 from pyro_dgm.train.batches import Batches, ChangedBatches
 from pyro_dgm.train.descend import Stages
 from pyro_dgm.train.history import Checkpoint, FitDiverged
@@ -63,33 +64,39 @@ def _find_start(objective: nn.Module, batches: Batches, stages: Stages, saved: d
 
 def _look_at_data(model: Callable[..., Any], args: tuple[Any, ...], batches: Batches) -> None:
     """An automatic guide has the latents of one data set: the model must see data, and say how many rows there are in all."""
-    plain = model
-    while isinstance(plain, partial):  # what Pyro's handlers make of a model; one that blocks sites hides the data
-        plain = plain.args[-1]
+    plain = _behind_handlers(model)
     seen = _data_sites(model, args) or _data_sites(plain, args)
     if not seen:
         _tell_forgotten(plain, args)
-    elif (batches.epoch or 1) > 1 and all(bool((torch.as_tensor(s["scale"]) == 1).all()) for s in seen):
+    elif (batches.epoch or 1) > 1 and all(bool((torch.as_tensor(site["scale"]) == 1).all()) for _, site in seen):
         raise ValueError(
-            f"fit: minibatches of {len(args[0])} rows, which the model counts once (scale 1 at site '{seen[0]['name']}'), so the "
+            f"fit: minibatches of {len(args[0])} rows, which the model counts once (scale 1 at site '{seen[0][0]}'), so the "
             "guide would learn the posterior of one minibatch. Leave batch_size out, or put the rows into a plate of all, with "
             "pyro.plate('data', N, subsample_size=B) as i: ..., obs=y[i], and fit the whole data (docs/howto/subsample.md)."
         )
 
 
-def _data_sites(model: Callable[..., Any], args: tuple[Any, ...]) -> list[dict[str, Any]]:
+def _behind_handlers(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model in Pyro's handlers, of which one that blocks sites hides the data."""
+    while isinstance(model, partial) and model.args and isinstance(model.args[0], Messenger):
+        model = model.args[1]
+    return model
+
+
+def _data_sites(model: Callable[..., Any], args: tuple[Any, ...]) -> list[tuple[str, Site]]:
+    """What is observed, ``pyro.factor`` with it: what is only computed says nothing of the latents."""
     with torch.no_grad(), fork_rng():
-        sites = poutine.trace(model).get_trace(*args).nodes.values()
-    return [s for s in sites if s["type"] == "sample" and s["is_observed"] and not site_is_subsample(s)]
+        trace = poutine.trace(model).get_trace(*args)
+    return [(name, site) for name, site in sample_sites(trace) if site["is_observed"] and not is_computed(site)]
 
 
 def _tell_forgotten(model: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Warn where nothing is observed and an argument that is None by default was not given."""
-    try:
-        bound = inspect.signature(getattr(model, "forward", model)).bind(*args)
-    except (TypeError, ValueError):
+    signature = signature_of(model)
+    if signature is None:
         return
-    left = [k for k, p in bound.signature.parameters.items() if p.default is None and bound.arguments.get(k) is None]
+    bound = signature.bind(*args)
+    left = [k for k, p in signature.parameters.items() if p.default is None and bound.arguments.get(k) is None]
     if left:
         warn_user(
             f"fit: no site of the model is observed, and its argument '{left[0]}' was not given, so the guide learns the prior. "

@@ -22,7 +22,7 @@ from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import refuse_batch_norm
 from pyro_dgm.core.shapes import as_tensor_like, check_value_shape, reference
-from pyro_dgm.core.warn import warn_user
+from pyro_dgm.core.warn import listed, warn_user
 from pyro_dgm.vae.conditional import (
     Conditional,
     cut,
@@ -320,7 +320,7 @@ class Encoder(nn.Module):
         never = (unknown & ~seen).nonzero().flatten().tolist()
         if never:
             warn_user(
-                f"VAE: column {', '.join(map(str, never))} was seen in no row. No entry trains it, so what is drawn or imputed "
+                f"VAE: column {listed(never)} was seen in no row. No entry trains it, so what is drawn or imputed "
                 "there says nothing. Leave such a column out, or bring rows in which it was seen."
             )
 

@@ -103,3 +103,16 @@ def test_draws_and_gradients_keep_their_places_where_globals_come_last():
     x = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v: _Permuted.apply(v, order.argsort(), order), (x,))
     assert torch.equal(_Permuted.apply(x, order.argsort(), order), x[:, order.argsort()])
+
+
+def test_a_state_has_the_rule_by_which_its_guide_was_fitted():
+    """So a fit that resumes, or another process, integrates as before. Planted fault: five points each way after loading."""
+    data, model = slopes("bernoulli", 100)
+    guide = started(model, *data)
+    again = dgm.AutoFlow(model).setup(*data)
+    assert again.plated.rule == Rule(5) and guide.plated.rule.more is not None
+    again.load_state_dict(guide.state_dict())
+    assert again.plated.rule.order == guide.plated.rule.order
+    assert torch.equal(again.plated.rule.more, guide.plated.rule.more)
+    before = {k: v for k, v in guide.state_dict().items() if "rule" not in k}
+    dgm.AutoFlow(model).setup(*data).load_state_dict(before)

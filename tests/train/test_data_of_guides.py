@@ -1,5 +1,7 @@
 """An automatic guide holds the latents of one data set: what a fit and a container ask of the data."""
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -111,6 +113,24 @@ def test_kinds_and_words_that_are_no_data_are_told():
     table = pandas.DataFrame({"a": ["x", "y"], "b": [1.0, 2.0]})
     with pytest.raises(TypeError, match=r"pandas.factorize\(column\)\[0\], of a column of words"):
         dgm.fit(dgm.MaximumLikelihood(dgm.MAF(2)), table)
+
+
+@pytest.mark.parametrize("given", [((), {"weight": 1.0}), ((SCORE,), {}), ((SCORE, 1.0), {})])
+def test_arguments_that_were_given_before_are_no_handlers(given):
+    """Planted fault: the last of them in the place of the model (before, an IndexError of none)."""
+    positional, named = given
+    assert fitted(partial(mean, *positional, **named), (SCORE,)[len(positional) :])
+
+
+def test_what_is_computed_is_no_data():
+    """Planted fault: a value of pyro.deterministic taken for data, which hides that they were forgotten."""
+
+    def model(x=None):
+        pyro.deterministic("twice", 2.0 * pyro.sample("mu", dist.Normal(0.0, 1.0)))
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    with pytest.warns(UserWarning, match="its argument 'x' was not given"):
+        fitted(model, ())
 
 
 @pytest.mark.parametrize("part", [lambda m: poutine.block(m, expose=["mu"]), lambda m: poutine.scale(m, scale=4.0)])
