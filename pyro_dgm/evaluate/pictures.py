@@ -19,6 +19,7 @@ from pyro_dgm.core.devices import as_array, seeded
 from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_value_shape, refuse_non_finite
+from pyro_dgm.core.warn import warn_user
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,10 +102,25 @@ def plot_density(
     chosen = chosen_columns("plot_density", d, columns)
     labels = labels_of("plot_density", d, names)
     with seeded(seed), torch.no_grad():
-        draws = as_array(q.sample(torch.Size((DRAWS,))).reshape(DRAWS, d))
+        draws = _finite(as_array(q.sample(torch.Size((DRAWS,))).reshape(DRAWS, d)))
         if len(chosen) == d <= 2 and not isinstance(q, ImplicitDistribution) and not _whole(draws).any():
             return (_curve if d == 1 else _regions)(q, draws, rows, labels)
         return _pairs(draws, rows, chosen, labels)
+
+
+def _finite(draws: np.ndarray) -> np.ndarray:
+    """The draws that can be drawn; how many others there are is told."""
+    kept = draws[np.isfinite(draws).all(1)]
+    if not len(kept):
+        raise ValueError(
+            f"plot_density: none of {len(draws)} draws of the model is finite. Train it, or look at its units."
+        )
+    if len(kept) < len(draws):
+        warn_user(
+            f"plot_density: {len(draws) - len(kept)} of {len(draws)} draws are not finite, and are left out. The model's tails "
+            "are far too wide: more rows, another family, or units in which columns are alike."
+        )
+    return kept
 
 
 def _whole(draws: np.ndarray) -> np.ndarray:
