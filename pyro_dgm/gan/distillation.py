@@ -1,6 +1,7 @@
 r"""A generator's start by distillation: a continuous flow learns the data, and the generator learns the flow's map in one pass.
 
-.. math:: \min_\theta\; E_z \big| G_\theta(z; c) - x(1) \big|, \qquad \dot x = v(t, x; c),\quad x(0) = z
+.. math:: \min_\theta\; E_z\, \rho\big(G_\theta(z; c) - x(1)\big), \quad \rho(e) = \sqrt{e^2 + \kappa^2} - \kappa,
+    \qquad \dot x = v(t, x; c),\quad x(0) = z
 
 The flow sees every mode and its mass, and its map from noise to data is a function, which a network can follow (Luhman &
 Luhman 2021, arXiv 2101.02388; Liu et al. 2023, arXiv 2209.03003, section 2.3). Where the latent is shorter than the event,
@@ -12,7 +13,7 @@ whose posteriors a network of pieces would miss by a good part of their sds (doc
 Between two modes the map is steep, and draws of a network that is less steep lie there. So their share near the data is compared
 with that of the flow's draws. Where it is far lower, the steps were too large for the network (one of residual blocks, say), and
 smaller ones begin anew from the first weights. Where it is lower, the descent goes on by L-BFGS, which makes steep maps sooner
-than Adam.
+than Adam. The error :math:`\rho` is square up to a corner, so that draws between modes weigh more than small errors elsewhere.
 """
 
 from __future__ import annotations
@@ -57,19 +58,22 @@ _JUDGED = 8_000  # draws of which a share is taken: its standard error is .002 t
 
 # L-BFGS was measured on modes in a plane (docs/benchmarks/gan.md, networks); the bounds were chosen by hand.
 _FEW = 16  # entries of an event, at most: beyond, shares near the data say less, and an evaluation costs more
-_SHORT = 0.015  # of the draws may lie off the data beside the flow's own
+_SHORT = 0.01  # of the draws may lie off the data beside the flow's own
 _TOLD = 0.03  # above which a user is told
-_WORTH = 0.05  # of what lacks has to be made good by so many rounds, or the last was the last
+# Of the draws: has to come near the data in so many rounds, or the last was the last; more may not be lost in the game. About the
+# error of the difference of two shares.
+_WORTH = 0.002
 _PATIENCE = 5
-_ROUNDS = 30  # at most
-_ASTRAY = 0.2  # of the draws off the data beside the flow's own say that steps were too large for the network
+_ROUNDS = 12  # at most
+_ASTRAY = 0.1  # of the draws off the data beside the flow's own say that steps were too large for the network
 _CAREFUL = 0.25  # of the rate, in a second try from the first weights
 _TELLING = 2_000  # steps of the flow, at least, before little gained says that the network can do no more
 _SHARPENED = 160  # steps of the distillation for one of a round
 _ITERATIONS = 20  # of such a step
 _HISTORY = 30  # updates that the curvature is taken from
 _FIXED = 8_192  # pairs: the loss has to be the same in each evaluation
-_ROUNDING = 1e-3  # of the corner of an absolute error, in standard deviations of the data
+# Up to which an error counts by its square, in standard deviations of the data (docs/benchmarks/gan.md, networks).
+_CORNER, _CORNER_BY_CURVATURE = 0.1, 1.0
 
 
 @dataclass(repr=False)
@@ -85,6 +89,8 @@ class Distilled:
         steps: of the flow.
         generator: of the generator's draws, after the distillation by Adam and after each round of L-BFGS.
         normal: whether the rows seemed to be of one normal law, which the generator then is: there was no flow.
+        weights: the generator's state after the distillation, until the game has ended; empty where an event has many entries.
+        undone: whether the game has cost draws near the data, so that the generator has that state again.
     """
 
     reference: Tensor
@@ -95,31 +101,55 @@ class Distilled:
     steps: int
     generator: list[float] = field(default_factory=list)
     normal: bool = False
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    undone: bool = False
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{share:.3f}" for share in self.generator)
         if self.normal:
             return f"Distilled(one normal law, rows={self.rows:.3f}, generator=[{parts}], carried={self.carried:.3f})"
-        return f"Distilled(rows={self.rows:.3f}, flow={self.flow:.3f}, generator=[{parts}], carried={self.carried:.3f})"
+        undone = ", the game undone" if self.undone else ""
+        return f"Distilled(rows={self.rows:.3f}, flow={self.flow:.3f}, generator=[{parts}], carried={self.carried:.3f}{undone})"
 
-    @torch.no_grad()
     def share(self, generator: Generator) -> float:
         """Of a generator's draws."""
+        return share_near(self._draws(generator), self.reference)
+
+    @torch.no_grad()
+    def _draws(self, generator: Generator) -> Tensor:
+        """Always of the same latents."""
         with fork_rng(0):
             contexts = [None] * (_JUDGED // _ROWS) if self.context is None else self.context.split(_ROWS)
             parts = [(generator.latents(_ROWS if c is None else len(c), c), c) for c in contexts]
-            return share_near(torch.cat([generator.noisy(z, c) for z, c in parts]), self.reference)
+            return torch.cat([generator.noisy(z, c) for z, c in parts])
+
+    def undo_game(self, generator: Generator) -> None:
+        """Undo the first game where it has cost draws near rows, or rows near draws.
+
+        A later fit may be to other data, so its game is not judged by these rows.
+        """
+        if not self.weights:
+            return
+        played = deepcopy(generator.state_dict())
+        after = self._precision_and_recall(generator)
+        generator.load_state_dict(self.weights)
+        self.undone = self._precision_and_recall(generator) - after > _WORTH
+        if not self.undone:
+            generator.load_state_dict(played)
+        self.weights = {}
+
+    def _precision_and_recall(self, generator: Generator) -> float:
+        """Their sum, after Kynkaanniemi et al. (2019)."""
+        draws = self._draws(generator)
+        return share_near(draws, self.reference) + share_near(self.reference, draws[: len(self.reference)])
 
     def lacks(self) -> bool:
         """Whether the flow has clearly more of its draws near the data."""
         return self.flow - self.generator[-1] > _SHORT
 
     def gained(self) -> bool:
-        """Whether the last rounds made a good part of what lacked good."""
-        if len(self.generator) < 2:
-            return True
-        earlier = self.generator[-1 - _PATIENCE :][0]
-        return self.generator[-1] - earlier >= _WORTH * (self.flow - earlier)
+        """Whether the last rounds brought draws near the data."""
+        return len(self.generator) < 2 or self.generator[-1] - self.generator[-1 - _PATIENCE :][0] >= _WORTH
 
     def tell(self, generator: Generator) -> None:
         """Warn where too few draws of the trained generator lie near the data, and say what lacks."""
@@ -199,7 +229,9 @@ def distil(
         generator.load_state_dict(first)
         _teach(pairs, _CAREFUL * _rate(generator), later, stages)
         _keep_better(found, generator, reached)
-    _sharpen(pairs, found, later // _SHARPENED, stages)
+    if generator.features <= _FEW:
+        _sharpen(pairs, found, later // _SHARPENED, stages)
+        found.weights = deepcopy(dict(generator.state_dict()))
     return found
 
 
@@ -255,7 +287,7 @@ def _judged_as_normal(generator: Generator, u: Tensor, steps: int) -> Distilled:
 def _sharpen(pairs: _Pairs, found: Distilled, steps: int, stages: Stages) -> None:
     """Rounds of so many steps of L-BFGS while the generator lacks and gains; one at most where the fit's time is limited."""
     generator = pairs.generator
-    if generator.features > _FEW or not steps:
+    if not steps:
         return
     rounds = _ROUNDS if stages.seconds() is None else 1
     optimizer = ByCurvature(pairs.taught, pairs.fixed, _ITERATIONS, _HISTORY)
@@ -283,12 +315,12 @@ class _Pairs:
         return self.generator.location(self.z[which], context) - self.u[which]
 
     def some(self) -> Tensor:
-        """The mean absolute error of pairs that are drawn anew each time."""
-        return self.error(torch.randint(len(self.z), (_ROWS,), device=self.z.device)).abs().mean()
+        """The mean error of pairs that are drawn anew each time."""
+        return _rho(self.error(torch.randint(len(self.z), (_ROWS,), device=self.z.device)), _CORNER)
 
     def fixed(self) -> Tensor:
-        """The mean absolute error of always the same pairs, smooth at zero."""
-        return ((self.error(slice(_FIXED)).square() + _ROUNDING**2).sqrt() - _ROUNDING).mean()
+        """The mean error of always the same pairs."""
+        return _rho(self.error(slice(_FIXED)), _CORNER_BY_CURVATURE)
 
     @torch.no_grad()
     def set_noise(self) -> None:
@@ -309,6 +341,11 @@ class _Pairs:
         carried = 1.0 - float(self.residual.square().sum() / rows.var(0).sum())
         context = None if self.context is None else self.context[:_JUDGED]
         return Distilled(reference, context, share_near(others, reference), share_near(flow, reference), carried, steps)
+
+
+def _rho(error: Tensor, corner: float) -> Tensor:
+    """Square up to the corner, absolute beyond (pseudo-Huber), in the mean over all entries."""
+    return ((error.square() + corner**2).sqrt() - corner).mean()
 
 
 def _rate(generator: Generator) -> float:

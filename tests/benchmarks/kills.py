@@ -71,7 +71,8 @@ def fitted(folder, objective, data=(), **options):
     if history.stopped == "interrupted":
         sys.exit()
     numbers = [history.loss, history.critic_loss, [v for _, v in history.validation], [history.best_step]]
-    return [*objective.state_dict().values(), *(torch.tensor(v, dtype=torch.float64) for v in numbers)]
+    tensors = [v for v in objective.state_dict().values() if isinstance(v, torch.Tensor)]
+    return [*tensors, *(torch.tensor(v, dtype=torch.float64) for v in numbers)]
 
 
 def two_players(folder):

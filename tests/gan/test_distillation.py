@@ -19,9 +19,10 @@ def endless(*tensors, size=500):
         yield from zip(*(t[order].split(size) for t in tensors), strict=True)
 
 
-def test_distilled_draws_cover_every_mode():
-    """Planted faults: no distillation (two modes at most); time that runs backwards in the flow's loss (share below .3)."""
+def test_distilled_draws_cover_every_mode(monkeypatch):
+    """Before L-BFGS. Planted faults: no distillation (two modes at most); time that runs backwards in the flow's loss (share below .3)."""
     torch.manual_seed(0)
+    monkeypatch.setattr(distillation, "_ROUNDS", 0)
     angle = torch.arange(8) * math.pi / 4
     centres = 2.0 * torch.stack([angle.cos(), angle.sin()], -1)
     x = centres[torch.randint(8, (4000,))] + 0.1 * torch.randn(4000, 2)
@@ -219,6 +220,70 @@ def test_a_round_that_makes_it_worse_is_undone(monkeypatch):
     found = distil(generator, endless(x), 320)
     assert len(found.generator) == 2 and not found.gained()
     assert all(torch.equal(before[k], v) for k, v in generator.state_dict().items() if k.startswith("network"))
+
+
+def played(x, spoil, again=False):
+    """A pair whose generator is spoiled in its first steps of the game, and how far it is from its distillation at the end."""
+    torch.manual_seed(0)
+    gan = dgm.Adversarial(narrow(64), dgm.Critic(2, 8), pretrain=400, ema=0.0)
+    gan.prepare(endless(x))
+    if again:
+        dgm.fit(gan, (x,), max_steps=1, progress=False)
+    before = [p.detach().clone() for p in gan.generator.network.parameters()]
+    loss = gan.generator_loss
+
+    def spoiling(*batch):
+        with torch.no_grad():
+            spoil(gan.generator)
+        return loss(*batch)
+
+    gan.generator_loss = spoiling
+    dgm.fit(gan, (x,), max_steps=1, progress=False)
+    pairs = zip(before, gan.generator.network.parameters(), strict=True)
+    return gan, max((p - q).abs().max().item() for p, q in pairs)
+
+
+def blur(generator):
+    generator.network[-1].weight.mul_(1.1)
+
+
+@pytest.mark.filterwarnings("ignore:fit. at step", "ignore:fit. .* of the generator's draws lie near")
+def test_a_game_that_costs_draws_near_the_data_is_undone(monkeypatch):
+    """Planted faults: the game's weights are kept; a second fit, perhaps to other data, is undone too."""
+    monkeypatch.setattr(distillation, "_ROUNDS", 0)
+    gan, moved = played(modes(2000), blur)
+    assert gan.distilled.undone and moved == 0.0 and "the game undone" in repr(gan.distilled)
+    gan, moved = played(modes(2000), blur, again=True)
+    assert not gan.distilled.undone and moved > 0.01
+
+
+class Apart(nn.Module):
+    """Half of the draws at 0 and half so far from it, but for a few between."""
+
+    def __init__(self):
+        super().__init__()
+        self.far = nn.Parameter(torch.zeros(()))
+
+    def forward(self, z):
+        return self.far * torch.sigmoid(20.0 * z)
+
+
+def test_a_game_that_brings_rows_near_draws_is_kept():
+    """After a distillation that has collapsed, and the other way round.
+
+    Planted faults: draws near rows alone are counted; all games are undone.
+    """
+    rows = torch.where(torch.rand(4000, 1) < 0.5, 0.0, 4.0) + 0.1 * torch.randn(4000, 1)
+    for before, after in ((0.0, 4.0), (4.0, 0.0)):
+        found = Distilled(rows[:2000], None, 1.0, 1.0, 1.0, 4000)
+        generator = dgm.Generator(1, Apart(), 1, noise=0.1)
+        nn.init.constant_(generator.network.far, before)
+        found.weights = {k: v.clone() for k, v in generator.state_dict().items()}
+        nn.init.constant_(generator.network.far, after)
+        at_the_end = found.share(generator)
+        found.undo_game(generator)
+        assert generator.network.far == 4.0 and found.undone == (before == 4.0)
+        assert (at_the_end < 0.95) == (after == 4.0)
 
 
 @pytest.mark.parametrize(

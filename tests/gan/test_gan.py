@@ -534,7 +534,8 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_identical(tmp_path, batch_size)
     assert resumed.loss == history.loss and resumed.critic_loss == history.critic_loss
     assert resumed.quality == history.quality
     for name, value in whole.state_dict().items():
-        assert (value == fresh.state_dict()[name]).all(), name
+        assert name == "_extra_state" or (value == fresh.state_dict()[name]).all(), name
+    assert str(fresh.distilled) == str(whole.distilled) != "None"
 
 
 def test_steps_that_are_not_finite_are_left_out_and_four_times_twenty_end_the_fit():

@@ -416,8 +416,9 @@ def test_a_stage_that_has_ended_is_not_repeated(tmp_path, monkeypatch):
     resumed = distilled_pair()
     again = dgm.fit(resumed, rows, checkpoint=tmp_path / "c", **options)
     assert not matched and again.stages == history.stages and again.loss == history.loss
+    assert str(whole.distilled) == str(resumed.distilled)
     for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+        assert name == "_extra_state" or torch.equal(value, resumed.state_dict()[name]), name
 
 
 def test_a_stage_leaves_time_for_the_fit():
