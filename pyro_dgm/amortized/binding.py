@@ -16,6 +16,7 @@ from torch import Size, Tensor
 
 from pyro_dgm.amortized.missing import MaskedData, checked_mask
 from pyro_dgm.amortized.structure import Site, Structure
+from pyro_dgm.core.data import seems_inverted
 from pyro_dgm.core.devices import fork_rng, to_device
 from pyro_dgm.core.kinds import shown
 from pyro_dgm.core.shapes import as_tensor_like
@@ -206,6 +207,7 @@ def _checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
         )
     site.refuse_empty("condition", value, lead)
     bad = ~value.isfinite() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
+    advice = f"Pass what is missing as a mask: condition({site.name}=..., mask={{'{site.name}': present}})."
     if mask is not None:
         if mask.dim() > value.dim() or any(m not in (1, n) for m, n in zip(mask.shape, value.shape, strict=False)):
             raise ValueError(
@@ -214,12 +216,11 @@ def _checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
             )
         full = mask.reshape(*mask.shape, *(1,) * (value.dim() - mask.dim())).expand(value.shape)
         value = torch.where(full, value, torch.zeros_like(value))
+        if seems_inverted(full, bad):
+            advice = "Its mask, True where there is a datum, is True at all of them: pass ~mask."
         bad = bad & full
     if bad.any():
-        raise ValueError(
-            f"condition: '{site.name}' holds {int(bad.sum())} NaN or infinite entries. Pass what is missing as a mask: "
-            f"condition({site.name}=..., mask={{'{site.name}': present}})."
-        )
+        raise ValueError(f"condition: '{site.name}' holds {int(bad.sum())} NaN or infinite entries. {advice}")
     return value
 
 

@@ -23,7 +23,7 @@ def checked_mask(name: str, mask: Any, known: list[str]) -> Tensor:
     if name not in known or mask.dtype != torch.bool:
         raise ValueError(
             f"condition: got a mask of '{name}' of {mask.dtype}, expected torch.bool (True where there is a datum), by one of "
-            f"the names {known}."
+            f"the names {known}. Of 0 and 1 it is mask.bool()."
         )
     return mask
 

@@ -31,6 +31,7 @@ __all__ = [
     "ReadsData",
     "reads",
     "reads_context",
+    "seems_inverted",
     "take_units",
     "was_trained",
 ]
@@ -255,6 +256,16 @@ def _in_library(module: str | None) -> bool:
     name = module or "builtins"
     file = getattr(sys.modules.get(name), "__file__", None) or ""
     return name in sys.builtin_module_names or name.split(".")[0] == "pyro_dgm" or file.startswith(_LIBRARIES)
+
+
+def seems_inverted(mask: Tensor, bad: Tensor) -> bool:
+    """Whether a mask that should be True where an entry was seen is True at entries without a number, and False at none.
+
+    >>> bad = torch.tensor([True, False, False])
+    >>> seems_inverted(bad, bad), seems_inverted(~bad, bad)
+    (True, False)
+    """
+    return bool((bad & mask).any()) and not bool((bad & ~mask).any())
 
 
 class ReadsData(Protocol):

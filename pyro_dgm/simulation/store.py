@@ -94,6 +94,8 @@ class Simulations(Mapping[str, Tensor]):
         unknown = [k for k in (*self.observed, *self.mask) if k not in self._values]
         if unknown:
             raise ValueError(f"Simulations: {unknown} are not among the sites {list(self._values)}.")
+        for k, mask in self.mask.made.items():
+            _refuse_mask(k, mask, tuple(self._values.shape(k)))
         shapes = {k: tuple(getattr(v, "shape", ())) for k, v in self.failed_latents.items()}
         if any(shape[:1] != (len(self.failed),) for shape in shapes.values()):
             raise ValueError(
@@ -371,3 +373,14 @@ def _fault(line: str) -> tuple[int, str] | None:
     except (ValueError, TypeError):
         return None
     return (number, reason) if isinstance(number, int) and isinstance(reason, str) else None
+
+
+def _refuse_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a mask that is not boolean, or whose sizes are not the first ones of its site."""
+    pairs = zip(mask.shape, shape, strict=False)
+    if mask.dtype != torch.bool or mask.dim() > len(shape) or any(m not in (1, n) for m, n in pairs):
+        line = "" if mask.dtype == torch.bool else " Of 0 and 1 it is mask.bool()."
+        raise ValueError(
+            f"Simulations: the mask of '{name}' has {mask.dtype} and shape {tuple(mask.shape)}, expected torch.bool (True where "
+            f"there is a datum) and {shape}, or its first sizes.{line}"
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyro_dgm.core.data import Fingerprints
+from pyro_dgm.core.data import Fingerprints, seems_inverted
 from pyro_dgm.core.devices import put_random_states, random_states, to_device
 from pyro_dgm.core.shapes import as_tensor_like, from_arrays
 
@@ -310,15 +310,19 @@ def non_finite(args: tuple[Any, ...]) -> str:
     named = list(named_tensors(args))
     seen = {mask.shape: mask for _, mask in named if mask.dtype == torch.bool}
     dense = [(name, a) for name, a in named if a.is_floating_point() and a.layout is torch.strided and not a.is_meta]
-    counts = [(name, a.shape, _bad_entries(a, seen.get(a.shape))) for name, a in dense]
-    bad = [f"{name} (shape {tuple(shape)}) holds {n} NaN or infinite entries" for name, shape, n in counts if n]
-    return "; ".join(bad)
+    return "; ".join(filter(None, (_bad_entries(name, a, seen.get(a.shape)) for name, a in dense)))
 
 
-def _bad_entries(a: Tensor, seen: Tensor | None) -> int:
+def _bad_entries(name: str, a: Tensor, seen: Tensor | None) -> str:
     if a.isfinite().all():
-        return 0
-    return int((~a.isfinite() if seen is None else ~a.isfinite() & seen).sum())
+        return ""
+    bad = ~a.isfinite()
+    count = int((bad if seen is None else bad & seen).sum())
+    if not count:
+        return ""
+    inverted = seen is not None and seems_inverted(seen, bad)
+    told = ", all where the mask is True, which says seen: it seems to be inverted, pass ~mask" if inverted else ""
+    return f"{name} (shape {tuple(a.shape)}) holds {count} NaN or infinite entries{told}"
 
 
 def few_rows(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...] | None:

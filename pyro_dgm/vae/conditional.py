@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.infer.util import is_validation_enabled
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent
 
 from pyro_dgm.core import MLP, DistributionModule, Standardize
+from pyro_dgm.core.data import seems_inverted
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape, is_real
+from pyro_dgm.core.upstream import unseen
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.vae.likelihoods import arguments_of, has_data_units, in_data_units
 
@@ -334,12 +337,46 @@ def refuse_data(event_shape: Size, x: Tensor, context: Tensor | None, mask: Tens
         if context is not None and context.shape[1:] == event_shape:
             advice = "The context has an event's shape: are x and the context swapped?"
         raise ValueError(f"VAE: x has shape {tuple(x.shape)}, expected ({rows}) of the likelihood's event. {advice}")
-    if mask is not None and (mask.shape != x.shape or mask.dtype != torch.bool):
-        raise ValueError(
-            f"VAE: mask has shape {tuple(mask.shape)} and {mask.dtype}, expected {tuple(x.shape)} and torch.bool "
-            "(True where the entry was seen). A context goes in as context=."
-        )
+    if mask is not None:
+        _refuse_mask(x, mask)
     if context is not None and (context.dim() != 2 or len(context) != len(x)):
         raise ValueError(
             f"VAE: context has shape {tuple(context.shape)}, expected ({len(x)}, features): one row per x."
         )
+
+
+def _refuse_mask(x: Tensor, mask: Tensor) -> None:
+    """Refuse what is no boolean mask of the data's shape, or says that an entry was seen where there is no number."""
+    if mask.shape != x.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"VAE: mask has shape {tuple(mask.shape)} and {mask.dtype}, expected {tuple(x.shape)} and torch.bool "
+            f"(True where the entry was seen). {_written(x, mask)}"
+        )
+    if not is_validation_enabled() or not x.is_floating_point() or unseen(x, mask):
+        return
+    bad = ~x.isfinite()
+    wrong = int((bad & mask).sum())
+    if wrong:
+        inverted = " It seems to be inverted: pass ~mask." if seems_inverted(mask, bad) else ""
+        raise ValueError(
+            f"VAE: mask is True, which says seen, at {wrong} of the {int(bad.sum())} entries of x that are NaN or infinite."
+            f"{inverted} The mask of all numbers is x.isfinite()."
+        )
+
+
+def _written(x: Tensor, mask: Tensor) -> str:
+    """What to write for a mask that is none."""
+    line = "" if mask.dtype == torch.bool else ".bool()" if bool(((mask == 0) | (mask == 1)).all()) else None
+    if line is None:
+        return "It holds other numbers than 0 and 1: weights of entries are not supported, and a context goes in as context=."
+    if mask.shape == x.shape:
+        return f"Pass mask{line}."
+    if _spreads(mask.shape, x.shape):
+        return f"If it is the same along the missing sizes, pass mask{line}.expand(x.shape)."
+    return "A context goes in as context=."
+
+
+def _spreads(shape: Size, whole: Size) -> bool:
+    """Whether a tensor of one shape can be expanded to another."""
+    pairs = zip(reversed(shape), reversed(whole), strict=False)
+    return len(shape) <= len(whole) and all(m in (1, n) for m, n in pairs)

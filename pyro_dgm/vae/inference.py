@@ -95,7 +95,7 @@ def impute(
     Args:
         vae: a :class:`~pyro_dgm.VAE` whose posterior takes the mask.
         x: shape ``(N, *event)``; entries that were not seen may hold anything.
-        mask: boolean, True where seen, of the shape of ``x`` or broadcast to it.
+        mask: boolean, True where seen, of the shape of ``x``; one row for all is ``mask.expand(x.shape)``.
         context: what the VAE was given beside ``x``, shape ``(N, C)``, complete; None for a VAE without one.
         num_samples: so many whole tables. One for a single filled table; some dozens where a result is computed on each of
             them, and their spread counted (multiple imputation).

@@ -297,6 +297,7 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def finish(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, rows: int = 1) -> None:
         """Warn, once a fit has ended, of columns never seen, and where the posterior does not depend on the data (collapse)."""
+        x, context, mask = as_data(self.posterior, self.event_shape, x, context, mask)
         if mask is not None:
             self._tell_of_unseen(mask)
         if len(x) < _COLLAPSE_ROWS[0]:
