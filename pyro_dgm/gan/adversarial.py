@@ -81,8 +81,8 @@ class Adversarial(nn.Module):
             each row of data (500 at least); 0 for adversarial training alone.
 
     Raises:
-        ValueError: for an unknown loss, negative weights, players that do not fit each other or the data, NaN, or a
-            likelihood of a generator without a density.
+        ValueError: for an unknown loss, negative weights, players that do not fit each other or the data, NaN, data that are
+            one row, or a likelihood of a generator without a density.
 
     Note:
         Neither loss says how good the draws are. Read ``history.quality``, and compare models by ``evaluate.c2st`` against
@@ -193,6 +193,7 @@ class Adversarial(nn.Module):
         """Take both players' units from the data and distil a flow into the generator, unless that was done before."""
         x, context = first_rows(batches)
         x, context = check_batch("Adversarial", self.generator, x, context)
+        _refuse_one_row(x)
         new = self.critic.standard.is_identity()
         for player in (self.generator, self.critic):
             if isinstance(player, Generator | NormalizingFlow | Critic) and player.standard.is_identity():
@@ -266,6 +267,15 @@ class Adversarial(nn.Module):
             )
 
 
+def _refuse_one_row(x: Tensor) -> None:
+    """Refuse data that are one row, once or many times: there is no distribution to learn."""
+    if bool((x == x[:1]).all()):
+        raise ValueError(
+            "Adversarial: all rows of the data are the same one, expected different rows. Are rows and columns swapped, or was "
+            "one row meant to be many: x of shape (N, *event)?"
+        )
+
+
 def _usual_pretraining(size: int) -> int:
     """Steps of the flow: half of them where it is wide, since a step costs more and brings more."""
     return _STEPS_NARROW if size <= _FEW else _STEPS_WIDE
@@ -298,7 +308,8 @@ def sample_quality(real: Tensor, draws: Tensor) -> tuple[float, float]:
     r"""Energy distance of rows to draws, and the coverage of rows as a share of that of equal distributions.
 
     The first is :math:`2 E|x-y| - E|x-x'| - E|y-y'|`, unbiased: of equal distributions below zero in about half of all cases.
-    Coverage is the share of rows whose ball, which reaches to the fifth nearest other row, holds a draw (Naeem et al. 2020).
+    Coverage is the share of rows whose ball, which reaches to the fifth nearest other row (of fewer, the farthest), holds a
+    draw (Naeem et al. 2020).
 
     >>> x = torch.arange(20.0)[:, None]
     >>> round(sample_quality(x, x + 100.0)[0], 3)  # 200 less twice the mean distance of two different rows, 7
@@ -310,8 +321,8 @@ def sample_quality(real: Tensor, draws: Tensor) -> tuple[float, float]:
     m = len(draws)
     within = torch.cdist(real, real)
     across = torch.cdist(real, draws)
-    spread = within.sum() / (n * (n - 1)) + torch.cdist(draws, draws).sum() / (m * (m - 1))
-    reach = within.topk(NEIGHBOURS + 1, largest=False).values[:, -1]
+    spread = within.sum() / max(1, n * (n - 1)) + torch.cdist(draws, draws).sum() / max(1, m * (m - 1))
+    reach = within.topk(min(NEIGHBOURS + 1, n), largest=False).values[:, -1]
     covered = (across.amin(1) <= reach).float().mean()
     return float(2.0 * across.mean() - spread), float(covered) / expected_coverage(n)
 
@@ -323,6 +334,6 @@ def expected_coverage(rows: int) -> float:
     0.969
     """
     missed = 1.0
-    for i in range(1, NEIGHBOURS + 1):
+    for i in range(1, min(NEIGHBOURS, max(1, rows - 1)) + 1):
         missed *= (rows - i) / (2 * rows - i)
     return 1.0 - missed

@@ -46,6 +46,7 @@ _MOST_DRAWS = 16  # of such a loss
 _CLIP = 10.0  # norm of one player's gradient
 _CHECKS = 10  # of two players in a fit
 _TRIES = 3  # of a loss that is drawn at random, before parameters count as bad
+_FEWEST = 20  # rows, of which a low coverage is told
 _JUDGED = 500  # rows on which draws are judged, at most
 _COLLAPSED = 0.5  # coverage as a share of what equal distributions have, below which a user is told
 _BETAS_OF_TWO = (
@@ -229,7 +230,7 @@ class TwoPlayers:
         self.average = Average(self.owned[1], objective.ema)
         self.held_out = _held_out(validation, batches)
         self.every = max(_WINDOW, max_steps // _CHECKS) if max_steps else 500
-        self.warned = False
+        self.warned = len(self.held_out[0]) < _FEWEST
 
     def step(self, stream: BatchStream, history: History) -> tuple[float, bool]:
         """The generator's loss, and whether all steps were taken."""
@@ -339,9 +340,11 @@ def smoothed(history: History) -> tuple[float, float]:
 
 
 def _held_out(validation: Any, batches: Batches) -> tuple[Any, ...]:
-    """The given held-out rows, or some of the training data: at most 500."""
+    """The given held-out rows, or some of the training data, each once: at most 500."""
+    most = _JUDGED
     if validation is None:
+        most = min(most, row_count(batches.args) or most)
         with fork_rng(0):
             x, context = first_rows(iter(batches), _JUDGED)
         validation = (x,) if context is None else (x, context)
-    return tuple(v[:_JUDGED] for v in validation)
+    return tuple(v[:most] for v in validation)
