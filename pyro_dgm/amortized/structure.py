@@ -25,6 +25,8 @@ from torch.distributions import Distribution, ExpTransform, biject_to, constrain
 
 from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.shapes import of_entries, reference
+from pyro_dgm.core.upstream import elementwise
+from pyro_dgm.core.warn import in_short
 from pyro_dgm.model.program import refuse_uncallable
 from pyro_dgm.model.sites import is_enumerable, lacks_density, latent_sites, plate_frames, sample_sites, subsampled
 from pyro_dgm.model.stability import changing_supports, runs_from_the_prior
@@ -251,14 +253,15 @@ def _latent(name: str, sites: list[dict[str, Any]]) -> Site:
             f"AmortizedGuide: draws of latent site '{name}' from its prior are not finite; a guide that learns from "
             "simulations needs a proper prior with finite draws."
         )
-    supports = [_event_support(s) for s in sites]
-    if supports[0].is_discrete:
-        return _site(sites[0], supports[0], _classes(name, supports))
     try:
+        supports = [_event_support(s) for s in sites]
+        if supports[0].is_discrete:
+            return _site(sites[0], supports[0], _classes(name, supports))
         biject_to(supports[0])
     except NotImplementedError as error:
+        on = in_short(sites[0]["fn"].support)
         raise ValueError(
-            f"AmortizedGuide: latent site '{name}' has support {supports[0]}, onto which torch has no bijection."
+            f"AmortizedGuide: latent site '{name}' has support {on}, onto which torch has no bijection: {error}."
         ) from error
     return _site(sites[0], supports[0])
 
@@ -269,7 +272,7 @@ _BOUNDS = ("lower_bound", "upper_bound")
 def _event_support(site: dict[str, Any]) -> constraints.Constraint:
     """The support of one event: bounds that a plate has expanded are taken from its first element."""
     fn = site["fn"]
-    support = fn.support
+    support = elementwise(fn.support, fn.event_shape)
     if is_circular(fn):
         return _of_whole_event(constraints.interval(-math.pi, math.pi), fn)
     inner = innermost(support)
@@ -308,7 +311,7 @@ def _classes(name: str, supports: list[constraints.Constraint]) -> int:
     if counts and bool(torch.as_tensor(inner.lower_bound == 0).all()):
         return 1 + max(int(torch.as_tensor(of_entries(s).upper_bound).max()) for s in supports)
     raise ValueError(
-        f"AmortizedGuide: discrete latent site '{name}' has support {supports[0]}; expected Bernoulli, Categorical or "
+        f"AmortizedGuide: discrete latent site '{name}' has support {in_short(supports[0])}; expected Bernoulli, Categorical or "
         "Binomial, with values from 0. Sum others out, or truncate them to a Categorical."
     )
 

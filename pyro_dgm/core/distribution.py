@@ -29,6 +29,7 @@ from pyro_dgm.core.shapes import (
     reference,
 )
 from pyro_dgm.core.upstream import unseen, unvalidated_in_vmap, zuko
+from pyro_dgm.core.warn import in_short
 
 if TYPE_CHECKING:
     from pyro_dgm.core.module import DistributionModule
@@ -106,7 +107,7 @@ class LearnedDistribution(TorchDistribution):
 
     def __repr__(self) -> str:
         shapes = f"batch_shape: {tuple(self.batch_shape)}, event_shape: {tuple(self.event_shape)}"
-        return f"{type(self).__name__}({self._name}, {shapes}, support: {self.support})"
+        return f"{type(self).__name__}({self._name}, {shapes}, support: {in_short(self.support)})"
 
     def _base(self) -> Any:
         """The unconstrained distribution; built anew after a counted change of a parameter or of the grad mode."""

@@ -14,12 +14,14 @@ from operator import index
 from typing import Any, TypeVar
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution, biject_to, constraints
 
-from pyro_dgm.core.shapes import as_tensor_like
-from pyro_dgm.core.warn import plain_errors
+from pyro_dgm.core.shapes import as_tensor_like, of_entries
+from pyro_dgm.core.upstream import elementwise
+from pyro_dgm.core.warn import in_short, plain_errors
 
-__all__ = ["LARGEST", "Above", "checked", "shown"]
+__all__ = ["LARGEST", "Above", "checked", "event_support", "shown"]
 
 _SEEDS = (-(2**63), 2**64 - 1)  # that torch takes; numpy's begin at 0, which a function says by its bound
 LARGEST = 2**63 - 1  # of whole numbers: torch takes no larger size or count
@@ -181,7 +183,14 @@ def _checked_seed(who: str, seed: int, bound: float | None) -> int:
 def _message(who: str, name: str, kind: Any, value: Any, bound: float | None, advice: str) -> str:
     verb = "=" if _of_numbers(kind) else " is "
     most = ", below 2**63" if isinstance(value, int) and abs(value) > LARGEST else ""
+    called = "A family is called for one: family(), or family(context)." if _is_uncalled(kind, value) else ""
+    advice = " ".join(filter(None, (called, advice)))
     return f"{who}: {name}{verb}{shown(value)}, expected {_words(kind)}{_limit(bound)}{most}. {advice}".rstrip()
+
+
+def _is_uncalled(kind: Any, value: Any) -> bool:
+    """Whether a family stands where its distribution should."""
+    return kind is Distribution and hasattr(value, "checked_build")
 
 
 def _of_numbers(kind: Any) -> bool:
@@ -352,3 +361,37 @@ def shown(value: Any) -> str:
     except Exception:  # distributions of a user's own may have no text
         return f"a {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def event_support(name: str, support: constraints.Constraint | None, event_shape: Size) -> Any:
+    """The support as a constraint on the whole event; elementwise constraints are made joint."""
+    if support is None:
+        return None
+    try:
+        support = elementwise(support, event_shape)
+        biject_to(support)
+    except NotImplementedError as error:
+        raise ValueError(f"{name}: torch has no bijection onto {in_short(support)}: {error}.") from error
+    _refuse_other_bounds(name, support, event_shape)
+    missing = len(event_shape) - support.event_dim
+    if missing < 0:
+        raise ValueError(
+            f"{name}: support {in_short(support)} is on events of {support.event_dim} dimension(s), but event_shape is "
+            f"{tuple(event_shape)}. Give an event_shape such as {(3,) * support.event_dim}."
+        )
+    return constraints.independent(support, missing) if missing else support
+
+
+def _refuse_other_bounds(name: str, support: constraints.Constraint, event_shape: Size) -> None:
+    """Refuse bounds that are not those of one event."""
+    for key, bound in vars(of_entries(support)).items():
+        if isinstance(bound, Tensor) and not _fits(bound.shape, event_shape):
+            raise ValueError(
+                f"{name}: the {key} of its support has shape {tuple(bound.shape)}, expected a number, or that of an event, "
+                f"{tuple(event_shape)}."
+            )
+
+
+def _fits(shape: Size, event_shape: Size) -> bool:
+    pairs = zip(reversed(shape), reversed(event_shape), strict=False)
+    return len(shape) <= len(event_shape) and all(m in (1, n) for m, n in pairs)

@@ -16,7 +16,7 @@ from torch.distributions.transforms import IndependentTransform, ReshapeTransfor
 
 from pyro_dgm.core.data import reads_context, was_trained
 from pyro_dgm.core.distribution import LearnedDistribution
-from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.kinds import checked, event_support
 from pyro_dgm.core.pace import in_fit
 from pyro_dgm.core.shapes import ShapeAttribute, as_count, as_shape, as_tensor_like, fitting_context, of_entries
 from pyro_dgm.core.units import InputUnits, Standardize
@@ -93,7 +93,7 @@ class DistributionModule(nn.Module, metaclass=PyroABCMeta):
         super().__init__()
         self.event_shape = as_shape(event_shape, f"{type(self).__name__}: event_shape")  # also where it is a module
         self.context_features = as_count(type(self).__name__, "context_features", context_features)
-        self._support = _event_support(type(self).__name__, support, self.event_shape)
+        self._support = event_support(type(self).__name__, support, self.event_shape)
         if self.context_features:
             self.context_units = InputUnits(self.context_features)
 
@@ -357,23 +357,6 @@ class OnePass(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return self.call_and_ladj(x)[1]
-
-
-def _event_support(name: str, support: constraints.Constraint | None, event_shape: Size) -> Any:
-    """The support as a constraint on the whole event; elementwise constraints are made joint."""
-    if support is None:
-        return None
-    missing = len(event_shape) - support.event_dim
-    if missing < 0:
-        raise ValueError(
-            f"{name}: support {support} is on events of {support.event_dim} dimension(s), but event_shape is "
-            f"{tuple(event_shape)}. Give an event_shape such as {(3,) * support.event_dim}."
-        )
-    try:
-        biject_to(support)
-    except NotImplementedError as error:
-        raise ValueError(f"{name}: torch has no bijection onto {support} (biject_to is not registered).") from error
-    return constraints.independent(support, missing) if missing else support
 
 
 def whole_event(transform: Transform, event_dim: int) -> Transform:

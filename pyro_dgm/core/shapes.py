@@ -14,6 +14,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_dgm.core.upstream import unseen
+from pyro_dgm.core.warn import in_short
 
 if TYPE_CHECKING:
     from pyro_dgm.core.module import DistributionModule
@@ -298,7 +299,7 @@ def check_support(name: str, value: Tensor, support: constraints.Constraint, mod
     if not unseen(inside) and not inside.all():
         bad = int((~inside).sum())
         raise ValueError(
-            f"{name}: {bad} of {inside.numel()} values lie outside the support {support} or are NaN "
+            f"{name}: {bad} of {inside.numel()} values lie outside the support {in_short(support)} or are NaN "
             f"(NaN entries: {int(value.isnan().sum())}). Clean the data, or build the family with support=..."
         )
 
@@ -370,8 +371,7 @@ def check_number(
     bounds = [f">= {least:g}"] if least is not None else []
     bounds += [f"> {above:g}"] if above is not None else []
     expected = " ".join(["a whole number" if whole else "a finite number", *bounds])
-    got = " ".join(repr(value).split())[:200]
-    message = " ".join([f"{owner}: {name}={got}, expected {expected}.", advice]).strip()
+    message = f"{owner}: {name}={' '.join(repr(value).split())[:200]}, expected {expected}. {advice}".strip()
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise TypeError(message)
     too_small = (least is not None and value < least) or (above is not None and value <= above)

@@ -6,6 +6,8 @@
 * zuko's lazy modules are abstract base classes, so ``PyroModule[...]`` cannot mix into them (metaclass conflict):
   their roots are given a mixin with a combined metaclass, which makes Bayesian flow weights possible.
 * torch has no ``biject_to(lower_cholesky)``, and none for the support of its own ``MixtureSameFamily``.
+* torch calls what ``stack`` puts along a negative dimension a vector, and gives a number for each entry where it maps and checks;
+  dimensions are counted from the left by default, where a batch stands. :func:`elementwise` says what is meant.
 * torch has no public question for whether a tensor's numbers may be looked at, as they may not inside of ``torch.vmap``, and none
   for what stands behind it: :func:`unseen` and :func:`plain_of`.
 * A handler cannot run a subsampled plate of Pyro with all of its rows: ``pyro.plate`` refuses an index whose length is not
@@ -34,6 +36,7 @@ __all__ = [
     "PyroABCMeta",
     "VectorToLowerCholesky",
     "drop_weak_references",
+    "elementwise",
     "in_func",
     "in_vmap",
     "integer_ends",
@@ -299,6 +302,45 @@ class Columns(constraints.Constraint):
             c.check(p.reshape(p.shape[:-1] + s)) for p, s, c in zip(pieces, self.shapes, self.supports, strict=True)
         ]
         return torch.stack([f.flatten(value.dim() - 1).all(-1) if f.dim() >= value.dim() else f for f in found]).all(0)
+
+
+def elementwise(support: Any, event_shape: Size) -> Any:
+    """A support that ``constraints.stack`` or ``cat`` makes of single numbers, as one of all entries of an event.
+
+    Dimensions counted from the left are the event's. Other supports are returned as they are.
+
+    Raises:
+        NotImplementedError: for parts that are no single numbers, or another number of them than the event has.
+
+    >>> elementwise(constraints.stack([constraints.real, constraints.positive]), Size((2,))).check(torch.ones(5, 2)).shape
+    torch.Size([5])
+    """
+    made: Any = support
+    while isinstance(made, constraints.independent):
+        made = made.base_constraint
+    if not isinstance(made, constraints.stack | constraints.cat) or not event_shape:
+        return support
+    stacked = isinstance(made, constraints.stack)
+    parts, n = [_of_one_number(c, stacked) for c in made.cseq], len(event_shape)
+    lengths = [1] * len(parts) if isinstance(made, constraints.stack) else made.lengths
+    dim = made.dim - n if made.dim >= 0 else made.dim
+    if not -n <= dim < 0 or sum(lengths) != event_shape[dim]:
+        raise NotImplementedError(
+            f"its parts have {sum(lengths)} entries along dimension {made.dim}, and the event has shape {tuple(event_shape)}"
+        )
+    return constraints.independent(constraints.cat(parts, dim, lengths), n)
+
+
+def _of_one_number(part: Any, stacked: bool) -> Any:
+    """A part of ``stack`` or ``cat`` as a constraint on single entries."""
+    while isinstance(part, constraints.independent):
+        part = part.base_constraint
+    bounds = [b for b in vars(part).values() if isinstance(b, Tensor)]
+    if part.event_dim or isinstance(part, constraints.cat) or (stacked and any(b.numel() > 1 for b in bounds)):
+        raise NotImplementedError(
+            "parts of stack and cat have to be of single numbers: give others a site of their own"
+        )
+    return part
 
 
 def integer_ends(support: Any) -> tuple[float, float] | None:

@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -18,11 +18,12 @@ import pyro
 import torch
 from pyro.poutine import indep_messenger, trace_struct
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_dgm.core.pace import in_fit
 from pyro_dgm.core.upstream import unseen
 
-__all__ = ["plain", "plain_errors", "listed", "told_unless_finite", "warn_of_columns", "warn_user"]
+__all__ = ["in_short", "plain", "plain_errors", "listed", "told_unless_finite", "warn_of_columns", "warn_user"]
 
 _HERE = pathlib.Path(__file__).parents[1]
 _INSIDE = (
@@ -33,6 +34,7 @@ _INSIDE = (
 _TIED = 0.5  # of the rows, that have fewer values
 _COARSE = 0.05  # sd between values, from which on it matters
 _DEPENDENT = 1e-10  # least eigenvalue of correlations of dependent columns: float32 rounds to some 1e-14
+_LISTED = 5  # values of many that a message shows
 _MOST = 500  # columns that are looked at together
 
 
@@ -226,9 +228,41 @@ def _dependent(rows: Tensor) -> list[int]:
     return (vectors[:, 0].abs() > 0.05).nonzero().flatten().tolist() if values[0] < _DEPENDENT else []
 
 
-def listed(columns: list[int]) -> str:
-    """The numbers of columns, of many the first."""
-    return ", ".join(map(str, columns[:5])) + (", ..." if len(columns) > 5 else "")
+def listed(values: Sequence[object]) -> str:
+    """Numbers of columns, or other values, of many the first."""
+    return ", ".join(map(str, values[:_LISTED])) + (", ..." if len(values) > _LISTED else "")
+
+
+def in_short(support: Any) -> str:
+    """A support in few words: of many bounds or parts the first, and how many there are.
+
+    >>> in_short(constraints.independent(constraints.greater_than(torch.arange(300.0)), 1))
+    'IndependentConstraint(GreaterThan(lower_bound=[0, 1, 2, 3, 4, ...] (300 numbers)), 1)'
+    """
+    name = type(support).__name__.removeprefix("_").strip()
+    if isinstance(support, constraints.independent):
+        return f"{name}({in_short(support.base_constraint)}, {support.reinterpreted_batch_ndims})"
+    parts = getattr(support, "cseq", None) or getattr(support, "supports", None)
+    if parts:
+        return f"{name}({listed([in_short(c) for c in parts])}{_how_many(len(parts), 'parts')})"
+    bounds = {k: v for k, v in getattr(support, "__dict__", {}).items() if k in ("lower_bound", "upper_bound")}
+    if any(isinstance(v, Tensor) for v in bounds.values()):
+        return f"{name}({', '.join(f'{k}={_numbers(v)}' for k, v in bounds.items())})"
+    return str(support)
+
+
+def _numbers(bound: Any) -> str:
+    """A bound; of a tensor the first numbers, once if they are equal."""
+    if not isinstance(bound, Tensor) or unseen(bound) or not bound.numel():
+        return str(bound)
+    values = bound.detach().reshape(-1)
+    alike = bool((values == values[0]).all())
+    first = [f"{float(v):.4g}" for v in (values[:1] if alike else values[: _LISTED + 1])]
+    return (first[0] if alike else f"[{listed(first)}]") + _how_many(len(values), "numbers")
+
+
+def _how_many(count: int, what: str) -> str:
+    return f" ({count} {what})" if count > _LISTED else ""
 
 
 def _is_tied(column: Tensor) -> bool:

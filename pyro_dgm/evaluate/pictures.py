@@ -73,7 +73,7 @@ def plot_density(
 
     Args:
         model: a distribution of single numbers or vectors with empty batch shape, such as ``flow()`` or ``flow(context)`` of one
-            context; or a family that takes no context.
+            context, shape ``(C,)``; or a family that takes no context.
         data: rows that training has not seen, shape ``(N, D)`` (``(N,)`` of numbers); None draws the model alone.
         names: of the columns, all D.
         columns: which to draw; None for the first six.
@@ -96,7 +96,7 @@ def plot_density(
         >>> figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()
         ('a', 'b')
     """
-    q = model() if isinstance(model, DistributionModule) else model
+    q = _built("plot_density", model) if isinstance(model, DistributionModule) else model
     d = _dimension("plot_density", q)
     rows = None if data is None else _rows("plot_density", q, data)
     chosen = chosen_columns("plot_density", d, columns)
@@ -106,6 +106,17 @@ def plot_density(
         if len(chosen) == d <= 2 and not isinstance(q, ImplicitDistribution) and not _whole(draws).any():
             return (_curve if d == 1 else _regions)(q, draws, rows, labels)
         return _pairs(draws, rows, chosen, labels)
+
+
+def _built(who: str, family: DistributionModule) -> Distribution:
+    """The distribution of a family, which may not take a context: each context has a density of its own."""
+    n, name = family.context_features, type(family).__name__
+    if n:
+        raise ValueError(
+            f"{who}: {name} takes a context of {n} numbers, and each context has a density of its own. Draw that of one, "
+            f"{who}(family(context), ...) with a context of shape ({n},), beside data that belong to it."
+        )
+    return family()
 
 
 def _finite(draws: np.ndarray) -> np.ndarray:
@@ -137,8 +148,9 @@ def _spread(table: np.ndarray, whole: np.ndarray) -> np.ndarray:
 def _dimension(who: str, q: Distribution) -> int:
     if q.batch_shape or len(q.event_shape) > 1 or not q.event_shape.numel():
         raise ValueError(
-            f"{who}: the distribution has batch shape {tuple(q.batch_shape)} and event shape {tuple(q.event_shape)}, expected an "
-            "empty batch and a vector: flow(context) of one context, or .to_event(1). For images see vae.plot_images."
+            f"{who}: the distribution has batch shape {tuple(q.batch_shape)} and event shape {tuple(q.event_shape)}, expected "
+            "an empty batch and a vector: flow(context) of one context, of shape (C,), or .to_event(1). For images see "
+            "vae.plot_images."
         )
     return q.event_shape.numel()
 

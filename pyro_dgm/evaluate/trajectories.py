@@ -68,7 +68,10 @@ def plot_trajectories(
         ['t = 0', 't = 0.2', 't = 0.4', 't = 0.6', 't = 0.8']
     """
     if flow.context_features:
-        raise ValueError(f"plot_trajectories: {type(flow).__name__} takes a context, expected a flow without one.")
+        raise ValueError(
+            f"plot_trajectories: {type(flow).__name__} takes a context, expected a flow without one. The positions for one "
+            "context are flow.trajectory(draws, context=context)."
+        )
     d = max(1, flow.event_shape.numel())
     chosen = chosen_columns("plot_trajectories", d, range(min(d, 2)) if columns is None else columns)
     if len(chosen) > 2:

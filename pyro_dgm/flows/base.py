@@ -27,6 +27,7 @@ from pyro_dgm.core.shapes import (
     refuse_immoderate,
 )
 from pyro_dgm.core.units import Tails
+from pyro_dgm.core.warn import in_short
 from pyro_dgm.flows.autoregressive import sequential
 from pyro_dgm.flows.few_rows import Decorrelate
 from pyro_dgm.flows.many_rows import ColumnUnits
@@ -274,8 +275,8 @@ class NormalizingFlow(DistributionModule):
         x = to_event(u).flatten(u.dim() - 1) if self.event_shape else to_event(u).unsqueeze(-1)
         if x.shape != u.shape:
             raise ValueError(
-                f"{type(self).__name__}: events on {self._support} have {x.shape[-1]} entries and {u.shape[-1]} degrees of "
-                "freedom, so that positions on the way are no events. Follow flow.encode(x) and flow.decode(z) instead."
+                f"{type(self).__name__}: events on {in_short(self._support)} have {x.shape[-1]} entries and {u.shape[-1]} "
+                "degrees of freedom, so positions on the way are no events. Follow flow.encode(x) and flow.decode(z) instead."
             )
         return torch.lerp(u, x, t)
 

@@ -21,6 +21,7 @@ from pyro_dgm.core import zuko
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import soft_clip
 from pyro_dgm.core.shapes import reference
+from pyro_dgm.core.warn import in_short
 from pyro_dgm.flows.autoregressive import sequential
 from pyro_dgm.flows.base import Direction, NormalizingFlow, directed, features_of
 from pyro_dgm.flows.many_rows import Piece
@@ -230,7 +231,7 @@ class ZukoFlow(NormalizingFlow):
         if self.features != shape.numel():
             raise ValueError(
                 f"ZukoFlow: {type(zuko_flow).__name__} has {shape.numel()} features, but event_shape "
-                f"{tuple(self.event_shape)} with support {support} needs {self.features}."
+                f"{tuple(self.event_shape)} with support {in_short(support)} needs {self.features}."
             )
         self.flow = sequential(zuko_flow)
         like = reference(zuko_flow)

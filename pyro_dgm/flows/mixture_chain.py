@@ -35,6 +35,7 @@ from pyro_dgm.core import DistributionModule, Standardize, zuko
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.networks import LOG_WIDTHS, Reader, chosen_place_and_width, soft_clip
 from pyro_dgm.core.upstream import Columns, integer_ends
+from pyro_dgm.core.warn import in_short
 from pyro_dgm.flows.autoregressive import Run, schedule
 from pyro_dgm.flows.normal_mixture import Interval, NormalMixture
 
@@ -343,15 +344,16 @@ def _checked_columns(
     if len(chain.event_shape) != 1 or chain._support is not None:
         raise ValueError(
             f"MixtureChain: discrete columns of an event of shape {tuple(chain.event_shape)}"
-            f"{'' if chain._support is None else f' on {chain._support}'}, expected a vector on the reals, event_shape=D."
+            f"{'' if chain._support is None else f' on {in_short(chain._support)}'}, expected a vector on the reals, "
+            "event_shape=D."
         )
     for i, support in discrete.items():
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < chain.features:
             raise ValueError(f"MixtureChain: discrete column {i!r}, expected one of 0 to {chain.features - 1}.")
         if not (isinstance(support, constraints.Constraint) and support.is_discrete and integer_ends(support)):
             raise ValueError(
-                f"MixtureChain: discrete column {i} on {support!r}, expected constraints.boolean, .nonnegative_integer, or "
-                ".integer_interval(a, b)."
+                f"MixtureChain: discrete column {i} on {in_short(support)}, expected constraints.boolean, .nonnegative_integer, "
+                "or .integer_interval(a, b)."
             )
     return dict(discrete)
 

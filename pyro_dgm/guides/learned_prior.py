@@ -26,8 +26,8 @@ from torch.distributions import constraints
 from pyro_dgm.core import DistributionModule, broadcast_cat
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
-from pyro_dgm.core.upstream import Columns, integer_ends
-from pyro_dgm.core.warn import warn_user
+from pyro_dgm.core.upstream import Columns, elementwise, integer_ends
+from pyro_dgm.core.warn import in_short, warn_user
 from pyro_dgm.flows import NSF
 from pyro_dgm.objectives import MaximumLikelihood
 from pyro_dgm.train import fit
@@ -295,10 +295,10 @@ def _support_of(name: str, x: Tensor, given: Any) -> constraints.Constraint:
             f"as_prior: all draws of {name!r} are positive, and its support is taken to be the reals. Pass "
             f"supports={{{name!r}: constraints.positive}}, or constraints.real to say that it is so."
         )
-    support = constraints.real if given is None else given
+    support = constraints.real if given is None else _of_whole(name, given, x)
     if not support.check(x).all():
         raise ValueError(
-            f"as_prior: draws of {name!r} lie outside of {support} (from {float(x.min()):.4g} to {float(x.max()):.4g})."
+            f"as_prior: draws of {name!r} lie outside of {in_short(support)} (from {float(x.min()):.4g} to {float(x.max()):.4g})."
         )
     if support.is_discrete and x.dim() > 1:
         raise ValueError(
@@ -308,11 +308,18 @@ def _support_of(name: str, x: Tensor, given: Any) -> constraints.Constraint:
     return support
 
 
+def _of_whole(name: str, given: constraints.Constraint, x: Tensor) -> Any:
+    try:
+        return elementwise(given, x.shape[1:])
+    except NotImplementedError as error:
+        raise ValueError(f"as_prior: the support {in_short(given)} of {name!r} does not fit: {error}.") from error
+
+
 def _categories(name: str, support: Any) -> int:
     low, high = integer_ends(support) or (-math.inf, math.inf)
     if low != 0.0 or math.isinf(high):
         raise ValueError(
-            f"as_prior: the discrete site {name!r} lies on {support}, expected integers from 0, as of a Categorical."
+            f"as_prior: the discrete site {name!r} lies on {in_short(support)}, expected integers from 0, as of a Categorical."
         )
     return int(high) + 1
 

@@ -15,7 +15,6 @@ from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 from pyro_dgm.core.devices import fork_rng, same_bits
 from pyro_dgm.core.kinds import shown
@@ -30,6 +29,7 @@ from pyro_dgm.model.stability import (
     changing_supports,
     circular_sites,
     refuse_rows_that_hang_together,
+    refuse_without_bijection,
     runs_from_the_prior,
     subsampled_latents,
 )
@@ -270,7 +270,7 @@ def _refuse_unfit_sites(who: str, trace: poutine.Trace) -> None:
                 "Have it summed out: infer={'enumerate': 'parallel'}, or pyro.infer.config_enumerate(model). "
                 "Where it is data, pass it."
             )
-        _refuse_without_bijection(who, name, site["fn"])
+        refuse_without_bijection(who, name, site["fn"])
 
 
 def _refuse_subsamples(who: str, parts: dict[str, Frame]) -> None:
@@ -282,16 +282,6 @@ def _refuse_subsamples(who: str, parts: dict[str, Frame]) -> None:
     )
 
 
-def _refuse_without_bijection(who: str, name: str, fn: Any) -> None:
-    try:
-        biject_to(fn.support)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{who}: the support of site '{name}' ({type(fn).__name__}: {fn.support}) has no bijection from the real "
-            "numbers. Register one with torch.distributions.biject_to, or write the site as a transform of another."
-        ) from error
-
-
 def _or_zero(init_loc_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same initialisation; sites that cannot be sampled (ImproperUniform) start at 0 of the unconstrained space."""
 
@@ -299,7 +289,7 @@ def _or_zero(init_loc_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         try:
             return init_loc_fn(site)
         except NotImplementedError:
-            fn, to_support = site["fn"], biject_to(site["fn"].support)
+            fn, to_support = site["fn"], refuse_without_bijection("Guide", site["name"], site["fn"])
             return to_support(torch.zeros(to_support.inverse_shape(fn.shape())))
 
     return init

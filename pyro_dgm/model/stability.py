@@ -15,10 +15,10 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Transform
 
 from pyro_dgm.core.devices import fork_rng
-from pyro_dgm.core.warn import warn_user
+from pyro_dgm.core.warn import in_short, warn_user
 from pyro_dgm.model.coordinates import Whole
 from pyro_dgm.model.runs import Runs, rounds_of
 from pyro_dgm.model.sites import Frame, is_enumerable, latent_sites, subsampled
@@ -28,6 +28,7 @@ from pyro_dgm.model.supports import (
     innermost,
     mass,
     on_the_circle,
+    onto,
     place_of,
     repeats,
     same_support,
@@ -39,6 +40,7 @@ __all__ = [
     "changing_supports",
     "circular_sites",
     "refuse_rows_that_hang_together",
+    "refuse_without_bijection",
     "runs_from_the_prior",
     "subsampled_latents",
 ]
@@ -54,7 +56,7 @@ class AnySite(poutine.messenger.Messenger):
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["value"] is None and type(msg["fn"]).__name__ == "ImproperUniform":
-            to_support = biject_to(msg["fn"].support)
+            to_support = refuse_without_bijection("Model", msg["name"], msg["fn"])
             msg["value"] = to_support(torch.randn(to_support.inverse_shape(msg["fn"].shape())))
 
 
@@ -178,6 +180,17 @@ def circular_sites(who: str, traces: list[poutine.Trace]) -> frozenset[str]:
     return frozenset(found)
 
 
+def refuse_without_bijection(who: str, name: str, fn: Any) -> Transform:
+    """The map from real numbers onto where a latent site lives, or an error where there is none."""
+    try:
+        return onto(fn, None)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{who}: the support of site '{name}' ({type(fn).__name__}: {in_short(fn.support)}) has no bijection from the real "
+            f"numbers: {error}. Register one with torch.distributions.biject_to, or write the site as a transform of another."
+        ) from error
+
+
 def _check_mass(who: str, name: str, fn: Any) -> None:
     with fork_rng(0):
         total = mass(fn)
@@ -185,8 +198,8 @@ def _check_mass(who: str, name: str, fn: Any) -> None:
         return
     warn_user(
         f"{who}: the density of latent site '{name}' ({type(fn).__name__}) integrates to {total:.3g} over its declared support "
-        f"{innermost(fn.support)}, expected 1: the evidence is that of this density. If no improper prior is meant, declare "
-        "the set on which it is one; an angle is a VonMises in [-pi, pi]."
+        f"{in_short(innermost(fn.support))}, expected 1: the evidence is that of this density. If no improper prior is meant, "
+        "declare the set on which it is one; an angle is a VonMises in [-pi, pi]."
     )
 
 

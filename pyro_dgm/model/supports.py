@@ -26,6 +26,8 @@ from torch.distributions.transforms import (
     _InverseTransform,
 )
 
+from pyro_dgm.core.upstream import elementwise
+
 __all__ = [
     "Wrapped",
     "declares_support",
@@ -135,7 +137,7 @@ def onto(fn: Any, centre: Tensor | None) -> Transform:
     inner = unwrapped(fn)
     if _is_misdeclared(inner):
         return ComposeTransform([onto(inner.base_dist, None), *inner.transforms])
-    return _onto_set(fn.support)
+    return _onto_set(elementwise(fn.support, fn.event_shape))
 
 
 def place_of(fn: Any) -> Any:

@@ -21,6 +21,7 @@ from torch.distributions import constraints
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import has_finite_numbers, looks_at_numbers
 from pyro_dgm.core.shapes import as_tensor_like, broadcast_batch, check_number, check_support, of_entries
+from pyro_dgm.core.warn import in_short
 
 __all__ = [
     "DiscretizedLogistic",
@@ -305,7 +306,7 @@ class _ColumnSupport(constraints.Constraint):
         """The first column with an entry outside of its support, and that entry."""
         j = int((~self.check(x)).reshape(-1, x.shape[-1]).any(0).nonzero()[0])
         support = next(support for support, index in self.parts if j in index)
-        return f"Column {j} holds {float(x[..., j][~support.check(x[..., j])][0]):.4g}, which is not in {support}"
+        return f"Column {j} holds {float(x[..., j][~support.check(x[..., j])][0]):.4g}, which is not in {in_short(support)}"
 
 
 class _Columns(TorchDistribution):
@@ -376,7 +377,7 @@ def refuse_outside(likelihood: TorchDistribution, x: Tensor, *, few: bool = Fals
         )
     if not bool(likelihood.support.check(seen).all()):
         raise ValueError(
-            f"VAE: x lies outside the likelihood's support {likelihood.support}. {_advice(likelihood.support, seen)}"
+            f"VAE: x lies outside the likelihood's support {in_short(likelihood.support)}. {_advice(likelihood.support, seen)}"
         )
     return x
 

@@ -133,3 +133,25 @@ def test_grids_of_images_in_colour():
     grid = plot_images(red, columns=2).images[0].get_array()
     assert grid.shape == (10, 10, 3) and (grid[:4, :4] == [1, 0, 0]).all() and (grid[5:9, 5:9] == 1).all()
     assert plot_images(torch.rand(3, 1, 4, 4), columns=3).images[0].get_array().shape == (5, 15)
+
+
+def test_each_context_has_a_density_of_its_own():
+    """Planted fault: words on a context that the picture does not take."""
+    flow = dgm.RealNVP(2, context_features=3)
+    with pytest.raises(
+        ValueError, match=r"RealNVP takes a context of 3 numbers.*plot_density\(family\(context\), .*shape \(3,\)"
+    ):
+        plot_density(flow)
+    with pytest.raises(ValueError, match=r"flow\(context\) of one context, of shape \(C,\)"):
+        plot_density(flow(torch.zeros(1, 3)))
+    assert plot_density(flow(torch.zeros(3)), torch.randn(20, 2), seed=0).axes
+    with pytest.raises(ValueError, match=r"flow.trajectory\(draws, context=context\)"):
+        plot_trajectories(flow)
+
+
+@pytest.mark.parametrize("score", [dgm.evaluate.held_out_score, dgm.evaluate.bits_per_dim, dgm.evaluate.kl_divergence])
+def test_a_family_in_the_place_of_its_distribution_is_told_how_to_call_it(score):
+    with pytest.raises(
+        TypeError, match=r"is a NSF, expected a Distribution. A family is called for one: family\(\), or"
+    ):
+        score(dgm.NSF(2), torch.zeros(5, 2))
