@@ -21,12 +21,13 @@ from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape, is_real
 from pyro_dgm.core.upstream import unseen
 from pyro_dgm.core.warn import warn_user
-from pyro_dgm.vae.likelihoods import arguments_of, has_data_units, in_data_units
+from pyro_dgm.vae.likelihoods import arguments_of, in_data_units, kinds_of, log_normal, normal
 
 __all__ = [
     "Conditional",
     "Encoded",
     "cut",
+    "drawn_or",
     "refuse_context",
     "refuse_data",
     "refuse_mismatch",
@@ -102,7 +103,7 @@ class Conditional(DistributionModule):
 
     @torch.no_grad()
     def fit_events(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Let ``vae.normal``, and such columns, read location and scale in units of these data.
+        """Let ``vae.normal`` and such columns read location and scale in units of these data, ``vae.log_normal`` of their logs.
 
         Other entries of the network are read as they are. If these are real numbers far from the unit scale, a warning
         says so.
@@ -111,11 +112,16 @@ class Conditional(DistributionModule):
         x = as_tensor_like("Conditional", "data", x, None)
         check_value_shape("Conditional", x, self.event_shape)
         rows = x.reshape(-1, size)
-        here = torch.tensor(has_data_units(self.make, size), device=rows.device)
+        kinds = kinds_of(self.make, size)
+        here = torch.tensor([kind in (normal, log_normal) for kind in kinds], device=rows.device)
         seen = here.expand(rows.shape) if mask is None else here & mask.reshape(rows.shape)
         self._say_far(rows, ~here if mask is None else ~here & mask.reshape(rows.shape))
         if not here.any() or len(rows) < 2:
             return
+        if log_normal in kinds:  # what has no logarithm is refused when it is scored
+            logs = torch.tensor([kind is log_normal for kind in kinds], device=rows.device)
+            seen = seen & ((rows > 0) | ~logs)
+            rows = torch.where(logs & (rows > 0), rows.log(), rows)
         self.standard.fit(rows, mask=seen, tails="cut", who="Conditional")
         if len(self.event_shape) > 1:
             self.standard.share(rows[seen], size)
@@ -254,6 +260,14 @@ def _refuse_unknown(shared: Sequence[str], names: Sequence[str]) -> None:
     unknown = [n for n in shared if n not in names]
     if unknown:
         raise ValueError(f"Conditional: shared={unknown} are no arguments of make, which takes {list(names)}.")
+
+
+def drawn_or(x: Tensor, entries: TorchDistribution) -> Tensor:
+    """A draw, or x where the distribution is one of NaN, on a trajectory that diverges: its density is NaN there anyhow."""
+    try:
+        return entries.sample()
+    except RuntimeError:
+        return x
 
 
 def cut(values: Tensor | None, rows: slice) -> Tensor | None:

@@ -31,9 +31,9 @@ __all__ = [
     "columns",
     "continuous_bernoulli",
     "discretized_logistic",
-    "drawn_or",
-    "has_data_units",
     "in_data_units",
+    "kinds_of",
+    "log_normal",
     "negative_binomial",
     "normal",
     "poisson",
@@ -91,14 +91,6 @@ def _entries(make: Make) -> Make:
     return cast(Make, door)
 
 
-def drawn_or(x: Tensor, entries: TorchDistribution) -> Tensor:
-    """A draw, or x where the distribution is one of NaN, on a trajectory that diverges: its density is NaN there anyhow."""
-    try:
-        return entries.sample()
-    except RuntimeError:
-        return x
-
-
 def _as_float(who: str, name: str, value: Any) -> Tensor:
     kept = isinstance(value, Tensor) and value.is_floating_point()
     value = as_tensor_like(who, name, value, None)
@@ -125,6 +117,12 @@ def continuous_bernoulli(logits: Tensor) -> TorchDistribution:
 def normal(loc: Tensor, log_scale: Tensor) -> TorchDistribution:
     """Real entries; put ``shared=("log_scale",)`` for one learned scale per entry instead of one per entry and datum."""
     return dist.Normal(loc, log_scale.exp())
+
+
+@_entries
+def log_normal(loc: Tensor, log_scale: Tensor) -> TorchDistribution:
+    """Positive entries whose logarithms are normal, such as incomes and concentrations; a zero is refused."""
+    return dist.LogNormal(loc, log_scale.exp())
 
 
 @_entries
@@ -342,24 +340,23 @@ class _Columns(TorchDistribution):
         return torch.cat([v.to(values[0].dtype) for v in values], -1)[..., order.argsort()]
 
 
-def has_data_units(make: Callable[..., TorchDistribution], entries: int) -> list[bool]:
-    """For each of so many entries, whether its location and scale may be read in units of the data.
+def kinds_of(make: Callable[..., TorchDistribution], entries: int) -> list[Callable[..., TorchDistribution]]:
+    """The entry function of each of so many entries.
 
-    >>> has_data_units(columns([normal, poisson]), 2), has_data_units(bernoulli, 2)
-    ([True, False], [False, False])
+    >>> [kind.__name__ for kind in kinds_of(columns([normal, poisson]), 2)]
+    ['normal', 'poisson']
     """
-    return [kind is normal for kind in (make.kinds if isinstance(make, columns) else [make] * entries)]
+    return make.kinds if isinstance(make, columns) else [make] * entries
 
 
 def in_data_units(entries: TorchDistribution, loc: Tensor, scale: Tensor) -> TorchDistribution:
-    """The distribution of ``loc + scale * x``, for normal entries, and for the normal ones among columns."""
+    """The distribution of ``loc + scale * x`` for normal entries, of the logarithms for log-normal ones, also among columns."""
     if isinstance(entries, _Columns):
-        parts = [
-            (in_data_units(d, loc[..., index], scale[..., index]) if isinstance(d, dist.Normal) else d, index)
-            for d, index in entries.parts
-        ]
+        parts = [(in_data_units(d, loc[..., i], scale[..., i]), i) for d, i in entries.parts]
         return _Columns(parts, entries.batch_shape)
-    return dist.Normal(torch.addcmul(loc, scale, entries.loc), scale * entries.scale)
+    if not isinstance(entries, dist.Normal | dist.LogNormal):
+        return entries
+    return type(entries)(torch.addcmul(loc, scale, entries.loc), scale * entries.scale)
 
 
 def refuse_outside(likelihood: TorchDistribution, x: Tensor, *, few: bool = False) -> Tensor:

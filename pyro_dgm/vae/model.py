@@ -26,12 +26,13 @@ from pyro_dgm.core.warn import listed, warn_user
 from pyro_dgm.vae.conditional import (
     Conditional,
     cut,
+    drawn_or,
     refuse_context,
     refuse_data,
     refuse_mismatch,
     refuse_width_of_posterior,
 )
-from pyro_dgm.vae.likelihoods import drawn_or, refuse_outside
+from pyro_dgm.vae.likelihoods import refuse_outside
 
 __all__ = ["VAE", "as_data", "mean_of", "plate", "prior_given", "register"]
 
@@ -64,9 +65,9 @@ class VAE(nn.Module):
             depend on each other), or ``x``, ``context`` and ``mask`` do not fit the families.
 
     Note:
-        ``fit`` takes the units of what the encoder reads, of the context, and of the data under ``vae.normal`` from the data
-        (:meth:`standardize` before a loop of your own): an unscaled table is scored in its own units, exactly. Other
-        likelihoods of real numbers are read in the data's units, so scale the data for them.
+        ``fit`` takes the units of what the encoder reads, of the context, and of the data under ``vae.normal`` (of logarithms
+        under ``vae.log_normal``) from the data (:meth:`standardize` before a loop of your own): an unscaled table is scored in
+        its own units, exactly. Other likelihoods of real numbers are read in the data's units, so scale the data for them.
 
         With a mask, entries that were not seen may hold anything, NaN as well: the encoder gets
         zeros there, and the likelihood skips them. A row without any seen entry is fine: its evidence is one.

@@ -678,7 +678,7 @@ def _():
 
 
 LIKELIHOODS = {
-    "normal": 2, "bernoulli": 1, "continuous_bernoulli": 1, "poisson": 1, "negative_binomial": 2,
+    "normal": 2, "log_normal": 2, "bernoulli": 1, "continuous_bernoulli": 1, "poisson": 1, "negative_binomial": 2,
     "zero_inflated_poisson": 2, "zero_inflated_negative_binomial": 3,
 }  # fmt: skip
 
@@ -687,7 +687,8 @@ LIKELIHOODS = {
 def _(name):
     make = getattr(vae, name)
     names = list(inspect.signature(make).parameters)
-    x = x2() if name == "normal" else torch.randint(0, 2, (ROWS, 2)).float()
+    real = {"normal": x2(), "log_normal": x2().exp()}
+    x = real[name] if name in real else torch.randint(0, 2, (ROWS, 2)).float()
 
     def do(x, **k):
         return vae.Conditional(2, 2, make, **SMALL)(torch.zeros(ROWS, 2)).log_prob(x), make(**k).sample()

@@ -173,6 +173,7 @@ LIKELIHOODS = {
     "bernoulli": (parts.bernoulli, torch.tensor([[0.0, 1.0, 1.0]])),
     "continuous_bernoulli": (parts.continuous_bernoulli, torch.tensor([[0.1, 0.5, 0.9]])),
     "normal": (parts.normal, torch.randn(2, 3)),
+    "log_normal": (parts.log_normal, torch.randn(2, 3).exp()),
     "poisson": (parts.poisson, COUNTS),
     "negative_binomial": (parts.negative_binomial, COUNTS),
     "zero_inflated_poisson": (parts.zero_inflated_poisson, COUNTS),
@@ -192,11 +193,12 @@ def test_a_likelihood_is_a_law_of_its_draws(name):
     p, draws = family(torch.ones(2)), family(torch.ones(2)).sample((20_000,)).double()
     assert p.support.check(draws.float()).all() and draws.shape == (20_000, 3)
     grid = torch.arange(-8.0, 8.0, 1e-3) if name == "normal" else torch.arange(0.0, 400.0)
-    grid = torch.arange(5e-4, 1.0, 1e-3) if name.startswith("continuous") else grid
+    ends = {"continuous_bernoulli": 1.0, "log_normal": 60.0}
+    grid = torch.arange(5e-4, ends[name], 1e-3) if name in ends else grid
     if name != "columns":
         values = grid[family.entries(torch.ones(2)).support.check(grid[:, None]).all(-1)]
         mass = family.entries(torch.ones(2)).log_prob(values[:, None]).double().exp()
-        mass = mass * (1e-3 if name in ("normal", "continuous_bernoulli") else 1.0)
+        mass = mass * (1e-3 if name in ("normal", *ends) else 1.0)
         assert ((mass.sum(0) - 1.0).abs() < 2e-3).all()
         exact = (mass * values[:, None].sqrt().nan_to_num()).sum(0)
         error = draws.sqrt().nan_to_num().std(0) / len(draws) ** 0.5
