@@ -13,7 +13,8 @@ whose posteriors a network of pieces would miss by a good part of their sds (doc
 Between two modes the map is steep, and draws of a network that is less steep lie there. So their share near the data is compared
 with that of the flow's draws. Where it is far lower, the steps were too large for the network (one of residual blocks, say), and
 smaller ones begin anew from the first weights. Where it is lower, the descent goes on by L-BFGS, which makes steep maps sooner
-than Adam. The error :math:`\rho` is square up to a corner, so that draws between modes weigh more than small errors elsewhere.
+than Adam. The error :math:`\rho` is square up to a corner, so that draws between modes weigh more than small errors elsewhere;
+of images it is absolute.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ _SHARPENED = 160  # steps of the distillation for one of a round
 _ITERATIONS = 20  # of such a step
 _HISTORY = 30  # updates that the curvature is taken from
 _FIXED = 8_192  # pairs: the loss has to be the same in each evaluation
-# Up to which an error counts by its square, in standard deviations of the data (docs/benchmarks/gan.md, networks).
-_CORNER, _CORNER_BY_CURVATURE = 0.1, 1.0
+# Up to which an error counts by its square, in standard deviations of the data: of few entries, with Adam and with L-BFGS, and of
+# images, which squares blur (docs/benchmarks/gan.md, networks and digits).
+_CORNER, _CORNER_BY_CURVATURE, _CORNER_OF_IMAGES = 0.1, 1.0, 1e-3
 
 
 @dataclass(repr=False)
@@ -308,6 +310,7 @@ class _Pairs:
         self.u = u
         self.context = context
         self.taught = [p for p in generator.network.parameters() if p.requires_grad]
+        self.corner = _CORNER if generator.features <= _FEW else _CORNER_OF_IMAGES
 
     def error(self, which: Any) -> Tensor:
         """Of these pairs, in standard units, shape ``(N, D)``."""
@@ -316,7 +319,7 @@ class _Pairs:
 
     def some(self) -> Tensor:
         """The mean error of pairs that are drawn anew each time."""
-        return _rho(self.error(torch.randint(len(self.z), (_ROWS,), device=self.z.device)), _CORNER)
+        return _rho(self.error(torch.randint(len(self.z), (_ROWS,), device=self.z.device)), self.corner)
 
     def fixed(self) -> Tensor:
         """The mean error of always the same pairs."""
