@@ -19,7 +19,7 @@ from pyro_dgm.amortized.structure import Site, Structure
 from pyro_dgm.core.data import seems_inverted
 from pyro_dgm.core.devices import fork_rng, to_device
 from pyro_dgm.core.kinds import shown
-from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.core.shapes import as_tensor_like, spreads
 from pyro_dgm.model.sites import is_computed, plate_frames, sample_sites
 from pyro_dgm.model.vectorize import Engine, first_line
 
@@ -209,7 +209,7 @@ def _checked(site: Site, value: Any, mask: Tensor | None, lead: int) -> Tensor:
     bad = ~value.isfinite() if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
     advice = f"Pass what is missing as a mask: condition({site.name}=..., mask={{'{site.name}': present}})."
     if mask is not None:
-        if mask.dim() > value.dim() or any(m not in (1, n) for m, n in zip(mask.shape, value.shape, strict=False)):
+        if not spreads(mask.shape[::-1], value.shape[::-1]):  # from the first dimension on
             raise ValueError(
                 f"condition: the mask of '{site.name}' has shape {tuple(mask.shape)}, expected the first dimensions of its data, "
                 f"of shape {tuple(value.shape)}."

@@ -17,7 +17,6 @@ from torch.distributions import Distribution, constraints
 
 from pyro_dgm.core.devices import frozen, same_bits
 from pyro_dgm.core.shapes import (
-    any_entry,
     as_shape,
     as_tensor_like,
     broadcast_batch,
@@ -27,6 +26,7 @@ from pyro_dgm.core.shapes import (
     is_moderate,
     is_real,
     reference,
+    spreads,
 )
 from pyro_dgm.core.upstream import unseen, unvalidated_in_vmap, zuko
 from pyro_dgm.core.warn import in_short
@@ -280,7 +280,7 @@ class LearnedDistribution(TorchDistribution):
     def _score_far(self, base: Distribution, value: Tensor) -> Tensor:
         """Scores where some events may be infinite, or so large that numbers overflow; in vmap NaN outside the support."""
         n = len(self.event_shape)
-        infinite = any_entry(value.isinf(), n)
+        infinite = _any_entry(value.isinf(), n)
         if is_real(self._family.support_of(base)):
             value = value.masked_fill(infinite[(...,) + (None,) * n], 0.0)  # a network would make NaN of them
         try:
@@ -290,7 +290,7 @@ class LearnedDistribution(TorchDistribution):
                 f"{self._name}: values up to {float(value.abs().max()):.4g} are too large: numbers overflow on the way. "
                 "Standardise or clean the data."
             ) from error
-        overflown = any_entry(~(value * value).isfinite(), n) & score.isnan()
+        overflown = _any_entry(~(value * value).isfinite(), n) & score.isnan()
         score = torch.where(infinite | overflown, -torch.inf, score)
         return torch.where(self._family.support_of(base).check(value), score, torch.nan) if unseen(value) else score
 
@@ -305,7 +305,7 @@ class LearnedDistribution(TorchDistribution):
 def _expanded(name: str, old: Size, batch_shape: Any) -> Size:
     """The batch shape that was asked for, if the old one broadcasts to it."""
     new = as_shape(batch_shape, "batch_shape", least=0)
-    if len(new) < len(old) or any(o not in (1, n) for o, n in zip(old[::-1], new[::-1], strict=False)):
+    if not spreads(old, new):
         raise ValueError(f"{name}: cannot expand {tuple(old)} to {tuple(new)}.")
     return new
 
@@ -391,3 +391,8 @@ class ImplicitDistribution(TorchDistribution):
             "deterministic (Generator.sample_site), train with Adversarial or Adversarial_ELBO, or compare draws; "
             "for a likelihood train a flow or a VAE."
         )
+
+
+def _any_entry(entries: Tensor, event_dim: int) -> Tensor:
+    """Whether any entry of each event is true: shape ``(*batch,)``."""
+    return entries.flatten(-event_dim).any(-1) if event_dim else entries

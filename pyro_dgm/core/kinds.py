@@ -17,7 +17,7 @@ import numpy as np
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, biject_to, constraints
 
-from pyro_dgm.core.shapes import as_tensor_like, of_entries
+from pyro_dgm.core.shapes import as_tensor_like, of_entries, spreads
 from pyro_dgm.core.upstream import elementwise
 from pyro_dgm.core.warn import in_short, plain_errors
 
@@ -385,13 +385,8 @@ def event_support(name: str, support: constraints.Constraint | None, event_shape
 def _refuse_other_bounds(name: str, support: constraints.Constraint, event_shape: Size) -> None:
     """Refuse bounds that are not those of one event."""
     for key, bound in vars(of_entries(support)).items():
-        if isinstance(bound, Tensor) and not _fits(bound.shape, event_shape):
+        if isinstance(bound, Tensor) and not spreads(bound.shape, event_shape):
             raise ValueError(
                 f"{name}: the {key} of its support has shape {tuple(bound.shape)}, expected a number, or that of an event, "
                 f"{tuple(event_shape)}."
             )
-
-
-def _fits(shape: Size, event_shape: Size) -> bool:
-    pairs = zip(reversed(shape), reversed(event_shape), strict=False)
-    return len(shape) <= len(event_shape) and all(m in (1, n) for m, n in pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ShapeAttribute",
-    "any_entry",
     "as_count",
     "as_shape",
     "as_tensor_like",
@@ -41,6 +40,7 @@ __all__ = [
     "refuse_immoderate",
     "refuse_non_finite",
     "refuse_two_precisions",
+    "spreads",
 ]
 
 _LARGEST: Any = {True: 2**64, False: torch.finfo(torch.float64).max}  # of settings, by whether they are whole
@@ -286,6 +286,11 @@ def broadcast_batch(name: str, value_batch: Size, batch_shape: Size) -> Size:
         ) from error
 
 
+def spreads(shape: Sequence[int], over: Sequence[int]) -> bool:
+    """Whether a tensor of one shape can be expanded to another, as ``(1, 3)`` to ``(5, 2, 3)``."""
+    return len(shape) <= len(over) and all(m in (1, n) for m, n in zip(shape[::-1], over[::-1], strict=False))
+
+
 def is_moderate(value: Tensor) -> bool:
     """Whether all is well with a value: no entry is NaN, infinite, or so large that its square is. One pass; in vmap unasked."""
     return unseen(value) or bool((value * value).sum().isfinite())
@@ -302,11 +307,6 @@ def check_support(name: str, value: Tensor, support: constraints.Constraint, mod
             f"{name}: {bad} of {inside.numel()} values lie outside the support {in_short(support)} or are NaN "
             f"(NaN entries: {int(value.isnan().sum())}). Clean the data, or build the family with support=..."
         )
-
-
-def any_entry(entries: Tensor, event_dim: int) -> Tensor:
-    """Whether any entry of each event is true: shape ``(*batch,)``."""
-    return entries.flatten(-event_dim).any(-1) if event_dim else entries
 
 
 def check_batch(

@@ -17,7 +17,7 @@ from torch.distributions import Transform, constraints
 from torch.distributions.transforms import AffineTransform, ComposeTransform
 
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
+from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite, spreads
 from pyro_dgm.core.upstream import unseen
 from pyro_dgm.core.warn import warn_user
 
@@ -226,10 +226,7 @@ class Standardize(nn.Module):
 def _seen(who: str, mask: Any, x: Tensor) -> Tensor:
     """The mask of data, of their shape."""
     mask = as_tensor_like(who, "mask", mask, None)
-    fits = mask.dim() <= x.dim() and all(
-        m in (1, n) for m, n in zip(reversed(mask.shape), reversed(x.shape), strict=False)
-    )
-    if mask.dtype is not torch.bool or not fits:
+    if mask.dtype is not torch.bool or not spreads(mask.shape, x.shape):
         raise ValueError(
             f"{who}: mask has {mask.dtype} and shape {tuple(mask.shape)}, expected torch.bool and {tuple(x.shape)}."
         )

@@ -17,7 +17,7 @@ from torch import Size, Tensor
 
 from pyro_dgm.core.files import read_state, refuse_link, refuse_no_place, save_state
 from pyro_dgm.core.kinds import checked, shown
-from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.core.shapes import as_tensor_like, spreads
 from pyro_dgm.core.warn import plain_errors
 from pyro_dgm.simulation.blocks import Part
 from pyro_dgm.simulation.columns import Column, MaskColumn, Sites, axes_that_differ, index_of
@@ -377,8 +377,7 @@ def _fault(line: str) -> tuple[int, str] | None:
 
 def _refuse_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
     """Refuse a mask that is not boolean, or whose sizes are not the first ones of its site."""
-    pairs = zip(mask.shape, shape, strict=False)
-    if mask.dtype != torch.bool or mask.dim() > len(shape) or any(m not in (1, n) for m, n in pairs):
+    if mask.dtype != torch.bool or not spreads(mask.shape[::-1], shape[::-1]):
         line = "" if mask.dtype == torch.bool else " Of 0 and 1 it is mask.bool()."
         raise ValueError(
             f"Simulations: the mask of '{name}' has {mask.dtype} and shape {tuple(mask.shape)}, expected torch.bool (True where "

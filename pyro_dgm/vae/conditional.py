@@ -18,7 +18,7 @@ from torch.distributions import Distribution, Independent
 from pyro_dgm.core import MLP, DistributionModule, Standardize
 from pyro_dgm.core.data import seems_inverted
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape, is_real
+from pyro_dgm.core.shapes import as_tensor_like, check_context, check_value_shape, is_real, spreads
 from pyro_dgm.core.upstream import unseen
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.vae.likelihoods import arguments_of, in_data_units, kinds_of, log_normal, normal
@@ -385,12 +385,6 @@ def _written(x: Tensor, mask: Tensor) -> str:
         return "It holds other numbers than 0 and 1: weights of entries are not supported, and a context goes in as context=."
     if mask.shape == x.shape:
         return f"Pass mask{line}."
-    if _spreads(mask.shape, x.shape):
+    if spreads(mask.shape, x.shape):
         return f"If it is the same along the missing sizes, pass mask{line}.expand(x.shape)."
     return "A context goes in as context=."
-
-
-def _spreads(shape: Size, whole: Size) -> bool:
-    """Whether a tensor of one shape can be expanded to another."""
-    pairs = zip(reversed(shape), reversed(whole), strict=False)
-    return len(shape) <= len(whole) and all(m in (1, n) for m, n in pairs)
