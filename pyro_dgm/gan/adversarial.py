@@ -88,6 +88,9 @@ class Adversarial(nn.Module):
         Neither loss says how good the draws are. Read ``history.quality``, and compare models by ``evaluate.c2st`` against
         held-out data. Norms of gradients are taken for each row, in standard deviations of the data.
 
+        A file or checkpoint of this objective holds up to 2,000 rows of the data, and 8,000 contexts, by which draws are judged.
+        To give a generator away, save the generator: its file has none.
+
     References:
         | Goodfellow et al. (2014), arXiv 1406.2661. Gulrajani et al. (2017), arXiv 1704.00028 (gradient penalty).
         | Mescheder et al. (2018), arXiv 1801.04406 (R1 and R2). Jolicoeur-Martineau (2018), arXiv 1807.00734.
