@@ -115,13 +115,15 @@ class Distilled:
 
     def share(self, generator: Generator) -> float:
         """Of a generator's draws."""
-        return share_near(self._draws(generator), self.reference)
+        draws = self._draws(generator)
+        return share_near(draws, self.reference.to(draws))
 
     @torch.no_grad()
     def _draws(self, generator: Generator) -> Tensor:
-        """Always of the same latents."""
+        """Always of the same latents, on the generator's device: rows and contexts that were read from a file are on the CPU."""
+        context = None if self.context is None else self.context.to(next(generator.parameters()))
         with fork_rng(0):
-            contexts = [None] * (_JUDGED // _ROWS) if self.context is None else self.context.split(_ROWS)
+            contexts = [None] * (_JUDGED // _ROWS) if context is None else context.split(_ROWS)
             parts = [(generator.latents(_ROWS if c is None else len(c), c), c) for c in contexts]
             return torch.cat([generator.noisy(z, c) for z, c in parts])
 
@@ -143,7 +145,8 @@ class Distilled:
     def _precision_and_recall(self, generator: Generator) -> float:
         """Their sum, after Kynkaanniemi et al. (2019)."""
         draws = self._draws(generator)
-        return share_near(draws, self.reference) + share_near(self.reference, draws[: len(self.reference)])
+        rows = self.reference.to(draws)
+        return share_near(draws, rows) + share_near(rows, draws[: len(rows)])
 
     def lacks(self) -> bool:
         """Whether the flow has clearly more of its draws near the data."""
