@@ -50,14 +50,15 @@ def test_the_density_given_a_latent_is_that_of_torch():
 
 
 def test_imputed_entries_of_positive_columns_are_positive():
-    """And follow what was seen. Planted faults: units that read a gap of -1; a normal in the place of the log-normal."""
+    """And follow what was seen. Planted faults: units that read a gap of 1; a normal in the place of the log-normal."""
     torch.manual_seed(0)
     positive = law().sample((1500,)).exp()
     x = torch.cat([positive, torch.poisson(torch.full((1500, 1), 2.0))], 1)
     mask = torch.rand(x.shape) < 0.7
-    gaps = torch.where(mask, x, -1.0)
+    gaps = torch.where(mask, x, 1.0)
     vae = pair([log_normal, log_normal, poisson], 6)
     dgm.fit(dgm.STL_ELBO(1)(vae.model, vae.guide), (gaps, None, mask), batch_size=128, max_steps=250, lr=1e-2, seed=0, progress=False)  # fmt: skip
+    torch.testing.assert_close(vae.likelihood.standard.loc[:2], MIDDLE, rtol=0.0, atol=0.1)
     drawn = dgm.vae.impute(vae, gaps, mask, num_samples=20, seed=0)
     assert (drawn[..., :2] > 0).all() and drawn.isfinite().all()
     only = mask[:, 0] & ~mask[:, 1]
