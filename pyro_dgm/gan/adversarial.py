@@ -271,11 +271,11 @@ class Adversarial(nn.Module):
 
 
 def _refuse_one_row(x: Tensor) -> None:
-    """Refuse data that are one row, once or many times: there is no distribution to learn."""
+    """Refuse first rows that are one row, once or many times: there is no distribution to learn."""
     if bool((x == x[:1]).all()):
         raise ValueError(
-            "Adversarial: all rows of the data are the same one, expected different rows. Are rows and columns swapped, or was "
-            "one row meant to be many: x of shape (N, *event)?"
+            f"Adversarial: the {len(x)} rows of the data that came first are the same one, expected different rows. Are rows and "
+            "columns swapped, was one row meant to be many (x of shape (N, *event)), or does a DataLoader need shuffle=True?"
         )
 
 

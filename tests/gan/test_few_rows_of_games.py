@@ -16,7 +16,7 @@ def game(pretrain=0):
 @pytest.mark.parametrize("pretrain", [0, 20])
 def test_one_row_is_no_distribution(rows, pretrain):
     """Planted fault: Python's own words on unpacking, from where a flow is judged on halves of the rows."""
-    with pytest.raises(ValueError, match="all rows of the data are the same one, expected different rows"):
+    with pytest.raises(ValueError, match="rows of the data that came first are the same one, expected different rows"):
         dgm.fit(game(pretrain), (rows,), max_steps=2, progress=False)
 
 
