@@ -5,6 +5,8 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from matplotlib.collections import Collection
+from matplotlib.contour import ContourSet
 from torch.distributions import Independent, Normal, constraints
 
 import pyro_dgm as dgm
@@ -35,6 +37,9 @@ def test_a_curve_is_the_density_over_a_histogram_of_the_data(shape):
     assert ax.get_xlabel() == "hours" and ax.get_ylabel() == "density"
 
 
+@pytest.mark.skipif(
+    not issubclass(ContourSet, Collection), reason="matplotlib 3.7 keeps no levels of what it has filled"
+)
 def test_regions_hold_the_share_of_mass_that_they_say():
     """Of a normal the region of mass m is an ellipse with level exp(-chi2 / 2): the levels are known. Planted: shares of the highest density."""
     figure = plot_density(normal(1.0, 3.0), seed=0)
