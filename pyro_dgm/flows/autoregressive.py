@@ -51,13 +51,18 @@ def schedule(order: Tensor, masks: Sequence[Tensor], total: int) -> Passes:
     """
     passes, columns = int(order.max()) + 1, order.argsort(stable=True)
     known = torch.cat([order + 1, order.new_zeros(masks[0].shape[1] - len(order))])  # a context is known from the start
-    units, sizes = [columns], [torch.bincount(order, minlength=passes).tolist()]
+    units, sizes = [columns], [_counts(order, passes)]
     for mask in masks[:-1]:
         known = torch.where(mask, known, 0).amax(-1)
         units.append(known.argsort(stable=True))
-        sizes.append(torch.bincount(known, minlength=passes).tolist())
+        sizes.append(_counts(known, passes))
     rows = columns.unsqueeze(-1) * total + torch.arange(total, device=order.device)
     return Passes([*units, rows.flatten()], [*sizes, [total * n for n in sizes[0]]])
+
+
+def _counts(known: Tensor, passes: int) -> list[int]:
+    """Of units by pass. One by one, since torch 2.6 has no ``tolist`` within ``torch.func``."""
+    return [int(n) for n in torch.bincount(known, minlength=passes)]
 
 
 class _Layer(NamedTuple):
