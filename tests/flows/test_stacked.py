@@ -1,7 +1,6 @@
 """Flows under ``torch.func``: many parameter sets or values at once by vmap, gradients, Jacobians and Hessians, Bayesian weights."""
 
 import copy
-import inspect
 
 import pyro
 import pyro.distributions as dist
@@ -17,6 +16,7 @@ import pyro_dgm as dgm
 from pyro_dgm.core.upstream import in_vmap, plain_of, unseen
 from pyro_dgm.model.log_joint import LogJoint
 from tests.families import FAMILIES, make
+from tests.torch_versions import checks_priors_within_vmap
 
 # zuko writes these as autograd functions that torch.func refuses.
 NOT_YET = {"zuko-SOSPF", "zuko-BPF", "zuko-NAF", "zuko-UNAF", "zuko-GF", "zuko-CNF"}
@@ -204,8 +204,7 @@ def test_bayesian_weights_are_scored_many_at_once():
     guide.setup(x)
     joint = LogJoint(guide, model, (x,), {})
     u = torch.randn(5, guide.latent_dim)
-    check = inspect.getsource(torch.distributions.Distribution._validate_sample)
-    assert joint.how == ("vmap" if "_is_all_true" in check else "loop")  # torch 2.6 cannot check a prior within vmap
+    assert joint.how == ("vmap" if checks_priors_within_vmap() else "loop")
     torch.testing.assert_close(joint(u), torch.cat([joint(row[None]) for row in u]), **CLOSE)
     loop = LogJoint(guide, model, (x,), {}, how="loop")
     torch.testing.assert_close(joint(u), loop(u), **CLOSE)
