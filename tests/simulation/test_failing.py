@@ -65,7 +65,7 @@ def test_what_is_learned_is_the_posterior_of_runs_that_succeed(sims):
         assert abs(float(above.mean()) - exact(x, success=True)) < 0.06
         with torch.no_grad():
             weights = (-ratio(draws[:, None])).exp().double()
-        assert abs(float((weights * above).sum() / weights.sum()) - exact(x, success=False)) < 0.1
+        assert abs(float((weights * above).sum() / weights.sum()) - exact(x, success=False)) < 0.12
 
 
 def test_parameters_of_a_vectorised_model_that_fails_are_kept():
