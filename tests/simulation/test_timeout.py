@@ -19,6 +19,7 @@ import torch
 import pyro_dgm as dgm
 
 N, LIMIT = 160, 1.0
+PROGRAM = ["sleep", f"61.{os.getpid():07}"]  # another one in each process of a parallel run of the tests
 EDGES = {"hang": 0.02, "exit": 0.05, "leave": 0.08, "crash": 0.11, "raise": 0.14, "program": 0.155}
 REASONS = {
     "hang": f"it took longer than timeout={LIMIT:g} s",
@@ -47,7 +48,7 @@ def fail(kind):
     if kind == "raise":
         raise ValueError("no")
     if kind == "program":
-        subprocess.run(["sleep", "61.7"], check=True)
+        subprocess.run(PROGRAM, check=True)
 
 
 def harmless(theta, rng):
@@ -97,7 +98,7 @@ def check(sims):
 
 
 def no_orphans():
-    found = subprocess.run(["pgrep", "-f", "^sleep 61.7"], capture_output=True, text=True).stdout
+    found = subprocess.run(["pgrep", "-f", "^" + " ".join(PROGRAM)], capture_output=True, text=True).stdout
     assert not found, "a program outlives the child that began it"
 
 
