@@ -59,8 +59,6 @@ Each is a test that shows the same for Pyro's own parts.
 
 @pytest.mark.parametrize("row, column", sorted(CELLS), ids=lambda s: s)
 def test_cell(row, column):
-    if row.startswith("WeighedPredictive") and not hasattr(infer, "WeighedPredictive"):
-        pytest.skip("Pyro 1.9.0 is without it")
     if row == "torch.compile" and torch.__version__.startswith("2.6."):
         pytest.skip("its compiler raises AssertionError and KeyError of its own")
     CELLS[row, column][1]()

@@ -154,7 +154,7 @@ def test_an_earlier_zuko_is_left_alone_and_named():
 
 STATE = """
 import logging, os, sys, warnings
-import pyro, torch, torch.distributions as td, torch.optim.optimizer as optimizer, torchdiffeq, tqdm
+import pyro, sympy, torch, torch.distributions as td, torch.optim.optimizer as optimizer, torchdiffeq, tqdm
 {before}
 def state():
     registries = [td.biject_to._registry, td.transform_to._registry]

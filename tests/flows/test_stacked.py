@@ -196,7 +196,7 @@ def test_bayesian_weights_are_scored_many_at_once():
     flow, x = bayesian(), torch.randn(20, 2)
 
     def model(x):
-        learned = flow()  # outside of the plate: Pyro 1.9.0 would draw weights for each row
+        learned = flow()  # outside of the plate: older Pyro would draw weights for each row
         with pyro.plate("rows", len(x)):
             pyro.sample("x", learned, obs=x)
 

@@ -270,11 +270,12 @@ def test_the_circles_map_is_a_bijection_onto_one_turn():
     torch.testing.assert_close(slope.log(), to_circle.log_abs_det_jacobian(u, angle), atol=1e-5, rtol=1e-5)
 
 
+HAS_PARETO = hasattr(dist, "GeneralizedPareto")  # from Pyro 1.9.2 on
 PROPER = {
     "normal": dist.Normal(1e3, 1e-3), "wide": dist.Normal(0.0, 1e8), "cauchy": dist.Cauchy(0.0, 1.0),
     "gamma": dist.Gamma(0.1, 0.1), "beta": dist.Beta(0.5, 0.5), "pareto": dist.Pareto(1.0, 1.0),
     "lognormal": dist.LogNormal(0.0, 3.0), "inverse gamma": dist.InverseGamma(1.0, 1.0), "box": dist.Uniform(0.0, 3.0),
-    "half line": dist.GeneralizedPareto(0.0, 1.0, 0.2), "masked": dist.Normal(0.0, 0.1).mask(False),
+    "half line": dist.GeneralizedPareto(0.0, 1.0, 0.2) if HAS_PARETO else dist.HalfCauchy(1.0), "masked": dist.Normal(0.0, 0.1).mask(False),
     "spikes": dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.tensor([-5.0, 5.0]), 0.01)),
 }  # fmt: skip
 
@@ -367,6 +368,8 @@ TRANSFORMED = {
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_a_transform_of_less_than_the_line_lives_on_its_image(name):
     """Torch declares the codomain of the last transform. Before: evidence .8 nat off under "good", or no start at all."""
+    if name == "generalised Pareto" and not HAS_PARETO:
+        pytest.skip("this Pyro is without it")
     make, (low, high) = TRANSFORMED[name]
 
     def model(y):
