@@ -22,6 +22,7 @@ from pyro_dgm.core.devices import fork_rng
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import values_of
 from pyro_dgm.core.shapes import check_number
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.flows.coupling import TailedCoupling
 from pyro_dgm.guides.chains import ChainPosterior, start_chain
 from pyro_dgm.guides.modes import GivenGlobals, Modes, WhitenedPosterior, as_pyro, transport
@@ -74,7 +75,8 @@ class AutoFlow(VectorGuide):
             that is subsampled and whose rows hang together, or whose data do not follow the index. Each names the site or plate.
 
     Warns:
-        UserWarning: for a latent whose density does not integrate to one over its declared support.
+        UserWarning: for a latent whose density does not integrate to one over its declared support; in a fit, where the start by
+            plates or along a chain does not come near the posterior.
 
     Note:
         Gradient steps of Adam move a coordinate by at most the sum of the learning rates. Posteriors far from the
@@ -228,9 +230,11 @@ class AutoFlow(VectorGuide):
             return
         self.centre_circles(log_joint)
         if self.follows_structure:
-            start = start_chain if self.follows_chain else start_plates
-            start(log_joint, self.factors_of(log_joint), self.plated)
-            if self._structure != "auto" or self.latent_dim > _JOINT or self._is_near(log_joint):
+            near = self._start_structure(log_joint)
+            kept = near or self._structure != "auto" or self.latent_dim > _JOINT
+            if not near:
+                self._tell_far(kept)
+            if kept:
                 self._start_with_tails(self.plated)
                 if self.follows_chain:
                     self.plated.learn(self.factors_of(log_joint))
@@ -245,6 +249,26 @@ class AutoFlow(VectorGuide):
         if len(found.loc) > 1:
             weights = self._posterior.weigh(LogJoint(self, self.target, args, kwargs, whole=True, how=log_joint.how))
             self._posterior.keep([i for i, w in enumerate(weights.tolist()) if w >= _LEAST_WEIGHT])
+
+    def _start_structure(self, log_joint: LogJoint) -> bool:
+        """Whether a start by elements, or along a chain, has come near the posterior."""
+        factors = self.factors_of(log_joint)
+        if self.follows_chain:
+            start_chain(log_joint, factors, self.plated)
+            return self._is_near(log_joint)
+        start_plates(log_joint, factors, self.plated)
+        if self._is_near(log_joint):
+            return True
+        start_plates(log_joint, factors, self.plated, again=True)
+        return self._is_near(log_joint)
+
+    def _tell_far(self, kept: bool) -> None:
+        where = "along the chain" if self.follows_chain else "by the elements of plates"
+        then = "and the fit may not reach it" if kept else "so one flow over all latents takes its place, which is slow"
+        warn_user(
+            f"AutoFlow: the start {where} has not come near the posterior, {then}. Priors under which data overflow are hard, "
+            "and latents with heavy tails: give priors of the scale of the data, and look at khat."
+        )
 
     def _start_with_tails(self, component: WhitenedPosterior | GivenGlobals) -> None:
         """Give a component tails, without making it wider."""

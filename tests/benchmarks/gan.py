@@ -15,6 +15,7 @@ import torch
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.model_selection import cross_val_predict
 from torch import nn
+from torch.distributions import constraints
 from torch.nn.functional import softplus
 
 import pyro_dgm as dgm
@@ -301,6 +302,9 @@ def digits_gan(x, **options):
     return lambda n: gan.generator().sample((n,))
 
 
+GREY = constraints.independent(constraints.unit_interval, 1)
+
+
 def digits_flow(flow, steps, **options):
     def make(x):
         objective = dgm.MaximumLikelihood(flow(), **options)
@@ -324,8 +328,8 @@ DIGITS = {
     "held-out distribution itself": lambda x: lambda n: x[torch.randperm(len(x))[:n]],
     "GAN, default": digits_gan,
     "GAN, wgan-gp, 3 critic steps": lambda x: digits_gan(x, loss="wgan-gp", critic_steps=3),
-    "MAF": digits_flow(lambda: dgm.MAF(64, hidden_features=(128, 128)), 400),
-    "FFJORD": digits_flow(lambda: dgm.FFJORD(64, hidden_features=128), 5, pretrain=600),
+    "MAF": digits_flow(lambda: dgm.MAF(64, hidden_features=(128, 128), support=GREY), 400),
+    "FFJORD": digits_flow(lambda: dgm.FFJORD(64, hidden_features=128, support=GREY), 5, pretrain=600),
     "VAE": digits_vae,
 }
 
