@@ -83,7 +83,9 @@ def test_a_start_that_comes_near_nothing_is_begun_again_and_then_told(monkeypatc
     y = counts(0)[:60]
     guide = AutoFlow(model).setup(y)
     assert guide.follows_plates
-    with pytest.warns(UserWarning, match="start by the elements of plates has not come near the posterior, so one flow"):
+    with pytest.warns(
+        UserWarning, match="start by the elements of plates has not come near the posterior, so one flow"
+    ):
         dgm.fit(dgm.STL_ELBO(4)(model, guide), (y,), max_steps=1, progress=False, seed=0)
     assert begun == [False, True] and not guide.follows_plates
     guide = AutoFlow(model, structure="plates")
