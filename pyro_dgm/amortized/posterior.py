@@ -20,7 +20,7 @@ from pyro_dgm.amortized.units import Units
 from pyro_dgm.core import compose, zuko
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.pace import few_threads
+from pyro_dgm.core.pace import few_threads, on_bar
 from pyro_dgm.core.shapes import as_shape, as_tensor_like
 from pyro_dgm.flows.ensemble import Ensemble
 from pyro_dgm.guides.modes import as_pyro
@@ -108,6 +108,7 @@ class ConditionedGuide(nn.Module):
         *,
         proposals: int | None = None,
         steps: int | None = None,
+        progress: bool = True,
         seed: int | None = None,
     ) -> Refined:
         r"""Draws of this data set's posterior by the model's own density: importance weights, then short Markov chains.
@@ -119,6 +120,7 @@ class ConditionedGuide(nn.Module):
             num_samples: draws to return.
             proposals: draws of the guide that are weighted; None for four times as many.
             steps: steps of the chains, all draws at once; None for none where k-hat is below 0.5, otherwise 200.
+            progress: show a bar, of the weights and of the chains.
             seed: makes it reproducible.
 
         Returns:
@@ -133,7 +135,7 @@ class ConditionedGuide(nn.Module):
         """
         self._refuse_many("refined")
         entries = num_samples * sum(v.numel() for v in self.data.values() if isinstance(v, Tensor))
-        with seeded(seed), few_threads(entries):
+        with seeded(seed), few_threads(entries), on_bar("weights", progress):
             return refined(self, num_samples, proposals or 4 * num_samples, steps)
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ from torch import Size, Tensor
 from pyro_dgm.amortized.units import Units
 from pyro_dgm.core.devices import device_of
 from pyro_dgm.core.distribution import NoDensityError
+from pyro_dgm.core.pace import steps
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.core.weights import K_LIMIT, evidence_error, log_mean, psis, stratified
 from pyro_dgm.model.hmc import Chains
@@ -41,6 +42,7 @@ __all__ = ["JUMP_EVERY", "Joint", "Refined", "Vectors", "by_difference", "picked
 
 _LIKELY = 0.5  # Pareto k below which weights are all that is needed (Vehtari et al. 2024)
 _EQUAL = 0.98  # share of effective draws above which weights are as good as equal; not measured, chosen by hand
+_PARTS = 8  # of the draws that are weighed; the bar moves after each
 _STEPS = 200  # of the chains, where weights are not enough; not measured, chosen by hand
 _FRESH_EVERY = 20  # steps; a fresh draw asks the flow three times, a difference only the model
 JUMP_EVERY = 4  # steps; a whole difference leads from one mode to another (ter Braak & Vrugt 2008: 5 or 10)
@@ -92,13 +94,13 @@ class Refined:
         )
 
 
-def refined(posterior: ConditionedGuide, n: int, proposals: int, steps: int | None) -> Refined:
-    """Weights, and chains where the weights ask for them, or for ``steps`` steps."""
+def refined(posterior: ConditionedGuide, n: int, proposals: int, moves: int | None) -> Refined:
+    """Weights, and chains where the weights ask for them, or for so many steps."""
     joint = Joint(posterior)
     if joint.discrete:
-        steps = 0
-    if steps is not None:
-        return _refined(joint, n, proposals, steps)
+        moves = 0
+    if moves is not None:
+        return _refined(joint, n, proposals, moves)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first = _refined(joint, n, proposals, 0)
@@ -107,11 +109,10 @@ def refined(posterior: ConditionedGuide, n: int, proposals: int, steps: int | No
 
 
 @torch.no_grad()
-def _refined(joint: Joint, n: int, proposals: int, steps: int) -> Refined:
-    """Weights, then ``steps`` steps of ``n`` chains."""
+def _refined(joint: Joint, n: int, proposals: int, moves: int) -> Refined:
+    """Weights, then so many steps of ``n`` chains."""
     u = joint.sample(proposals)
-    log_p = joint.log_p(u)
-    log_q = joint.log_q(u)
+    log_p, log_q = _densities(joint, u)
     finite = log_p.isfinite()
     if not finite.any():
         raise ValueError(
@@ -124,17 +125,27 @@ def _refined(joint: Joint, n: int, proposals: int, steps: int) -> Refined:
     error = evidence_error(log_w.cpu().numpy(), np.log(smooth, where=smooth > 0, out=np.full_like(smooth, -np.inf)), k)
     index = picked(smooth, n)
     chains = Chains(u[index], log_p[index].double())
-    accepted = run_chains(chains, joint, steps) if steps and n > 3 else {}
+    accepted = run_chains(chains, joint, moves) if moves and n > 3 else {}
     moved = float((chains.u != u[index]).any(-1).double().mean())
-    _warn(k, ess, proposals, steps, accepted)
+    _warn(k, ess, proposals, moves, accepted)
     evidence = float(log_mean(log_w.cpu().numpy()))
     return Refined(joint.unpack(chains.u), k, ess, proposals, evidence, error, accepted, moved)
 
 
-def run_chains(chains: Chains, joint: Joint, steps: int, populations: int = 1) -> dict[str, float]:
-    """Move the chains; the share of accepted proposals of each kind. Equal populations, side by side, stay independent."""
+def _densities(joint: Joint, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Of model and guide at all vectors, part by part."""
+    parts = u.chunk(_PARTS)
+    found = [(joint.log_p(parts[i]), joint.log_q(parts[i])) for i, _ in steps("weights", len(parts))]
+    log_p, log_q = zip(*found, strict=True)
+    return torch.cat(log_p), torch.cat(log_q)
+
+
+def run_chains(
+    chains: Chains, joint: Joint, count: int, populations: int = 1, name: str = "chains"
+) -> dict[str, float]:
+    """Move chains so often; the share of accepted proposals of each kind. Equal populations, side by side, stay independent."""
     shares: dict[str, list[float]] = {"fresh draws": [], "differences": []}
-    for i in range(steps):
+    for i, _ in steps(name, count):
         if i % _FRESH_EVERY == _FRESH_EVERY - 1:
             shares["fresh draws"].append(_fresh(chains, joint))
         else:
@@ -202,13 +213,13 @@ def _carried(k: float, effective: float) -> bool:
     return k < K_LIMIT or effective > _EQUAL
 
 
-def _warn(k: float, ess: float, proposals: int, steps: int, accepted: dict[str, float]) -> None:
+def _warn(k: float, ess: float, proposals: int, moves: int, accepted: dict[str, float]) -> None:
     if _carried(k, ess / proposals):
         return
     after = "They were not moved by chains: pass steps=200."
-    if steps:
+    if moves:
         shares = ", ".join(f"{kind} accepted {share:.1%}" for kind, share in accepted.items())
-        after = f"The draws come from {steps} steps of chains ({shares}); a mode that the guide misses is still missed."
+        after = f"The draws come from {moves} steps of chains ({shares}); a mode that the guide misses is still missed."
     warn_user(
         f"refine: k-hat is {k:.2f} ({ess:.0f} effective draws); the guide is far from this data set's posterior, and "
         f"importance weights alone do not repair it, nor is the evidence to be believed. {after}"

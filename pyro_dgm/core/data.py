@@ -15,14 +15,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.transforms import Transform, _InverseTransform
 from torch.distributions.utils import lazy_property
 
+from pyro_dgm.core.devices import device_of
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
+from pyro_dgm.core.shapes import as_tensor_like, of_entries, refuse_non_finite
+from pyro_dgm.core.warn import in_short
 
 __all__ = [
     "Dequantize",
@@ -31,6 +34,7 @@ __all__ = [
     "ReadsData",
     "reads",
     "reads_context",
+    "refuse_outside_support",
     "seems_inverted",
     "take_units",
     "was_trained",
@@ -370,3 +374,22 @@ def _storages(args: Any) -> list[int]:
         return [args.untyped_storage()._cdata] if args.layout is torch.strided else []
     values = args.values() if isinstance(args, dict) else args if isinstance(args, (tuple, list)) else ()
     return [storage for value in values for storage in _storages(value)]
+
+
+def refuse_outside_support(who: str, family: Any, rows: Any) -> None:
+    """Refuse rows of events outside of the support that a family was given, and say how many there are and where the first is."""
+    support, event = family._support, tuple(family.event_shape)
+    if not is_validation_enabled() or not isinstance(rows, Tensor) or support is None or rows.shape[1:] != event:
+        return
+    entries = of_entries(support)
+    each = entries.event_dim == 0
+    inside = (entries if each else support).check(rows.to(device_of(family)))
+    if bool(inside.all()):
+        return
+    first = (~inside).nonzero()[0].tolist()
+    column = f", column {first[1] if len(first) == 2 else first[1:]}" if first[1:] else ""
+    value = f": {float(rows[tuple(first)]):.4g}" if each else ""
+    raise ValueError(
+        f"{who}: {int((~inside).sum())} of {inside.numel()} {'values' if each else 'rows'} lie outside the support "
+        f"{in_short(support)}, the first in row {first[0]}{column}{value}. Clean the data, or build the family with support=..."
+    )

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 __all__ = [
     "UNCOUNTED",
@@ -25,6 +26,7 @@ __all__ = [
     "few_threads",
     "in_fit",
     "moved",
+    "on_bar",
     "seconds_left",
     "show",
     "steps",
@@ -69,6 +71,14 @@ def working(seconds: float | None, bar: Any, history: Any = None) -> Iterator[No
     finally:
         logger.removeFilter(quiet)
         _PACE.reset(token)
+
+
+@contextmanager
+def on_bar(name: str, shown: bool) -> Iterator[Any]:
+    """Within the context work shows on a bar of its own, which stands still and unseen where it is not to be shown."""
+    bar = tqdm(desc=name, bar_format=UNCOUNTED, disable=not shown, mininterval=0.5, miniters=1)
+    with bar, working(None, bar):
+        yield bar
 
 
 class _Quiet(logging.Filter):
@@ -145,12 +155,14 @@ def took(stage: tuple[str, int, float, float]) -> None:
         history.stages.append(stage)
 
 
-def show(bar: Any, name: str, total: int | None) -> None:
-    """Begin a named piece of work on a bar."""
+def show(bar: Any, name: str, total: int | None, done: int = 0) -> None:
+    """Begin a named piece of work on a bar, or go on with one of which so much is done."""
     bar.bar_format = None
     bar.set_description_str(name, refresh=False)
     bar.set_postfix_str("", refresh=False)
     bar.reset(total=total)
+    if done:
+        bar.initial = bar.n = bar.last_print_n = done
 
 
 class Interruption:

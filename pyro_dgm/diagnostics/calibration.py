@@ -29,6 +29,7 @@ __all__ = ["Calibration", "coverage", "ranks", "sbc", "tarp"]
 
 _LEVEL = 0.01  # of the test of uniformity; a convention
 _PANELS = 16  # of the picture; chosen by hand
+_NARROWEST = 5.6  # inches of the picture, for its title; chosen by hand
 _LETTERS = 16  # in an inch of the picture's title; chosen by hand
 _BINS = 10  # of the chi-square test, fewer where one would expect less than 15 ranks in each; chosen by hand
 _IN_A_BIN = 15
@@ -84,16 +85,16 @@ class Calibration:
         return build(groups, {}, {}, attrs, kind)
 
     def picture(self, path: str | Path) -> None:
-        """ECDF of the ranks minus that of uniform ranks, with simultaneous 95 % bands, drawn by ArviZ, and the sharpness."""
+        """ECDF of the ranks minus that of uniform ranks, with simultaneous 95 % bands, drawn by ArviZ, under the verdict."""
         import arviz as az
         import matplotlib.pyplot as plt
 
         if arviz_major() == 0:
-            figure = _ecdfs(self.method, self.pit)
+            figure = _ecdfs(self.method, self.pit, self.p_values)
         else:
             figure = az.plot_ecdf_pit(self.container(), group="prior_sbc").viz["figure"].item()
-        if self.sharpness is not None:
-            figure.suptitle(textwrap.fill(str(self.sharpness), int(_LETTERS * figure.get_figwidth())), fontsize=8)
+        figure.suptitle(textwrap.fill(str(self), int(_LETTERS * figure.get_figwidth())), fontsize=8)
+        figure.supylabel("ECDF minus uniform", fontsize=9)
         figure.savefig(path, dpi=120, bbox_inches="tight")
         plt.close(figure)
 
@@ -104,7 +105,8 @@ class Calibration:
         m = len(next(iter(self.pit.values())))
         head = f"{self.method}: {m} simulations x {self.draws} draws, p = {self.p_value:.2g}."
         if self.calibrated:
-            return f"{head} No fault was found (faults below what {m} simulations can show remain possible)."
+            limit = f"faults below what {m} simulations can show remain possible"
+            return f"{head} No fault was found at the {_LEVEL:.0%} level ({limit})."
         worst = min(self.p_values, key=lambda k: float(np.min(self.p_values[k])))
         index = np.unravel_index(np.argmin(self.p_values[worst]), np.shape(self.p_values[worst]))
         return f"{head} Not calibrated; worst is '{worst}'{list(map(int, index)) or ''}: {self._fault(worst, index)}."
@@ -255,21 +257,27 @@ def tarp(
     return Calibration("tarp", pit, p_values, complete["num_draws"], trials.sharpness)
 
 
-def _ecdfs(method: str, pit: dict[str, np.ndarray]) -> Figure:
+def _ecdfs(method: str, pit: dict[str, np.ndarray], p_values: dict[str, np.ndarray]) -> Figure:
     import arviz as az
     import matplotlib.pyplot as plt
     from scipy.stats import uniform
 
-    numbers = {f"{k}{list(i) or ''}": v[(slice(None), *i)] for k, v in pit.items() for i in np.ndindex(*v.shape[1:])}
+    numbers = {
+        f"{k}{list(i) or ''}: p = {p_values[k][i]:.2g}": v[(slice(None), *i)]
+        for k, v in pit.items()
+        for i in np.ndindex(*v.shape[1:])
+    }
     columns = list(numbers.items())[:_PANELS]
     across = min(len(columns), 4)
     down = -(-len(columns) // across)
-    figure, axes = plt.subplots(down, across, figsize=(3.2 * across, 2.6 * down), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        down, across, figsize=(max(3.2 * across, _NARROWEST), 2.6 * down + 0.4), squeeze=False, layout="constrained"
+    )
     ranks = uniform(0, 1)
     options = {"cdf": ranks.cdf, "rvs": ranks.rvs, "difference": True, "confidence_bands": True, "ci_prob": 0.95}
     for ax, (name, column) in zip(axes.flat, columns, strict=False):
         az.plot_ecdf(column, eval_points=np.linspace(0.0, 1.0, 101)[1:-1], ax=ax, **options)
-        ax.set(title=name, xlabel=f"rank ({method})")
+        ax.set(title=name, xlabel=f"rank ({method}); band: 95 %")
     for ax in axes.flat[len(columns) :]:
         ax.set_axis_off()
     return figure

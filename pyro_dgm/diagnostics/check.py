@@ -229,7 +229,7 @@ def _weights(report: Report, ax: Axes) -> None:
     ax.set(title=f"log p - log q: {v.status}", xlabel="log weight - mean (nats)", ylabel="draws", yscale="log")
     text = f"k-hat {v.k:.2f} ({v.threshold:.2f})\nESS {v.ess:.0f} of {v.draws}"
     if v.rows is not None:
-        text += f"\nrows given {v.rows.given}:\n{v.rows.fine:.0%} good"
+        text += f"\nrows given {v.rows.given}:\n{v.rows.shares[0]} good"
     ax.text(0.03, 0.95, text, transform=ax.transAxes, va="top")
 
 
@@ -242,7 +242,7 @@ def _row_khats(rows: Rows, v: KHat, ax: Axes) -> None:
         xlabel="k-hat of a row, clipped to (-1, 2)",
         ylabel="rows",
     )
-    shares = f"{rows.fine:.0%} good\n{rows.share('usable') - rows.fine:.0%} usable\n{1 - rows.share('usable'):.0%} bad"
+    shares = "\n".join(f"{share} {what}" for share, what in zip(rows.shares, ("good", "usable", "bad"), strict=True))
     ax.text(0.03, 0.95, shares, transform=ax.transAxes, va="top")
 
 
@@ -272,7 +272,9 @@ def _influence(report: Report, ax: Axes) -> None:
         ax.plot(np.clip(k, -1.0, 2.0), ".", label=f"{name}: elpd {elpd:.1f} +- {error:.1f}")
     ax.axhline(K_LIMIT, color="k", lw=0.8, ls="--")
     ax.set(title="Pareto k, leaving one datum out", xlabel="datum", ylabel=f"k (above {K_LIMIT}: unreliable)")
-    ax.legend(frameon=False)
+    of_text = {"handlelength": 0, "handletextpad": 0, "markerscale": 0}  # a marker would be read as a datum
+    ax.legend(frameon=False, labelcolor="linecolor", **of_text)
+    ax.locator_params(axis="x", integer=True)
 
 
 def _statistics(report: Report, ax: Axes) -> None:

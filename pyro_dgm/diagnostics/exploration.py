@@ -94,3 +94,21 @@ class Exploration:
     def nearly_confirms(self) -> bool:
         """Whether they stayed near enough for means and sds to be of use."""
         return self.deviation < _NEARLY * _DEVIATION and not self.contradicts
+
+    def explored(self, repairable: bool) -> str:
+        """What was found, in words; draws that are repairable have weights that can be believed."""
+        if self.other_modes:
+            return f"{self.other_modes} more mode(s) were found that it does not cover."
+        moved = f"mean by {self.drift:.2f} sd, log sd by {self.drift_sd:.2f}, acceptance {self.acceptance:.2f}"
+        if self.moved:
+            return f"Short MCMC leaves it ({moved}): neutra runs it longer."
+        if self.confirms:
+            return (
+                f"Longer chains change no mean, sd or worst direction by more than {self.deviation:.2f} (sd or log sd)."
+            )
+        if self.corrects_means and repairable:
+            return f"Importance weights move a mean by {self.correction:.2f} sd."
+        if self.unseen:
+            return f"No short MCMC was run and no modes were looked for: {self.unseen}."
+        chains = f" No short MCMC was run: {self.unmoved}." if self.unmoved else ""
+        return f"A mode that no start and no draw has seen stays unseen.{chains}"

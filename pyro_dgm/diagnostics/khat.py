@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pyro_dgm.core.kinds import checked, shown
+from pyro_dgm.core.warn import percent
 from pyro_dgm.core.weights import LEAST_DRAWS, NEARLY_EQUAL, correction, evidence_error, k_threshold, log_mean, psis
 from pyro_dgm.diagnostics.containers import group_attrs, log_weights_of, resample
 from pyro_dgm.diagnostics.exploration import Exploration
@@ -81,13 +82,20 @@ class Rows:
         """Share of the rows whose draws can be used as they are."""
         return self.share("good")
 
+    @property
+    def shares(self) -> tuple[str, str, str]:
+        """Of good, usable and bad rows, in words."""
+        usable = self.share("usable")
+        return percent(self.fine), percent(usable - self.fine), percent(1.0 - usable)
+
     def __str__(self) -> str:
-        seen = f"{len(self.k)} rows" if len(self.k) == self.total else f"{len(self.k)} of {self.total} rows"
+        all_seen = len(self.k) == self.total
+        seen = f"{len(self.k)} rows" if all_seen else f"the {len(self.k)} rows that were looked at, of {self.total},"
         given = f" given {self.given}" if self.given else ""
+        good, usable, bad = self.shares
         return (
-            f"plate '{self.plate}'{given}: {self.fine:.0%} of {seen} are good, {self.share('usable') - self.fine:.0%} usable, "
-            f"{1 - self.share('usable'):.0%} bad (k-hat: median {np.median(self.k):.2f}, largest {max(self.k):.2f}; their gap "
-            f"{np.mean(self.gap):.3f} nats a row)"
+            f"plate '{self.plate}'{given}: {good} of {seen} are good, {usable} usable, {bad} bad (k-hat: "
+            f"median {np.median(self.k):.2f}, largest {max(self.k):.2f}; their gap {np.mean(self.gap):.3f} nats a row)"
         )
 
 
@@ -198,27 +206,18 @@ class KHat(Exploration):
             return "Use means, sds and quantiles from 5 to 95 % as they are; tails and evidence need longer training, or NUTS."
         return "Do not use it. Train longer, try another family or reparameterise the model; check with NUTS."
 
-    def _explored(self) -> str:
-        if self.other_modes:
-            return f"{self.other_modes} more mode(s) were found that it does not cover."
-        moved = f"mean by {self.drift:.2f} sd, log sd by {self.drift_sd:.2f}, acceptance {self.acceptance:.2f}"
-        if self.moved:
-            return f"Short MCMC leaves it ({moved}): neutra runs it longer."
-        if self.confirms:
-            return (
-                f"Longer chains change no mean, sd or worst direction by more than {self.deviation:.2f} (sd or log sd)."
-            )
-        if self.corrects_means and self.repairable:
-            return f"Importance weights move a mean by {self.correction:.2f} sd."
-        if self.unseen:
-            return f"No short MCMC was run and no modes were looked for: {self.unseen}."
-        chains = f" No short MCMC was run: {self.unmoved}." if self.unmoved else ""
-        return f"A mode that no start and no draw has seen stays unseen.{chains}"
-
     def _of_rows(self) -> str:
         if self.rows is None:
             return ""
         return f" By rows of {self.rows}."
+
+    def _in_spite(self) -> str:
+        """Why the verdict is good where k-hat is not."""
+        if self.status != "good" or self.k < self.threshold:
+            return ""
+        if self.gap < _GAP and self.ess > NEARLY_EQUAL * self.draws:
+            return " good in spite of k-hat since the weights are nearly equal,"
+        return " good in spite of k-hat since longer chains stay where the draws are,"
 
     def attrs(self) -> dict[str, Any]:
         """The numbers, for a container's attributes."""
@@ -226,13 +225,14 @@ class KHat(Exploration):
         return own | {f"rows_{k}": v for k, v in (asdict(self.rows) if self.rows else {}).items()}
 
     def __str__(self) -> str:
-        weights = f" k-hat {self.k:.2f} (threshold {self.threshold:.2f}), ESS {self.ess:.0f} of {self.draws},"
+        weights = f" k-hat {self.k:.2f} (threshold {self.threshold:.2f}), ESS {self.ess:.0f} of {self.draws},{self._in_spite()}"
         error = f" +- {self.log_evidence_error:.3f} nats"
         if self.log_evidence_error == math.inf:
             error = " nats of unknown error (k-hat is too high)"
         return (
             f"posterior: {self.status}.{'' if self.independent else weights} ELBO {self.elbo:.3f} +- {self.elbo_error:.3f}, "
-            f"log evidence {self.log_evidence:.3f}{error}.{self._of_rows()}{self._stated()} {self.next_step} {self._explored()}"
+            f"log evidence {self.log_evidence:.3f}{error}.{self._of_rows()}{self._stated()} {self.next_step} "
+            f"{self.explored(self.repairable)}"
         )
 
 

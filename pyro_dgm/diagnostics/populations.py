@@ -28,9 +28,9 @@ _STUCK = 0.9  # share of the chains that must have left their starts. Not measur
 def settled(chains: Chains, joint: Joint) -> bool:
     """Run the chains until another block of steps changes nothing and no population differs; whether that was reached."""
     start = chains.u
-    for _ in range(_MOST_BLOCKS):
+    for i in range(_MOST_BLOCKS):
         before = _numbers(chains)
-        run_chains(chains, joint, _BLOCK, POPULATIONS)
+        run_chains(chains, joint, _BLOCK, POPULATIONS, f"chains {i + 1}/{_MOST_BLOCKS} at most")
         after = _numbers(chains)
         left = (chains.u != start).any(-1).double().mean() > _STUCK
         centre = after.mean(0)

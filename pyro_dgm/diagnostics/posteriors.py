@@ -13,11 +13,10 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.kinds import checked, shown
-from pyro_dgm.core.pace import UNCOUNTED, show
+from pyro_dgm.core.pace import on_bar, show
 from pyro_dgm.core.shapes import as_tensor_like, refuse_non_finite
 from pyro_dgm.diagnostics.sharpness import Sharpness, sharpness_of
 from pyro_dgm.model.program import Model, Program
@@ -136,8 +135,7 @@ def experiment(
             "returns draws {site: (S, *site)}."
         )
     stage = "simulate" if options["simulations"] is None else "posteriors"
-    bar = tqdm(desc=stage, bar_format=UNCOUNTED, disable=not options["progress"], mininterval=0.5, miniters=1)
-    with bar, seeded(options["seed"]), torch.no_grad():
+    with on_bar(stage, options["progress"]) as bar, seeded(options["seed"]), torch.no_grad():
         program = None
         if model is not None:
             program = Program(model, None, args, options["model_kwargs"] or {}, draws={}, new=True)
@@ -161,12 +159,13 @@ def experiment(
                     "the posterior's draws, expected the same."
                 )
         draws = {k: drawn.draws[k].reshape(*drawn.draws[k].shape[:2], *truth[k].shape[1:]) for k in sites}
-        densities = drawn.densities(truth) if density else _densities_if_known(drawn, truth)
+        judged = program is not None or drawn.has_model  # by the joint density
+        densities = drawn.densities(truth) if density else _densities_if_known(drawn, truth, judged)
         joint: Densities = ()
         of_others = None
         if densities and len(densities[1]) > 1:
             of_others = drawn.at_truth({k: v.roll(1, 0) for k, v in truth.items()})
-            if program is not None or drawn.has_model:
+            if judged:
                 joint = _joint_if_known(program, posterior, draws, truth, data, bar)
         arrays = (_arrays(truth), _arrays(draws))
         sharpness = sharpness_of(arrays[1], arrays[0], densities, of_others, joint)
@@ -297,7 +296,7 @@ def _drawn(posterior: Any, data: Draws, n: int, bar: Any) -> _Drawn:
     drawn = _draw_at_once(posterior, data, n, m)
     if drawn is None:
         return _draw_each(posterior, data, n, bar)
-    bar.update(m)
+    bar.update(bar.total - bar.n)
     return drawn
 
 
@@ -364,10 +363,12 @@ def _joint_densities(
     return joint[:, :-1], joint[:, -1]
 
 
-def _densities_if_known(drawn: Any, truth: Draws) -> Densities:
-    """Empty where the posterior has none that can be asked for: sharpness is told without, then."""
+def _densities_if_known(drawn: Any, truth: Draws, of_draws: bool) -> Densities:
+    """Of truths, and of draws where asked; empty where the posterior has none: sharpness is told without, then."""
     try:
-        return drawn.densities(truth) if set(drawn.draws) <= set(truth) else ()
+        if not set(drawn.draws) <= set(truth):
+            return ()
+        return drawn.densities(truth) if of_draws else (np.empty(0), drawn.at_truth(truth))
     except Exception:  # a log_prob of a user's own, which takes another kind of values
         return ()
 

@@ -35,7 +35,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from pyro_dgm.amortized.guide import AmortizedGuide
@@ -44,8 +43,9 @@ from pyro_dgm.amortized.refine import Joint, picked, smoothed
 from pyro_dgm.core.devices import one_at_a_time, seeded
 from pyro_dgm.core.distribution import NoDensityError
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.pace import few_threads
+from pyro_dgm.core.pace import few_threads, on_bar, show
 from pyro_dgm.core.shapes import as_tensor_like
+from pyro_dgm.core.warn import percent
 from pyro_dgm.core.weights import correction
 from pyro_dgm.diagnostics.containers import ContainerOptions
 from pyro_dgm.diagnostics.converters import from_posterior_samples
@@ -125,7 +125,7 @@ class Workflow:
 
     def __str__(self) -> str:
         counts = Counter(self.status)
-        shares = ", ".join(f"{counts[s] / len(self):.0%} {s}" for s in _STATUSES if counts[s])
+        shares = ", ".join(f"{percent(counts[s] / len(self))} {s}" for s in _STATUSES if counts[s])
         refused = self.where("refused")
         some = ", ".join(map(str, refused[:10])) + (", ..." if len(refused) > 10 else "")
         advice = (
@@ -173,7 +173,7 @@ def workflow(
         num_samples: draws of each posterior.
         simulations: of the model, 1,000 or more that the guide was not trained on: they judge data that have no density, and
             are not looked at elsewhere. A guide that is shifted by .3 sd near a data set is seen, a smaller fault may not be.
-        progress: show a bar over the data sets.
+        progress: show a bar over the data sets, and over the chains of one that is moved.
         seed: makes it reproducible.
 
     Raises:
@@ -194,12 +194,16 @@ def workflow(
     """
     rows = _rows(data)
     found: list[_Found] = []
-    with seeded(seed), tqdm(rows, desc="posteriors", disable=not progress) as bar:
-        for row in bar:
+    with seeded(seed), on_bar("posteriors", progress) as bar:
+        show(bar, "posteriors", len(rows))
+        for i, row in enumerate(rows):
             began = time.perf_counter()
             posterior, note = _conditioned(guide, row)
             each = _one_or_none(posterior, num_samples, note)
             found.append(replace(each, posterior=posterior, seconds=time.perf_counter() - began))
+            if each.status in ("moved", "refused"):  # chains had the bar
+                show(bar, "posteriors", len(rows), done=i)
+            bar.update()
             bar.set_postfix(Counter(each.status for each in found))
         if simulations is not None:
             found = _by_simulations(guide, simulations, data, found)

@@ -15,7 +15,9 @@ from torch.distributions import Distribution
 
 from pyro_dgm.core.devices import one_at_a_time, seeded
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.pace import on_bar, steps
 from pyro_dgm.core.shapes import as_tensor_like, check_batch, check_context, refuse_immoderate
+from pyro_dgm.core.warn import warn_user
 from pyro_dgm.core.weights import evidence_error, log_mean_exp, psis
 from pyro_dgm.evaluate.score import Score, mean_score
 from pyro_dgm.gan.generator import Generator
@@ -84,6 +86,7 @@ def evidence_bound(
     context: Tensor | None = None,
     mask: Tensor | None = None,
     chunk: int = 50_000,
+    progress: bool = True,
     seed: int | None = None,
 ) -> EvidenceBound:
     r"""Importance-weighted bound of :math:`\log p(x_i)` for each row, in nats.
@@ -96,6 +99,7 @@ def evidence_bound(
         num_samples: S, at least 25; 500 and 5,000 are customary.
         context, mask: as for the VAE.
         chunk: latents that are decoded at once; it bounds the memory.
+        progress: show a bar, of the draws and of the Pareto fits.
         seed: makes it reproducible, and leaves the global random state as it was.
 
     Raises:
@@ -122,16 +126,19 @@ def evidence_bound(
     _refuse_no_rows("evidence_bound", x)
     at_once = max(1, chunk // num_samples)
     parts = []
-    with seeded(seed):
-        for start in range(0, len(x), at_once):
-            rows = slice(start, start + at_once)
+    with seeded(seed), on_bar("draws", progress):
+        for i, _ in steps("draws", -(-len(x) // at_once)):
+            rows = slice(i * at_once, (i + 1) * at_once)
             parts.append(_log_weights(vae, x[rows], cut(context, rows), cut(mask, rows), num_samples, chunk))
-    log_w = torch.cat(parts, 1)
-    columns = log_w.T.double().cpu().numpy()
-    smoothed = [psis(column) for column in columns]
+        log_w = torch.cat(parts, 1)
+        columns = log_w.T.double().cpu().numpy()
+        smoothed = [psis(columns[i]) for i, _ in steps("Pareto fits", len(columns))]
     errors = [evidence_error(column, *each) for column, each in zip(columns, smoothed, strict=True)]
     k = torch.tensor([k for _, k in smoothed])
-    return EvidenceBound(log_mean_exp(log_w)[0], torch.tensor(errors, dtype=torch.float64, device=log_w.device), k)
+    error = torch.tensor(errors, dtype=torch.float64, device=log_w.device)
+    advice = f"take more draws (num_samples={10 * num_samples}), train the encoder longer, or ask ais"
+    _tell_unknown("evidence_bound", error, "Pareto k of the weights is 0.7 or more", advice)
+    return EvidenceBound(log_mean_exp(log_w)[0], error, k)
 
 
 def _log_weights(
@@ -158,6 +165,7 @@ def ais(
     latents: Tensor | None = None,
     context: Tensor | None = None,
     mask: Tensor | None = None,
+    progress: bool = True,
     seed: int | None = None,
 ) -> AIS:
     r"""Annealed importance sampling of :math:`\log p(x_i)` from the prior to the posterior, in nats.
@@ -178,6 +186,7 @@ def ais(
             chain run backwards from them gives an upper bound (bidirectional Monte Carlo, Grosse et al. 2015,
             arXiv 1511.02543).
         context, mask: as for the VAE.
+        progress: show a bar over the temperatures.
         seed: makes it reproducible, and leaves the global random state as it was.
 
     Raises:
@@ -212,13 +221,35 @@ def ais(
     betas = (betas - betas[0]) / (betas[-1] - betas[0])
     with torch.no_grad(), seeded(0):
         target.parts(target.start(1))  # refuses data outside the support
-    with seeded(seed), pyro.validation_enabled(False):  # a trajectory that diverges is rejected
-        steps = target.tuned(target.start(num_chains), betas)
-        log_w, accepted = target.forward(target.start(num_chains), betas, steps)
+    with (
+        seeded(seed),
+        on_bar("step sizes", progress),
+        pyro.validation_enabled(False),
+    ):  # a trajectory that diverges is rejected
+        sizes = target.tuned(target.start(num_chains), betas)
+        log_w, accepted = target.forward(target.start(num_chains), betas, sizes)
         upper = None
         if latents is not None:
-            upper = -log_mean_exp(target.backward(latents.expand(num_chains, *shape), betas, steps))[0]
-    return AIS(*log_mean_exp(log_w), accepted, upper)
+            upper = -log_mean_exp(target.backward(latents.expand(num_chains, *shape), betas, sizes))[0]
+    value, error = log_mean_exp(log_w)
+    _tell_unknown(
+        "ais",
+        error,
+        "log weights of the chains differ by more than 3 nats (sd)",
+        f"take more temperatures (num_steps={4 * num_steps})"
+        + (", or a generator with more output noise" if isinstance(vae, Generator) else ""),
+    )
+    return AIS(value, error, accepted, upper)
+
+
+def _tell_unknown(who: str, error: Tensor, why: str, advice: str) -> None:
+    """Warn of rows whose standard error is infinite."""
+    count = int(error.isinf().sum())
+    if count:
+        warn_user(
+            f"{who}: {count} of {len(error)} rows have an infinite standard error, since {why} there: their values are lower "
+            f"bounds that may be far too low. To know them, {advice}."
+        )
 
 
 def _refuse_no_rows(who: str, x: Tensor) -> None:
@@ -248,30 +279,31 @@ class _Annealed:
     def tuned(self, z: Tensor, betas: Tensor) -> Tensor:
         """Step sizes for each temperature and row, found by a run of their own that aims at one acceptance."""
         step = torch.full((len(self.x),), _FIRST_STEP).to(z)
-        steps = []
-        for beta in betas[1:]:
-            z, _, accepted = self.move(z, beta, step)
+        sizes = []
+        for t, _ in steps("step sizes", len(betas) - 1):
+            z, _, accepted = self.move(z, betas[t + 1], step)
             step = (step * torch.where(accepted > _ACCEPTANCE, _GROW, _SHRINK)).clamp(*_STEP_BOUNDS)
-            steps.append(step)
-        return torch.stack(steps)
+            sizes.append(step)
+        return torch.stack(sizes)
 
-    def forward(self, z: Tensor, betas: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, betas: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Log weights of chains from the prior, shape ``(chains, N)``, and the mean acceptance of each row."""
         with torch.no_grad():
             likelihood = self.parts(z)[1]
         log_w = torch.zeros_like(likelihood, dtype=torch.float64)
-        acceptance = torch.zeros_like(steps[0])
-        for t in range(len(steps)):
+        acceptance = torch.zeros_like(sizes[0])
+        for t, _ in steps("chains", len(sizes)):
             log_w += (betas[t + 1] - betas[t]) * likelihood
-            z, likelihood, accepted = self.move(z, betas[t + 1], steps[t])
-            acceptance += accepted / len(steps)
+            z, likelihood, accepted = self.move(z, betas[t + 1], sizes[t])
+            acceptance += accepted / len(sizes)
         return log_w, acceptance
 
-    def backward(self, z: Tensor, betas: Tensor, steps: Tensor) -> Tensor:
+    def backward(self, z: Tensor, betas: Tensor, sizes: Tensor) -> Tensor:
         """Log weights of the same chains run from posterior draws to the prior; their mean is one over the evidence."""
         log_w = torch.zeros(z.shape[:2], dtype=torch.float64, device=z.device)
-        for t in reversed(range(len(steps))):
-            z, likelihood, _ = self.move(z, betas[t + 1], steps[t])
+        for i, _ in steps("chains backwards", len(sizes)):
+            t = len(sizes) - 1 - i
+            z, likelihood, _ = self.move(z, betas[t + 1], sizes[t])
             log_w -= (betas[t + 1] - betas[t]) * likelihood
         return log_w
 

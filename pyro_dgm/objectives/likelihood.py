@@ -25,6 +25,7 @@ from pyro_dgm.cnf.matching import (
     start_in_better_units,
 )
 from pyro_dgm.core import DistributionModule
+from pyro_dgm.core.data import refuse_outside_support
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_batch, check_number
 from pyro_dgm.core.warn import told_unless_finite
@@ -135,6 +136,11 @@ class MaximumLikelihood(nn.Module):
         score, costs = self.family.score_and_costs(x, context, list(self.weights))
         loss = -score.mean() + costs.mean(0) @ costs.new_tensor(list(self.weights.values()))
         return told_unless_finite("MaximumLikelihood", loss)
+
+    def refuse_rows(self, *args: Any) -> None:
+        """Rows lie in the family's support."""
+        if args:
+            refuse_outside_support("MaximumLikelihood", self.family, args[0])
 
     def recipe(self, rows: int | None) -> Recipe:
         """Rows are in part held out; of many, minibatches are taken."""

@@ -13,12 +13,11 @@ import pyro
 import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.devices import one_at_a_time, seeded
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.pace import steps, working
+from pyro_dgm.core.pace import on_bar, show, steps
 from pyro_dgm.core.warn import warn_user
 from pyro_dgm.core.weights import stratified
 from pyro_dgm.gan.generator import Generator
@@ -100,8 +99,8 @@ def refine(
         True
     """
     _check_arguments(generator, data, n, method)
-    bar = tqdm(desc="classifier", total=max_steps, disable=not progress, mininterval=0.5, miniters=1)
-    with seeded(seed), bar, working(None, bar):
+    with seeded(seed), on_bar("classifier", progress) as bar:
+        show(bar, "classifier", max_steps)
         ratio, check = learn_ratio(data, lambda n: generator().sample((n,)), network=network, max_steps=max_steps)
         _refuse_bad(check)
         ratio.requires_grad_(False)

@@ -29,6 +29,7 @@ __all__ = [
     "named_tensors",
     "non_finite",
     "picked",
+    "refuse_non_finite_data",
     "row_count",
     "some_rows",
 ]
@@ -62,7 +63,7 @@ class Batches:
         self.batch_size = int(batch_size or 0)
         self.in_parts = self.rows is not None and any(map(on_disk, self.args))
         if self.rows is not None and not self.in_parts:
-            _refuse_non_finite(self.args)
+            refuse_non_finite_data(self.args)
         self.epoch = self._epoch()
         self.agreed: Callable[[Tensor], Tensor] = lambda order: order  # on the order of rows, among several processes
 
@@ -101,7 +102,7 @@ class Batches:
         order = torch.cat([runs[i] for i in self.agreed(torch.randperm(len(runs))).tolist()])
         for part in order.split(self.batch_size * max(1, _SHUFFLED // (each * self.batch_size))):
             read = picked(self.args, part)
-            _refuse_non_finite(read)
+            refuse_non_finite_data(read)
             for index in self.agreed(torch.randperm(len(part))).split(self.batch_size):
                 yield to_device(picked(read, index), self.device)
 
@@ -296,7 +297,8 @@ def _rows(args: tuple[Any, ...]) -> int:
     return sizes.pop()
 
 
-def _refuse_non_finite(args: tuple[Any, ...]) -> None:
+def refuse_non_finite_data(args: tuple[Any, ...]) -> None:
+    """Refuse tensors with NaN or infinity where no mask says that they are missing."""
     report = non_finite(args)
     if report:
         raise ValueError(f"fit: {report}. Clean the data, or model what is missing with a boolean mask.")
@@ -310,7 +312,16 @@ def non_finite(args: tuple[Any, ...]) -> str:
     named = list(named_tensors(args))
     seen = {mask.shape: mask for _, mask in named if mask.dtype == torch.bool}
     dense = [(name, a) for name, a in named if a.is_floating_point() and a.layout is torch.strided and not a.is_meta]
-    return "; ".join(filter(None, (_bad_entries(name, a, seen.get(a.shape)) for name, a in dense)))
+    found = [(a, _bad_entries(name, a, seen.get(a.shape))) for name, a in dense]
+    return "; ".join(text + _mask_of_numbers(a, named) for a, text in found if text)
+
+
+def _mask_of_numbers(a: Tensor, named: list[tuple[str, Tensor]]) -> str:
+    """What to write where a mask was given as numbers."""
+    for name, mask in named:
+        if mask.shape == a.shape and mask.dtype != torch.bool and bool(((mask == 0) | (mask == 1)).all()):
+            return f". {name} holds 0 and 1 as {mask.dtype}; a mask is boolean: pass it as .bool()"
+    return ""
 
 
 def _bad_entries(name: str, a: Tensor, seen: Tensor | None) -> str:

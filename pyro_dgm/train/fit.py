@@ -20,10 +20,19 @@ from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import DistributionModule
 from pyro_dgm.core.pace import UNCOUNTED, few_threads, working
 from pyro_dgm.core.shapes import check_number
-from pyro_dgm.train.batches import Batches, as_args, described, held_out_split, largest_of, row_count
+from pyro_dgm.train.batches import (
+    Batches,
+    as_args,
+    described,
+    held_out_split,
+    largest_of,
+    on_disk,
+    refuse_non_finite_data,
+    row_count,
+)
 from pyro_dgm.train.descend import Limits, Stages
 from pyro_dgm.train.history import Checkpoint, FitDiverged, History, Patience
-from pyro_dgm.train.hooks import Alternating, Recipe, Recommending, Settling, settings
+from pyro_dgm.train.hooks import Alternating, Recipe, Recommending, Refusing, Settling, settings
 from pyro_dgm.train.loop import Loop
 from pyro_dgm.train.players import MakeOptimizer, OnePlayer, Players, TwoPlayers
 from pyro_dgm.train.preparing import owned_parameters, prepare
@@ -188,6 +197,7 @@ def begun(asked: Asked) -> Iterator[tuple[Loop, dict[str, Any] | None]]:
         about = {"data": data, "validation": held_out, "batch_size": batch_size, "seed": asked.seed}
         file = Checkpoint(asked.checkpoint, partial(_described, objective, about), asked.resume)
         saved = ranks.agreed(stack.enter_context(file.opened()) if ranks.first else None)
+        _refuse_rows(objective, data, batch_size is not None)
         if isinstance(held_out, float):
             data, held_out = held_out_split(data, held_out)
         batches = Batches(data, batch_size, device_of(objective))
@@ -202,6 +212,16 @@ def begun(asked: Asked) -> Iterator[tuple[Loop, dict[str, Any] | None]]:
             owned_parameters(objective, batches, lambda: prepare(objective, batches, stages, saved, ranks))
         )
         yield _loop(asked, recipe, parameters, batches, stages, to_device(held_out, batches.device), ranks), saved
+
+
+def _refuse_rows(objective: nn.Module, data: Any, in_batches: bool) -> None:
+    """Refuse rows while they can be counted as the user counts them: before some are held out."""
+    if isinstance(data, DataLoader) or any(map(on_disk, data)):
+        return
+    if in_batches:
+        refuse_non_finite_data(data)
+    if isinstance(objective, Refusing):
+        objective.refuse_rows(*data)
 
 
 def _described(objective: nn.Module, about: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 method                       of                                           called
 ============================ ============================================ ==================================================
 ``recipe(rows)``             the objective                                first, for arguments of ``fit`` that are None
+``refuse_rows(*args)``       the objective                                with all data, before rows of them are held out
 ``players()`` and others     the objective                                in every step, where it is :class:`Alternating`
 ``warm_start(*args)``        any part of the objective                    before training, with the data or a first batch
 ``prepare(batches, stages)`` any part of the objective                    after its ``warm_start``
@@ -36,6 +37,7 @@ __all__ = [
     "Preparing",
     "Recipe",
     "Recommending",
+    "Refusing",
     "Settling",
     "Startable",
     "settings",
@@ -138,6 +140,14 @@ class Recipe:
     weight_decay: float = 0.0
     averaging: float = 0.0
     every: int | None = None
+
+
+@runtime_checkable
+class Refusing(Protocol):
+    """An objective that knows which rows it cannot have."""
+
+    def refuse_rows(self, *args: Any) -> None:
+        """Raise where the data, all of them, hold such rows."""
 
 
 @runtime_checkable

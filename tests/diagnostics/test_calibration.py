@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import pyro_dgm as dgm
 from pyro_dgm.core.weights import arviz_major
@@ -238,10 +239,18 @@ def test_simulations_without_the_model_still_tell_a_blind_posterior():
     assert blind.faults and "does not read the data" in blind.faults[0]
 
 
-def test_the_picture_says_the_sharpness(tmp_path):
-    result = dgm.sbc(model, Prior(), observed=["x"], num_simulations=60, num_draws=49, seed=0)
-    result.picture(tmp_path / "with.png")
-    assert (tmp_path / "with.png").stat().st_size > 10_000
+def test_the_picture_says_verdict_and_axes(tmp_path, monkeypatch):
+    """Planted: the title is the sharpness alone; there is no y label."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    for i, method in enumerate((dgm.sbc, dgm.coverage)):
+        result = method(model, Prior(), observed=["x"], num_simulations=60, num_draws=49, seed=0)
+        result.picture(tmp_path / f"{i}.png")
+        assert (tmp_path / f"{i}.png").stat().st_size > 10_000
+        title = " ".join(figures[-1].get_suptitle().split())
+        assert f"p = {result.p_value:.2g}" in title and "Sharpness" in title
+        assert figures[-1].get_supylabel() == "ECDF minus uniform"
 
 
 # --- Bounds ------------------------------------------------------------------------------------------------------------

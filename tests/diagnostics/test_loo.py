@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 from pyro.infer.reparam import LocScaleReparam
@@ -367,7 +368,13 @@ def test_check_says_what_is_wrong(tmp_path):
         dgm.check(build({"posterior": {"z": np.zeros((1, 5))}}, {}, {}, {}))
 
 
-def test_check_reads_mcmc(tmp_path):
+def test_check_reads_mcmc(tmp_path, monkeypatch):
+    """Planted: the legend of the k of data has a marker, which looks like a datum."""
     page = dgm.check(dgm.resample(export(normal_mean, wide_guide, DATA, num_samples=1_000), seed=0))
     assert page.verdict is None and "read R-hat" in str(page) and page.elpd["x"][0] < 0
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
     page.picture(tmp_path / "m.png")
+    legend = next(ax for ax in figures[0].axes if ax.get_title().startswith("Pareto k")).get_legend()
+    assert [line.get_markersize() for line in legend.get_lines()] == [0.0]
