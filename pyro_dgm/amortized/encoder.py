@@ -156,6 +156,11 @@ class Streams(nn.Module):
         streams = [self._joined(sites, seen, batch) for sites in self._together()]
         return streams + [seen[c.name] for c in self.covariates if not c.plates]
 
+    def without_network(self) -> dict[str, int]:
+        """Observed sites that "auto" would read by a network and that have none, with the entries of their events."""
+        sites = [s for s in self.structure.observed if self.keys[s.name] not in self.encoder]
+        return {s.name: s.event_shape.numel() for s in sites if summary_for(s.event_shape) is not None}
+
     def _together(self) -> list[list[Site]]:
         """Observed sites with the same plates; those without plates are on their own."""
         found: dict[Any, list[Site]] = {}

@@ -9,6 +9,7 @@ The density of the model is never asked, so any simulator will do (Papamakarios 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,10 @@ from pyro_dgm.cnf.matching import FlowMatching
 from pyro_dgm.core.devices import device_of, to_device
 from pyro_dgm.core.kinds import checked, shown
 from pyro_dgm.core.shapes import as_tensor_like, check_number
-from pyro_dgm.core.warn import told_unless_finite
+from pyro_dgm.core.warn import told_unless_finite, warn_user
 from pyro_dgm.flows.ensemble import members_of
 from pyro_dgm.train.descend import Stages
+from pyro_dgm.train.history import History
 from pyro_dgm.train.hooks import Recipe
 
 __all__ = ["ForwardKL"]
@@ -53,6 +55,11 @@ _HELD_OUT = (
     10_000  # simulations at most; the held-out loss is then known to a hundredth of its own spread. Not measured
 )
 _AVERAGING = 0.998  # of the weights; not measured by itself
+# When long events are learned by heart, in nats of loss between held-out simulations and those trained on, without dropout. Of a
+# population of 40 random steps it is .25, and a network gains .37; of the epidemic of docs/tutorials/simulator.md .31 and .14; of
+# sines of 64 entries 1.0 and .73 (1,500 simulations); of bernoulli_glm_raw 1.3 and .29. Of 4,000 the error is some .08.
+_BY_HEART = 0.2
+_JUDGED = 1_000  # simulations that were trained on and are judged; not measured, chosen by hand
 _FRESH_RATE = 3e-3  # with simulations drawn afresh; not measured, chosen by hand
 
 
@@ -176,6 +183,29 @@ class ForwardKL(nn.Module):
             weight_decay=_WEIGHT_DECAY * min(dim, 10),
             averaging=_AVERAGING,
         )
+
+    def judge_losses(self, batches: Iterator[tuple[Any, ...]], history: History) -> None:
+        """Warn where events that a network should read are learned by heart: explained far better in training than held out."""
+        sites = self.guide.streams.without_network()
+        if not sites or not history.validation or any(group.continuous_flow for group in self.guide.groups):
+            return
+        losses: list[float] = []
+        rows = 0
+        while rows < _JUDGED:
+            args = next(batches)
+            if not args:  # fresh simulations, which nobody learns by heart
+                return
+            rows += _length(args[0])
+            losses.append(float(self(*args)))
+        own = sum(losses) / len(losses)
+        if _BY_HEART < history.best_loss - own < math.inf:
+            names = ", ".join(f"'{name}' ({entries} entries)" for name, entries in sites.items())
+            warn_user(
+                f"ForwardKL: {names}, read as they are, are in part learned by heart: simulations that were trained on have a "
+                f"loss of {own:.2f} nats, held-out ones {history.best_loss:.2f}. If they are series or images, have a network "
+                "read them, AmortizedGuide(..., encoder='auto'), and compare history.best_loss. Otherwise take more simulations, "
+                "or fewer numbers that say as much (docs/howto/encoder.md)."
+            )
 
     def _thinned(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Simulations of which some elements of plates are hidden, where elements are alike; held-out ones always the same."""

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_dgm.core import DistributionModule
 from pyro_dgm.core.devices import as_array, seeded
 from pyro_dgm.core.distribution import ImplicitDistribution
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.shapes import check_value_shape, refuse_non_finite
 from pyro_dgm.core.warn import warn_user
+from pyro_dgm.evaluate.score import Model, as_distribution
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ _COLUMNS = 6  # of a table that are drawn unless asked for
 
 @checked()
 def plot_density(
-    model: Distribution | DistributionModule,
+    model: Model,
     data: Tensor | None = None,
     *,
     names: Sequence[str] | None = None,
@@ -73,7 +73,8 @@ def plot_density(
 
     Args:
         model: a distribution of single numbers or vectors with empty batch shape, such as ``flow()`` or ``flow(context)`` of one
-            context, shape ``(C,)``; or a family that takes no context.
+            context, shape ``(C,)``; a family that takes no context; or a function from a number to that many draws, such as a
+            VAE's ``generate``, which says no density.
         data: rows that training has not seen, shape ``(N, D)`` (``(N,)`` of numbers); None draws the model alone.
         names: of the columns, all D.
         columns: which to draw; None for the first six.
@@ -96,27 +97,16 @@ def plot_density(
         >>> figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()
         ('a', 'b')
     """
-    q = _built("plot_density", model) if isinstance(model, DistributionModule) else model
-    d = _dimension("plot_density", q)
-    rows = None if data is None else _rows("plot_density", q, data)
-    chosen = chosen_columns("plot_density", d, columns)
-    labels = labels_of("plot_density", d, names)
     with seeded(seed), torch.no_grad():
+        q = as_distribution("plot_density", model)
+        d = _dimension("plot_density", q)
+        rows = None if data is None else _rows("plot_density", q, data)
+        chosen = chosen_columns("plot_density", d, columns)
+        labels = labels_of("plot_density", d, names)
         draws = _finite(as_array(q.sample(torch.Size((DRAWS,))).reshape(DRAWS, d)))
         if len(chosen) == d <= 2 and not isinstance(q, ImplicitDistribution) and not _whole(draws).any():
             return (_curve if d == 1 else _regions)(q, draws, rows, labels)
         return _pairs(draws, rows, chosen, labels)
-
-
-def _built(who: str, family: DistributionModule) -> Distribution:
-    """The distribution of a family, which may not take a context: each context has a density of its own."""
-    n, name = family.context_features, type(family).__name__
-    if n:
-        raise ValueError(
-            f"{who}: {name} takes a context of {n} numbers, and each context has a density of its own. Draw that of one, "
-            f"{who}(family(context), ...) with a context of shape ({n},), beside data that belong to it."
-        )
-    return family()
 
 
 def _finite(draws: np.ndarray) -> np.ndarray:

@@ -11,11 +11,12 @@ from torch.distributions import Distribution
 from pyro_dgm.core.devices import seeded
 from pyro_dgm.core.distribution import NoDensityError
 from pyro_dgm.core.kinds import checked
+from pyro_dgm.core.module import DistributionModule
 from pyro_dgm.core.shapes import as_tensor_like, reference
 from pyro_dgm.evaluate.density import held_out_score
 from pyro_dgm.evaluate.neighbours import c2st, memorization, precision_recall_density_coverage
 from pyro_dgm.evaluate.representation import active_units, linear_probe
-from pyro_dgm.evaluate.score import Score
+from pyro_dgm.evaluate.score import Model, Score, as_distribution
 from pyro_dgm.evaluate.two_sample import energy_distance, mmd, sliced_wasserstein
 
 __all__ = ["report", "table"]
@@ -23,7 +24,7 @@ __all__ = ["report", "table"]
 
 @checked()
 def report(
-    model: Distribution | Callable[[int], Tensor],
+    model: Model,
     data: Tensor,
     *,
     train: Tensor | None = None,
@@ -38,8 +39,10 @@ def report(
     the single functions with features.
 
     Args:
-        model: a distribution (a flow, a GAN's implicit one), or a function from a number to that many draws, such as a
-            VAE's ``generate``.
+        model: a distribution (a flow, a GAN's implicit one), a family without a context, or a function from a number to that
+            many draws, such as a VAE's ``generate``. Of a distribution with a batch as long as the data, ``flow(context)`` with a
+            context a row, each element is drawn once: draws of all contexts together are compared, and the density of each row
+            given its own.
         data: held-out data, shape ``(N, *event)``.
         train: the training data, for the test of copying.
         density: what scores the data where the model does not do it exactly: ``x -> Score``, for a VAE its evidence
@@ -65,23 +68,22 @@ def report(
     if not data.dim():
         raise ValueError(f"report: data are one number, {float(data):g}; expected rows (N, *event).")
     with seeded(seed), torch.no_grad():
-        draws = model.sample((len(data),)) if isinstance(model, Distribution) else model(len(data))
-        draws = as_tensor_like("report", "draws", draws, None)
+        q = as_distribution("report", model)
+        one_each = q.batch_shape == data.shape[:1]
+        draws = as_tensor_like("report", "draws", q.sample() if one_each else q.sample((len(data),)), None)
         if draws.shape != data.shape:
             raise ValueError(
-                f"report: draws have shape {tuple(draws.shape)}, data {tuple(data.shape)}; expected the same. A function "
-                "must take the number of draws."
+                f"report: draws have shape {tuple(draws.shape)}, data {tuple(data.shape)}; expected the same. Of a conditional "
+                "family pass family(context) with a context for each row, or one context of shape (C,)."
             )
         return {
-            **_density(model, data, density),
+            **_density(q if isinstance(model, DistributionModule) else model, data, density),
             **_sampling(draws, data, train),
             **_representation(data, encode, labels),
         }
 
 
-def _density(
-    model: Distribution | Callable[[int], Tensor], data: Tensor, density: Callable[[Tensor], Score] | None
-) -> dict[str, Score | str]:
+def _density(model: Model, data: Tensor, density: Callable[[Tensor], Score] | None) -> dict[str, Score | str]:
     if density is not None:
         return {"held-out score, nats": "only bounded", "density (as given)": density(data)}
     if not isinstance(model, Distribution):

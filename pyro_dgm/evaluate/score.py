@@ -8,15 +8,20 @@ from typing import NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Distribution, Normal
 
+from pyro_dgm.core.distribution import ImplicitDistribution
+from pyro_dgm.core.module import DistributionModule
 from pyro_dgm.core.shapes import as_tensor_like, refuse_immoderate
 
 __all__ = [
     "CHUNK",
     "Features",
     "JudgedScore",
+    "Model",
     "Score",
+    "as_distribution",
     "as_rows",
     "exactly_centred",
     "grouped",
@@ -29,6 +34,9 @@ __all__ = [
 ]
 
 Features = Callable[[Tensor], Tensor]  # rows (batch, *event) to (batch, D)
+Model = (
+    Distribution | DistributionModule | Callable[[int], Tensor]
+)  # what can be drawn; the last from a number of draws
 
 _BATCH = 512  # rows whose features are taken at once; not measured, chosen by hand
 CHUNK = 10_000_000  # numbers for pairs of rows held at once, 80 MB; not measured, chosen by hand
@@ -88,6 +96,39 @@ def mean_score(values: Tensor) -> Score:
     return Score(float(values.mean()), error)
 
 
+def as_distribution(who: str, model: Model) -> Distribution:
+    """The distribution of what can be drawn: of a family without a context; of a function, which gives it no density."""
+    if isinstance(model, Distribution):
+        return model
+    name = type(model).__name__
+    if not isinstance(model, DistributionModule):
+        if isinstance(model, nn.Module):
+            raise TypeError(
+                f"{who}: model is a {name}, expected a distribution, a family, or a function from a number to so many draws, "
+                "such as vae.generate."
+            )
+        return _of_function(who, model)
+    if n := model.context_features:
+        raise ValueError(
+            f"{who}: {name} takes a context of {n} numbers, and each context has a density of its own. Take that of one, "
+            f"{who}(family(context), ...) with a context of shape ({n},), beside data that belong to it."
+        )
+    return model()
+
+
+def _of_function(who: str, model: Callable[[int], Tensor]) -> Distribution:
+    def rows(n: int) -> Tensor:
+        x = as_tensor_like(who, "draws", model(n), None)
+        if x.shape[:1] != (n,):
+            raise ValueError(
+                f"{who}: the function gave draws of shape {tuple(x.shape)} for {n}, expected ({n}, *event). It must take the "
+                "number of draws."
+            )
+        return x
+
+    return ImplicitDistribution(lambda z: rows(len(z)), Normal(0.0, 1.0), tuple(rows(1).shape[1:]), name=who)
+
+
 def random_source(seed: int | None) -> torch.Generator | None:
     """A generator for the seed; None takes torch's global stream."""
     return None if seed is None else torch.Generator().manual_seed(seed)
@@ -134,6 +175,7 @@ def _without(sample: Tensor, block: int, count: int) -> Tensor:
 
 def as_rows(who: str, what: str, x: ArrayLike) -> Tensor:
     """``x`` of shape ``(N, *event)`` as finite floating rows ``(N, D)``."""
+    _refuse_no_draws(who, what, x)
     rows = as_tensor_like(who, what, x, None).detach()
     if not rows.dim() or len(rows) < 2:
         raise ValueError(
@@ -160,7 +202,17 @@ def same_rows(who: str, features: Features | None = None, **samples: ArrayLike) 
     return [r.to(first) for r in rows.values()]
 
 
+def _refuse_no_draws(who: str, what: str, x: object) -> None:
+    if isinstance(x, Distribution | nn.Module) or callable(x):
+        write = "x(1_000)" if not isinstance(x, Distribution | nn.Module) else "q.sample((1_000,)) of a distribution q"
+        raise TypeError(
+            f"{who}: {what} is a {type(x).__name__}, expected draws of it, one a row: {write}. Of one with a context "
+            "a row draw once, q.sample(), and put the contexts beside draws and data: torch.cat([context, draws], 1)."
+        )
+
+
 def _featured(who: str, what: str, features: Features, x: ArrayLike) -> Tensor:
+    _refuse_no_draws(who, what, x)
     rows = as_tensor_like(who, what, x, None)
     if not rows.dim():
         raise ValueError(f"{who}: {what} is one number, expected (N, ...) with N >= 2 rows, one row a draw.")

@@ -236,21 +236,21 @@ class Program:
             runs.refuse_sums_across_subsamples({k: v[:1] for k, v in rows.items()})
         events = {k: nodes[k]["fn"].event_dim for k in rows}
         fn = poutine.block(runs.fn, hide=implicit) if implicit else runs.fn  # what has no density is not compared
-        how, fault = Engine(fn, self.args, self.kwargs, runs.nesting, events).find_how(rows)
+        how, runs.fault = Engine(fn, self.args, self.kwargs, runs.nesting, events).find_how(rows)
         if runs is self.runs and runs.nesting == plate_nesting(runs.prototype):
             self.density_how = how
         if how != "loop":
-            how, fault = self._computes_alike(runs, rows, how) or (how, fault)
+            how = self._computes_alike(runs, rows, how)
         if how == "loop":
-            warn_user(NOT_VECTORIZED.format(fault))
+            warn_user(NOT_VECTORIZED.format(runs.fault))
         return how
 
-    def _computes_alike(self, runs: Runs, rows: Draws, how: How) -> tuple[How, str] | None:
-        """Another way and why, if deterministic sites of a few draws run together are not those of single runs."""
+    def _computes_alike(self, runs: Runs, rows: Draws, how: How) -> How:
+        """The way, or another one if deterministic sites of a few draws run together are not those of single runs."""
         free = {k: runs.prototype.nodes[k]["value"] for k in self.enumerable if k in runs.layouts}
         few = len(next(iter(rows.values())))
         rows = rows | {k: v.expand(few, *v.shape) for k, v in free.items()}
-        single, fault = runs.computed(rows, "loop"), ""
+        single = runs.computed(rows, "loop")
         ways: tuple[How, ...] = ("plate", "vmap") if how == "plate" else ("vmap",)
         for way in ways:
             try:
@@ -259,11 +259,12 @@ class Program:
                     k for k in single if not torch.allclose(made[k], single[k], rtol=1e-4, atol=1e-5, equal_nan=True)
                 ]
                 if not wrong:
-                    return None if way == how else (way, fault)
+                    return way
                 fault = f"deterministic site '{wrong[0]}' of draws run together differs from single runs"
             except (RuntimeError, ValueError, IndexError) as error:
                 fault = first_line(error)
-        return "loop", fault
+            runs.fault = runs.fault or fault
+        return "loop"
 
     def guided(self, n: int) -> Table:
         """Draws of the guide, of all its sites, with their log densities."""

@@ -172,6 +172,7 @@ class Runs:
         self.prototype = prototype
         self.nesting = nesting
         self.how = how
+        self.fault = ""  # of one plate of draws, where there is another way
         self.rounds = rounds
         self.with_grad = with_grad
         self.layouts: dict[str, Layout] = {k: layout_of(s) for k, s in sample_sites(prototype)}
@@ -269,9 +270,9 @@ class Runs:
         return isinstance(error, RuntimeError) if self.how == "vmap" else options.redraw
 
     def _say_slow(self, fault: str) -> None:
-        """Warn, and go on one by one where vmap failed: its check ran no sampler."""
+        """Warn of the plate, which the user can mend, and go on one by one where vmap failed: its check ran no sampler."""
         self.how = "loop" if self.how == "vmap" else self.how
-        warn_user(NOT_VECTORIZED.format(fault))
+        warn_user(NOT_VECTORIZED.format(self.fault or fault))
 
     def rows(self, name: str, value: Tensor, visited: Round) -> Tensor:
         """The part of a full-size value that a round needs, in the shape of a single run: ``(n, *value)``."""

@@ -11,6 +11,7 @@ method                       of                                           called
 ``peak_rate()``              any part of the objective                    when the optimiser is made
 ``converged(*args)``         the objective                                before the first step of an open fit, and at checks
 ``finish(*args)``            any part of the objective                    after training, with the data or a first batch
+``judge_losses(batches, h)`` the objective                                last, with the history; in a fit of one process
 ``changed_arguments(args)``  an objective around another one              where parts inside are prepared: what they get
 ``settling``                 a part with a ``finish``                     once, for the share of ``max_seconds`` to leave for it
 ============================ ============================================ ==================================================
@@ -28,11 +29,13 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from pyro_dgm.train.descend import Stages
+from pyro_dgm.train.history import History
 
 __all__ = [
     "Alternating",
     "Convergent",
     "Finishing",
+    "Judging",
     "Paced",
     "Preparing",
     "Recipe",
@@ -109,6 +112,14 @@ class Finishing(Protocol):
 
     def finish(self, *args: Any, **kwargs: Any) -> None:
         """Called with the best parameters in place."""
+
+
+@runtime_checkable
+class Judging(Protocol):
+    """An objective that can say what the losses of a fit tell."""
+
+    def judge_losses(self, batches: Iterator[tuple[Any, ...]], history: History) -> None:
+        """Called without gradients, with the best parameters in place and with endless batches of what was trained on."""
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from pyro_dgm.core.warn import warn_user
 from pyro_dgm.train.batches import Batches, named_tensors, non_finite
 from pyro_dgm.train.descend import OPEN_STEPS, Stages, rate_at, round_length, set_rates
 from pyro_dgm.train.history import FitDiverged, History, Patience, Standing
-from pyro_dgm.train.hooks import Convergent, Finishing
+from pyro_dgm.train.hooks import Convergent, Finishing, Judging
 from pyro_dgm.train.players import Players, finite_loss, loss_of, number_of, smoothed
 from pyro_dgm.train.ranks import ALONE, Ranks
 
@@ -74,6 +74,9 @@ class Loop:
         finally:
             self._settle()
         self.ranks.take_first(self.tensors)
+        if isinstance(self.objective, Judging) and self.ranks.world == 1 and self.history.stopped != "interrupted":
+            with torch.no_grad(), fork_rng():  # what it draws changes nothing that comes after the fit
+                self.objective.judge_losses(iter(self.batches), self.history)
         return self.history
 
     def begin(self, saved: dict[str, Any] | None) -> None:

@@ -1,5 +1,7 @@
 """Networks for series and images, chosen by shape."""
 
+import warnings
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -41,7 +43,61 @@ def loss_with(encoder):
 
 def test_a_series_is_read_better_by_its_network():
     """Planted: a network that is not there. 1,500 simulations, nats of held-out loss."""
-    assert loss_with("auto") < loss_with(None) - 0.3
+    with pytest.warns(UserWarning, match="learned by heart"):
+        read_as_it_is = loss_with(None)
+    assert loss_with("auto") < read_as_it_is - 0.3
+
+
+def levels(x=None):
+    """A constant in noise: what stands in 32 entries is read by their mean."""
+    level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    return pyro.sample("x", dist.Normal(level[..., None].expand(*level.shape, 32), 1.0).to_event(1), obs=x)
+
+
+def short(x=None):
+    """Few noisy numbers, of which few simulations are soon known by heart."""
+    level = pyro.sample("level", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+    return pyro.sample("x", dist.Normal(level.square().repeat_interleave(4, -1), 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("model, rows, steps", [(levels, 2500, 300), (short, 300, 800)])
+def test_a_network_is_not_asked_for_where_none_is_needed(model, rows, steps):
+    """Nothing learned by heart; and 16 entries, which "auto" would read as they are.
+
+    Planted: the warning asks of no gap; and of no network for the shape. Warnings of the package are errors here.
+    """
+    pyro.set_rng_seed(0)
+    sims = dgm.simulate(model, rows, observed=["x"], seed=0, progress=False)
+    guide = dgm.AmortizedGuide(model, observed=["x"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        history = dgm.fit(dgm.ForwardKL(guide), sims, max_steps=steps, progress=False, seed=0)
+    assert not [s for s in said if "by heart" in str(s.message)]
+    with torch.no_grad():
+        own = float(dgm.ForwardKL(guide)({k: v[: rows // 2] for k, v in sims.items()}))
+    assert (history.best_loss - own > 0.25) == (model is short)
+
+
+def test_fresh_simulations_are_not_learned_by_heart():
+    """Planted: batches without arguments are read as if they held simulations."""
+    held_out = dgm.simulate(levels, 50, observed=["x"], seed=0, progress=False)
+    guide = dgm.AmortizedGuide(levels, observed=["x"])
+    history = dgm.fit(dgm.ForwardKL(guide), max_steps=3, validation=(held_out,), progress=False, seed=0)
+    assert history.steps == 3
+
+
+@pytest.mark.filterwarnings("ignore:ForwardKL")
+def test_what_is_judged_changes_no_later_number():
+    """Planted: batches of what was trained on are drawn from the global stream."""
+    guide = dgm.AmortizedGuide(levels, observed=["x"])
+    sims = dgm.simulate(levels, 300, observed=["x"], seed=0, progress=False)
+    states = []
+    for judged in (True, False):
+        pyro.set_rng_seed(1)
+        objective = dgm.ForwardKL(guide) if judged else torch.nn.Sequential(dgm.ForwardKL(guide))
+        dgm.fit(objective, sims, max_steps=3, batch_size=30, validation=0.1, lr=1e-9, progress=False)
+        states.append(torch.get_rng_state())
+    assert states[0].equal(states[1])
 
 
 @pytest.mark.parametrize("network", [torch.nn.Linear(7, 3), torch.nn.LSTM(64, 3)])

@@ -329,7 +329,7 @@ DIGITS = {
     "GAN, default": digits_gan,
     "GAN, wgan-gp, 3 critic steps": lambda x: digits_gan(x, loss="wgan-gp", critic_steps=3),
     "MAF": digits_flow(lambda: dgm.MAF(64, hidden_features=(128, 128), support=GREY), 400),
-    "FFJORD": digits_flow(lambda: dgm.FFJORD(64, hidden_features=128, support=GREY), 5, pretrain=600),
+    "FFJORD": digits_flow(lambda: dgm.FFJORD(64, hidden_features=128), 5, pretrain=600),
     "VAE": digits_vae,
 }
 

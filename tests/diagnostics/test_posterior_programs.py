@@ -347,6 +347,31 @@ def test_vmap_is_fast_and_gives_up_where_a_sampler_cannot():
     assert idata.posterior_predictive.y.std("draw").min() > 0.5
 
 
+def test_a_warning_of_slow_draws_tells_what_is_wrong_with_the_plate():
+    """A mixture with a dimension too many: its density runs under vmap, its sampler does not, and torch says setup_context.
+
+    Planted: what vmap said of the sampler; a deterministic site's fault that is not kept while vmap is tried.
+    """
+
+    def mixture(y):
+        w = pyro.sample("w", dist.Dirichlet(torch.ones(3)))
+        m = pyro.sample("m", dist.Normal(torch.zeros(3), 3.0).to_event(1))
+        with pyro.plate("row", len(y)):
+            parts = dist.Categorical(w[..., None, :]), dist.Normal(m[..., None, :], 1.0)
+            pyro.sample("y", dist.MixtureSameFamily(*parts), obs=y)
+
+    def computed(y):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        pyro.deterministic("total", b.sum() if float(b[..., 0].detach().sum()) > -1e9 else b)
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(b.sum(-1), 1.0), obs=y)
+
+    for model, said in ((mixture, "draws run together"), (computed, "site 'total' of draws run together")):
+        with pytest.warns(UserWarning, match=rf"many draws at once \([^)]*{said}") as found:
+            export(model, AutoNormal(model), X, num_samples=20, prior=5)
+        assert not any("setup_context" in str(w.message) or "vmap" in str(w.message) for w in found)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_d7_autodelta_and_implicit_guides(masked):
     """No density, no weights: refused by name, or draws and predictions only; also where a mask stands around the site."""

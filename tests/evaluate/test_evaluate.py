@@ -627,6 +627,40 @@ def test_a_report_says_what_a_model_cannot_answer():
     assert "| | flow | GAN | VAE |" in text and "| density (as given) | - | - | -3 +- 0.1 |" in text
 
 
+class Raw(torch.nn.Module):
+    """A module that is no family."""
+
+
+def test_one_draw_a_row_is_judged_where_each_row_has_a_context():
+    """Rows of 3 c + noise. Planted: draws of ``(N,)`` for each row, whose shape is refused; a draw of the first context for all."""
+    torch.manual_seed(0)
+    context = torch.randn(200, 1).expand(200, 2) * 3.0
+    q = torch.distributions.Independent(torch.distributions.Normal(context, 1.0), 1)
+    numbers = evaluate.report(q, q.sample(), seed=0)
+    assert numbers["energy distance"].p_value > 0.01 and numbers["held-out score, nats"].value < 3.2
+    with pytest.raises(ValueError, match="family\\(context\\) with a context for each row"):
+        evaluate.report(q, torch.randn(100, 2))
+
+
+def test_a_family_a_distribution_and_a_function_are_one_model():
+    """Planted: a family is called with the number of draws, as if it were a function; a function's draws have a density."""
+    data, family = torch.randn(60, 2), dgm.MAF(2)
+    each = [evaluate.report(model, data, seed=3) for model in (family, family(), lambda n: family().sample((n,)))]
+    assert each[0] == each[1] and each[2]["held-out score, nats"] == "not given"
+    assert all(one["energy distance"].p_value > 0.001 for one in each)
+    for wrong, kind in ((Raw(), TypeError), (lambda n: torch.zeros(3, 2), ValueError), (dgm.MAF(2, 1), ValueError)):
+        with pytest.raises(kind, match="report: (model is a Raw|the function gave draws|MAF takes a context)"):
+            evaluate.report(wrong, data)
+
+
+@pytest.mark.parametrize("score", ["c2st", "mmd", "energy_distance", "sliced_wasserstein", "frechet_distance"])
+def test_a_model_in_the_place_of_draws_is_told_what_to_write(score):
+    """Planted: the message says to convert a distribution by numpy."""
+    for model in (normal(2), dgm.MAF(2), lambda n: torch.randn(n, 2)):
+        with pytest.raises(TypeError, match=rf"{score}: x is a .*expected draws of it, one a row"):
+            getattr(evaluate, score)(model, torch.randn(20, 2))
+
+
 def test_a_report_is_reproducible_and_refuses_wrong_draws():
     data, state = torch.randn(60, 2), torch.get_rng_state()
     once, again = (evaluate.report(normal(2), data, seed=3) for _ in range(2))

@@ -49,6 +49,15 @@ def test_regions_hold_the_share_of_mass_that_they_say():
     assert [t.get_text() for t in figure.axes[1].get_yticklabels()] == ["99%", "90%", "75%", "50%", "25%"]
 
 
+def test_a_function_that_draws_is_drawn_by_its_draws():
+    """Planted: its density is asked for. A function of draws of other rows than asked for is refused."""
+    figure = plot_density(lambda n: torch.randn(n, 2), torch.randn(50, 2), seed=0)
+    assert len(figure.axes) == 4 and any("of the draws" in text for text in labels_of(figure))
+    assert plot_density(lambda n: torch.rand(n), seed=0).axes
+    with pytest.raises(ValueError, match="plot_density: the function gave draws of shape"):
+        plot_density(lambda n: torch.randn(7, 2))
+
+
 def test_a_table_is_compared_in_pairs():
     torch.manual_seed(0)
     data = torch.randn(5000, 8)
