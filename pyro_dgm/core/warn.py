@@ -26,7 +26,6 @@ from pyro_dgm.core.upstream import unseen
 __all__ = [
     "in_short",
     "listed",
-    "percent",
     "plain",
     "plain_errors",
     "told_unless_finite",
@@ -240,17 +239,6 @@ def _dependent(rows: Tensor) -> list[int]:
 def listed(values: Sequence[object]) -> str:
     """Numbers of columns, or other values, of many the first."""
     return ", ".join(map(str, values[:_LISTED])) + (", ..." if len(values) > _LISTED else "")
-
-
-def percent(share: float) -> str:
-    """A share in per cent that says none only of none, and all only of all.
-
-    >>> percent(0.0), percent(0.001), percent(0.5), percent(0.999)
-    ('0%', 'fewer than 1%', '50%', 'more than 99%')
-    """
-    if 0.0 < share < 1.0 and f"{share:.0%}" in ("0%", "100%"):
-        return "fewer than 1%" if share < 0.5 else "more than 99%"
-    return f"{share:.0%}"
 
 
 def in_short(support: Any) -> str:

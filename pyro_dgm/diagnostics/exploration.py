@@ -9,7 +9,7 @@ import numpy as np
 
 from pyro_dgm.core.weights import corrections
 
-__all__ = ["Exploration"]
+__all__ = ["Exploration", "percent"]
 
 # Set on the 105 fits on which the verdict's thresholds were set (diagnostics/khat.py).
 _DRIFT = 0.25  # sd; chains from exact draws drift by 0.03 to 0.07, largest over coordinates
@@ -112,3 +112,14 @@ class Exploration:
             return f"No short MCMC was run and no modes were looked for: {self.unseen}."
         chains = f" No short MCMC was run: {self.unmoved}." if self.unmoved else ""
         return f"A mode that no start and no draw has seen stays unseen.{chains}"
+
+
+def percent(share: float) -> str:
+    """A share in per cent that says none only of none, and all only of all.
+
+    >>> percent(0.0), percent(0.001), percent(0.5), percent(0.999)
+    ('0%', 'fewer than 1%', '50%', 'more than 99%')
+    """
+    if 0.0 < share < 1.0 and f"{share:.0%}" in ("0%", "100%"):
+        return "fewer than 1%" if share < 0.5 else "more than 99%"
+    return f"{share:.0%}"

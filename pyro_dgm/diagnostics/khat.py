@@ -18,10 +18,9 @@ from typing import Any, Literal
 import numpy as np
 
 from pyro_dgm.core.kinds import checked, shown
-from pyro_dgm.core.warn import percent
 from pyro_dgm.core.weights import LEAST_DRAWS, NEARLY_EQUAL, correction, evidence_error, k_threshold, log_mean, psis
 from pyro_dgm.diagnostics.containers import group_attrs, log_weights_of, resample
-from pyro_dgm.diagnostics.exploration import Exploration
+from pyro_dgm.diagnostics.exploration import Exploration, percent
 
 __all__ = [
     "KHat",

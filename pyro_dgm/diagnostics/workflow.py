@@ -45,11 +45,10 @@ from pyro_dgm.core.distribution import NoDensityError
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import few_threads, on_bar, show
 from pyro_dgm.core.shapes import as_tensor_like
-from pyro_dgm.core.warn import percent
 from pyro_dgm.core.weights import correction
 from pyro_dgm.diagnostics.containers import ContainerOptions
 from pyro_dgm.diagnostics.converters import from_posterior_samples
-from pyro_dgm.diagnostics.exploration import Exploration
+from pyro_dgm.diagnostics.exploration import Exploration, percent
 from pyro_dgm.diagnostics.khat import KHat, judge
 from pyro_dgm.diagnostics.local_calibration import local_p_values
 from pyro_dgm.diagnostics.populations import POPULATIONS, settled
