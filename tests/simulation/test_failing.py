@@ -53,7 +53,7 @@ def test_what_is_learned_is_the_posterior_of_runs_that_succeed(sims):
     """Planted: the prior alone. And weights 1 / P(success), from a learned ratio, give that of a world without failures."""
     torch.manual_seed(0)
     guide = dgm.AmortizedGuide(MODEL, ["x"], ensemble=1)
-    dgm.fit(dgm.ForwardKL(guide), sims, max_steps=800, progress=False, seed=0)
+    dgm.fit(dgm.ForwardKL(guide), sims, max_steps=1_600, progress=False, seed=0)
     succeeded, failed = sims["theta"], sims.failed_latents["theta"]
     ratio = dgm.DensityRatio(1)
     everything = torch.cat([succeeded, failed])
@@ -62,10 +62,10 @@ def test_what_is_learned_is_the_posterior_of_runs_that_succeed(sims):
     for x in (0.3, 0.5, 0.8):
         draws = guide.condition(x=torch.tensor(x)).sample((8_000,))["theta"]
         above = (draws > EDGE).double()
-        assert abs(float(above.mean()) - exact(x, success=True)) < 0.06
+        assert abs(float(above.mean()) - exact(x, success=True)) < 0.1  # .2 to .36 with the planted fault
         with torch.no_grad():
             weights = (-ratio(draws[:, None])).exp().double()
-        assert abs(float((weights * above).sum() / weights.sum()) - exact(x, success=False)) < 0.12
+        assert abs(float((weights * above).sum() / weights.sum()) - exact(x, success=False)) < 0.15
 
 
 def test_parameters_of_a_vectorised_model_that_fails_are_kept():
