@@ -60,12 +60,13 @@ def test_what_is_learned_is_the_posterior_of_runs_that_succeed(sims):
     rows = torch.stack([succeeded[torch.randint(len(succeeded), (4_000,))], everything], 1)[..., None]
     dgm.fit(dgm.LogisticRegression(ratio), (rows[:, 0], rows[:, 1]), max_steps=600, progress=False, seed=0)
     for x in (0.3, 0.5, 0.8):
+        near = 0.5 * (exact(x, success=False) - exact(x, success=True))  # nearer to its own law than to the other
         draws = guide.condition(x=torch.tensor(x)).sample((8_000,))["theta"]
         above = (draws > EDGE).double()
-        assert abs(float(above.mean()) - exact(x, success=True)) < 0.1  # .2 to .36 with the planted fault
+        assert abs(float(above.mean()) - exact(x, success=True)) < near
         with torch.no_grad():
             weights = (-ratio(draws[:, None])).exp().double()
-        assert abs(float((weights * above).sum() / weights.sum()) - exact(x, success=False)) < 0.15
+        assert abs(float((weights * above).sum() / weights.sum()) - exact(x, success=False)) < near
 
 
 def test_parameters_of_a_vectorised_model_that_fails_are_kept():
