@@ -192,7 +192,7 @@ class KHat(Exploration):
         if self.unfitted:
             return f"The guide was never fitted ({self.unfitted}): call fit(STL_ELBO()(model, guide), data) first."
         if self.unsure:
-            return f"{self.unsure}: structure='joint', or NUTS."
+            return f"{self.unsure}: NUTS, or structure='joint' where groups are few."
         if self.other_modes:
             return "Draws miss a mode: explore(model, guide, *args) finds and weighs modes."
         if self.repairable:
