@@ -45,7 +45,7 @@ from torch.nn.functional import linear, softplus
 
 from pyro_dgm.core import MLP
 from pyro_dgm.core.kinds import checked
-from pyro_dgm.core.upstream import PyroABCMeta
+from pyro_dgm.core.upstream import PyroABCMeta, listed_numbers
 
 __all__ = [
     "COSTS",
@@ -143,8 +143,7 @@ def at_times(stages: Callable[[Tensor], list[T]], times: Tensor | None) -> Calla
     """What a field is at a time, out of a table made at once for all times of a solve; other times are computed singly."""
     known: dict[float, T] = {}
     if times is not None:
-        # One by one, since torch 2.6 has no `tolist` within `torch.func`.
-        known = dict(zip((round(float(t), 5) for t in times), stages(times), strict=True))
+        known = dict(zip((round(t, 5) for t in listed_numbers(times)), stages(times), strict=True))
 
     def stage(t: Tensor) -> T:
         found = known.get(round(float(t), 5)) if known else None

@@ -40,6 +40,7 @@ __all__ = [
     "in_func",
     "in_vmap",
     "integer_ends",
+    "listed_numbers",
     "passing",
     "plain_of",
     "shared_by_all",
@@ -178,6 +179,11 @@ def passing(*tensors: Tensor) -> bool:
 def in_func() -> bool:
     """Whether a transform of ``torch.func`` is at work."""
     return _behind.peek_interpreter_stack() is not None
+
+
+def listed_numbers(t: Tensor) -> list[Any]:
+    """``t.tolist()`` of one dimension, which torch 2.6 cannot do within ``torch.func``."""
+    return [number.item() for number in t] if in_func() else t.tolist()
 
 
 def _is_batched(t: Tensor) -> bool:

@@ -26,7 +26,7 @@ from torch.distributions import Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyro_dgm.core import zuko
-from pyro_dgm.core.upstream import in_vmap, shared_by_all, unseen
+from pyro_dgm.core.upstream import in_vmap, listed_numbers, shared_by_all, unseen
 
 __all__ = ["Passes", "Run", "schedule", "sequential"]
 
@@ -61,8 +61,8 @@ def schedule(order: Tensor, masks: Sequence[Tensor], total: int) -> Passes:
 
 
 def _counts(known: Tensor, passes: int) -> list[int]:
-    """Of units by pass. One by one, since torch 2.6 has no ``tolist`` within ``torch.func``."""
-    return [int(n) for n in torch.bincount(known, minlength=passes)]
+    """Of units by pass."""
+    return listed_numbers(torch.bincount(known, minlength=passes))
 
 
 class _Layer(NamedTuple):
