@@ -15,13 +15,14 @@ import torch
 from numpy.typing import ArrayLike
 from pyro.distributions import StudentT
 from torch import Tensor
-from torch.distributions import Distribution, Transform, biject_to, constraints
+from torch.distributions import Distribution, Transform
 
 from pyro_dgm.core.data import Dequantize
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.module import whole_event
 from pyro_dgm.core.shapes import as_tensor_like
 from pyro_dgm.evaluate.score import Score, mean_score, random_source
+from pyro_dgm.model.supports import onto
 
 __all__ = ["assert_density", "bits_per_dim", "held_out_score", "kl_divergence"]
 
@@ -231,13 +232,13 @@ def assert_density(q: Distribution, *, num_samples: int = 20_000, tolerance: flo
 
 def _integral(q: Distribution, num_samples: int) -> tuple[float, float, float]:
     """The integral of a density over vectors, its standard error, and how many draws effectively carry it."""
-    onto = _onto_support(q)
-    draws = onto.inv(q.sample(torch.Size([2000])))
+    to_support = _onto_support(q)
+    draws = to_support.inv(q.sample(torch.Size([2000])))
     draws = draws[draws.isfinite().all(-1)]  # a draw that was rounded to an edge lies at infinity
     wide = StudentT(4.0, draws.mean(0), 1.3 * draws.std(0).clamp_min(1e-6)).to_event(1)
     u = wide.sample((num_samples,))
     ratios = torch.cat(
-        [(_log_density_of(q, onto, part) - wide.log_prob(part)).double().exp() for part in u.split(4000)]
+        [(_log_density_of(q, to_support, part) - wide.log_prob(part)).double().exp() for part in u.split(4000)]
     )
     effective = float(ratios.sum() ** 2 / ratios.square().sum())
     return float(ratios.mean()), float(ratios.std()) / num_samples**0.5, effective
@@ -246,7 +247,7 @@ def _integral(q: Distribution, num_samples: int) -> tuple[float, float, float]:
 def _onto_support(q: Distribution) -> Transform:
     """From vectors of real numbers to the support."""
     try:
-        return whole_event(biject_to(_support(q)), 1)
+        return whole_event(onto(q, None), 1)
     except NotImplementedError as error:
         raise ValueError(
             f"assert_density: {_name(q)} has no support of real numbers that torch has a map onto, so its integral cannot be "
@@ -254,17 +255,12 @@ def _onto_support(q: Distribution) -> Transform:
         ) from error
 
 
-def _support(q: Distribution) -> constraints.Constraint:
-    return constraints.real_vector if q.support is None else q.support
-
-
-def _log_density_of(q: Distribution, onto: Transform, u: Tensor) -> Tensor:
+def _log_density_of(q: Distribution, to_support: Transform, u: Tensor) -> Tensor:
     """In the unconstrained space; -inf where rounding leads out of the support, far from all draws."""
-    x = onto(u)
-    inside = x.isfinite().all(-1)
-    inside[inside.clone()] &= _support(q).check(x[inside])
+    x = to_support(u)
+    inside = x.isfinite().all(-1) & q.support.check(x)  # type: ignore[union-attr]
     found = torch.full(u.shape[:-1], -math.inf, dtype=u.dtype, device=u.device)
-    found[inside] = q.log_prob(x[inside]) + onto.log_abs_det_jacobian(u[inside], x[inside])
+    found[inside] = q.log_prob(x[inside]) + to_support.log_abs_det_jacobian(u[inside], x[inside])
     return found
 
 
