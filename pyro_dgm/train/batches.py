@@ -62,8 +62,6 @@ class Batches:
         self.args = self.args if self.rows else to_device(self.args, device)
         self.batch_size = int(batch_size or 0)
         self.in_parts = self.rows is not None and any(map(on_disk, self.args))
-        if self.rows is not None and not self.in_parts:
-            refuse_non_finite_data(self.args)
         self.epoch = self._epoch()
         self.agreed: Callable[[Tensor], Tensor] = lambda order: order  # on the order of rows, among several processes
 
