@@ -23,15 +23,7 @@ from torch.distributions import constraints
 from pyro_dgm.core.pace import in_fit
 from pyro_dgm.core.upstream import unseen
 
-__all__ = [
-    "in_short",
-    "listed",
-    "plain",
-    "plain_errors",
-    "told_unless_finite",
-    "warn_of_columns",
-    "warn_user",
-]
+__all__ = ["in_short", "plain", "plain_errors", "listed", "told_unless_finite", "warn_of_columns", "warn_user"]
 
 _HERE = pathlib.Path(__file__).parents[1]
 _INSIDE = (

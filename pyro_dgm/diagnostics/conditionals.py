@@ -21,7 +21,6 @@ from pyro_dgm.core.devices import one_at_a_time, seeded
 from pyro_dgm.core.kinds import checked
 from pyro_dgm.core.pace import steps
 from pyro_dgm.diagnostics.calibration import Calibration, sbc
-from pyro_dgm.diagnostics.posteriors import ExperimentOptions
 from pyro_dgm.evaluate.score import Score, as_rows, grouped
 from pyro_dgm.flows import NSF, RealNVP
 from pyro_dgm.flows.base import NormalizingFlow
@@ -163,14 +162,17 @@ def conditionals(
         results, log_q = [], []
         for truths in (rows, drawn[_PAIRS:]):
             given = {"seen": truths[:, seen], "hidden": truths[:, hidden]}
-            options: ExperimentOptions = {
-                "simulations": given,
-                "observed": ["seen"],
-                "num_simulations": len(truths),
-                "num_draws": num_draws,
-                "progress": progress,
-            }
-            results.append(sbc(None, posterior, **options))
+            results.append(
+                sbc(
+                    None,
+                    posterior,
+                    simulations=given,
+                    observed=["seen"],
+                    num_simulations=len(truths),
+                    num_draws=num_draws,
+                    progress=progress,
+                )
+            )
             with torch.no_grad():
                 log_q.append(flow(given["seen"]).log_prob(given["hidden"]).double().cpu().numpy())
         return _compared(results, log_q)
